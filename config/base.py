@@ -1,0 +1,120 @@
+"""Every setting of a training run, with its meaning, unit and source.
+
+The other files in this folder are overlays: they change this config and hold only differences.
+"Paper" is GradSPO (Tee et al., NeurIPS 2025); "SPO" is Liang et al., CVPR 2025 (arXiv 2406.04314).
+
+On the command line: `--config=config/sdxl.py --config.train.beta=5 --config.train.max_grad_norm=None`.
+"""
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+
+def get_config() -> ConfigDict:
+    config = ConfigDict()
+
+    # ---- the run -------------------------------------------------------------------------------
+    config.algorithm = "gradspo"  # "gradspo", "spo", or "module:name" of a spo.losses.Objective
+    config.family = "sd15"  # "sd15" or "sdxl"; must match pretrained.model
+    config.seed = 42  # everything random in the run derives from it
+    config.num_epochs = 10  # passes over the prompts (paper: 10)
+    config.mixed_precision = "fp16"  # "no", "fp16" or "bf16"; LoRA and EMA stay in fp32
+    config.logdir = "runs"  # folder that holds the run directories
+    config.run_name = ""  # name of the run directory; empty: algorithm, family and start time
+    config.resume_from = ""  # a checkpoint folder, or "auto": the newest one of run_name
+    config.save_interval = 1  # epochs between checkpoints
+    config.checkpoint_limit = 3  # checkpoints kept, oldest deleted first; 0 keeps all
+    config.eval_interval = 1  # epochs between grids of validation images; 0 draws none
+
+    # ---- the base model ------------------------------------------------------------------------
+    config.pretrained = pretrained = ConfigDict()
+    pretrained.model = "stable-diffusion-v1-5/stable-diffusion-v1-5"  # Hub id or diffusers folder
+    pretrained.revision = placeholder(str)  # branch, tag or commit of the Hub repo
+    pretrained.variant = placeholder(str)  # weight files' variant, e.g. "fp16"
+    pretrained.vae = placeholder(str)  # Hub id or folder that replaces the model's own VAE
+
+    # ---- LoRA ----------------------------------------------------------------------------------
+    config.lora = lora = ConfigDict()
+    lora.rank = 4  # paper: 4 for SD1.5, 64 for SDXL
+    lora.alpha = placeholder(int)  # LoRA is scaled by alpha / rank; None: alpha = rank (paper)
+    lora.target_modules = ("to_q", "to_k", "to_v", "to_out.0")  # paper: every attention projection
+    lora.init_from = ""  # LoRA to start from: file, run directory, or Hub id ("user/name[/file]")
+    lora.reference = "base"  # what the loss compares with: "base" model, or "init" = lora.init_from
+
+    # ---- prompts to train on -------------------------------------------------------------------
+    config.prompts = prompts = ConfigDict()
+    # A .json, .jsonl, .txt, .csv or .parquet file, or the Hub id of a dataset.
+    prompts.source = "yuvalkirstain/pickapic_v1"
+    prompts.split = "train"  # split of a Hub dataset
+    prompts.column = "caption"  # column (or JSON key) that holds the prompt
+    prompts.num = 4000  # unique prompts drawn from the source; 0 takes all (paper: 4,000)
+    prompts.seed = 42  # seed of that draw, apart from the run's own
+
+    # ---- preference model ----------------------------------------------------------------------
+    config.preference = preference = ConfigDict()
+    preference.scorer = "step_aware_clip"  # or "pickscore", or "module:factory"
+    # Step-aware checkpoint: .bin or .safetensors, a path or hf://user/repo/file.
+    preference.checkpoint = (
+        "hf://SPO-Diffusion-Models/Step-Aware_Preference_Models/"
+        "sd-v1-5_step-aware_preference_model.bin"
+    )
+    preference.backbone = "yuvalkirstain/PickScore_v1"  # CLIP (architecture; weights of "pickscore")
+    preference.processor = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # tokenizer, image processor
+    preference.dtype = "float32"  # of the scorer's weights: "float32", "float16" or "bfloat16"
+    preference.kwargs = ConfigDict()  # keyword arguments of a "module:factory"
+
+    # ---- rollout -------------------------------------------------------------------------------
+    config.sample = sample = ConfigDict()
+    sample.num_steps = 20  # DDIM steps (paper, SPO)
+    sample.eta = 1.0  # 1: as random as DDPM (paper, SPO); 0 is deterministic and cannot train
+    sample.guidance_scale = 5.0  # classifier-free guidance, also in the loss; 1 turns it off
+    sample.num_candidates = 4  # K: candidates drawn at each branching step (paper: 4)
+    sample.branch_from = 4  # first step that branches: step 4 of 20 is t = 751 (paper: t <= 750)
+    sample.num_inner_steps = 0  # further steps of each candidate before comparing (SPO on SDXL: 3)
+    sample.threshold = 0.3  # pairs are kept if softmax probabilities differ by more (paper: 0.3/0.4)
+    sample.final_step = "branch"  # "branch": the last step draws K candidates as any other;
+    # "extend": each candidate of the window before takes it once (the official SDXL code)
+    sample.final_score_timestep = "zero"  # final latents are scored at "zero", or at the last "t"
+    sample.keep_all_final = False  # keep the final latents' pairs whatever their gap
+    sample.final_direction = "window"  # with final_step "extend", GradSPO's direction is the noise
+    # of the "window" it belongs to, or of the "last" transition (the official SDXL code)
+    sample.batch_size = 10  # prompts rolled out at once on one GPU
+    sample.global_batch_size = placeholder(int)  # prompts of one rollout over all GPUs; None: one
+    # slice of sample.batch_size prompts on each GPU
+    sample.decode_batch_size = 8  # latents decoded and scored at once
+
+    # ---- loss and update -----------------------------------------------------------------------
+    config.train = train = ConfigDict()
+    train.batch_size = 10  # largest minibatch of pairs on one GPU
+    train.global_batch_size = placeholder(int)  # pairs of one optimizer step over all GPUs: batch x
+    # GPUs x accumulation; None: train.batch_size and the accumulation below are taken as they are
+    train.gradient_accumulation_steps = 1  # used where global_batch_size is None, else derived
+    train.gradient_checkpointing = False  # recompute UNet activations: less memory, about 1/3 slower
+    train.learning_rate = 6e-5  # AdamW (paper: 6e-5 SD1.5, 1e-5 SDXL), constant
+    train.adam_beta1 = 0.9
+    train.adam_beta2 = 0.999
+    train.adam_weight_decay = 1e-4
+    train.adam_epsilon = 1e-8
+    train.max_grad_norm = 1.0  # clip the global gradient norm; None: no clipping
+    train.beta = 10.0  # inverse temperature of the preference loss (paper, SPO)
+    train.clip_eps = 0.1  # likelihood ratios are clipped to 1 +- clip_eps; None: no clipping
+    train.grad_scale = 0.5  # gamma, strength of the gradient guidance (paper: 0.5); GradSPO only
+    train.ema_decay = 0.9  # mu: ema = mu ema + (1 - mu) policy (paper: 0.9); GradSPO only
+    train.ema_every = "optimizer_step"  # EMA moves at each "optimizer_step"; or by "window": when the
+    # rollout's minibatch count is a multiple of the accumulation (the official code)
+
+    # ---- validation images ---------------------------------------------------------------------
+    config.eval = evaluation = ConfigDict()
+    evaluation.prompts = "assets/prompts/validation.txt"  # file of prompts, read as prompts.source
+    evaluation.num_images = 8  # the first so many prompts, one image each
+    evaluation.seed = 0  # image i starts from noise seeded with (eval.seed, i)
+    evaluation.num_steps = 20  # DDIM, eta 0
+    evaluation.guidance_scale = 5.0
+    evaluation.weights = "policy"  # LoRA that draws them: "policy" (what is published) or "ema"
+
+    # ---- tracker -------------------------------------------------------------------------------
+    config.tracker = tracker = ConfigDict()
+    tracker.name = "wandb"  # "wandb" (offline where no key is set), "tensorboard" or "none"
+    tracker.project = "spo"
+
+    return config

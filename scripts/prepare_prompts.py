@@ -1,0 +1,66 @@
+"""Draw unique prompts with a seed and write them to a file that `prompts.source` can name.
+
+python scripts/prepare_prompts.py --num=4000 --output=prompts.json
+python scripts/prepare_prompts.py --source=captions.csv --column=text --num=500 --output=eval.txt
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from spo.errors import UserError
+from spo.prompts import read_prompts
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--source",
+        default="yuvalkirstain/pickapic_v1",
+        help="file, folder of a dataset, or Hub id of one, as config.prompts.source (%(default)s)",
+    )
+    parser.add_argument("--split", default="train", help="split of a dataset (%(default)s)")
+    parser.add_argument("--column", default="caption", help="holds the prompt (%(default)s)")
+    parser.add_argument("--num", type=int, default=4000, help="0 takes all (%(default)s)")
+    parser.add_argument("--seed", type=int, default=42, help="seed of the draw (%(default)s)")
+    parser.add_argument("--output", type=Path, required=True, help="a .json or .txt file")
+    return parser.parse_args()
+
+
+def write_prompts(prompts: tuple[str, ...], output: Path) -> None:
+    """Write a .json list of {"caption": ...}, or a .txt file with one prompt per line.
+
+    Raises UserError if a prompt for a .txt file holds a line break.
+    """
+    if output.suffix == ".json":
+        text = json.dumps([{"caption": p} for p in prompts], ensure_ascii=False, indent=1)
+    else:
+        broken = [p for p in prompts if "\n" in p]
+        if broken:
+            raise UserError(
+                f"--output: {len(broken)} prompts hold line breaks, which a .txt file cannot "
+                f"keep, the first {broken[0][:60]!r}; write a .json file"
+            )
+        text = "\n".join(prompts)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(text + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    args = parse_args()
+    if args.output.suffix not in (".json", ".txt"):
+        raise UserError(f"--output: {args.output} must end in .json or .txt")
+    found = read_prompts(
+        args.source, split=args.split, column=args.column, num=args.num, seed=args.seed
+    )
+    write_prompts(found.prompts, args.output)
+    print(found.describe())
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,185 @@
+"""SD1.5 or SDXL behind one interface: load, encode prompts, guided prediction, decode.
+
+The only file that knows which family a model is of. Another base model is another `_FAMILIES` entry.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from diffusers import AutoencoderKL, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from torch import Tensor, nn
+
+from spo.ddim import DDIMSchedule, make_schedule
+from spo.errors import UserError
+from spo.hub import PREFETCH
+from spo.types import Conditioning
+
+_PIPELINES = {"sd15": StableDiffusionPipeline, "sdxl": StableDiffusionXLPipeline}
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a base model comes from; `config.pretrained` explains each."""
+
+    model: str
+    revision: str | None = None
+    variant: str | None = None
+    vae: str | None = None
+
+
+def check_source(source: ModelSource, family: str) -> None:
+    """Raise UserError unless `source` is a pipeline of `family`; reads one small json file."""
+    if family not in _PIPELINES:
+        raise UserError(f"family: {family!r} is none of {', '.join(_PIPELINES)}.")
+    try:
+        index = DiffusionPipeline.load_config(source.model, revision=source.revision)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"pretrained.model: {source.model!r} is neither a diffusers folder nor a Hub model that "
+            "can be reached (no model_index.json); name such a folder, or download the model first: "
+            "python scripts/prefetch.py --config=..."
+        ) from error
+    found, wanted = index.get("_class_name"), _PIPELINES[family].__name__
+    if found != wanted:
+        raise UserError(
+            f"pretrained.model: {source.model!r} is a {found}, but family={family!r} needs a "
+            f"{wanted}; change pretrained.model or family."
+        )
+
+
+def load_pipeline(
+    source: ModelSource, family: str, dtype: torch.dtype
+) -> StableDiffusionPipeline | StableDiffusionXLPipeline:
+    """The diffusers pipeline of a base model, on the CPU, frozen, without a safety checker.
+
+    Raises UserError when weights are missing or malformed.
+    """
+    options = {"torch_dtype": dtype, "revision": source.revision, "variant": source.variant}
+    if family == "sd15":
+        options |= {
+            "safety_checker": None,
+            "feature_extractor": None,
+            "requires_safety_checker": False,
+        }
+    try:
+        if source.vae is not None:
+            options["vae"] = AutoencoderKL.from_pretrained(source.vae, torch_dtype=dtype)
+        pipe = _PIPELINES[family].from_pretrained(source.model, **options)
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"pretrained: {source.model!r} (vae {source.vae!r}) cannot be loaded: {reason} "
+            "To download and check it: python scripts/prefetch.py --config=..."
+        ) from error
+    # SDXL's own VAE overflows in fp16 and its config says so; SD1.5's does not and has the same flag.
+    if family == "sdxl" and dtype == torch.float16 and pipe.vae.config.force_upcast:
+        pipe.vae.to(torch.float32)
+    for module in pipe.components.values():
+        if isinstance(module, nn.Module):
+            module.requires_grad_(False).eval()
+    return pipe
+
+
+class Backbone:
+    """A frozen base model on one device: the only copy of its weights in the process."""
+
+    def __init__(
+        self, source: ModelSource, family: str, mixed_precision: str, device: torch.device
+    ) -> None:
+        self.family = family
+        self.device = device
+        self.dtype = DTYPES[mixed_precision]
+        self._pipe = load_pipeline(source, family, self.dtype).to(device)
+        self.unet = self._pipe.unet
+        self.vae = self._pipe.vae
+        size = self.unet.config.sample_size
+        self.latent_shape: tuple[int, int, int] = (self.unet.config.in_channels, size, size)
+
+    def schedule(self, num_steps: int) -> DDIMSchedule:
+        """The DDIM schedule made from this model's scheduler config."""
+        return make_schedule(dict(self._pipe.scheduler.config), num_steps, self.device)
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        """Mixed precision for the UNet; nothing in fp32."""
+        if self.dtype == torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, self.dtype)
+
+    @torch.no_grad()
+    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
+        """Conditioning of B prompts, each truncated to its tokenizer's length.
+
+        The unconditional embeddings are what diffusers takes without a negative prompt: those of the
+        empty prompt, or zeros where an SDXL pipeline has `force_zeros_for_empty_prompt`.
+        """
+        encoded = self._pipe.encode_prompt(
+            prompt=list(prompts),
+            device=self.device,
+            num_images_per_prompt=1,
+            do_classifier_free_guidance=True,
+        )
+        if self.family == "sd15":
+            return Conditioning(encoded[0], negative_prompt_embeds=encoded[1][:1])
+        height, width = (side * self._pipe.vae_scale_factor for side in self.latent_shape[1:])
+        size = [height, width, 0, 0, height, width]
+        return Conditioning(
+            prompt_embeds=encoded[0],
+            negative_prompt_embeds=encoded[1][:1],
+            pooled_prompt_embeds=encoded[2],
+            negative_pooled_prompt_embeds=encoded[3][:1],
+            time_ids=torch.tensor([size], dtype=encoded[0].dtype, device=self.device),
+        )
+
+    def predict(
+        self,
+        unet: nn.Module,
+        latents: Tensor,
+        timesteps: Tensor | int,
+        conditioning: Conditioning,
+        guidance_scale: float,
+    ) -> Tensor:
+        """Guided output of `unet`, u + w (v - u), at `latents` (n, C, h, w): fp32, same shape.
+
+        `unet` is `self.unet` or a wrapper of it; `timesteps` is one timestep or (n,).
+        """
+        n = latents.shape[0]
+        guided = guidance_scale != 1
+        embeds, pooled = conditioning.prompt_embeds, conditioning.pooled_prompt_embeds
+        timesteps = torch.as_tensor(timesteps, device=latents.device).expand(n)
+        if guided:
+            latents, timesteps = latents.repeat(2, 1, 1, 1), timesteps.repeat(2)
+            embeds = _prepend(conditioning.negative_prompt_embeds, embeds)
+            pooled = _prepend(conditioning.negative_pooled_prompt_embeds, pooled)
+        added = None
+        if self.family == "sdxl":
+            time_ids = conditioning.time_ids.expand(len(latents), -1)
+            added = {"text_embeds": pooled, "time_ids": time_ids}
+        with self.autocast():
+            output = unet(
+                latents.to(self.dtype),
+                timesteps,
+                encoder_hidden_states=embeds,
+                added_cond_kwargs=added,
+                return_dict=False,
+            )[0].float()
+        if not guided:
+            return output
+        unconditional, conditional = output.chunk(2)
+        return unconditional + guidance_scale * (conditional - unconditional)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images (n, 3, H, W) of `latents` (n, C, h, w): fp32, nominally in [-1, 1], not clamped."""
+        scaled = latents.to(self.vae.dtype) / self.vae.config.scaling_factor
+        return self.vae.decode(scaled, return_dict=False)[0].float()
+
+
+def _prepend(one: Tensor | None, rows: Tensor | None) -> Tensor | None:
+    """`one` (1, ...) once for each of `rows` (n, ...), then `rows`."""
+    return None if rows is None else torch.cat([one.expand_as(rows), rows])

@@ -1,0 +1,118 @@
+"""Command lines: `--config=FILE`, `--config.key=value`, and errors of one line.
+
+    CONFIG = define_config("config/sd15.py")  # CONFIG.value is the config, locked
+    app.run(main, flags_parser=parse_flags)
+"""
+
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from spo.config_io import leaf_keys, load_config, suggest
+from spo.errors import UserError
+
+# absl lists a flag under the module that defines it; these belong to the script that asks for them.
+flags.disclaim_key_flags()
+
+FLAGS = flags.FLAGS
+OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]+)")
+
+
+class _OrNone(flags.ArgumentParser):
+    """An absl parser that also takes "None" (parse_flags checks that the key does)."""
+
+    def __init__(self, parser: flags.ArgumentParser, expected: str):
+        self.parser = parser
+        self.expected = expected
+
+    def parse(self, argument):
+        if argument == "None":
+            return None
+        try:
+            return self.parser.parse(argument)
+        except (TypeError, ValueError):
+            raise ValueError(f"expected {self.expected}") from None
+
+    def flag_type(self) -> str:
+        return self.parser.flag_type()
+
+
+config_flags.register_flag_parser_for_type(float, _OrNone(flags.FloatParser(), "a number"))
+config_flags.register_flag_parser_for_type(int, _OrNone(flags.IntegerParser(), "a whole number"))
+config_flags.register_flag_parser_for_type(bool, _OrNone(flags.BooleanParser(), "true or false"))
+config_flags.register_flag_parser_for_type(str, _OrNone(flags.ArgumentParser(), "text"))
+
+
+@contextmanager
+def exit_on_user_error() -> Iterator[None]:
+    """Turns a UserError into one line on stderr and exit status 2."""
+    try:
+        yield
+    except UserError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        sys.exit(2)
+
+
+def define_config(default: str) -> flags.FlagHolder:
+    """Defines the flag --config; its value is a locked ConfigDict once parse_flags has run."""
+    return flags.DEFINE_string(
+        "config",
+        default,
+        "Config file: a .py with get_config(), or the config.json of a run. "
+        "--config.key=value changes one key of it, e.g. --config.train.beta=5.",
+    )
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+    """Parses a command line for `absl.app.run`, with exit status 2 and one line for bad input."""
+    if any(argument in ("--help", "-h", "-help") for argument in argv[1:]):
+        app.usage(shorthelp=True, writeto_stdout=True)
+        sys.exit(0)
+    with exit_on_user_error():
+        path, argv = _take_config_path(argv)
+        config, nullable = load_config(path or FLAGS["config"].default)
+        _check_keys(argv, leaf_keys(config))
+        # Takes the place of define_config's flag, and defines one for each override in argv.
+        config_flags.DEFINE_config_dict("config", config, sys_argv=argv, allow_override=True)
+        program, *positional = _parse(argv)
+        if positional:
+            raise UserError(
+                f"unexpected argument {positional[0]!r}; settings are --config.key=value"
+            )
+        for key, value in FLAGS["config"].override_values.items():
+            if value is None and key not in nullable:
+                raise UserError(f"config: {key} cannot be None")
+    return [program]
+
+
+def _take_config_path(argv: list[str]) -> tuple[str, list[str]]:
+    """The last `--config=FILE` or `--config FILE` of `argv`, and the other arguments."""
+    path, others, arguments = "", [], iter(argv)
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        if name not in ("--config", "-config"):
+            others.append(argument)
+            continue
+        path = value if equals else next(arguments, "")
+        if not path:
+            raise UserError("--config needs a file, e.g. --config=config/sd15.py")
+    return path, others
+
+
+def _check_keys(argv: list[str], keys: list[str]) -> None:
+    for match in filter(None, map(OVERRIDE.match, argv)):
+        if match[1] not in keys:
+            raise UserError(f"config: unknown key {match[1]}{suggest(match[1], keys)}")
+
+
+def _parse(argv: list[str]) -> list[str]:
+    try:
+        return FLAGS(argv)
+    except flags.Error as error:
+        # absl says "flag --config.train.beta=x: expected a number".
+        raise UserError(str(error).replace("flag --config.", "config: ", 1)) from error

@@ -1,0 +1,125 @@
+"""One UNet, several networks: LoRA tensors swapped or switched off in place.
+
+Policy, EMA sampler and reference differ in their LoRA alone, so the base weights exist once. The
+parameters that the optimizer and DDP know keep their identity; only what they point to changes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from spo.errors import UserError
+
+FILE_NAME = "pytorch_lora_weights.safetensors"
+_ADAPTER = ".default."  # peft puts the adapter's name into each parameter's
+
+
+@dataclass(frozen=True)
+class Lora:
+    """The LoRA of a UNet: its parameters are the policy."""
+
+    parameters: Mapping[str, nn.Parameter]  # fp32, by their names inside the UNet
+    layers: tuple[BaseTunerLayer, ...]
+    rank: int
+    alpha: int
+    target_modules: tuple[str, ...]
+
+    def snapshot(self) -> dict[str, Tensor]:
+        """A copy of the parameters, without gradients."""
+        return {name: p.detach().clone() for name, p in self.parameters.items()}
+
+    @torch.no_grad()
+    def assign(self, weights: Mapping[str, Tensor]) -> None:
+        """Copy `weights` into the parameters."""
+        for name, parameter in self.parameters.items():
+            parameter.copy_(weights[name])
+
+    @contextlib.contextmanager
+    def using(self, weights: Mapping[str, Tensor] | None) -> Iterator[None]:
+        """Within the context the UNet runs with `weights` (not copied); None: as the base model."""
+        own = {name: parameter.data for name, parameter in self.parameters.items()}
+        try:
+            self._enter(weights)
+            yield
+        finally:
+            self._enter(own)
+
+    def _enter(self, weights: Mapping[str, Tensor] | None) -> None:
+        enabled = weights is not None
+        for layer in self.layers:
+            if layer.disable_adapters == enabled:
+                layer.enable_adapters(enabled)
+        for name, parameter in self.parameters.items():
+            parameter.requires_grad_(True)  # which peft's switch turns off
+            if enabled:
+                parameter.data = weights[name]
+        # Autocast caches low-precision copies of parameters and would not see that they changed.
+        torch.clear_autocast_cache()
+
+
+def add_lora(
+    unet: nn.Module, rank: int, alpha: int, target_modules: Sequence[str], seed: int
+) -> Lora:
+    """Add a trainable fp32 LoRA to `unet`: A gaussian with standard deviation 1/rank, B zero.
+
+    Raises UserError when no module of the UNet is a target.
+    """
+    config = LoraConfig(
+        r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=list(target_modules)
+    )
+    try:
+        unet.add_adapter(config)
+    except ValueError as error:
+        raise UserError(
+            f"lora.target_modules: {tuple(target_modules)} names no module of the UNet."
+        ) from error
+    parameters = {name: p for name, p in unet.named_parameters() if "lora_" in name}
+    # peft drew from the global generator of its device; ours makes the same LoRA on every device.
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in parameters.items():
+        parameter.data = parameter.data.float()
+        if "lora_A" in name:
+            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) / rank)
+    layers = tuple(module for module in unet.modules() if isinstance(module, BaseTunerLayer))
+    return Lora(parameters, layers, rank, alpha, tuple(target_modules))
+
+
+def file_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`weights` under the names of a diffusers LoRA file."""
+    return {
+        "unet." + name.replace(_ADAPTER, "."): tensor.detach().cpu().contiguous()
+        for name, tensor in weights.items()
+    }
+
+
+def save_lora(
+    path: Path, lora: Lora, weights: Mapping[str, Tensor], metadata: Mapping[str, str]
+) -> None:
+    """Write `weights` as a file that diffusers' `load_lora_weights` takes as it is.
+
+    Equal weights and metadata give equal bytes: the header knows neither time nor place.
+    """
+    # diffusers reads alpha from this entry, and takes the rank for it where the entry is missing.
+    adapter = {
+        "unet.r": lora.rank,
+        "unet.lora_alpha": lora.alpha,
+        "unet.target_modules": sorted(lora.target_modules),
+    }
+    header = {
+        "format": "pt",
+        "lora_adapter_metadata": json.dumps(adapter, sort_keys=True),
+        "rank": str(lora.rank),
+        "alpha": str(lora.alpha),
+        **metadata,
+    }
+    save_file(file_names(weights), path, metadata=header)

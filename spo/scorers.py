@@ -1,0 +1,182 @@
+"""What can score candidates.
+
+A scorer is named in `preference.scorer`: one of `SCORERS`, or the dotted path "module:factory" of a
+callable that takes `preference.kwargs` and `device` and returns a `Scorer`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AutoTokenizer, CLIPConfig, CLIPImageProcessor, CLIPModel
+
+from spo.dotted import find
+from spo.errors import UserError
+from spo.hub import PREFETCH, resolve_file
+from spo.step_aware_clip import StepAwareCLIP, load_step_aware_clip, text_features
+
+
+class Scorer(Protocol):
+    """Scores images for prompts; higher is better."""
+
+    def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
+        """What `score` needs to know of each prompt, (B, ...); called once per prompt."""
+
+    def score(self, images: Tensor, prompt_features: Tensor, timestep: int) -> Tensor:
+        """Scores (n,) of images (n, 3, H, W), nominally in [-1, 1], decoded at `timestep`."""
+
+
+@dataclass(frozen=True)
+class ImagePreparation:
+    """From images in [-1, 1] to a CLIP's pixels, differentiable torch operations in fp32."""
+
+    size: int  # of the shorter side, and of the square that is cut out
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    @classmethod
+    def of_processor(cls, processor: CLIPImageProcessor) -> ImagePreparation:
+        """The sizes and statistics of a transformers image processor."""
+        return cls(
+            processor.size["shortest_edge"],
+            tuple(processor.image_mean),
+            tuple(processor.image_std),
+        )
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """(n, 3, H, W) -> (n, 3, size, size): resize, centre crop, to [0, 1], clamp, normalise."""
+        height, width = images.shape[-2:]
+        ratio = self.size / min(height, width)
+        shape = (round(height * ratio), round(width * ratio))
+        images = F.interpolate(images.float(), shape, mode="bicubic", align_corners=False)
+        top, left = (shape[0] - self.size) // 2, (shape[1] - self.size) // 2
+        images = images[..., top : top + self.size, left : left + self.size]
+        return self.normalise((images / 2 + 0.5).clamp(0, 1))
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """Images in [0, 1] to zero mean and unit variance over CLIP's training data."""
+        mean, std = (images.new_tensor(v).view(3, 1, 1) for v in (self.mean, self.std))
+        return (images - mean) / std
+
+
+class _CLIPScorer:
+    """Tokenizer and image preparation of a CLIP, common to both scorers below."""
+
+    def __init__(self, processor: str, device: torch.device) -> None:
+        try:
+            self._tokenizer = AutoTokenizer.from_pretrained(processor)
+            image_processor = CLIPImageProcessor.from_pretrained(processor)
+        except (OSError, ValueError) as error:
+            raise UserError(_cannot_load("preference.processor", processor, error)) from error
+        self._prepare = ImagePreparation.of_processor(image_processor)
+        self._device = device
+
+    def _tokenize(self, prompts: Sequence[str]) -> Tensor:
+        # The tokenizer's own length: 77 for the real models.
+        encoded = self._tokenizer(
+            list(prompts), padding="max_length", truncation=True, return_tensors="pt"
+        )
+        return encoded.input_ids.to(self._device)
+
+
+class StepAwareScorer(_CLIPScorer):
+    """The step-aware preference model."""
+
+    def __init__(self, spm: StepAwareCLIP, processor: str, device: torch.device) -> None:
+        super().__init__(processor, device)
+        self._spm = spm.to(device)
+        self._dtype = spm.model.visual_projection.weight.dtype
+
+    @torch.no_grad()
+    def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
+        return self._spm.text_features(self._tokenize(prompts))
+
+    @torch.no_grad()
+    def score(self, images: Tensor, prompt_features: Tensor, timestep: int) -> Tensor:
+        pixels = self._prepare(images).to(self._dtype)
+        timesteps = torch.full((len(images),), timestep, device=images.device)
+        return self._spm.score(pixels, timesteps, prompt_features).float()
+
+
+class PickScoreScorer(_CLIPScorer):
+    """Plain PickScore (Kirstain et al., arXiv 2305.01569), which ignores the timestep."""
+
+    def __init__(self, clip: CLIPModel, processor: str, device: torch.device) -> None:
+        super().__init__(processor, device)
+        self._clip = clip.to(device).requires_grad_(False).eval()
+        self._dtype = clip.visual_projection.weight.dtype
+
+    @torch.no_grad()
+    def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
+        return text_features(self._clip, self._tokenize(prompts))
+
+    @torch.no_grad()
+    def score(self, images: Tensor, prompt_features: Tensor, timestep: int) -> Tensor:
+        pooled = self._clip.vision_model(self._prepare(images).to(self._dtype)).pooler_output
+        features = self._clip.visual_projection(pooled)
+        cosine = F.cosine_similarity(features, prompt_features, dim=-1)
+        return (self._clip.logit_scale.exp() * cosine).float()
+
+
+@dataclass(frozen=True)
+class ScorerSource:
+    """Where a scorer comes from; `config.preference` explains each."""
+
+    scorer: str
+    checkpoint: str
+    backbone: str
+    processor: str
+    dtype: str
+    kwargs: Mapping[str, Any]
+
+
+def _step_aware_clip(source: ScorerSource, device: torch.device) -> Scorer:
+    checkpoint = resolve_file(source.checkpoint, "preference.checkpoint")
+    try:
+        config = CLIPConfig.from_pretrained(source.backbone)
+    except (OSError, ValueError) as error:
+        raise UserError(_cannot_load("preference.backbone", source.backbone, error)) from error
+    spm = load_step_aware_clip(checkpoint, config).to(_DTYPES[source.dtype])
+    return StepAwareScorer(spm, source.processor, device)
+
+
+def _pickscore(source: ScorerSource, device: torch.device) -> Scorer:
+    try:
+        clip = CLIPModel.from_pretrained(source.backbone)
+    except (OSError, ValueError) as error:
+        raise UserError(_cannot_load("preference.backbone", source.backbone, error)) from error
+    return PickScoreScorer(clip.to(_DTYPES[source.dtype]), source.processor, device)
+
+
+SCORERS = {"step_aware_clip": _step_aware_clip, "pickscore": _pickscore}
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def check_source(source: ScorerSource) -> None:
+    """Raise UserError for what is wrong with `source` as far as can be told without loading it."""
+    find(source.scorer, SCORERS, "preference.scorer")
+    if source.dtype not in _DTYPES:
+        raise UserError(f"preference.dtype: {source.dtype!r} is none of {', '.join(_DTYPES)}.")
+    if source.scorer == "step_aware_clip":
+        resolve_file(source.checkpoint, "preference.checkpoint")
+
+
+def load_scorer(source: ScorerSource, device: torch.device) -> Scorer:
+    """The scorer that `source` names, on `device`; UserError where it cannot be loaded."""
+    factory = find(source.scorer, SCORERS, "preference.scorer")
+    if source.scorer in SCORERS:
+        return factory(source, device)
+    try:
+        return factory(device=device, **source.kwargs)
+    except TypeError as error:
+        raise UserError(f"preference.kwargs: {source.scorer} does not take them: {error}") from error
+
+
+def _cannot_load(key: str, name: str, error: Exception) -> str:
+    reason = str(error).strip().splitlines()[0]
+    return f"{key}: {name!r} cannot be loaded ({reason}); to download it: {PREFETCH}"

@@ -1,0 +1,175 @@
+"""The step-aware preference model (SPM): a CLIP whose vision tower is told the timestep.
+
+Architecture and checkpoints: SPO, arXiv 2406.04314. Timestep embedding and adaptive layer norm are
+those of DiT, arXiv 2212.09748. Module names follow the published checkpoints.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import CLIPConfig, CLIPModel
+from transformers.models.clip.modeling_clip import CLIPEncoderLayer
+
+from spo.errors import UserError
+
+_FREQUENCIES = 256  # width of the sinusoidal embedding
+_MAX_PERIOD = 10_000
+
+
+class TimestepEmbedder(nn.Module):
+    """Timesteps (n,) -> embeddings (n, width)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(_FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, timesteps: Tensor) -> Tensor:
+        half = _FREQUENCIES // 2
+        exponents = torch.arange(half, dtype=torch.float32, device=timesteps.device) / half
+        angles = timesteps.float()[:, None] * torch.exp(-math.log(_MAX_PERIOD) * exponents)
+        sinusoids = torch.cat([angles.cos(), angles.sin()], dim=-1)
+        return self.mlp(sinusoids.to(self.mlp[0].weight.dtype))
+
+
+def _modulation(width: int, parts: int) -> nn.Sequential:
+    return nn.Sequential(nn.SiLU(), nn.Linear(width, parts * width))
+
+
+def _modulate(hidden: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return hidden * (1 + scale) + shift
+
+
+class StepAwareEncoderLayer(CLIPEncoderLayer):
+    """A CLIP vision layer modulated by the timestep embedding."""
+
+    def __init__(self, config) -> None:
+        super().__init__(config)
+        self.adaLN_modulation = _modulation(config.hidden_size, 6)
+
+    def forward(self, hidden: Tensor, timestep_embedding: Tensor) -> Tensor:
+        modulation = self.adaLN_modulation(timestep_embedding)[:, None]
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation.chunk(6, dim=-1)
+        attended, _ = self.self_attn(
+            _modulate(self.layer_norm1(hidden), shift_a, scale_a), attention_mask=None
+        )
+        hidden = hidden + gate_a * attended
+        return hidden + gate_m * self.mlp(_modulate(self.layer_norm2(hidden), shift_m, scale_m))
+
+
+class StepAwareCLIP(nn.Module):
+    """CLIP with a step-aware vision tower; scores (image, prompt, timestep)."""
+
+    def __init__(self, config: CLIPConfig) -> None:
+        super().__init__()
+        self.model = CLIPModel(config)
+        vision = self.model.vision_model
+        width = vision.config.hidden_size
+        layers = vision.encoder.layers
+        for i in range(len(layers)):
+            layers[i] = StepAwareEncoderLayer(vision.config)
+        vision.adaLN_modulation = _modulation(width, 2)
+        self.model.t_embedder = TimestepEmbedder(width)
+
+    def image_features(self, pixels: Tensor, timesteps: Tensor) -> Tensor:
+        """Unit-norm features (n, D) of normalised pixels (n, 3, S, S) at timesteps (n,)."""
+        embedding = self.model.t_embedder(timesteps)
+        vision = self.model.vision_model
+        hidden = vision.pre_layrnorm(vision.embeddings(pixels))
+        for layer in vision.encoder.layers:
+            hidden = layer(hidden, embedding)
+        shift, scale = vision.adaLN_modulation(embedding).chunk(2, dim=-1)
+        pooled = _modulate(vision.post_layernorm(hidden[:, 0]), shift, scale)
+        return _unit(self.model.visual_projection(pooled))
+
+    def text_features(self, input_ids: Tensor) -> Tensor:
+        """Unit-norm features (n, D) of token ids (n, L)."""
+        return text_features(self.model, input_ids)
+
+    def score(self, pixels: Tensor, timesteps: Tensor, text: Tensor) -> Tensor:
+        """exp(logit_scale) cos(image, text), (n,), for normalised pixels and unit-norm text (n, D)."""
+        cosine = (self.image_features(pixels, timesteps) * text).sum(dim=-1)
+        return self.model.logit_scale.exp() * cosine
+
+
+def text_features(clip: CLIPModel, input_ids: Tensor) -> Tensor:
+    """Unit-norm text features (n, D) of a CLIP; the end-of-text token hides the padding behind it."""
+    pooled = clip.text_model(input_ids=input_ids).pooler_output
+    return _unit(clip.text_projection(pooled))
+
+
+def _unit(features: Tensor) -> Tensor:
+    return features / features.norm(dim=-1, keepdim=True)
+
+
+def fresh_step_aware_clip(clip: CLIPModel, seed: int) -> StepAwareCLIP:
+    """An SPM to train: the weights of `clip`, and modulation that leaves every score as `clip`'s.
+
+    Linear weights of the modulation are zero, biases shift 0, scale 0 and gate 1; the timestep
+    embedder starts at N(0, 0.02).
+    """
+    spm = StepAwareCLIP(clip.config)
+    missing, unexpected = spm.model.load_state_dict(clip.state_dict(), strict=False)
+    new = ("adaLN_modulation", "t_embedder")
+    if unexpected or not all(any(part in name for part in new) for name in missing):
+        raise ValueError(f"not a CLIP state dict: missing {missing}, unexpected {unexpected}")
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for linear in (spm.model.t_embedder.mlp[0], spm.model.t_embedder.mlp[2]):
+            linear.weight.copy_(0.02 * torch.randn(linear.weight.shape, generator=generator))
+            linear.bias.zero_()
+        for module in spm.modules():
+            head = getattr(module, "adaLN_modulation", None)
+            if head is None:
+                continue
+            head[1].weight.zero_()
+            head[1].bias.zero_()
+            if isinstance(module, StepAwareEncoderLayer):
+                gates = head[1].bias.view(6, -1)
+                gates[2].fill_(1)
+                gates[5].fill_(1)
+    return spm
+
+
+def load_step_aware_clip(checkpoint: Path, config: CLIPConfig) -> StepAwareCLIP:
+    """The SPM in a .safetensors or .bin state dict, in eval mode on the CPU.
+
+    Loads strictly, and .bin files without running their pickle. Raises UserError that names the file.
+    """
+    weights = _read_state_dict(checkpoint)
+    # Old transformers saved these constant buffers; today's models do not have them.
+    weights = {k: v for k, v in weights.items() if not k.endswith("embeddings.position_ids")}
+    with torch.device("meta"):  # no second copy, no time spent on random weights
+        spm = StepAwareCLIP(config)
+    try:
+        spm.load_state_dict(weights, strict=True, assign=True)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"preference.checkpoint: {checkpoint} does not fit preference.backbone as a step-aware "
+            f"preference model: {reason}"
+        ) from error
+    for embeddings in (spm.model.text_model.embeddings, spm.model.vision_model.embeddings):
+        positions = embeddings.position_embedding.num_embeddings
+        embeddings.position_ids = torch.arange(positions).expand(1, -1)
+    return spm.requires_grad_(False).eval()
+
+
+def _read_state_dict(path: Path) -> dict[str, Tensor]:
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        # Which exception a damaged or malicious file raises depends on where the damage is.
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"preference.checkpoint: {path} cannot be read as a state dict: {reason}"
+        ) from error
+    if not isinstance(weights, dict) or not all(isinstance(v, Tensor) for v in weights.values()):
+        raise UserError(f"preference.checkpoint: {path} is not a state dict of tensors.")
+    return weights
