@@ -228,6 +228,7 @@ def main() -> int:
     parser.add_argument("--trace", type=Path, required=True, help="folder with meta.json")
     parser.add_argument("--models", type=Path, required=True, help="folder of the trace's models")
     options = parser.parse_args()
+    torch.set_num_threads(1)  # sums in one order, whatever the number of cores
     replay = Replay(options.trace, options.models)
     rollouts = replay.run()
     failed = failures(rollouts, replay.config.algorithm)

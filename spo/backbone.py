@@ -60,7 +60,7 @@ def load_pipeline(
 
     Raises UserError when weights are missing or malformed.
     """
-    options = {"torch_dtype": dtype, "revision": source.revision, "variant": source.variant}
+    options = {"dtype": dtype, "revision": source.revision, "variant": source.variant}
     if family == "sd15":
         options |= {
             "safety_checker": None,
@@ -69,7 +69,7 @@ def load_pipeline(
         }
     try:
         if source.vae is not None:
-            options["vae"] = AutoencoderKL.from_pretrained(source.vae, torch_dtype=dtype)
+            options["vae"] = AutoencoderKL.from_pretrained(source.vae, dtype=dtype)
         pipe = _PIPELINES[family].from_pretrained(source.model, **options)
     except (OSError, ValueError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]

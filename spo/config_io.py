@@ -1,4 +1,4 @@
-"""Reading and writing configs: a file, overlaid on config/base.py, becomes a typed ConfigDict."""
+"""Reading and writing configs: a file, laid over config/base.py, becomes a typed ConfigDict."""
 
 import importlib.util
 import json
@@ -23,38 +23,97 @@ def load_config(path: str) -> tuple[ConfigDict, set[str]]:
     `path` is relative to the current folder, else to the repository. Raises UserError for a
     missing or broken file, and for keys and types that config/base.py does not have.
     """
-    file = find_file(path)
-    config, nullable = _base_config()
-    values = _read_json(file) if file.suffix == ".json" else _run_python(file)
-    _overlay(config, values, nullable, str(path))
+    # Config files import each other as `from config import base`, whatever the current folder.
+    if str(REPO_ROOT) not in sys.path:
+        sys.path.insert(0, str(REPO_ROOT))
+    file = _find(path)
+    values = _read_json(file) if file.suffix == ".json" else _run_python(file).to_dict()
+
+    config = _run_python(REPO_ROOT / "config" / "base.py")
+    for key in ALSO_NONE:
+        section, name = key.split(".")
+        config[section].get_ref(name)  # a reference keeps its type while its value is None
+    nullable = {key for key, value in leaves(config).items() if value is None} | set(ALSO_NONE)
+    _overlay(config, values, nullable, source=path)
     return config, nullable
 
 
 def save_config(config: ConfigDict, path: Path) -> None:
-    """Writes a config as JSON, in its own order, that load_config reads again."""
+    """Writes a config as JSON, in its own order; load_config reads it back."""
     path.write_text(config.to_json(indent=2) + "\n")
 
 
-def find_file(path: str) -> Path:
-    """`path` under the current folder, else under the repository; UserError if it is in neither."""
-    for file in (Path(path), REPO_ROOT / path):
-        if file.is_file():
-            return file
-    raise UserError(f"config: no such file: {path}")
-
-
-def leaf_keys(config: ConfigDict, prefix: str = "") -> list[str]:
-    """Dotted names of all settings; an empty section, which may be filled at will, is one."""
-    keys = []
+def leaves(config: ConfigDict, prefix: str = "") -> dict[str, object]:
+    """All settings under their dotted names; an empty section, to be filled at will, is one."""
+    found = {}
     for name, value in config.items():
-        if isinstance(value, ConfigDict) and value:
-            keys += leaf_keys(value, f"{prefix}{name}.")
+        if _is_section(value):
+            found |= leaves(value, f"{prefix}{name}.")
         else:
-            keys.append(prefix + name)
-    return keys
+            found[prefix + name] = value
+    return found
 
 
-def suggest(key: str, keys: list[str]) -> str:
-    """The end of an "unknown key" message: the key that may have been meant."""
-    close = get_close_matches(key, keys, n=1)
+def suggest(key: str, known: list[str]) -> str:
+    """The end of a message about an unknown key: the one that may have been meant."""
+    close = [name for name in known if name.endswith(f".{key}")] or get_close_matches(key, known)
     return f"; did you mean {close[0]}?" if close else ""
+
+
+def _is_section(value: object) -> bool:
+    return isinstance(value, ConfigDict) and len(value) > 0
+
+
+def _find(path: str) -> Path:
+    for file in (Path(path), REPO_ROOT / path):
+        if file.suffix in (".py", ".json") and file.is_file():
+            return file.resolve()
+    raise UserError(f"config: no such .py or .json file: {path}")
+
+
+def _read_json(file: Path) -> dict:
+    try:
+        values = json.loads(file.read_text())
+    except ValueError as error:
+        raise UserError(f"{file}: not a JSON file: {error}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{file}: a config is a JSON object, as save_config writes it")
+    return values
+
+
+def _run_python(file: Path) -> ConfigDict:
+    """What get_config() of a config file returns, every failure a UserError with its line."""
+    spec = importlib.util.spec_from_file_location("spo_config", file)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        config = module.get_config()
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if frame.filename == str(file)]
+        place = f"{file}, line {lines[-1]}" if lines else str(file)
+        raise UserError(f"{place}: {type(error).__name__}: {error}") from error
+    if not isinstance(config, ConfigDict):
+        raise UserError(f"{file}: get_config() returned {type(config).__name__}, not a ConfigDict")
+    return config
+
+
+def _overlay(config: ConfigDict, values: dict, nullable: set[str], source: str, prefix: str = ""):
+    """Sets `values` on `config` in place; its keys and types are the only ones allowed."""
+    for name, value in values.items():
+        key = prefix + name
+        if name not in config:
+            known = [prefix + other for other in leaves(config)]
+            raise UserError(f"{source}: unknown key {key}{suggest(key, known)}")
+        if _is_section(config[name]) and isinstance(value, dict):
+            _overlay(config[name], value, nullable, source, f"{key}.")
+            continue
+        expected = config.get_type(name)
+        try:
+            # ml_collections itself takes None anywhere, and true as a number.
+            if (value is None and key not in nullable) or (type(value) is bool is not expected):
+                raise TypeError
+            config[name] = value
+        except TypeError as error:
+            message = f"{source}: {key} = {value!r}: expected {expected.__name__}"
+            raise UserError(message) from error

@@ -111,11 +111,8 @@ def dynamic_threshold(x0: Tensor, ratio: float, maximum: float) -> Tensor:
 
 def transition_std(abar: Tensor, abar_previous: Tensor, eta: float) -> Tensor:
     """sigma of the transition (eq. 16)."""
-    return (
-        eta
-        * ((1 - abar_previous) / (1 - abar)).sqrt()
-        * (1 - abar / abar_previous).clamp(min=0).sqrt()
-    )
+    variance = (1 - abar_previous) / (1 - abar) * (1 - abar / abar_previous)
+    return eta * variance.clamp(min=0).sqrt()
 
 
 def transition_mean(x0: Tensor, epsilon: Tensor, abar_previous: Tensor, sigma: Tensor) -> Tensor:

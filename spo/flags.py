@@ -1,22 +1,21 @@
 """Command lines: `--config=FILE`, `--config.key=value`, and errors of one line.
 
-    CONFIG = define_config("config/sd15.py")  # CONFIG.value is the config, locked
-    app.run(main, flags_parser=parse_flags)
+CONFIG = define_config("config/sd15.py")      # CONFIG.value is the config, locked
+app.run(main, flags_parser=parse_flags)
 """
 
 import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 from absl import app, flags
 from ml_collections import config_flags
 
-from spo.config_io import leaf_keys, load_config, suggest
+from spo.config_io import leaves, load_config, suggest
 from spo.errors import UserError
 
-# absl lists a flag under the module that defines it; these belong to the script that asks for them.
+# absl lists a flag under the module that defines it: let that be the script, not this file.
 flags.disclaim_key_flags()
 
 FLAGS = flags.FLAGS
@@ -24,7 +23,7 @@ OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]+)")
 
 
 class _OrNone(flags.ArgumentParser):
-    """An absl parser that also takes "None" (parse_flags checks that the key does)."""
+    """An absl parser that takes "None" too; parse_flags checks that the key does."""
 
     def __init__(self, parser: flags.ArgumentParser, expected: str):
         self.parser = parser
@@ -54,7 +53,7 @@ def exit_on_user_error() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -69,21 +68,23 @@ def define_config(default: str) -> flags.FlagHolder:
 
 
 def parse_flags(argv: list[str]) -> list[str]:
-    """Parses a command line for `absl.app.run`, with exit status 2 and one line for bad input."""
-    if any(argument in ("--help", "-h", "-help") for argument in argv[1:]):
+    """Parses a command line for `absl.app.run`; bad input is one line and exit status 2."""
+    if "--help" in argv:
         app.usage(shorthelp=True, writeto_stdout=True)
         sys.exit(0)
     with exit_on_user_error():
         path, argv = _take_config_path(argv)
         config, nullable = load_config(path or FLAGS["config"].default)
-        _check_keys(argv, leaf_keys(config))
-        # Takes the place of define_config's flag, and defines one for each override in argv.
-        config_flags.DEFINE_config_dict("config", config, sys_argv=argv, allow_override=True)
-        program, *positional = _parse(argv)
+        _check_keys(argv, list(leaves(config)))
+        try:
+            # Takes the place of define_config's flag, and defines a flag for each override.
+            config_flags.DEFINE_config_dict("config", config, sys_argv=argv, allow_override=True)
+            program, *positional = FLAGS(argv)
+        except flags.Error as error:
+            # absl says "flag --config.train.beta=x: expected a number".
+            raise UserError(str(error).replace("flag --config.", "config: ", 1)) from error
         if positional:
-            raise UserError(
-                f"unexpected argument {positional[0]!r}; settings are --config.key=value"
-            )
+            raise UserError(f"unexpected argument {positional[0]!r}: settings are --key=value")
         for key, value in FLAGS["config"].override_values.items():
             if value is None and key not in nullable:
                 raise UserError(f"config: {key} cannot be None")
@@ -104,15 +105,7 @@ def _take_config_path(argv: list[str]) -> tuple[str, list[str]]:
     return path, others
 
 
-def _check_keys(argv: list[str], keys: list[str]) -> None:
+def _check_keys(argv: list[str], known: list[str]) -> None:
     for match in filter(None, map(OVERRIDE.match, argv)):
-        if match[1] not in keys:
-            raise UserError(f"config: unknown key {match[1]}{suggest(match[1], keys)}")
-
-
-def _parse(argv: list[str]) -> list[str]:
-    try:
-        return FLAGS(argv)
-    except flags.Error as error:
-        # absl says "flag --config.train.beta=x: expected a number".
-        raise UserError(str(error).replace("flag --config.", "config: ", 1)) from error
+        if match[1] not in known:
+            raise UserError(f"config: unknown key {match[1]}{suggest(match[1], known)}")

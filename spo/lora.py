@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from spo.errors import UserError
@@ -102,6 +102,14 @@ def file_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
+def parameter_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse of `file_names`."""
+    return {
+        name.removeprefix("unet.").replace(".weight", _ADAPTER + "weight"): tensor
+        for name, tensor in weights.items()
+    }
+
+
 def save_lora(
     path: Path, lora: Lora, weights: Mapping[str, Tensor], metadata: Mapping[str, str]
 ) -> None:
@@ -122,4 +130,14 @@ def save_lora(
         "alpha": str(lora.alpha),
         **metadata,
     }
-    save_file(file_names(weights), path, metadata=header)
+    path.write_bytes(_sorted_header(save(file_names(weights), metadata=header)))
+
+
+def _sorted_header(file: bytes) -> bytes:
+    """A safetensors file with its metadata in order; the library writes it in a random one."""
+    length = int.from_bytes(file[:8], "little")
+    header = json.loads(file[8 : 8 + length])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the format aligns the data to 8 bytes
+    return len(text).to_bytes(8, "little") + text + file[8 + length :]

@@ -5,11 +5,14 @@ The only file besides the trainer that reads config keys.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
+from typing import Any
 
 from ml_collections import ConfigDict
 
-from spo import backbone, rollout, scorers
+from spo import rollout
 from spo.backbone import DTYPES, ModelSource
 from spo.collect import CollectSettings
 from spo.dotted import find
@@ -18,6 +21,7 @@ from spo.learner import UpdateSettings
 from spo.losses import LOSSES, LossSettings, Objective
 from spo.pairs import PairSettings
 from spo.rollout import RolloutSettings
+from spo.sampling import ImageSettings
 from spo.scorers import ScorerSource
 
 
@@ -102,3 +106,103 @@ def scorer_source(config: ConfigDict) -> ScorerSource:
 def lora_alpha(config: ConfigDict) -> int:
     """lora.alpha, or the rank where it is None."""
     return config.lora.rank if config.lora.alpha is None else config.lora.alpha
+
+
+def image_settings(config: ConfigDict) -> ImageSettings:
+    evaluation = config.eval
+    return ImageSettings(evaluation.num_steps, evaluation.guidance_scale, evaluation.seed)
+
+
+def lora_metadata(config: ConfigDict) -> dict[str, str]:
+    """What a LoRA file says of its origin; the same for equal training, wherever it ran."""
+    sections = ("pretrained", "lora", "prompts", "preference", "sample", "train")
+    recipe = {name: config[name].to_dict() for name in sections}
+    recipe |= {name: config[name] for name in ("seed", "num_epochs", "mixed_precision")}
+    text = json.dumps(recipe, sort_keys=True, default=list)
+    return {
+        "base_model": config.pretrained.model,
+        "algorithm": config.algorithm,
+        "config_sha256": hashlib.sha256(text.encode()).hexdigest(),
+    }
+
+
+def check(config: ConfigDict) -> None:
+    """Raise UserError for everything that is wrong with a config as far as no file is needed."""
+    if config.mixed_precision not in DTYPES:
+        raise UserError(
+            f"mixed_precision: {config.mixed_precision!r} is none of {', '.join(DTYPES)}."
+        )
+    _check_choices(config)
+    _check_numbers(config)
+    rollout.check_settings(rollout_settings(config), config.sample.num_steps)
+    if objective(config).shares_latents and config.sample.num_inner_steps > 0:
+        raise UserError(
+            f"sample.num_inner_steps: {config.algorithm} compares candidates of one shared x_t and "
+            "cannot use inner steps; set it to 0, or algorithm=spo."
+        )
+    if config.lora.reference == "init" and not config.lora.init_from:
+        raise UserError("lora.reference: 'init' needs lora.init_from to name a LoRA.")
+
+
+_CHOICES = {
+    "sample.final_step": ("branch", "extend"),
+    "sample.final_score_timestep": ("zero", "t"),
+    "sample.final_direction": ("window", "last"),
+    "train.ema_every": ("optimizer_step", "window"),
+    "eval.weights": ("policy", "ema"),
+    "lora.reference": ("base", "init"),
+}
+
+
+def _check_choices(config: ConfigDict) -> None:
+    for key, choices in _CHOICES.items():
+        value = _get(config, key)
+        if value not in choices:
+            raise UserError(f"{key}: {value!r} is none of {', '.join(choices)}.")
+    if config.eval.weights == "ema" and not objective(config).uses_ema:
+        raise UserError(f"eval.weights: {config.algorithm} has no EMA; use policy.")
+
+
+# What each number must be; None in the config stands for "off" or "derived" and passes.
+_RULES = (
+    (
+        "a whole number from 1",
+        lambda v: v >= 1,
+        "num_epochs save_interval lora.rank lora.alpha sample.num_steps sample.batch_size "
+        "sample.global_batch_size sample.decode_batch_size train.batch_size "
+        "train.global_batch_size train.gradient_accumulation_steps eval.num_images eval.num_steps",
+    ),
+    (
+        "0 or more",
+        lambda v: v >= 0,
+        "checkpoint_limit eval_interval prompts.num sample.guidance_scale "
+        "train.adam_weight_decay eval.guidance_scale",
+    ),
+    (
+        "above 0",
+        lambda v: v > 0,
+        "train.learning_rate train.adam_epsilon train.max_grad_norm train.beta train.grad_scale",
+    ),
+    ("from 0 to 1", lambda v: 0 <= v <= 1, "sample.threshold train.ema_decay"),
+    ("from 0 to below 1", lambda v: 0 <= v < 1, "train.adam_beta1 train.adam_beta2"),
+    ("above 0 and below 1, or None", lambda v: 0 < v < 1, "train.clip_eps"),
+    (
+        "above 0 (at 0 all candidates are the same) and at most 1",
+        lambda v: 0 < v <= 1,
+        "sample.eta",
+    ),
+)
+
+
+def _check_numbers(config: ConfigDict) -> None:
+    for wanted, holds, keys in _RULES:
+        for key in keys.split():
+            value = _get(config, key)
+            if value is not None and not (math.isfinite(value) and holds(value)):
+                raise UserError(f"{key}: {value} must be {wanted}.")
+
+
+def _get(config: ConfigDict, key: str) -> Any:
+    for name in key.split("."):
+        config = config[name]
+    return config

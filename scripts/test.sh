@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# Checks style and runs the tests, in an environment made on first use.
+#   bash scripts/test.sh [arguments of pytest]
+set -uo pipefail
+cd "$(dirname "$0")/.."
+PYTHON=$(bash scripts/setup_env.sh pytest hypothesis ruff) || exit
+status=0
+"$PYTHON" -m ruff check . || status=1
+"$PYTHON" -m ruff format --check . || status=1
+"$PYTHON" -m pytest -q "$@" || status=1
+exit $status

@@ -1,0 +1,115 @@
+"""What the processes of a run do together, on top of accelerate.
+
+Everything here works in one process as well, where it does nothing but its local part.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    broadcast_object_list,
+    gather_object,
+)
+from torch import Tensor, nn
+
+from spo.errors import UserError
+from spo.types import PreferencePairs
+
+
+class Workers:
+    """The processes of a run, seen from one of them.
+
+    Precision and gradient accumulation are the learner's affair; accelerate starts the processes and
+    wraps the UNet.
+    """
+
+    def __init__(self) -> None:
+        ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+        self.accelerator = Accelerator(mixed_precision="no", kwargs_handlers=[ddp])
+        self.device = self.accelerator.device
+        self.rank = self.accelerator.process_index
+        self.count = self.accelerator.num_processes
+        self.is_main = self.accelerator.is_main_process
+
+    def wrap(self, unet: nn.Module) -> nn.Module:
+        """The UNet for the pass with gradients: its DDP wrapper, or itself in one process."""
+        return self.accelerator.prepare_model(unet, device_placement=False)
+
+    def from_main(self, value: Any) -> Any:
+        """The main process's `value`, everywhere."""
+        return broadcast_object_list([value])[0]
+
+    def gather(self, values: list) -> list:
+        """The items of all processes' lists, in the order of their ranks."""
+        return gather_object(values)
+
+    def all_or_none(self, error: UserError | None) -> None:
+        """Raise on every process the first error that any of them met, so that none waits forever."""
+        met = [e for e in self.gather([error]) if e is not None]
+        if met:
+            raise met[0]
+
+    def sum(self, values: dict[str, Tensor]) -> dict[str, float]:
+        """Sums of scalars over all processes; every process passes the same keys."""
+        stacked = torch.stack([value.double() for value in values.values()])
+        total = self.accelerator.reduce(stacked, reduction="sum")
+        return dict(zip(values, total.tolist(), strict=True))
+
+    def deal(
+        self, pairs: PreferencePairs, generator: torch.Generator
+    ) -> tuple[PreferencePairs, int]:
+        """Shuffle the pairs of all processes together and deal them out evenly.
+
+        The permutation is drawn by the main process from its `generator`. Returns this process's
+        share, in training order, and how many pairs were left over (the last total mod processes).
+        Minibatch j of all processes together holds the same pairs whatever the number of processes.
+        """
+        counts = self.gather([len(pairs)])
+        total = sum(counts)
+        permutation = self.from_main(torch.randperm(total, generator=generator))
+        if self.count == 1:
+            return pairs.select(permutation.to(self.device)), 0
+        share = total // self.count
+        position = torch.argsort(permutation)  # of each pair in the shuffled order
+        owner, slot = position % self.count, position // self.count
+        source = torch.repeat_interleave(torch.arange(self.count), torch.tensor(counts))
+        dealt = slot < share
+        mine = source == self.rank
+        sent = [int((dealt & mine & (owner == r)).sum()) for r in range(self.count)]
+        to_me = dealt & (owner == self.rank)
+        received = [int((to_me & (source == r)).sum()) for r in range(self.count)]
+        # Sent grouped by receiver; on both sides in the order in which the pairs arose.
+        order = torch.argsort(owner[mine & dealt], stable=True)
+        index = dealt[mine].nonzero().flatten()[order]
+        arrived = self._exchange(pairs.select(index.to(self.device)), sent, received)
+        return arrived.select(torch.argsort(slot[to_me]).to(self.device)), total - share * self.count
+
+    def _exchange(
+        self, pairs: PreferencePairs, sent: list[int], received: list[int]
+    ) -> PreferencePairs:
+        def exchange(rows: Tensor) -> Tensor:
+            result = rows.new_empty(sum(received), *rows.shape[1:])
+            dist.all_to_all_single(result, rows.contiguous(), received, sent)
+            return result
+
+        conditioning = pairs.conditioning
+        pooled = conditioning.pooled_prompt_embeds
+        return replace(
+            pairs,
+            **{name: exchange(tensor) for name, tensor in pairs.tensors().items()},
+            conditioning=replace(
+                conditioning,
+                prompt_embeds=exchange(conditioning.prompt_embeds),
+                pooled_prompt_embeds=None if pooled is None else exchange(pooled),
+            ),
+        )
+
+    def close(self) -> None:
+        """Leave the process group."""
+        self.accelerator.end_training()

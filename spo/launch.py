@@ -1,0 +1,139 @@
+"""Starts a training script on all GPUs of the machine, after checking its command line.
+
+python -m spo.launch train_sd15.py [--num_processes N] [--config=FILE] [--config.key=value ...]
+"""
+
+import argparse
+import os
+import runpy
+import shlex
+import sys
+from pathlib import Path
+
+try:
+    from ml_collections import ConfigDict
+
+    from spo.batching import BatchPlan, fit_batches
+    from spo.errors import UserError
+    from spo.flags import exit_on_user_error, parse_flags
+except ModuleNotFoundError as error:  # a machine where nothing is installed yet
+    print(
+        f"error: {sys.executable} has no {error.name}: run `bash scripts/setup_env.sh` first, or, "
+        "without a GPU, `bash launch_tiny.sh`, which trains a tiny model on the CPU",
+        file=sys.stderr,
+    )
+    sys.exit(2)
+
+ACCELERATE_CONFIGS = Path(__file__).resolve().parents[1] / "config" / "accelerate"
+
+
+def main() -> None:
+    """Checks, prints and becomes the command that trains; bad input is one line and status 2."""
+    options, script_args = parse_options()
+    with exit_on_user_error():
+        config = parse_script_args(options.script, script_args)
+        num_processes, launcher = cpu_launcher(options) if options.cpu else gpu_launcher(options)
+        print(plan_batches(config, num_processes).describe())
+    command = [sys.executable, *launcher, options.script, *script_args]
+    print("$", shlex.join(command), flush=True)
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, num_cores() // num_processes)))
+    os.execv(sys.executable, command)
+
+
+def parse_options() -> tuple[argparse.Namespace, list[str]]:
+    """The launcher's own options, and the arguments that go to the script."""
+    parser = argparse.ArgumentParser(
+        prog="python -m spo.launch",
+        description="Starts a training script on all GPUs of this machine.",
+        epilog="All other arguments go to the script: --config=FILE, --config.train.beta=5, ...",
+        allow_abbrev=False,
+    )
+    parser.add_argument("script", help="training script, e.g. train_sd15.py")
+    parser.add_argument("--num_processes", type=int, help="GPUs to use (default: all)")
+    parser.add_argument("--cpu", action="store_true", help="run on the CPU, in one process or more")
+    parser.add_argument("--accelerate_config", help="accelerate YAML file to use instead of ours")
+    parser.add_argument("--machine_rank", type=int, help="several machines: number of this one")
+    parser.add_argument("--main_process_ip", help="several machines: address of the first")
+    parser.add_argument("--main_process_port", type=int, help="several machines: port of the first")
+    options, script_args = parser.parse_known_args()
+    if options.num_processes is not None and options.num_processes < 1:
+        parser.error("--num_processes must be at least 1")
+    return options, script_args
+
+
+def parse_script_args(script: str, script_args: list[str]) -> ConfigDict:
+    """The config that the script will see, by the script's own flags and defaults."""
+    if not Path(script).is_file():
+        raise UserError(f"no such script: {script}")
+    config_flag = runpy.run_path(script)["CONFIG"]
+    parse_flags([script, *script_args])
+    return config_flag.value
+
+
+def cpu_launcher(options: argparse.Namespace) -> tuple[int, list[str]]:
+    """The number of processes, and the arguments of Python that start a script in them."""
+    os.environ["ACCELERATE_USE_CPU"] = "true"
+    num_processes = options.num_processes or 1
+    if num_processes == 1:
+        return 1, []
+    # `accelerate launch --cpu` starts more than one process under MPI only.
+    torchrun = ["-m", "torch.distributed.run", "--standalone"]
+    return num_processes, [*torchrun, f"--nproc_per_node={num_processes}"]
+
+
+def gpu_launcher(options: argparse.Namespace) -> tuple[int, list[str]]:
+    """The number of processes on all machines, and the arguments of Python that start this one's.
+
+    Raises UserError where GPUs, the accelerate file or the first machine's address are missing.
+    """
+    import torch  # slow, and not needed to find a mistake on the command line
+    from accelerate.commands.config import load_config_from_file
+
+    num_gpus = torch.cuda.device_count()
+    if num_gpus == 0:
+        raise UserError("no GPU found; without one, `bash launch_tiny.sh` trains a tiny model")
+
+    ours = "one_gpu.yaml" if (options.num_processes or num_gpus) == 1 else "four_gpus.yaml"
+    file = Path(options.accelerate_config or ACCELERATE_CONFIGS / ours)
+    if not file.is_file():
+        raise UserError(f"--accelerate_config: no such file: {file}")
+    settings = load_config_from_file(str(file))
+    default = settings.num_processes if options.accelerate_config else num_gpus
+    num_processes = options.num_processes or default
+    if num_processes > num_gpus * settings.num_machines:
+        raise UserError(
+            f"{num_processes} processes on {settings.num_machines} machine(s) of {num_gpus} "
+            "GPU(s): a process needs a GPU; see --num_processes"
+        )
+    if settings.num_machines > 1 and not (options.main_process_ip or settings.main_process_ip):
+        raise UserError(f"{file} is for several machines: --main_process_ip is missing")
+
+    launcher = ["-m", "accelerate.commands.launch", "--quiet", f"--config_file={file}"]
+    launcher.append(f"--num_processes={num_processes}")
+    for name in ("machine_rank", "main_process_ip", "main_process_port"):
+        if getattr(options, name) is not None:
+            launcher.append(f"--{name}={getattr(options, name)}")
+    return num_processes, launcher
+
+
+def plan_batches(config: ConfigDict, num_processes: int) -> BatchPlan:
+    """The sizes that the trainer will choose."""
+    return fit_batches(
+        num_processes,
+        config.sample.batch_size,
+        config.sample.global_batch_size,
+        config.train.batch_size,
+        config.train.global_batch_size,
+        config.train.gradient_accumulation_steps,
+    )
+
+
+def num_cores() -> int:
+    """Cores that this process may use, where the system tells; else those of the machine."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+if __name__ == "__main__":
+    main()

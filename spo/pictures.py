@@ -1,0 +1,72 @@
+"""Pictures that people look at: labelled grids of images."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+_MARGIN = 6  # pixels between cells
+_CAPTION_LINES = 2
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One image of a grid, the text below it, and the colour of its frame, if any."""
+
+    image: Image.Image
+    caption: str = ""
+    frame: str | None = None
+
+
+def to_pil(images: Tensor) -> list[Image.Image]:
+    """PIL images of a tensor (n, 3, H, W) in [-1, 1]; values outside are clamped."""
+    pixels = (images.float() / 2 + 0.5).clamp(0, 1).mul(255).round().byte()
+    return [Image.fromarray(np.asarray(p)) for p in pixels.permute(0, 2, 3, 1).cpu()]
+
+
+def grid(
+    rows: Sequence[Sequence[Cell]], title: str, labels: Sequence[str] = (), side: int = 256
+) -> Image.Image:
+    """Rows of cells under a title; `labels` stand left of the rows. Images are scaled to `side`."""
+    font = ImageFont.load_default(size=max(11, side // 18))
+    line = font.size + 3
+    left = max((int(font.getlength(label)) for label in labels), default=0) + 2 * _MARGIN
+    cell_height = side + _CAPTION_LINES * line + _MARGIN
+    width = left + max(len(row) for row in rows) * (side + _MARGIN)
+    top = line * 2
+    width = max(width, int(font.getlength(title)) + 2 * _MARGIN)
+    sheet = Image.new("RGB", (width, top + len(rows) * cell_height), "white")
+    draw = ImageDraw.Draw(sheet)
+    draw.text((_MARGIN, _MARGIN), title, fill="black", font=font)
+    for r, row in enumerate(rows):
+        y = top + r * cell_height
+        if labels:
+            draw.text((_MARGIN, y + side // 2), labels[r], fill="black", font=font)
+        for c, cell in enumerate(row):
+            x = left + c * (side + _MARGIN)
+            _draw_cell(sheet, draw, cell, (x, y), side, font)
+    return sheet
+
+
+def _draw_cell(
+    sheet: Image.Image,
+    draw: ImageDraw.ImageDraw,
+    cell: Cell,
+    corner: tuple[int, int],
+    side: int,
+    font: ImageFont.FreeTypeFont,
+) -> None:
+    x, y = corner
+    # Small images are shown as the pixels they are, large ones smoothly.
+    method = Image.Resampling.NEAREST if cell.image.width < side else Image.Resampling.LANCZOS
+    sheet.paste(cell.image.resize((side, side), method), corner)
+    if cell.frame:
+        draw.rectangle((x, y, x + side - 1, y + side - 1), outline=cell.frame, width=side // 40 + 2)
+    characters = max(8, int(side / font.getlength("n")))
+    lines = textwrap.wrap(cell.caption, characters, max_lines=_CAPTION_LINES, placeholder=" …")
+    draw.multiline_text((x, y + side + 2), "\n".join(lines), fill="black", font=font, spacing=3)

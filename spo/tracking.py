@@ -1,0 +1,98 @@
+"""Where the numbers and pictures of a run go: its directory, and the tracker the user chose."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
+from PIL import Image
+
+from spo.errors import UserError
+
+TRACKERS = ("wandb", "tensorboard", "none")
+METRICS = "metrics.jsonl"
+
+
+def check_tracker(name: str) -> None:
+    """Raise UserError unless `name` is a tracker that is installed."""
+    if name not in TRACKERS:
+        raise UserError(f"tracker.name: {name!r} is none of {', '.join(TRACKERS)}.")
+    if name == "tensorboard":
+        try:
+            import torch.utils.tensorboard  # noqa: F401
+        except ImportError as error:
+            raise UserError(
+                'tracker.name: tensorboard is not installed; pip install "spo[tensorboard]", or '
+                "tracker.name=none."
+            ) from error
+
+
+def wandb_mode() -> str:
+    """The mode wandb will run in: the user's, or offline where no API key is set."""
+    if os.environ.get("WANDB_MODE"):
+        return os.environ["WANDB_MODE"]
+    import wandb
+
+    return "online" if wandb.api.api_key else "offline"
+
+
+def _start_tracker(name: str, project: str, run_dir: Path) -> GeneralTracker:
+    if name == "tensorboard":
+        tracker = TensorBoardTracker(project, logging_dir=run_dir)
+    else:
+        mode = wandb_mode()
+        if mode == "offline":
+            print(f"wandb: offline, no API key is set; later: wandb sync {run_dir}/wandb/offline-*")
+        tracker = WandBTracker(project, name=run_dir.name, dir=str(run_dir), mode=mode)
+    tracker.start()
+    return tracker
+
+
+class Tracking:
+    """Metrics and pictures of a run; used on the main process alone."""
+
+    def __init__(self, run_dir: Path, tracker: str, project: str, config: dict[str, Any]) -> None:
+        self._run_dir = run_dir
+        self._tracker = None if tracker == "none" else _start_tracker(tracker, project, run_dir)
+        if self._tracker is not None:
+            self._tracker.store_init_configuration(_flat(config))
+
+    def log(self, metrics: dict[str, Any], step: int) -> None:
+        """Append a line to metrics.jsonl and tell the tracker."""
+        with (self._run_dir / METRICS).open("a") as file:
+            file.write(json.dumps(metrics) + "\n")
+        if self._tracker is not None:
+            self._tracker.log(_flat(metrics), step=step)
+
+    def picture(self, name: str, image: Image.Image, step: int) -> Path:
+        """Save a picture as `name`.png in the run directory and show it to the tracker."""
+        path = self._run_dir / f"{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image.save(path)
+        if self._tracker is not None:
+            wandb = self._tracker.name == "wandb"
+            pictures = [image] if wandb else np.asarray(image)[None]
+            self._tracker.log_images({path.parent.name: pictures}, step=step)
+        return path
+
+    def close(self) -> None:
+        """Finish the tracker's run."""
+        if self._tracker is not None:
+            self._tracker.finish()
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as one, keys joined by "/", with only values that every tracker takes."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}/")
+        elif isinstance(value, bool | int | float | str):
+            flat[prefix + key] = value
+        else:
+            flat[prefix + key] = str(value)
+    return flat

@@ -1,0 +1,82 @@
+"""How the paper's global batch is shared out on other numbers of processes."""
+
+import pytest
+
+from spo.batching import fit_batches
+from spo.errors import UserError
+
+SD15 = {
+    "sample_batch_size": 10,
+    "sample_global_batch_size": 40,
+    "train_batch_size": 10,
+    "train_global_batch_size": 40,
+    "gradient_accumulation_steps": 1,
+}
+SDXL = SD15 | {
+    "sample_batch_size": 2,
+    "sample_global_batch_size": 8,
+    "train_batch_size": 1,
+    "train_global_batch_size": 16,
+}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "processes", "slices", "slice_size", "minibatch", "accumulation"),
+    [
+        (SD15, 1, 4, 10, 10, 4),
+        (SD15, 2, 2, 10, 10, 2),
+        (SD15, 4, 1, 10, 10, 1),
+        (SD15, 5, 1, 8, 8, 1),
+        (SD15, 8, 1, 5, 5, 1),
+        (SD15, 40, 1, 1, 1, 1),
+        (SDXL, 1, 4, 2, 1, 16),
+        (SDXL, 2, 2, 2, 1, 8),
+        (SDXL, 4, 1, 2, 1, 4),
+        (SDXL, 8, 1, 1, 1, 2),
+        # 40 does not divide by 7: 5 is the largest size below that does.
+        (SD15 | {"sample_batch_size": 7, "train_batch_size": 7}, 1, 8, 5, 5, 8),
+    ],
+)
+def test_global_numbers_stay(sizes, processes, slices, slice_size, minibatch, accumulation):
+    plan = fit_batches(processes, **sizes)
+    assert (plan.slices, plan.slice_size) == (slices, slice_size)
+    assert (plan.minibatch_size, plan.accumulation_steps) == (minibatch, accumulation)
+    assert plan.prompts_per_rollout == sizes["sample_global_batch_size"]
+    assert plan.pairs_per_update == sizes["train_global_batch_size"]
+
+
+def test_none_takes_the_sizes_as_they_are():
+    sizes = {"sample_global_batch_size": None, "train_global_batch_size": None}
+    plan = fit_batches(3, **(SD15 | sizes | {"gradient_accumulation_steps": 2}))
+    assert (plan.slices, plan.slice_size, plan.prompts_per_rollout) == (1, 10, 30)
+    assert (plan.minibatch_size, plan.accumulation_steps, plan.pairs_per_update) == (10, 2, 60)
+
+
+def test_an_impossible_count_names_those_that_work_and_both_keys():
+    with pytest.raises(UserError) as error:
+        fit_batches(3, **SD15)
+    assert ": 1, 2, 4, 5, 8, 10, 20, 40;" in str(error.value)
+    assert "--config.sample.global_batch_size=None" in str(error.value)
+    assert "--config.train.global_batch_size=None" in str(error.value)
+
+
+def test_the_error_names_only_the_constraint_that_breaks():
+    with pytest.raises(UserError) as error:
+        fit_batches(16, **SDXL)  # 16 pairs do, 8 prompts do not
+    assert "sample.global_batch_size = 8" in str(error.value)
+    assert ": 1, 2, 4, 8;" in str(error.value)
+    assert "train.global_batch_size" not in str(error.value)
+    assert fit_batches(16, **(SDXL | {"sample_global_batch_size": None})).pairs_per_update == 16
+
+
+@pytest.mark.parametrize("argument", list(SD15))
+def test_sizes_below_one_are_named(argument):
+    with pytest.raises(UserError, match=argument.partition("_")[2]):
+        fit_batches(1, **(SD15 | {argument: 0}))
+
+
+def test_describe():
+    assert fit_batches(4, **SDXL).describe() == (
+        "4 processes: 2 prompts x 1 slice each per rollout (8 in all); "
+        "minibatch 1 x 4 processes x 4 accumulation steps = 16 pairs per update"
+    )

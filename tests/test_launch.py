@@ -1,0 +1,154 @@
+"""The launcher: what it starts on GPUs and on the CPU, and what it says instead."""
+
+import os
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.commands.config import load_config_from_file
+
+from spo.errors import UserError
+from spo.launch import ACCELERATE_CONFIGS, gpu_launcher
+
+ROOT = Path(__file__).resolve().parents[1]
+
+SCRIPT = """
+from absl import app
+from spo.flags import define_config, parse_flags
+
+CONFIG = define_config("config/sd15.py")
+
+def main(_):
+    import os
+    import torch
+    from accelerate import Accelerator
+
+    accelerator = Accelerator()
+    total = accelerator.reduce(torch.ones(1)).item()
+    print(f"world {accelerator.num_processes} sum {total:.0f} on {accelerator.device.type} "
+          f"seed {CONFIG.value.seed} threads {os.environ['OMP_NUM_THREADS']}", flush=True)
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=parse_flags)
+"""
+
+
+def start(*arguments, cwd=ROOT):
+    """Starts the launcher without the settings that a test runner may have in its environment."""
+    unwanted = ("OMP_NUM_THREADS", "ACCELERATE_USE_CPU")
+    env = {key: value for key, value in os.environ.items() if key not in unwanted}
+    return subprocess.Popen(
+        [sys.executable, "-m", "spo.launch", *arguments],
+        cwd=cwd,
+        env=env | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def options(**given):
+    names = "num_processes accelerate_config machine_rank main_process_ip main_process_port"
+    return Namespace(**(dict.fromkeys(names.split()) | given))
+
+
+def test_a_mistake_is_one_line_before_anything_starts():
+    process = start("--cpu", "train_sd15.py", "--config.train.betta=5")
+    out, err = process.communicate()
+    assert process.returncode == 2 and out == ""
+    assert err == "error: config: unknown key train.betta; did you mean train.beta?\n"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_without_a_gpu_it_names_launch_tiny():
+    env = os.environ | {"PYTHON": sys.executable}
+    command = ["bash", str(ROOT / "launch_sd15.sh")]
+    result = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert result.returncode == 2 and result.stdout == ""
+    assert "bash launch_tiny.sh" in result.stderr and result.stderr.count("\n") == 1
+
+
+def test_a_process_count_that_cannot_work_is_refused():
+    process = start("--cpu", "--num_processes=3", "train_sd15.py")
+    out, err = process.communicate()
+    assert process.returncode == 2 and out == ""
+    assert "1, 2, 4, 5, 8, 10, 20, 40" in err and err.count("\n") == 1
+
+
+def test_two_launches_of_two_cpu_processes_at_the_same_time(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    arguments = ("--cpu", str(script), "--num_processes", "2", "--config.seed=5")
+    processes = [start(*arguments, cwd=tmp_path) for _ in range(2)]
+    for process in processes:
+        out, err = process.communicate()
+        assert process.returncode == 0, err
+        assert out.startswith("2 processes: 10 prompts x 2 slices each per rollout (40 in all)")
+        assert out.count("world 2 sum 2 on cpu seed 5 threads ") == 2
+
+
+def test_one_cpu_process_keeps_the_exit_status_of_the_script(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT.replace("import os\n", "raise SystemExit(7)\n", 1))
+    process = start("--cpu", str(script))
+    process.communicate()
+    assert process.returncode == 7
+
+
+@pytest.mark.parametrize(
+    ("gpus", "given", "processes", "file"),
+    [
+        (1, {}, 1, "one_gpu.yaml"),
+        (4, {}, 4, "four_gpus.yaml"),
+        (8, {}, 8, "four_gpus.yaml"),
+        (8, {"num_processes": 2}, 2, "four_gpus.yaml"),
+        (8, {"num_processes": 1}, 1, "one_gpu.yaml"),
+    ],
+)
+def test_gpus_choose_the_accelerate_file(monkeypatch, gpus, given, processes, file):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    num_processes, launcher = gpu_launcher(options(**given))
+    assert num_processes == processes
+    assert launcher[-2:] == [
+        f"--config_file={ACCELERATE_CONFIGS / file}",
+        f"--num_processes={processes}",
+    ]
+
+
+def test_two_machines(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    file = str(ACCELERATE_CONFIGS / "two_nodes_of_four.yaml")
+    address = {"machine_rank": 1, "main_process_ip": "10.0.0.1"}
+    num_processes, launcher = gpu_launcher(options(accelerate_config=file, **address))
+    assert num_processes == 8
+    assert launcher[-3:] == [
+        "--num_processes=8",
+        "--machine_rank=1",
+        "--main_process_ip=10.0.0.1",
+    ]
+    with pytest.raises(UserError, match="--main_process_ip is missing"):
+        gpu_launcher(options(accelerate_config=file))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"num_processes": 3}, "3 processes on 1 machine"),
+        ({"accelerate_config": "missing.yaml"}, "no such file: missing.yaml"),
+    ],
+)
+def test_gpus_that_are_not_there(monkeypatch, given, message):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(UserError, match=message):
+        gpu_launcher(options(**given))
+
+
+def test_accelerate_reads_its_files():
+    processes = {
+        file.name: load_config_from_file(str(file)).num_processes
+        for file in ACCELERATE_CONFIGS.glob("*.yaml")
+    }
+    assert processes == {"one_gpu.yaml": 1, "four_gpus.yaml": 4, "two_nodes_of_four.yaml": 8}

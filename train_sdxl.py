@@ -1,0 +1,21 @@
+"""Trains SDXL; `bash launch_sdxl.sh` runs this on every GPU.
+
+python train_sdxl.py [--config=config/spo_sdxl.py] [--config.train.beta=5 ...]
+"""
+
+from absl import app
+
+from spo.flags import define_config, exit_on_user_error, parse_flags
+
+CONFIG = define_config("config/sdxl.py")
+
+
+def main(_):
+    from spo.trainer import train  # here, so that a bad command line fails before torch loads
+
+    with exit_on_user_error():
+        train(CONFIG.value)
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=parse_flags)
