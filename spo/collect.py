@@ -11,7 +11,7 @@ from torch import Tensor
 from spo.backbone import Backbone
 from spo.ddim import DDIMSchedule
 from spo.errors import RunError
-from spo.pairs import PairSettings, concatenate_pairs, preference_gap, select_pairs
+from spo.pairs import PairSettings, concatenate_pairs, select_pairs
 from spo.rollout import RolloutSettings, stepwise_rollout
 from spo.scorers import Scorer
 from spo.types import Candidates, Conditioning, PreferencePairs
@@ -103,19 +103,3 @@ def check_scores(comparisons: Sequence[Comparison], prompts: Sequence[str]) -> N
                 "the scorer or the sampler overflowed: try mixed_precision=bf16 or "
                 "preference.dtype=float32, or lower train.learning_rate."
             )
-
-
-def score_statistics(comparisons: Sequence[Comparison]) -> dict[str, Tensor]:
-    """Sums over (comparison, prompt) of score mean, spread and win margin, and their number.
-
-    Keys `score_mean`, `score_spread` (standard deviation over the candidates), `win_margin` (softmax
-    probability of the best less that of the worst) and `count`; scalars.
-    """
-    scores = torch.stack([comparison.scores for comparison in comparisons])  # (c, K, B)
-    gaps = torch.stack([preference_gap(comparison.scores) for comparison in comparisons])
-    return {
-        "score_mean": scores.mean(dim=1).sum(),
-        "score_spread": scores.std(dim=1).sum(),
-        "win_margin": gaps.sum(),
-        "count": torch.tensor(float(gaps.numel()), device=gaps.device),
-    }

@@ -1,0 +1,70 @@
+"""Everything that can be found wrong before a model is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from spo import backbone, scorers, settings, tracking
+from spo.batching import BatchPlan, fit_batches
+from spo.lora_files import find_lora
+from spo.prompts import PromptSet, read_prompts
+from spo.run_dir import find_checkpoint, open_run_dir, run_name
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """What a run needs to know before it loads its models."""
+
+    plan: BatchPlan
+    prompts: PromptSet
+    validation_prompts: tuple[str, ...]
+    run_dir: Path
+    checkpoint: Path | None  # to resume from
+
+
+def batch_plan(config: ConfigDict, num_processes: int) -> BatchPlan:
+    """Sizes of rollouts and updates on `num_processes` processes."""
+    return fit_batches(
+        num_processes,
+        config.sample.batch_size,
+        config.sample.global_batch_size,
+        config.train.batch_size,
+        config.train.global_batch_size,
+        config.train.gradient_accumulation_steps,
+    )
+
+
+def read_training_prompts(config: ConfigDict) -> PromptSet:
+    prompts = config.prompts
+    return read_prompts(
+        prompts.source,
+        split=prompts.split,
+        column=prompts.column,
+        num=prompts.num,
+        seed=prompts.seed,
+    )
+
+
+def read_validation_prompts(config: ConfigDict) -> tuple[str, ...]:
+    prompts = read_prompts(config.eval.prompts, key="eval.prompts").prompts
+    return prompts[: config.eval.num_images]
+
+
+def preflight(config: ConfigDict, num_processes: int) -> Preflight:
+    """Check config and files, read the prompts and open the run directory; UserError in one line."""
+    settings.check(config)
+    tracking.check_tracker(config.tracker.name)
+    plan = batch_plan(config, num_processes)
+    run_dir = Path(config.logdir) / run_name(config)
+    checkpoint = find_checkpoint(run_dir, config.resume_from)
+    backbone.check_source(settings.model_source(config), config.family)
+    scorers.check_source(settings.scorer_source(config))
+    if config.lora.init_from:
+        find_lora(config.lora.init_from)
+    validation_prompts = read_validation_prompts(config) if config.eval_interval else ()
+    prompts = read_training_prompts(config)
+    open_run_dir(run_dir, config)
+    return Preflight(plan, prompts, validation_prompts, run_dir, checkpoint)
