@@ -58,7 +58,9 @@ def get_config() -> ConfigDict:
         "hf://SPO-Diffusion-Models/Step-Aware_Preference_Models/"
         "sd-v1-5_step-aware_preference_model.bin"
     )
-    preference.backbone = "yuvalkirstain/PickScore_v1"  # CLIP (architecture; weights of "pickscore")
+    preference.backbone = (
+        "yuvalkirstain/PickScore_v1"  # CLIP (architecture; weights of "pickscore")
+    )
     preference.processor = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # tokenizer, image processor
     preference.dtype = "float32"  # of the scorer's weights: "float32", "float16" or "bfloat16"
     preference.kwargs = ConfigDict()  # keyword arguments of a "module:factory"
@@ -71,7 +73,9 @@ def get_config() -> ConfigDict:
     sample.num_candidates = 4  # K: candidates drawn at each branching step (paper: 4)
     sample.branch_from = 4  # first step that branches: step 4 of 20 is t = 751 (paper: t <= 750)
     sample.num_inner_steps = 0  # further steps of each candidate before comparing (SPO on SDXL: 3)
-    sample.threshold = 0.3  # pairs are kept if softmax probabilities differ by more (paper: 0.3/0.4)
+    sample.threshold = (
+        0.3  # pairs are kept if softmax probabilities differ by more (paper: 0.3/0.4)
+    )
     sample.final_step = "branch"  # "branch": the last step draws K candidates as any other;
     # "extend": each candidate of the window before takes it once (the official SDXL code)
     sample.final_score_timestep = "zero"  # final latents are scored at "zero", or at the last "t"
@@ -89,7 +93,9 @@ def get_config() -> ConfigDict:
     train.global_batch_size = placeholder(int)  # pairs of one optimizer step over all GPUs: batch x
     # GPUs x accumulation; None: train.batch_size and the accumulation below are taken as they are
     train.gradient_accumulation_steps = 1  # used where global_batch_size is None, else derived
-    train.gradient_checkpointing = False  # recompute UNet activations: less memory, about 1/3 slower
+    train.gradient_checkpointing = (
+        False  # recompute UNet activations: less memory, about 1/3 slower
+    )
     train.learning_rate = 6e-5  # AdamW (paper: 6e-5 SD1.5, 1e-5 SDXL), constant
     train.adam_beta1 = 0.9
     train.adam_beta2 = 0.999
@@ -100,7 +106,9 @@ def get_config() -> ConfigDict:
     train.clip_eps = 0.1  # likelihood ratios are clipped to 1 +- clip_eps; None: no clipping
     train.grad_scale = 0.5  # gamma, strength of the gradient guidance (paper: 0.5); GradSPO only
     train.ema_decay = 0.9  # mu: ema = mu ema + (1 - mu) policy (paper: 0.9); GradSPO only
-    train.ema_every = "optimizer_step"  # EMA moves at each "optimizer_step"; or by "window": when the
+    train.ema_every = (
+        "optimizer_step"  # EMA moves at each "optimizer_step"; or by "window": when the
+    )
     # rollout's minibatch count is a multiple of the accumulation (the official code)
 
     # ---- validation images ---------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """GradSPO on Stable Diffusion 1.5, the paper's main run: 4 x A100 80 GB.
 
-    bash launch_sd15.sh
+bash launch_sd15.sh
 """
 
 from config import base

@@ -1,6 +1,6 @@
 """GradSPO on SDXL 1.0, as in the paper: 4 x A100 80 GB.
 
-    bash launch_sdxl.sh
+bash launch_sdxl.sh
 """
 
 from config import base

@@ -1,6 +1,6 @@
 """SPO (the baseline GradSPO builds on) on Stable Diffusion 1.5.
 
-    bash launch_sd15.sh --config=config/spo_sd15.py
+bash launch_sd15.sh --config=config/spo_sd15.py
 """
 
 from config import sd15

@@ -1,6 +1,6 @@
 """SPO (the baseline GradSPO builds on) on SDXL 1.0.
 
-    bash launch_sdxl.sh --config=config/spo_sdxl.py
+bash launch_sdxl.sh --config=config/spo_sdxl.py
 """
 
 from config import sdxl

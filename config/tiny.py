@@ -1,6 +1,6 @@
 """GradSPO on the embedded tiny Stable Diffusion: a minute on a CPU.
 
-    bash launch_tiny.sh
+bash launch_tiny.sh
 """
 
 from config import base

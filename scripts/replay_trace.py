@@ -1,6 +1,7 @@
 """Replay a recorded run of the official code through the functions that training calls.
 
-    python scripts/replay_trace.py --trace tests/data/golden/gradspo_sd15 --models tests/data/golden/models
+    cd tests/data/golden
+    python ../../../scripts/replay_trace.py --trace gradspo_sd15 --models models
 
 Prints one JSON object with the largest absolute deviation of every quantity in every rollout, and
 exits with status 1 where one is past its tolerance. Of the trace's tensors, only the initial LoRA

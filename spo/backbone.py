@@ -1,22 +1,24 @@
 """SD1.5 or SDXL behind one interface: load, encode prompts, guided prediction, decode.
 
-The only file that knows which family a model is of. Another base model is another `_FAMILIES` entry.
+The only file that knows which family a model is of. Another base model is another entry of `_PIPELINES`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, StableDiffusionXLPipeline
-from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import Tensor, nn
 
 from spo.ddim import DDIMSchedule, make_schedule
 from spo.errors import UserError
-from spo.hub import PREFETCH
+from spo.hub import PREFETCH, resolve_file
 from spo.types import Conditioning
 
 _PIPELINES = {"sd15": StableDiffusionPipeline, "sdxl": StableDiffusionXLPipeline}
@@ -37,14 +39,19 @@ def check_source(source: ModelSource, family: str) -> None:
     """Raise UserError unless `source` is a pipeline of `family`; reads one small json file."""
     if family not in _PIPELINES:
         raise UserError(f"family: {family!r} is none of {', '.join(_PIPELINES)}.")
-    try:
-        index = DiffusionPipeline.load_config(source.model, revision=source.revision)
-    except (OSError, ValueError) as error:
+    if Path(source.model).is_dir():
+        name = str(Path(source.model) / "model_index.json")
+    elif re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source.model):
+        name = f"hf://{source.model}/model_index.json"
+    else:
         raise UserError(
-            f"pretrained.model: {source.model!r} is neither a diffusers folder nor a Hub model that "
-            "can be reached (no model_index.json); name such a folder, or download the model first: "
-            "python scripts/prefetch.py --config=..."
-        ) from error
+            f"pretrained.model: {source.model!r} is neither a folder nor a Hub id user/name."
+        )
+    file = resolve_file(name, "pretrained.model", source.revision)
+    try:
+        index = json.loads(file.read_text())
+    except ValueError as error:
+        raise UserError(f"pretrained.model: {file} is not a JSON file: {error}") from error
     found, wanted = index.get("_class_name"), _PIPELINES[family].__name__
     if found != wanted:
         raise UserError(
@@ -74,8 +81,8 @@ def load_pipeline(
     except (OSError, ValueError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(
-            f"pretrained: {source.model!r} (vae {source.vae!r}) cannot be loaded: {reason} "
-            "To download and check it: python scripts/prefetch.py --config=..."
+            f"pretrained: {source.model!r} (vae {source.vae!r}) cannot be loaded ({reason}); to "
+            f"download and check it: {PREFETCH}"
         ) from error
     # SDXL's own VAE overflows in fp16 and its config says so; SD1.5's does not and has the same flag.
     if family == "sdxl" and dtype == torch.float16 and pipe.vae.config.force_upcast:

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from ml_collections import ConfigDict
+
 from spo.errors import UserError
 
 MAX_PROCESSES = 64  # how far an error looks for process counts that work
@@ -34,6 +36,18 @@ class BatchPlan:
             f"all); minibatch {self.minibatch_size} x {processes} x {accumulation} = "
             f"{self.pairs_per_update} pairs per update"
         )
+
+
+def plan_batches(config: ConfigDict, num_processes: int) -> BatchPlan:
+    """The sizes that `config` makes on `num_processes` processes; raises what `fit_batches` does."""
+    return fit_batches(
+        num_processes,
+        config.sample.batch_size,
+        config.sample.global_batch_size,
+        config.train.batch_size,
+        config.train.global_batch_size,
+        config.train.gradient_accumulation_steps,
+    )
 
 
 def fit_batches(

@@ -88,7 +88,9 @@ class Workers:
         order = torch.argsort(owner[mine & dealt], stable=True)
         index = dealt[mine].nonzero().flatten()[order]
         arrived = self._exchange(pairs.select(index.to(self.device)), sent, received)
-        return arrived.select(torch.argsort(slot[to_me]).to(self.device)), total - share * self.count
+        return arrived.select(
+            torch.argsort(slot[to_me]).to(self.device)
+        ), total - share * self.count
 
     def _exchange(
         self, pairs: PreferencePairs, sent: list[int], received: list[int]

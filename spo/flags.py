@@ -4,6 +4,7 @@ CONFIG = define_config("config/sd15.py")      # CONFIG.value is the config, lock
 app.run(main, flags_parser=parse_flags)
 """
 
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -49,12 +50,13 @@ config_flags.register_flag_parser_for_type(str, _OrNone(flags.ArgumentParser(), 
 
 @contextmanager
 def exit_on_user_error() -> Iterator[None]:
-    """Turns a UserError into one line on stderr and exit status 2."""
+    """Turns a UserError into one line on stderr, of the first process, and its exit status."""
     try:
         yield
     except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+        if os.environ.get("RANK", "0") == "0":  # set where several processes were started
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(error.exit_status)
 
 
 def define_config(default: str) -> flags.FlagHolder:

@@ -13,7 +13,7 @@ _SCHEME = "hf://"
 PREFETCH = "python scripts/prefetch.py --config=..."
 
 
-def resolve_file(spec: str, key: str) -> Path:
+def resolve_file(spec: str, key: str, revision: str | None = None) -> Path:
     """The local path of `spec`, a path or hf://user/repo/file, downloaded where need be.
 
     Raises UserError that names the config `key`, and for the Hub the repo, the file and the command
@@ -29,7 +29,7 @@ def resolve_file(spec: str, key: str) -> Path:
         raise UserError(f"{key}: {spec!r} is not of the form hf://user/repo/file.")
     repo, name = "/".join(parts[:2]), parts[2]
     try:
-        return Path(hf_hub_download(repo, name))
+        return Path(hf_hub_download(repo, name, revision=revision))
     except LocalEntryNotFoundError as error:
         raise UserError(
             f"{key}: {name} of {repo} is not in the local cache and the Hub cannot be reached; "

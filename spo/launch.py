@@ -13,7 +13,7 @@ from pathlib import Path
 try:
     from ml_collections import ConfigDict
 
-    from spo.batching import BatchPlan, fit_batches
+    from spo.batching import plan_batches
     from spo.errors import UserError
     from spo.flags import exit_on_user_error, parse_flags
 except ModuleNotFoundError as error:  # a machine where nothing is installed yet
@@ -114,18 +114,6 @@ def gpu_launcher(options: argparse.Namespace) -> tuple[int, list[str]]:
         if getattr(options, name) is not None:
             launcher.append(f"--{name}={getattr(options, name)}")
     return num_processes, launcher
-
-
-def plan_batches(config: ConfigDict, num_processes: int) -> BatchPlan:
-    """The sizes that the trainer will choose."""
-    return fit_batches(
-        num_processes,
-        config.sample.batch_size,
-        config.sample.global_batch_size,
-        config.train.batch_size,
-        config.train.global_batch_size,
-        config.train.gradient_accumulation_steps,
-    )
 
 
 def num_cores() -> int:

@@ -29,9 +29,7 @@ class LossSettings:
     eta: float
 
 
-LossFunction = Callable[
-    [NoisePredictions, PreferencePairs, DDIMSchedule, LossSettings], LossOutput
-]
+LossFunction = Callable[[NoisePredictions, PreferencePairs, DDIMSchedule, LossSettings], LossOutput]
 
 
 @dataclass(frozen=True)
@@ -40,7 +38,9 @@ class Objective:
 
     loss: LossFunction
     uses_ema: bool  # the EMA LoRA draws the candidates and makes a third prediction
-    shares_latents: bool  # win and lose must start from one x_t: only branching transitions are used
+    shares_latents: (
+        bool  # win and lose must start from one x_t: only branching transitions are used
+    )
 
 
 def gradspo_loss(

@@ -18,7 +18,9 @@ class PairSettings:
     threshold: float  # sample.threshold
     keep_all_final: bool  # sample.keep_all_final
     direction_from_last: bool  # sample.final_direction == "last"
-    branching_only: bool  # only the window's first transition makes a pair (Objective.shares_latents)
+    branching_only: (
+        bool  # only the window's first transition makes a pair (Objective.shares_latents)
+    )
     one_x_t: bool  # win and lose of every pair share x_t, which is then kept once
 
 

@@ -32,13 +32,14 @@ def to_pil(images: Tensor) -> list[Image.Image]:
 def grid(
     rows: Sequence[Sequence[Cell]], title: str, labels: Sequence[str] = (), side: int = 256
 ) -> Image.Image:
-    """Rows of cells under a title; `labels` stand left of the rows. Images are scaled to `side`."""
+    """Rows of cells under a title; `labels` stand left of the rows, in one or more lines each."""
     font = ImageFont.load_default(size=max(11, side // 18))
-    line = font.size + 3
-    left = max((int(font.getlength(label)) for label in labels), default=0) + 2 * _MARGIN
-    cell_height = side + _CAPTION_LINES * line + _MARGIN
+    line_height = font.size + 3
+    lines = [line for label in labels for line in label.splitlines()]
+    left = max((int(font.getlength(line)) for line in lines), default=0) + 2 * _MARGIN
+    cell_height = side + _CAPTION_LINES * line_height + _MARGIN
     width = left + max(len(row) for row in rows) * (side + _MARGIN)
-    top = line * 2
+    top = 2 * line_height
     width = max(width, int(font.getlength(title)) + 2 * _MARGIN)
     sheet = Image.new("RGB", (width, top + len(rows) * cell_height), "white")
     draw = ImageDraw.Draw(sheet)
@@ -46,7 +47,7 @@ def grid(
     for r, row in enumerate(rows):
         y = top + r * cell_height
         if labels:
-            draw.text((_MARGIN, y + side // 2), labels[r], fill="black", font=font)
+            draw.multiline_text((_MARGIN, y + side // 3), labels[r], fill="black", font=font)
         for c, cell in enumerate(row):
             x = left + c * (side + _MARGIN)
             _draw_cell(sheet, draw, cell, (x, y), side, font)

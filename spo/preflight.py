@@ -8,7 +8,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from spo import backbone, scorers, settings, tracking
-from spo.batching import BatchPlan, fit_batches
+from spo.batching import BatchPlan, plan_batches
 from spo.lora_files import find_lora
 from spo.prompts import PromptSet, read_prompts
 from spo.run_dir import find_checkpoint, open_run_dir, run_name
@@ -23,18 +23,6 @@ class Preflight:
     validation_prompts: tuple[str, ...]
     run_dir: Path
     checkpoint: Path | None  # to resume from
-
-
-def batch_plan(config: ConfigDict, num_processes: int) -> BatchPlan:
-    """Sizes of rollouts and updates on `num_processes` processes."""
-    return fit_batches(
-        num_processes,
-        config.sample.batch_size,
-        config.sample.global_batch_size,
-        config.train.batch_size,
-        config.train.global_batch_size,
-        config.train.gradient_accumulation_steps,
-    )
 
 
 def read_training_prompts(config: ConfigDict) -> PromptSet:
@@ -57,7 +45,7 @@ def preflight(config: ConfigDict, num_processes: int) -> Preflight:
     """Check config and files, read the prompts and open the run directory; UserError in one line."""
     settings.check(config)
     tracking.check_tracker(config.tracker.name)
-    plan = batch_plan(config, num_processes)
+    plan = plan_batches(config, num_processes)
     run_dir = Path(config.logdir) / run_name(config)
     checkpoint = find_checkpoint(run_dir, config.resume_from)
     backbone.check_source(settings.model_source(config), config.family)

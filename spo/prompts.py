@@ -1,8 +1,6 @@
 """Prompts: read from a file or a dataset, drawn with a seed, shuffled for each epoch."""
 
-import csv
 import hashlib
-import io
 import json
 import logging
 import os
@@ -13,12 +11,11 @@ from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from tqdm import tqdm
 
 from spo.errors import UserError
+from spo.prompt_files import READERS, check_column, file_rows
 from spo.seeding import derive_seed
 
 HUB_ID = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*")
@@ -68,7 +65,7 @@ def read_prompts(
         if path.is_dir() and source:
             return _draw(_collect(source, _dataset_rows(str(path), split, column)), num, seed)
         if path.suffix.lower() in READERS or path.is_file():
-            return _draw(_collect(source, _file_rows(path, column)), num, seed)
+            return _draw(_collect(source, file_rows(path, column)), num, seed)
         if not HUB_ID.fullmatch(source):
             raise UserError(f"no file or folder {source!r}, and no id of a Hub dataset either")
         return _read_hub(source, split, column, num, seed)
@@ -114,99 +111,6 @@ def _draw(found: PromptSet, num: int, seed: int) -> PromptSet:
     return replace(found, prompts=tuple(found.prompts[i] for i in drawn), seed=seed)
 
 
-# ---- files -----------------------------------------------------------------------------------
-
-
-def _file_rows(path: Path, column: str) -> Iterator[object]:
-    reader = READERS.get(path.suffix.lower())
-    if reader is None:
-        raise UserError(f"{path}: unknown kind of file; known are {', '.join(READERS)}")
-    if not path.is_file():
-        raise UserError(f"no file {path} (the working directory is {Path.cwd()})")
-    try:
-        yield from reader(path, column)
-    except (OSError, ValueError, RecursionError, csv.Error, pa.ArrowException) as error:
-        raise UserError(f"cannot read {path}: {error}") from error
-
-
-def _check_column(where: object, column: str, names: Collection[object]) -> None:
-    if column not in names:
-        there = ", ".join(sorted(map(repr, names))[:20]) or "none at all"
-        raise UserError(f"{where} has no column {column!r} (there: {there}); set prompts.column")
-
-
-def _text(path: Path) -> str:
-    content = path.read_bytes()
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise ValueError(f"line {line} is not UTF-8; save the file as UTF-8") from error
-
-
-def _txt_rows(path: Path, column: str) -> Iterator[str]:
-    # Not str.splitlines, which also splits at characters that a prompt may hold, as U+2028.
-    return io.StringIO(_text(path))
-
-
-def _json_rows(path: Path, column: str) -> list[object]:
-    content = json.loads(_text(path))
-    if isinstance(content, dict):
-        _check_column(path, column, content)
-        content = content[column]
-    if not isinstance(content, list):
-        raise ValueError(f"no list of strings or of {{{column!r}: ...}} in it")
-    return _pick(path, column, content)
-
-
-def _jsonl_rows(path: Path, column: str) -> list[object]:
-    rows = []
-    for number, line in enumerate(_txt_rows(path, column), start=1):
-        try:
-            rows.append(json.loads(line.strip() or '""'))
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"line {number} is not JSON: {error}") from error
-    return _pick(path, column, rows)
-
-
-def _pick(path: Path, column: str, rows: list[object]) -> list[object]:
-    names = {name for row in rows if isinstance(row, dict) for name in row}
-    if names:
-        _check_column(path, column, names)
-    return [row.get(column) if isinstance(row, dict) else row for row in rows]
-
-
-def _csv_rows(path: Path, column: str) -> Iterator[object]:
-    reader = csv.DictReader(io.StringIO(_text(path), newline=""), strict=True)
-    try:
-        _check_column(path, column, reader.fieldnames or ())
-        for row in reader:
-            if any(row.get(None, ())):  # an unquoted comma would cut the prompt short, unseen
-                raise ValueError(f"line {reader.line_num} has too many fields; quote its commas")
-            yield row[column]
-    except csv.Error as error:  # line_num is still that of the last good row
-        raise ValueError(f"row at line {reader.line_num + 1}: {error}") from error
-
-
-def _parquet_rows(path: Path, column: str) -> Iterator[object]:
-    with pq.ParquetFile(path) as file:
-        _check_column(path, column, file.schema_arrow.names)
-        for batch in file.iter_batches(columns=[column]):
-            yield from batch.column(0).to_pylist()
-
-
-READERS = {
-    ".json": _json_rows,
-    ".jsonl": _jsonl_rows,
-    ".txt": _txt_rows,
-    ".csv": _csv_rows,
-    ".parquet": _parquet_rows,
-}
-
-
-# ---- datasets --------------------------------------------------------------------------------
-
-
 def _dataset_rows(source: str, split: str, column: str) -> Iterator[object]:
     try:
         rows = _open_dataset(source, split, column)
@@ -236,11 +140,11 @@ def _open_dataset(source: str, split: str, column: str):  # -> Dataset | Iterabl
             if split not in saved:
                 raise UserError(f"{source} has no split {split!r}, only {', '.join(saved)}")
             saved = saved[split]
-        _check_column(source, column, saved.column_names)
+        check_column(source, column, saved.column_names)
         return saved.select_columns([column])
     rows = datasets.load_dataset(source, split=split, streaming=True)
     names = rows.column_names or list(next(iter(rows), {}))  # some formats tell only by a row
-    _check_column(source, column, names)
+    check_column(source, column, names)
     try:  # Parquet fetches the one column only, and so no images
         return datasets.load_dataset(source, split=split, streaming=True, columns=[column])
     except (TypeError, ValueError):  # other formats do not know `columns`
@@ -252,7 +156,7 @@ def _read_hub(source: str, split: str, column: str, num: int, seed: int) -> Prom
     cache = _cache_file(source, split, column, num, seed)
     if cache.exists():
         try:
-            kept = _collect(f"{source}, as drawn before in {cache}", _file_rows(cache, "caption"))
+            kept = _collect(f"{source}, as drawn before in {cache}", file_rows(cache, "caption"))
             if kept.rows == len(kept.prompts) and num in (0, kept.rows):
                 return kept
             reason = f"wanted {num:,} unique prompts: {kept.describe()}"

@@ -174,7 +174,9 @@ def load_scorer(source: ScorerSource, device: torch.device) -> Scorer:
     try:
         return factory(device=device, **source.kwargs)
     except TypeError as error:
-        raise UserError(f"preference.kwargs: {source.scorer} does not take them: {error}") from error
+        raise UserError(
+            f"preference.kwargs: {source.scorer} does not take them: {error}"
+        ) from error
 
 
 def _cannot_load(key: str, name: str, error: Exception) -> str:

@@ -73,10 +73,12 @@ class Tracking:
         path = self._run_dir / f"{name}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         image.save(path)
-        if self._tracker is not None:
-            wandb = self._tracker.name == "wandb"
-            pictures = [image] if wandb else np.asarray(image)[None]
-            self._tracker.log_images({path.parent.name: pictures}, step=step)
+        tag = path.parent.name
+        if isinstance(self._tracker, TensorBoardTracker):
+            pixels = np.asarray(image)[None]
+            self._tracker.log_images({tag: pixels}, step=step, dataformats="NHWC")
+        elif self._tracker is not None:
+            self._tracker.log_images({tag: [image]}, step=step)
         return path
 
     def close(self) -> None:

@@ -77,9 +77,7 @@ class Trainer:
         if workers.is_main:
             drop_metrics_after(self.run_dir, self.position.rollouts)
             tracker = config.tracker
-            self.tracking = Tracking(
-                self.run_dir, tracker.name, tracker.project, config.to_dict()
-            )
+            self.tracking = Tracking(self.run_dir, tracker.name, tracker.project, config.to_dict())
 
     def _make_learner(self) -> Learner:
         config = self.config
@@ -263,7 +261,9 @@ class Trainer:
             name = self.config.eval.weights
             self.tracking.picture(
                 f"validation/epoch_{epochs:04d}_{name}",
-                grid([row[i : i + 4] for i in range(0, len(row), 4)], f"{name} LoRA, epoch {epochs}"),
+                grid(
+                    [row[i : i + 4] for i in range(0, len(row), 4)], f"{name} LoRA, epoch {epochs}"
+                ),
                 step=self.position.rollouts,
             )
 

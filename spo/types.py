@@ -1,6 +1,6 @@
 """What the stages of a training iteration exchange.
 
-Letters in shapes: B prompts, K candidates, n pairs, (C, h, w) one latent, L tokens, D embedding width.
+Letters in shapes: B prompts, K candidates, n pairs, (C, h, w) one latent, L tokens, D width.
 """
 
 from __future__ import annotations

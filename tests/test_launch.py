@@ -30,6 +30,7 @@ def main(_):
     total = accelerator.reduce(torch.ones(1)).item()
     print(f"world {accelerator.num_processes} sum {total:.0f} on {accelerator.device.type} "
           f"seed {CONFIG.value.seed} threads {os.environ['OMP_NUM_THREADS']}", flush=True)
+    accelerator.end_training()  # a process group left open aborts some exits
 
 if __name__ == "__main__":
     app.run(main, flags_parser=parse_flags)

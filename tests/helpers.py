@@ -1,0 +1,110 @@
+"""What several test files need to build their cases."""
+
+from pathlib import Path
+
+import torch
+
+from spo.backbone import Backbone, ModelSource
+from spo.ddim import DDIMSchedule
+from spo.lora import Lora, add_lora
+from spo.scorers import ScorerSource
+from spo.types import Conditioning, PreferencePairs
+
+GOLDEN = Path(__file__).parent / "data" / "golden"
+MODELS = GOLDEN / "models"
+PROMPTS = ("a fox reading a map", "tiny house in a meadow", "blue whale above the clouds")
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+
+
+def model_folder(family: str) -> str:
+    return str(MODELS / f"tiny-{family}")
+
+
+def load_backbone(family: str, mixed_precision: str = "no") -> Backbone:
+    source = ModelSource(model_folder(family))
+    return Backbone(source, family, mixed_precision, torch.device("cpu"))
+
+
+def scorer_source(scorer: str, **changes) -> ScorerSource:
+    clip = str(MODELS / "tiny-clip")
+    values = {
+        "scorer": scorer,
+        "checkpoint": str(MODELS / "tiny-spm.bin"),
+        "backbone": clip,
+        "processor": clip,
+        "dtype": "float32",
+        "kwargs": {},
+    }
+    return ScorerSource(**(values | changes))
+
+
+def randn(*shape: int, seed: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def two_point_schedule(abar: float, abar_previous: float) -> DDIMSchedule:
+    """One transition, from t = 1 at `abar` to t' = 0 at `abar_previous`."""
+    return DDIMSchedule(
+        timesteps=(1,),
+        stride=1,
+        alphas_cumprod=torch.tensor([abar_previous, abar]),
+        prediction_type="epsilon",
+        clip_range=None,
+        threshold_ratio=None,
+        threshold_max=1.0,
+    )
+
+
+def make_pairs(
+    latents: torch.Tensor,
+    noises: torch.Tensor,
+    next_latents: torch.Tensor,
+    timesteps: list[int],
+    conditioning: Conditioning | None = None,
+) -> PreferencePairs:
+    """Pairs of the given values; a loss does not look at their conditioning."""
+    n = len(timesteps)
+    return PreferencePairs(
+        timesteps=torch.tensor(timesteps),
+        latents=latents,
+        noises=noises,
+        next_latents=next_latents,
+        prompt_ids=torch.arange(n),
+        conditioning=conditioning or Conditioning(torch.zeros(n, 1, 1), torch.zeros(1, 1, 1)),
+    )
+
+
+def random_pairs(
+    backbone: Backbone, timesteps: list[int], seed: int, latents_each: int = 1
+) -> PreferencePairs:
+    """One pair per timestep for `backbone`: random latents, a plausible x_t' for each noise."""
+    n = len(timesteps)
+    latents = randn(n, latents_each, *backbone.latent_shape, seed=seed)
+    noises = randn(n, 2, *backbone.latent_shape, seed=seed + 1)
+    prompts = [PROMPTS[i % len(PROMPTS)] for i in range(n)]
+    return make_pairs(
+        latents, noises, latents + 0.1 * noises, timesteps, backbone.encode_prompts(prompts)
+    )
+
+
+def add_tiny_lora(
+    backbone: Backbone, rank: int = 4, alpha: int | None = None, seed: int = 0
+) -> Lora:
+    return add_lora(backbone.unet, rank, rank if alpha is None else alpha, ATTENTION, seed)
+
+
+def random_weights(lora: Lora, seed: int) -> dict[str, torch.Tensor]:
+    """LoRA weights, both factors drawn: large enough to change every prediction."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: 0.3 * torch.randn(p.shape, generator=generator) for name, p in lora.parameters.items()
+    }
+
+
+@torch.no_grad()
+def unet_output(backbone: Backbone) -> torch.Tensor:
+    """What the UNet says, as it stands, to two fixed latents."""
+    conditioning = backbone.encode_prompts(PROMPTS[:2])
+    latents = randn(2, *backbone.latent_shape, seed=99)
+    timesteps = torch.tensor([751, 101])
+    return backbone.predict(backbone.unet, latents, timesteps, conditioning, 1.0)

@@ -1,0 +1,236 @@
+"""Whole runs: what they leave behind, that they repeat, resume, and agree over processes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+from PIL import Image
+from safetensors.torch import load_file
+
+from config import tiny
+from spo.errors import RunError
+from spo.preflight import preflight
+from spo.trainer import train
+
+ROOT = Path(__file__).resolve().parent.parent
+MODELS = ROOT / "tests" / "data" / "golden" / "models"
+LORA = "pytorch_lora_weights.safetensors"
+TIMING = ("seconds_rollout", "seconds_train", "images_per_second", "peak_memory_gib")
+
+
+@pytest.fixture
+def config(tmp_path, monkeypatch):
+    """The tiny config made smaller: four prompts, two rollouts of two in each of two epochs."""
+    monkeypatch.chdir(ROOT)
+    config = tiny.get_config()
+    config.update_from_flattened_dict(
+        {
+            "logdir": str(tmp_path),
+            "run_name": "run",
+            "prompts.num": 4,
+            "num_epochs": 2,
+            "eval.num_images": 2,
+            "eval.num_steps": 4,
+            "sample.batch_size": 2,
+            "sample.num_steps": 8,
+            "sample.branch_from": 2,
+            "sample.threshold": 0.0,
+            "train.batch_size": 4,
+        }
+    )
+    return config
+
+
+def read_metrics(run_dir):
+    """Lines of metrics.jsonl without what no two runs share."""
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in TIMING} for line in lines]
+
+
+def image_of(pipe):
+    generator = torch.Generator().manual_seed(0)
+    result = pipe("a red fox", num_inference_steps=2, generator=generator, output_type="np")
+    return torch.as_tensor(result.images)
+
+
+def test_launch_script_leaves_everything_in_the_run_directory(tmp_path):
+    command = ["bash", "launch_tiny.sh", f"--config.logdir={tmp_path}", "--config.run_name=run"]
+    command += ["--config.num_epochs=1", "--config.prompts.num=8", "--config.eval.num_images=2"]
+    command += ["--config.tracker.name=tensorboard"]
+    result = subprocess.run(
+        command,
+        cwd=ROOT,
+        env=os.environ | {"PYTHON": sys.executable},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    run_dir = tmp_path / "run"
+    for name in (LORA, "metrics.jsonl"):
+        assert str(run_dir / name) in result.stdout
+    for name in ("config.json", f"ema/{LORA}", f"checkpoints/epoch_0001/{LORA}"):
+        assert (run_dir / name).is_file()
+    assert sorted(p.name for p in (run_dir / "validation").iterdir()) == [
+        "epoch_0000_policy.png",
+        "epoch_0001_policy.png",
+    ]
+    assert any("tfevents" in p.name for p in run_dir.rglob("*"))
+    (line,) = read_metrics(run_dir)
+    assert line["updates"] == line["minibatches"] > 0
+    assert sum(line["pairs_at"].values()) == line["pairs"] <= line["comparisons"] == 8 * 16
+    for key in ("loss", "win_ratio", "lose_ratio", "grad_norm", "score_spread", "ema_distance"):
+        assert line[key] > 0
+
+    pipe = StableDiffusionPipeline.from_pretrained(ROOT / "assets" / "tiny" / "sd15")
+    before = image_of(pipe)
+    pipe.load_lora_weights(run_dir)
+    assert (image_of(pipe) - before).abs().max() > 1e-4
+
+
+def test_runs_repeat_bit_for_bit_wherever_they_write(config, tmp_path):
+    config.num_epochs = 1
+    train(config.copy_and_resolve_references())
+    again = config.copy_and_resolve_references()
+    again.run_name, again.tracker.name, again.eval_interval = "again", "tensorboard", 0
+    train(again)
+    for name in (LORA, f"ema/{LORA}", f"checkpoints/epoch_0001/{LORA}"):
+        assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+    other = config.copy_and_resolve_references()
+    other.run_name, other.seed = "other", 43
+    train(other)
+    assert (tmp_path / "run" / LORA).read_bytes() != (tmp_path / "other" / LORA).read_bytes()
+
+
+def test_resumed_run_is_the_run_that_was_not_interrupted(config, tmp_path):
+    # 22 minibatches an epoch: the checkpoint holds half an accumulated gradient.
+    config.train.gradient_accumulation_steps = 4
+    train(config.copy_and_resolve_references())
+    first = config.copy_and_resolve_references()
+    first.run_name, first.num_epochs = "resumed", 1
+    train(first)
+    rest = config.copy_and_resolve_references()
+    rest.run_name, rest.resume_from = "resumed", "auto"
+    with (tmp_path / "resumed" / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"rollout": 3, "loss": "of a rollout after the checkpoint"}) + "\n")
+    train(rest)
+    whole, resumed = tmp_path / "run", tmp_path / "resumed"
+    assert (whole / f"ema/{LORA}").read_bytes() != (whole / LORA).read_bytes()
+    for name in ("policy", "ema"):
+        file = LORA if name == "policy" else f"ema/{LORA}"
+        expected, found = load_file(whole / file), load_file(resumed / file)
+        assert all(torch.equal(expected[key], found[key]) for key in expected)
+    assert read_metrics(whole) == read_metrics(resumed)
+    assert len(read_metrics(whole)) == 4
+    grids = [run / "validation" / "epoch_0002_policy.png" for run in (whole, resumed)]
+    assert grids[0].read_bytes() == grids[1].read_bytes()
+
+
+def test_two_processes_train_what_one_trains(config, tmp_path):
+    """Slices are seeded by their place, and minibatches of all processes hold the same pairs."""
+    overrides = {
+        "logdir": tmp_path,
+        "num_epochs": 1,
+        "eval_interval": 0,
+        "prompts.num": 5,  # the last rollout has one prompt: a process without any
+        "sample.batch_size": 2,
+        "sample.global_batch_size": 4,
+        "sample.num_steps": 8,
+        "sample.branch_from": 2,
+        "sample.threshold": 0.0,
+        "train.batch_size": 3,
+        "train.global_batch_size": 6,
+    }
+    for count in (1, 2):
+        command = [sys.executable, "-m", "spo.launch", "--cpu", "train_sd15.py"]
+        command += [f"--num_processes={count}", "--config=config/tiny.py"]
+        command += [f"--config.{key}={value}" for key, value in overrides.items()]
+        command += [f"--config.run_name={count}"]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        subprocess.run(
+            command, cwd=ROOT, env=environment, check=True, capture_output=True, timeout=300
+        )
+    one, two = (load_file(tmp_path / str(count) / LORA) for count in (1, 2))
+    moved = load_file(tmp_path / "1" / f"ema/{LORA}")
+    assert max((one[key] - moved[key]).abs().max() for key in one) > 1e-3
+    for key in one:
+        torch.testing.assert_close(one[key], two[key], atol=2e-4, rtol=0)
+    lines = [read_metrics(tmp_path / str(count)) for count in (1, 2)]
+    assert [line["pairs"] for line in lines[0]] == [line["pairs"] for line in lines[1]] == [24, 6]
+    assert [line["updates"] for line in lines[0]] == [line["updates"] for line in lines[1]]
+
+
+@pytest.mark.parametrize("algorithm", ["gradspo", "spo"])
+def test_sdxl_trains_through_the_same_code(config, tmp_path, algorithm):
+    config.update_from_flattened_dict(
+        {
+            "algorithm": algorithm,
+            "family": "sdxl",
+            "pretrained.model": str(MODELS / "tiny-sdxl"),
+            "num_epochs": 1,
+            "sample.num_inner_steps": 2 if algorithm == "spo" else 0,
+            "lora.rank": 2,
+            "lora.alpha": 4,
+        }
+    )
+    train(config)
+    pipe = StableDiffusionXLPipeline.from_pretrained(MODELS / "tiny-sdxl")
+    before = image_of(pipe)
+    pipe.load_lora_weights(tmp_path / "run")
+    assert (image_of(pipe) - before).abs().max() > 1e-4
+
+
+def test_warm_start_begins_and_compares_with_the_given_lora(config, tmp_path):
+    config.num_epochs = 1
+    train(config.copy_and_resolve_references())
+    warm = config.copy_and_resolve_references()
+    warm.run_name, warm.lora.init_from, warm.lora.reference = "warm", str(tmp_path / "run"), "init"
+    warm.train.learning_rate = 1e-12
+    train(warm)
+    start, end = load_file(tmp_path / "run" / LORA), load_file(tmp_path / "warm" / LORA)
+    for key in start:
+        torch.testing.assert_close(start[key], end[key], atol=1e-7, rtol=0)
+    # Policy and reference are the same network: ratio 1 at every pair.
+    assert all(
+        line["win_ratio"] == pytest.approx(1, abs=1e-6) for line in read_metrics(tmp_path / "warm")
+    )
+    cold = Image.open(tmp_path / "run/validation/epoch_0000_policy.png")
+    first = Image.open(tmp_path / "warm/validation/epoch_0000_policy.png")
+    assert cold.tobytes() != first.tobytes()
+
+
+def test_a_score_that_is_not_finite_stops_the_run_and_names_step_and_prompt(config, tmp_path):
+    bad = "a red fox in the snow"
+    config.preference.scorer = "tests.scorers_for_tests:brightness"
+    prompts = preflight(config, 1).prompts.prompts
+    (tmp_path / "run" / "config.json").unlink()
+    # One epoch is 2 rollouts of 6 comparisons, decoded in one slice each.
+    with config.unlocked():
+        config.preference.kwargs = {"bad_prompt": prompts[0], "after": 12}
+    with pytest.raises(RunError, match=r"not finite at t = \d+") as caught:
+        train(config)
+    assert prompts[0] in str(caught.value) and bad not in prompts[1:2]
+    checkpoint = tmp_path / "run" / "checkpoints" / "epoch_0001" / LORA
+    assert all(tensor.isfinite().all() for tensor in load_file(checkpoint).values())
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_prompts(config, monkeypatch):
+    from spo import losses
+
+    own = losses.LOSSES["gradspo"].loss
+
+    def broken(*arguments):
+        output = own(*arguments)
+        object.__setattr__(output, "loss", output.loss * torch.nan)
+        return output
+
+    monkeypatch.setitem(
+        losses.LOSSES, "gradspo", losses.Objective(broken, uses_ema=True, shares_latents=True)
+    )
+    with pytest.raises(RunError, match=r"loss or gradient is not finite at step \d+, t = \["):
+        train(config)
