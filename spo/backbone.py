@@ -1,6 +1,6 @@
 """SD1.5 or SDXL behind one interface: load, encode prompts, guided prediction, decode.
 
-The only file that knows which family a model is of. Another base model is another entry of `_PIPELINES`.
+The only file that knows which family a model is of. Another family is another entry of `_PIPELINES`.
 """
 
 from __future__ import annotations
@@ -39,15 +39,9 @@ def check_source(source: ModelSource, family: str) -> None:
     """Raise UserError unless `source` is a pipeline of `family`; reads one small json file."""
     if family not in _PIPELINES:
         raise UserError(f"family: {family!r} is none of {', '.join(_PIPELINES)}.")
-    if Path(source.model).is_dir():
-        name = str(Path(source.model) / "model_index.json")
-    elif re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source.model):
-        name = f"hf://{source.model}/model_index.json"
-    else:
-        raise UserError(
-            f"pretrained.model: {source.model!r} is neither a folder nor a Hub id user/name."
-        )
-    file = resolve_file(name, "pretrained.model", source.revision)
+    if source.vae is not None:
+        _model_file(source.vae, "config.json", "pretrained.vae")
+    file = _model_file(source.model, "model_index.json", "pretrained.model", source.revision)
     try:
         index = json.loads(file.read_text())
     except ValueError as error:
@@ -58,6 +52,15 @@ def check_source(source: ModelSource, family: str) -> None:
             f"pretrained.model: {source.model!r} is a {found}, but family={family!r} needs a "
             f"{wanted}; change pretrained.model or family."
         )
+
+
+def _model_file(model: str, name: str, key: str, revision: str | None = None) -> Path:
+    """The local path of file `name` of a model, a folder or the Hub id user/name."""
+    if Path(model).is_dir():
+        return resolve_file(str(Path(model) / name), key)
+    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model):
+        return resolve_file(f"hf://{model}/{name}", key, revision)
+    raise UserError(f"{key}: {model!r} is neither a folder nor a Hub id user/name.")
 
 
 def load_pipeline(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from spo import ddim
 from spo.backbone import Backbone
 from spo.ddim import DDIMSchedule
-from spo.ema import update_ema
+from spo.ema import distance, update_ema
 from spo.lora import Lora
 from spo.losses import LossSettings, Objective
 from spo.types import LossOutput, NoisePredictions, PreferencePairs
@@ -34,6 +34,11 @@ class Step:
     output: LossOutput
     grad_norm: Tensor | None  # () before clipping, where the minibatch completed an update
     skipped: bool = False  # the fp16 gradients overflowed and the update was left out
+
+    def is_finite(self) -> bool:
+        """Whether loss and gradient, where it was used, are finite numbers."""
+        used = self.grad_norm is not None and not self.skipped
+        return bool(self.output.loss.isfinite() and (not used or self.grad_norm.isfinite()))
 
 
 class Learner:
@@ -69,7 +74,15 @@ class Learner:
 
     def sampler(self) -> contextlib.AbstractContextManager:
         """Within the context the UNet is the network that draws candidates."""
-        return self.lora.using(self.ema) if self.ema is not None else contextlib.nullcontext()
+        return self.network("policy" if self.ema is None else "ema")
+
+    def network(self, name: str) -> contextlib.AbstractContextManager:
+        """Within the context the UNet is the "policy" or the "ema"."""
+        return self.lora.using(self.ema) if name == "ema" else contextlib.nullcontext()
+
+    def ema_distance(self) -> float | None:
+        """Euclidean distance of the EMA LoRA from the policy's; None without EMA."""
+        return None if self.ema is None else distance(self.ema, self.lora.parameters).item()
 
     def predict(self, pairs: PreferencePairs) -> NoisePredictions:
         """Guided epsilon predictions of all networks at the pairs' x_t; the policy's with gradients."""

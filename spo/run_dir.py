@@ -36,7 +36,7 @@ def find_checkpoint(run_dir: Path, resume_from: str) -> Path | None:
         if not Path(resume_from).is_dir():
             raise UserError(f"resume_from: no checkpoint folder {resume_from!r}.")
         return Path(resume_from)
-    if (run_dir / CONFIG).exists():
+    if (run_dir / METRICS).exists() or checkpoints(run_dir):
         raise UserError(
             f"run_name: {run_dir} already holds a run; choose another run_name, or go on with it by "
             "resume_from=auto."

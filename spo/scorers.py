@@ -64,61 +64,59 @@ class ImagePreparation:
         return (images - mean) / std
 
 
-class _CLIPScorer:
-    """Tokenizer and image preparation of a CLIP, common to both scorers below."""
+class CLIPInputs:
+    """Tokenizer and image preparation of a CLIP, from a Hub id or folder."""
 
-    def __init__(self, processor: str, device: torch.device) -> None:
+    def __init__(self, processor: str) -> None:
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(processor)
             image_processor = CLIPImageProcessor.from_pretrained(processor)
         except (OSError, ValueError) as error:
-            raise UserError(_cannot_load("preference.processor", processor, error)) from error
-        self._prepare = ImagePreparation.of_processor(image_processor)
-        self._device = device
+            raise _cannot_load("preference.processor", processor, error) from error
+        self.prepare = ImagePreparation.of_processor(image_processor)
 
-    def _tokenize(self, prompts: Sequence[str]) -> Tensor:
-        # The tokenizer's own length: 77 for the real models.
+    def tokenize(self, prompts: Sequence[str]) -> Tensor:
+        """Token ids (B, L), padded and truncated to the tokenizer's own length L."""
         encoded = self._tokenizer(
             list(prompts), padding="max_length", truncation=True, return_tensors="pt"
         )
-        return encoded.input_ids.to(self._device)
+        return encoded.input_ids
 
 
-class StepAwareScorer(_CLIPScorer):
+class StepAwareScorer:
     """The step-aware preference model."""
 
-    def __init__(self, spm: StepAwareCLIP, processor: str, device: torch.device) -> None:
-        super().__init__(processor, device)
-        self._spm = spm.to(device)
+    def __init__(self, spm: StepAwareCLIP, inputs: CLIPInputs, device: torch.device) -> None:
+        self._spm, self._inputs, self._device = spm.to(device), inputs, device
         self._dtype = spm.model.visual_projection.weight.dtype
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
-        return self._spm.text_features(self._tokenize(prompts))
+        return self._spm.text_features(self._inputs.tokenize(prompts).to(self._device))
 
     @torch.no_grad()
     def score(self, images: Tensor, prompt_features: Tensor, timestep: int) -> Tensor:
-        pixels = self._prepare(images).to(self._dtype)
+        pixels = self._inputs.prepare(images).to(self._dtype)
         timesteps = torch.full((len(images),), timestep, device=images.device)
         return self._spm.score(pixels, timesteps, prompt_features).float()
 
 
-class PickScoreScorer(_CLIPScorer):
+class PickScoreScorer:
     """Plain PickScore (Kirstain et al., arXiv 2305.01569), which ignores the timestep."""
 
-    def __init__(self, clip: CLIPModel, processor: str, device: torch.device) -> None:
-        super().__init__(processor, device)
-        self._clip = clip.to(device).requires_grad_(False).eval()
+    def __init__(self, clip: CLIPModel, inputs: CLIPInputs, device: torch.device) -> None:
+        self._clip = clip.requires_grad_(False).eval().to(device)
+        self._inputs, self._device = inputs, device
         self._dtype = clip.visual_projection.weight.dtype
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
-        return text_features(self._clip, self._tokenize(prompts))
+        return text_features(self._clip, self._inputs.tokenize(prompts).to(self._device))
 
     @torch.no_grad()
     def score(self, images: Tensor, prompt_features: Tensor, timestep: int) -> Tensor:
-        pooled = self._clip.vision_model(self._prepare(images).to(self._dtype)).pooler_output
-        features = self._clip.visual_projection(pooled)
+        pixels = self._inputs.prepare(images).to(self._dtype)
+        features = self._clip.visual_projection(self._clip.vision_model(pixels).pooler_output)
         cosine = F.cosine_similarity(features, prompt_features, dim=-1)
         return (self._clip.logit_scale.exp() * cosine).float()
 
@@ -137,20 +135,16 @@ class ScorerSource:
 
 def _step_aware_clip(source: ScorerSource, device: torch.device) -> Scorer:
     checkpoint = resolve_file(source.checkpoint, "preference.checkpoint")
-    try:
-        config = CLIPConfig.from_pretrained(source.backbone)
-    except (OSError, ValueError) as error:
-        raise UserError(_cannot_load("preference.backbone", source.backbone, error)) from error
-    spm = load_step_aware_clip(checkpoint, config).to(_DTYPES[source.dtype])
-    return StepAwareScorer(spm, source.processor, device)
+    spm = load_step_aware_clip(checkpoint, _clip_config(source.backbone))
+    return StepAwareScorer(spm.to(_DTYPES[source.dtype]), CLIPInputs(source.processor), device)
 
 
 def _pickscore(source: ScorerSource, device: torch.device) -> Scorer:
     try:
         clip = CLIPModel.from_pretrained(source.backbone)
     except (OSError, ValueError) as error:
-        raise UserError(_cannot_load("preference.backbone", source.backbone, error)) from error
-    return PickScoreScorer(clip.to(_DTYPES[source.dtype]), source.processor, device)
+        raise _cannot_load("preference.backbone", source.backbone, error) from error
+    return PickScoreScorer(clip.to(_DTYPES[source.dtype]), CLIPInputs(source.processor), device)
 
 
 SCORERS = {"step_aware_clip": _step_aware_clip, "pickscore": _pickscore}
@@ -158,12 +152,15 @@ _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch
 
 
 def check_source(source: ScorerSource) -> None:
-    """Raise UserError for what is wrong with `source` as far as can be told without loading it."""
+    """Raise UserError for what is wrong with `source` as far as its small files tell."""
     find(source.scorer, SCORERS, "preference.scorer")
     if source.dtype not in _DTYPES:
         raise UserError(f"preference.dtype: {source.dtype!r} is none of {', '.join(_DTYPES)}.")
     if source.scorer == "step_aware_clip":
         resolve_file(source.checkpoint, "preference.checkpoint")
+    if source.scorer in SCORERS:
+        _clip_config(source.backbone)
+        CLIPInputs(source.processor)
 
 
 def load_scorer(source: ScorerSource, device: torch.device) -> Scorer:
@@ -174,11 +171,16 @@ def load_scorer(source: ScorerSource, device: torch.device) -> Scorer:
     try:
         return factory(device=device, **source.kwargs)
     except TypeError as error:
-        raise UserError(
-            f"preference.kwargs: {source.scorer} does not take them: {error}"
-        ) from error
+        raise UserError(f"preference.kwargs: {source.scorer} takes other ones: {error}") from error
 
 
-def _cannot_load(key: str, name: str, error: Exception) -> str:
+def _clip_config(backbone: str) -> CLIPConfig:
+    try:
+        return CLIPConfig.from_pretrained(backbone)
+    except (OSError, ValueError) as error:
+        raise _cannot_load("preference.backbone", backbone, error) from error
+
+
+def _cannot_load(key: str, name: str, error: Exception) -> UserError:
     reason = str(error).strip().splitlines()[0]
-    return f"{key}: {name!r} cannot be loaded ({reason}); to download it: {PREFETCH}"
+    return UserError(f"{key}: {name!r} cannot be loaded ({reason}); to download it: {PREFETCH}")

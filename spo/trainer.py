@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Sequence
 
@@ -16,21 +15,19 @@ from spo.backbone import Backbone
 from spo.checkpoint import Position, load_checkpoint, save_checkpoint, save_networks
 from spo.collect import Collected, check_scores, collect_rollout
 from spo.distributed import Workers
-from spo.ema import distance
 from spo.errors import RunError, UserError
 from spo.learner import Learner, Step
 from spo.lora import add_lora
 from spo.lora_files import find_lora, read_lora
 from spo.pairs import concatenate_pairs, no_pairs
-from spo.pictures import Cell, grid, to_pil
 from spo.preflight import Preflight, preflight
 from spo.prompts import epoch_order
 from spo.run_dir import drop_metrics_after
-from spo.sampling import sample_images
 from spo.scorers import load_scorer
 from spo.seeding import derive_seed
 from spo.tracking import Tracking
 from spo.types import PreferencePairs
+from spo.validation import draw_cells, validation_grid
 
 
 def train(config: ConfigDict) -> None:
@@ -117,7 +114,7 @@ class Trainer:
                 self.save_checkpoint()
             if config.eval_interval and done % config.eval_interval == 0:
                 self.draw_validation_images()
-        if self.workers.is_main:
+        if self.tracking is not None:
             save_networks(self.run_dir, self.learner, settings.lora_metadata(config))
             self.tracking.close()
             self.say_where()
@@ -135,37 +132,34 @@ class Trainer:
         """One rollout of the prompts `chunk` on all processes, and the training on its pairs."""
         started = time.perf_counter()
         collected, generator = self.roll_out(epoch, index, chunk)
-        sums = self.workers.sum(
-            metrics.rollout_sums(
-                collected.comparisons, collected.pairs.timesteps, self.learner.schedule.timesteps
-            )
+        timesteps = self.learner.schedule.timesteps[self.config.sample.branch_from :]
+        rollout_sums = metrics.rollout_sums(
+            collected.comparisons, collected.pairs.timesteps, timesteps
         )
         pairs, left_over = self.workers.deal(collected.pairs, generator)
         rolled_out = time.perf_counter()
         steps = self.train_on(pairs)
-        training = self.workers.sum(metrics.training_sums(steps, self.workers.device))
+        sums = self.workers.sum(rollout_sums | metrics.training_sums(steps, self.workers.device))
         trained = time.perf_counter()
         self.position = Position(epoch, self.position.rollouts + 1)
-        if not self.workers.is_main:
-            return
-        timesteps = self.learner.schedule.timesteps[self.config.sample.branch_from :]
         rollout = metrics.rollout_metrics(sums, timesteps)
         images = rollout["comparisons"] * self.config.sample.num_candidates
-        line = {
-            "epoch": epoch + 1,
-            "rollout": self.position.rollouts,
-            "step": self.learner.updates,
-            **metrics.training_metrics(training, self.workers.count),
-            **rollout,
-            "pairs_left_over": left_over,
-            "learning_rate": self.learner.optimizer.param_groups[0]["lr"],
-            "ema_distance": self.ema_distance(),
-            "seconds_rollout": rolled_out - started,
-            "seconds_train": trained - rolled_out,
-            "images_per_second": images / (rolled_out - started),
-            "peak_memory_gib": metrics.peak_memory_gib(self.workers.device),
-        }
-        self.tracking.log(line, step=self.position.rollouts)
+        self.log(
+            {
+                "epoch": epoch + 1,
+                "rollout": self.position.rollouts,
+                "step": self.learner.updates,
+                **metrics.training_metrics(sums, self.workers.count),
+                **rollout,
+                "pairs_left_over": left_over,
+                "ema_distance": self.learner.ema_distance(),
+                "learning_rate": self.learner.optimizer.param_groups[0]["lr"],
+                "seconds_rollout": rolled_out - started,
+                "seconds_train": trained - rolled_out,
+                "images_per_second": images / (rolled_out - started),
+                "peak_memory_gib": metrics.peak_memory_gib(self.workers.device),
+            }
+        )
 
     def roll_out(
         self, epoch: int, index: int, chunk: Sequence[int]
@@ -218,52 +212,46 @@ class Trainer:
         return collected
 
     def train_on(self, pairs: PreferencePairs) -> list[Step]:
-        """Use every pair once; RunError, on every process, where a loss or gradient is not finite."""
+        """Use every pair once; RunError on every process where a loss or gradient is not finite."""
         size = self.plan.minibatch_size
         starts = range(0, len(pairs), size)
-        steps = []
-        for index, start in enumerate(self.progress(starts, "minibatches")):
-            batch = pairs.select(slice(start, start + size))
-            steps.append(self.learner.train_minibatch(batch, index))
+        batches = [pairs.select(slice(start, start + size)) for start in starts]
+        steps = [
+            self.learner.train_minibatch(batch, index)
+            for index, batch in enumerate(self.progress(batches, "minibatches"))
+        ]
         error = None
-        for index, step in enumerate(steps):
-            norm = step.grad_norm if step.grad_norm is not None and not step.skipped else None
-            if step.output.loss.isfinite() and (norm is None or norm.isfinite()):
-                continue
-            batch = pairs.select(slice(index * size, (index + 1) * size))
-            error = RunError(
-                f"loss or gradient is not finite at step {self.learner.updates}, t = "
-                f"{batch.timesteps.tolist()}, for the prompts "
-                f"{[self.prompts[i] for i in batch.prompt_ids.tolist()]}; the last checkpoint is "
-                "good: resume from it with a lower train.learning_rate or mixed_precision=bf16."
-            )
-            break
+        for batch, step in zip(batches, steps, strict=True):
+            if error is None and not step.is_finite():
+                prompts = [self.prompts[i] for i in batch.prompt_ids.tolist()]
+                error = RunError(
+                    f"loss or gradient is not finite in rollout {self.position.rollouts + 1}, "
+                    f"about step {self.learner.updates}, at t = {batch.timesteps.tolist()} for the "
+                    f"prompts {prompts}; the last checkpoint is good: resume from it with a lower "
+                    "train.learning_rate or mixed_precision=bf16."
+                )
         self.workers.all_or_none(error)
         return steps
 
     def draw_validation_images(self) -> None:
         """Draw the validation prompts, shared out over the processes, as one grid."""
-        prompts = self.ready.validation_prompts
+        prompts, which = self.ready.validation_prompts, self.config.eval.weights
         if not prompts:
             return
-        use_ema = self.config.eval.weights == "ema"
-        image_settings = settings.image_settings(self.config)
-        mine = list(range(self.workers.rank, len(prompts), self.workers.count))
-        cells = []
-        with self.learner.lora.using(self.learner.ema) if use_ema else contextlib.nullcontext():
-            for i in self.progress(mine, "validation images"):
-                images = sample_images(self.backbone, [prompts[i]], [i], image_settings)
-                cells.append((i, Cell(to_pil(images)[0], prompts[i])))
-        cells = sorted(self.workers.gather(cells), key=lambda numbered: numbered[0])
-        if self.workers.is_main:
-            row = [cell for _, cell in cells]
+        mine = range(self.workers.rank, len(prompts), self.workers.count)
+        with self.learner.network(which):
+            cells = draw_cells(
+                self.backbone,
+                prompts,
+                self.progress(mine, "validation images"),
+                settings.image_settings(self.config),
+            )
+        cells = self.workers.gather(cells)
+        if self.tracking is not None:
             epochs = self.position.epochs
-            name = self.config.eval.weights
             self.tracking.picture(
-                f"validation/epoch_{epochs:04d}_{name}",
-                grid(
-                    [row[i : i + 4] for i in range(0, len(row), 4)], f"{name} LoRA, epoch {epochs}"
-                ),
+                f"validation/epoch_{epochs:04d}_{which}",
+                validation_grid(cells, f"{which} LoRA after epoch {epochs}"),
                 step=self.position.rollouts,
             )
 
@@ -278,11 +266,10 @@ class Trainer:
                 self.config.checkpoint_limit,
             )
 
-    def ema_distance(self) -> float | None:
-        """How far the EMA lags behind the policy; None without EMA."""
-        if self.learner.ema is None:
-            return None
-        return distance(self.learner.ema, self.learner.lora.parameters).item()
+    def log(self, line: dict) -> None:
+        """Write a line of metrics, on the main process."""
+        if self.tracking is not None:
+            self.tracking.log(line, step=self.position.rollouts)
 
     def say_where(self) -> None:
         """Print where the results are."""

@@ -114,6 +114,6 @@ def test_log_density():
         log_prob = torch.distributions.Normal(mean, std.expand_as(mean)).log_prob(value)
         found = ddim.gaussian_log_density(value, mean, std)
         torch.testing.assert_close(found, log_prob.flatten(1).mean(dim=1))
-    # One standard deviation away under N(0, 1): -1/2 - log(2 pi) / 2, whatever the number of pixels.
+    # One standard deviation away under N(0, 1): -1/2 - log(2 pi) / 2, however many pixels.
     one = ddim.gaussian_log_density(torch.ones(1, 2, 3), torch.zeros(1, 2, 3), torch.tensor(1.0))
     assert one.item() == pytest.approx(-1.4189385332)

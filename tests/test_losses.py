@@ -25,8 +25,10 @@ def hand_case():
     """abar = 0.75, so lam = 0.5 sqrt(0.25) = 0.25; g = ([2, 0] - [0, -2]) / 2 = [1, 1].
 
     Targets: win [-0.25, -0.25], lose [0.25, 0.25].
-        l_win(policy)  = -(0.05^2 + 0.15^2) / 2 = -0.0125     l_win(ref)  = -(0.25^2 + 0.35^2) / 2 = -0.0925
-        l_lose(policy) = -(0.45^2 + 0.35^2) / 2 = -0.1625     l_lose(ref) = -(0.25^2 + 0.15^2) / 2 = -0.0425
+        l_win(policy)  = -(0.05^2 + 0.15^2) / 2 = -0.0125
+        l_win(ref)     = -(0.25^2 + 0.35^2) / 2 = -0.0925
+        l_lose(policy) = -(0.45^2 + 0.35^2) / 2 = -0.1625
+        l_lose(ref)    = -(0.25^2 + 0.15^2) / 2 = -0.0425
     Win rises by 0.08, lose falls by 0.12.
     """
     noises = torch.cat([latent(2.0, 0.0), latent(0.0, -2.0)], dim=1)
@@ -151,9 +153,9 @@ def test_spo_against_diffusers_and_distributions(bounds, latents_each, clip_eps,
 
 
 def test_spo_by_hand():
-    """abar 0.5 -> 0.8: sigma^2 = 0.15, and at x_t = 0 the mean is (sqrt(0.05) - sqrt(0.8)) eps = -s eps.
+    """abar 0.5 -> 0.8: sigma^2 = 0.15; at x_t = 0 the mean is (sqrt(0.05) - sqrt(0.8)) eps = -s eps.
 
-    With s^2 = 0.45, eps_ref = [0, 0], eps_policy = [-1, 0] and x_t' = [s, 0] (win), [-s, 0] (lose), the
+    With s^2 = 0.45, eps_ref = [0, 0], eps_policy = [-1, 0] and x_t' = [s, 0] (win), [-s, 0] (lose),
     log-densities grow by the fall of the squared distance / (2 * 0.15), averaged over 2 pixels:
         win (0.45 - 0) / 0.3 / 2 = 0.75,  lose (0.45 - 1.8) / 0.3 / 2 = -2.25.
     """

@@ -205,16 +205,14 @@ def test_warm_start_begins_and_compares_with_the_given_lora(config, tmp_path):
 
 
 def test_a_score_that_is_not_finite_stops_the_run_and_names_step_and_prompt(config, tmp_path):
-    bad = "a red fox in the snow"
     config.preference.scorer = "tests.scorers_for_tests:brightness"
     prompts = preflight(config, 1).prompts.prompts
-    (tmp_path / "run" / "config.json").unlink()
     # One epoch is 2 rollouts of 6 comparisons, decoded in one slice each.
     with config.unlocked():
         config.preference.kwargs = {"bad_prompt": prompts[0], "after": 12}
     with pytest.raises(RunError, match=r"not finite at t = \d+") as caught:
         train(config)
-    assert prompts[0] in str(caught.value) and bad not in prompts[1:2]
+    assert prompts[0] in str(caught.value)
     checkpoint = tmp_path / "run" / "checkpoints" / "epoch_0001" / LORA
     assert all(tensor.isfinite().all() for tensor in load_file(checkpoint).values())
 
@@ -232,5 +230,5 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_prompts(conf
     monkeypatch.setitem(
         losses.LOSSES, "gradspo", losses.Objective(broken, uses_ema=True, shares_latents=True)
     )
-    with pytest.raises(RunError, match=r"loss or gradient is not finite at step \d+, t = \["):
+    with pytest.raises(RunError, match=r"not finite in rollout 1, .* t = \["):
         train(config)

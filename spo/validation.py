@@ -1,0 +1,33 @@
+"""Validation images: fixed prompts and seeds, drawn again and again while the LoRA changes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from PIL import Image
+
+from spo.backbone import Backbone
+from spo.pictures import Cell, grid, to_pil
+from spo.sampling import ImageSettings, sample_images
+
+_COLUMNS = 4
+
+
+def draw_cells(
+    backbone: Backbone, prompts: Sequence[str], indices: Iterable[int], settings: ImageSettings
+) -> list[tuple[int, Cell]]:
+    """The images of `prompts` at `indices`, with the UNet as it stands, each with its index.
+
+    One at a time, so that a picture does not depend on what is drawn beside it.
+    """
+    return [
+        (i, Cell(to_pil(sample_images(backbone, [prompts[i]], [i], settings))[0], prompts[i]))
+        for i in indices
+    ]
+
+
+def validation_grid(cells: Iterable[tuple[int, Cell]], title: str) -> Image.Image:
+    """One picture of cells from any number of processes, in the order of their indices."""
+    row = [cell for _, cell in sorted(cells, key=lambda numbered: numbered[0])]
+    rows = [row[start : start + _COLUMNS] for start in range(0, len(row), _COLUMNS)]
+    return grid(rows, title)

@@ -1,0 +1,178 @@
+"""Scorers: image preparation by hand, CLIP's own scores, and scorers by name."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import MODELS, PROMPTS, randn, scorer_source
+from transformers import CLIPModel
+
+from spo.errors import UserError
+from spo.scorers import ImagePreparation, check_source, load_scorer
+
+CPU = torch.device("cpu")
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+STD = (0.26862954, 0.26130258, 0.27577711)
+PREPARE = ImagePreparation(32, MEAN, STD)
+
+
+def normalised(images):
+    """Images in [-1, 1], already of the right size, in numpy."""
+    unit = np.clip(images.numpy().astype(np.float64) / 2 + 0.5, 0, 1)
+    return (unit - np.array(MEAN)[:, None, None]) / np.array(STD)[:, None, None]
+
+
+def halved(images):
+    """Bicubic (a = -0.75), half a pixel off, no antialiasing: taps at distance 1.5, 0.5, 0.5, 1.5."""
+    taps = torch.tensor([-0.09375, 0.59375, 0.59375, -0.09375])
+    kernel = torch.outer(taps, taps).expand(3, 1, 4, 4)
+    return F.conv2d(F.pad(images, (1, 1, 1, 1), mode="replicate"), kernel, stride=2, groups=3)
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "rows", "columns"),
+    [(64, 64, (0, 32), (0, 32)), (64, 128, (0, 32), (16, 48)), (96, 64, (8, 40), (0, 32))],
+)
+def test_preparation_at_half_the_size(height, width, rows, columns):
+    images = randn(2, 3, height, width, seed=0)  # a third of it outside [-1, 1]
+    expected = normalised(halved(images)[..., slice(*rows), slice(*columns)])
+    np.testing.assert_allclose(PREPARE(images).numpy(), expected, atol=1e-5)
+
+
+def test_preparation_at_full_size_and_of_one_colour():
+    images = randn(2, 3, 32, 32, seed=0)
+    np.testing.assert_allclose(PREPARE(images).numpy(), normalised(images), atol=1e-5)
+    colour = torch.tensor([0.25, -1.5, 0.5]).view(1, 3, 1, 1)
+    for size in ((16, 16), (17, 33), (100, 37)):
+        found = PREPARE(colour.expand(1, 3, *size))
+        assert found.shape == (1, 3, 32, 32)
+        expected = np.broadcast_to(normalised(colour), found.shape)
+        np.testing.assert_allclose(found.numpy(), expected, atol=1e-5)
+    half = PREPARE(images.to(torch.float16))
+    assert half.dtype == torch.float32  # whatever the VAE's type
+
+
+def test_preparation_passes_gradients_on():
+    images = (0.5 * randn(1, 3, 64, 64, seed=0)).requires_grad_()
+    PREPARE(images).square().sum().backward()
+    assert images.grad.abs().sum() > 0
+
+
+@pytest.fixture(scope="module")
+def pickscore():
+    return load_scorer(scorer_source("pickscore"), CPU)
+
+
+def tokens_by_hand(prompts, length):
+    """Start, a token for each byte-level character, end, padded with ends."""
+    vocabulary = json.loads((MODELS / "tiny-clip" / "vocab.json").read_text())
+    rows = []
+    for prompt in prompts:
+        ids = [512]
+        for word in prompt.split():
+            ids += [vocabulary[c] for c in word[:-1]] + [vocabulary[word[-1] + "</w>"]]
+        rows.append((ids[: length - 1] + [513] * length)[:length])
+    return torch.tensor(rows)
+
+
+def test_pickscore_is_the_plain_clip(pickscore):
+    prompts = [*PROMPTS, "a very long prompt " * 10]
+    images = randn(4, 3, 64, 64, seed=0)
+    clip = CLIPModel.from_pretrained(MODELS / "tiny-clip").eval()
+    tokens = tokens_by_hand(prompts, 77)
+    assert (tokens[3] == 513).sum() == 1  # truncated, but still ended
+    with torch.no_grad():
+        pixels = torch.from_numpy(normalised(halved(images))).float()
+        expected = clip(input_ids=tokens, pixel_values=pixels).logits_per_image.diag()
+    features = pickscore.encode_prompts(prompts)
+    for timestep in (0, 951):
+        found = pickscore.score(images, features, timestep)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    # Images of one prompt: features of another row would show.
+    swapped = pickscore.score(images, features[[1, 0, 3, 2]], 0)
+    assert not torch.isclose(swapped, expected, atol=1e-2).any()
+
+
+def test_the_step_aware_one_differs_with_the_timestep(spm_scorer):
+    features, images = spm_scorer.encode_prompts(PROMPTS), randn(3, 3, 16, 16, seed=0)
+    early, late = (spm_scorer.score(images, features, t) for t in (951, 1))
+    assert early.shape == (3,) and early.dtype == torch.float32
+    assert ((early - late).abs() > 1e-2).all()
+    again = spm_scorer.score(images[1:2], features[1:2], 951)
+    torch.testing.assert_close(again, early[1:2], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_low_precision_comes_close(spm_scorer, dtype):
+    low = load_scorer(scorer_source("step_aware_clip", dtype=dtype), CPU)
+    images = randn(3, 3, 16, 16, seed=0)
+    exact, found = (s.score(images, s.encode_prompts(PROMPTS), 501) for s in (spm_scorer, low))
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, exact, rtol=0, atol=1.0)
+    assert not torch.equal(found, exact)
+
+
+@pytest.mark.parametrize("scorer", ["step_aware_clip", "pickscore"])
+def test_prompts_have_the_tokenizers_own_length(tmp_path, monkeypatch, scorer):
+    processor = tmp_path / "processor"
+    shutil.copytree(MODELS / "tiny-clip", processor)
+    path = processor / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": 21}))
+    scorer = load_scorer(scorer_source(scorer, processor=str(processor)), CPU)
+    embedded, embed = [], torch.nn.Embedding.forward
+
+    def spy(module, ids):
+        embedded.append(ids)
+        return embed(module, ids)
+
+    monkeypatch.setattr(torch.nn.Embedding, "forward", spy)
+    scorer.encode_prompts([*PROMPTS, "a very long prompt " * 10])
+    tokens = max(embedded, key=torch.numel)  # the others are positions
+    assert torch.equal(tokens, tokens_by_hand([*PROMPTS, "a very long prompt " * 10], 21))
+
+
+class Constant:
+    def __init__(self, device, value):
+        self.device, self.value = device, value
+
+
+def test_a_scorer_by_its_dotted_path():
+    source = scorer_source(f"{__name__}:Constant", kwargs={"value": 3})
+    check_source(source)
+    scorer = load_scorer(source, CPU)
+    assert isinstance(scorer, Constant)
+    assert (scorer.value, scorer.device) == (3, CPU)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"scorer": "no_such"}, r"preference\.scorer: 'no_such' .*step_aware_clip, pickscore"),
+        ({"scorer": "no_such_module:factory"}, r"preference\.scorer: .*no_such_module"),
+        ({"scorer": f"{__name__}:no_such"}, r"preference\.scorer: .*no_such"),
+        ({"scorer": f"{__name__}:Constant", "kwargs": {"no_such": 1}}, r"preference\.kwargs: "),
+        ({"checkpoint": "no/such.bin"}, r"preference\.checkpoint: no file 'no/such\.bin'"),
+        ({"backbone": "./no_such"}, r"preference\.backbone: '\./no_such'"),
+        ({"scorer": "pickscore", "backbone": "./no_such"}, r"preference\.backbone: '\./no_such'"),
+        ({"processor": "./no_such"}, r"preference\.processor: '\./no_such'"),
+    ],
+)
+def test_what_cannot_be_loaded_is_named(changes, message):
+    with pytest.raises(UserError, match=message):
+        load_scorer(scorer_source(**({"scorer": "step_aware_clip"} | changes)), CPU)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"scorer": "no_such"}, r"preference\.scorer: 'no_such'"),
+        ({"dtype": "float8"}, r"preference\.dtype: 'float8'"),
+        ({"checkpoint": "no/such.bin"}, r"preference\.checkpoint: no file"),
+    ],
+)
+def test_what_is_seen_before_loading(changes, message):
+    with pytest.raises(UserError, match=message):
+        check_source(scorer_source(**({"scorer": "step_aware_clip"} | changes)))
