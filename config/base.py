@@ -3,7 +3,9 @@
 The other files in this folder are overlays: they change this config and hold only differences.
 "Paper" is GradSPO (Tee et al., NeurIPS 2025); "SPO" is Liang et al., CVPR 2025 (arXiv 2406.04314).
 
-On the command line: `--config=config/sdxl.py --config.train.beta=5 --config.train.max_grad_norm=None`.
+On the command line:
+
+    --config=config/sdxl.py --config.train.beta=5 --config.train.max_grad_norm=None
 """
 
 from ml_collections import ConfigDict
@@ -58,9 +60,8 @@ def get_config() -> ConfigDict:
         "hf://SPO-Diffusion-Models/Step-Aware_Preference_Models/"
         "sd-v1-5_step-aware_preference_model.bin"
     )
-    preference.backbone = (
-        "yuvalkirstain/PickScore_v1"  # CLIP (architecture; weights of "pickscore")
-    )
+    # CLIP: the architecture of a step-aware checkpoint, the weights of "pickscore".
+    preference.backbone = "yuvalkirstain/PickScore_v1"
     preference.processor = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # tokenizer, image processor
     preference.dtype = "float32"  # of the scorer's weights: "float32", "float16" or "bfloat16"
     preference.kwargs = ConfigDict()  # keyword arguments of a "module:factory"
@@ -73,31 +74,32 @@ def get_config() -> ConfigDict:
     sample.num_candidates = 4  # K: candidates drawn at each branching step (paper: 4)
     sample.branch_from = 4  # first step that branches: step 4 of 20 is t = 751 (paper: t <= 750)
     sample.num_inner_steps = 0  # further steps of each candidate before comparing (SPO on SDXL: 3)
-    sample.threshold = (
-        0.3  # pairs are kept if softmax probabilities differ by more (paper: 0.3/0.4)
-    )
-    sample.final_step = "branch"  # "branch": the last step draws K candidates as any other;
-    # "extend": each candidate of the window before takes it once (the official SDXL code)
+    # A pair is kept if softmax([best, worst]) differ by more (paper: 0.3 SD1.5, 0.4 SDXL).
+    sample.threshold = 0.3
+    # "branch": the last step draws K candidates as any other; "extend": each candidate of the
+    # window before takes it once, and the images score that window (the official SDXL code).
+    sample.final_step = "branch"
     sample.final_score_timestep = "zero"  # final latents are scored at "zero", or at the last "t"
     sample.keep_all_final = False  # keep the final latents' pairs whatever their gap
-    sample.final_direction = "window"  # with final_step "extend", GradSPO's direction is the noise
-    # of the "window" it belongs to, or of the "last" transition (the official SDXL code)
+    # With final_step "extend": GradSPO's direction in that window is the noise of the "window"'s own
+    # branching transition, or of the "last" transition (the official SDXL code).
+    sample.final_direction = "window"
     sample.batch_size = 10  # prompts rolled out at once on one GPU
-    sample.global_batch_size = placeholder(int)  # prompts of one rollout over all GPUs; None: one
-    # slice of sample.batch_size prompts on each GPU
+    # Prompts of one rollout over all GPUs, in as many slices of at most sample.batch_size as that
+    # takes; None: one slice of sample.batch_size on each GPU.
+    sample.global_batch_size = placeholder(int)
     sample.decode_batch_size = 8  # latents decoded and scored at once
 
     # ---- loss and update -----------------------------------------------------------------------
     config.train = train = ConfigDict()
     train.batch_size = 10  # largest minibatch of pairs on one GPU
-    train.global_batch_size = placeholder(int)  # pairs of one optimizer step over all GPUs: batch x
-    # GPUs x accumulation; None: train.batch_size and the accumulation below are taken as they are
-    train.gradient_accumulation_steps = 1  # used where global_batch_size is None, else derived
-    train.gradient_checkpointing = (
-        False  # recompute UNet activations: less memory, about 1/3 slower
-    )
+    # Pairs of one optimizer step: minibatch x GPUs x accumulation, which are chosen to make it;
+    # None: train.batch_size and train.gradient_accumulation_steps are taken as they are.
+    train.global_batch_size = placeholder(int)
+    train.gradient_accumulation_steps = 1  # used where train.global_batch_size is None
+    train.gradient_checkpointing = False  # recompute UNet activations: less memory, slower
     train.learning_rate = 6e-5  # AdamW (paper: 6e-5 SD1.5, 1e-5 SDXL), constant
-    train.adam_beta1 = 0.9
+    train.adam_beta1 = 0.9  # AdamW's constants as in the official code
     train.adam_beta2 = 0.999
     train.adam_weight_decay = 1e-4
     train.adam_epsilon = 1e-8
@@ -106,10 +108,9 @@ def get_config() -> ConfigDict:
     train.clip_eps = 0.1  # likelihood ratios are clipped to 1 +- clip_eps; None: no clipping
     train.grad_scale = 0.5  # gamma, strength of the gradient guidance (paper: 0.5); GradSPO only
     train.ema_decay = 0.9  # mu: ema = mu ema + (1 - mu) policy (paper: 0.9); GradSPO only
-    train.ema_every = (
-        "optimizer_step"  # EMA moves at each "optimizer_step"; or by "window": when the
-    )
-    # rollout's minibatch count is a multiple of the accumulation (the official code)
+    # EMA moves at each "optimizer_step", or by "window": whenever the number of minibatches since
+    # the rollout is a multiple of the accumulation steps (the official code).
+    train.ema_every = "optimizer_step"
 
     # ---- validation images ---------------------------------------------------------------------
     config.eval = evaluation = ConfigDict()
@@ -117,12 +118,12 @@ def get_config() -> ConfigDict:
     evaluation.num_images = 8  # the first so many prompts, one image each
     evaluation.seed = 0  # image i starts from noise seeded with (eval.seed, i)
     evaluation.num_steps = 20  # DDIM, eta 0
-    evaluation.guidance_scale = 5.0
+    evaluation.guidance_scale = 5.0  # as in training (paper)
     evaluation.weights = "policy"  # LoRA that draws them: "policy" (what is published) or "ema"
 
     # ---- tracker -------------------------------------------------------------------------------
     config.tracker = tracker = ConfigDict()
     tracker.name = "wandb"  # "wandb" (offline where no key is set), "tensorboard" or "none"
-    tracker.project = "spo"
+    tracker.project = "spo"  # name of the project there
 
     return config

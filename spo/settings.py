@@ -168,9 +168,14 @@ _RULES = (
     (
         "a whole number from 1",
         lambda v: v >= 1,
-        "num_epochs save_interval lora.rank lora.alpha sample.num_steps sample.batch_size "
+        "num_epochs save_interval lora.rank lora.alpha sample.batch_size "
         "sample.global_batch_size sample.decode_batch_size train.batch_size "
-        "train.global_batch_size train.gradient_accumulation_steps eval.num_images eval.num_steps",
+        "train.global_batch_size train.gradient_accumulation_steps eval.num_images",
+    ),
+    (
+        "a whole number from 1 to 1000, the timesteps that models are trained with",
+        lambda v: 1 <= v <= 1000,
+        "sample.num_steps eval.num_steps",
     ),
     (
         "0 or more",

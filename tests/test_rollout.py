@@ -77,7 +77,10 @@ def account(settings, num_steps, conditioning, seed):
 
     def each(function, *arrays):
         return np.stack(
-            [np.stack([function(i, *(a[c, i] for a in arrays)) for i in range(b)]) for c in range(k)]
+            [
+                np.stack([function(i, *(a[c, i] for a in arrays)) for i in range(b)])
+                for c in range(k)
+            ]
         )
 
     x = draw(b)
@@ -166,7 +169,11 @@ def test_any_shape_is_as_accounted(shape, prompts, seed):
     [
         # GradSPO, SD1.5: each of 16 steps is compared at the next; the last at 0.
         ({}, [[t] for t in range(751, 0, -50)], [*range(701, 0, -50), 0]),
-        ({"final_score_timestep": "t"}, [[t] for t in range(751, 0, -50)], [*range(701, 0, -50), 1]),
+        (
+            {"final_score_timestep": "t"},
+            [[t] for t in range(751, 0, -50)],
+            [*range(701, 0, -50), 1],
+        ),
         (
             {"extend_final": True},
             [[t] for t in range(751, 100, -50)] + [[51, 1]],

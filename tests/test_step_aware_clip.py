@@ -162,9 +162,7 @@ def not_tensors(weights):
     return weights | {"epoch": 3}
 
 
-@pytest.mark.parametrize(
-    "change", [extra_key, missing_key, wrong_shape, other_buffer, not_tensors]
-)
+@pytest.mark.parametrize("change", [extra_key, missing_key, wrong_shape, other_buffer, not_tensors])
 def test_loading_is_strict(tmp_path, checkpoint, change):
     path = tmp_path / "spm.bin"
     torch.save(change(checkpoint), path)

@@ -1,0 +1,104 @@
+"""Bad input: one line that names the key or file, before any model is loaded."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from config import tiny
+from spo.errors import UserError
+from spo.preflight import preflight
+
+ROOT = Path(__file__).resolve().parent.parent
+MODELS = "tests/data/golden/models"
+
+CASES = {
+    "missing checkpoint": ({"preference.checkpoint": "no.bin"}, "preference.checkpoint: .*no.bin"),
+    "missing prompts": ({"prompts.source": "no.txt"}, "prompts.source: no file no.txt"),
+    "prompts without captions": ({"prompts.source": "PROMPTS.json"}, "no column 'caption'"),
+    "missing eval prompts": ({"eval.prompts": "no.txt"}, "eval.prompts: no file no.txt"),
+    "too many inner steps": (
+        {"algorithm": "spo", "sample.num_inner_steps": 16},
+        "sample.num_inner_steps: 16 is not from 0 to 15",
+    ),
+    "inner steps": ({"sample.num_inner_steps": 1}, "sample.num_inner_steps: gradspo"),
+    "eta 0": ({"sample.eta": 0.0}, "sample.eta: 0.0 must be above 0"),
+    "branch at the end": ({"sample.branch_from": 20}, "sample.branch_from: 20 is outside"),
+    "branch at the last step": (
+        {"sample.branch_from": 19, "sample.final_step": "extend"},
+        "sample.branch_from: 19 is outside",
+    ),
+    "branch before": ({"sample.branch_from": -1}, "sample.branch_from: -1 is outside"),
+    "one candidate": ({"sample.num_candidates": 1}, "sample.num_candidates: 1 candidates"),
+    "no steps": ({"sample.num_steps": 0}, "sample.num_steps: 0 must be"),
+    "too many steps": ({"sample.num_steps": 1001}, "sample.num_steps"),
+    "negative rate": ({"train.learning_rate": -1e-4}, "train.learning_rate: -0.0001 must be above"),
+    "rate not a number": ({"train.learning_rate": float("nan")}, "train.learning_rate: nan"),
+    "infinite beta": ({"train.beta": float("inf")}, "train.beta: inf"),
+    "clip of one": ({"train.clip_eps": 1.0}, "train.clip_eps: 1.0 must be above 0 and below 1"),
+    "EMA above one": ({"train.ema_decay": 1.1}, "train.ema_decay: 1.1 must be from 0 to 1"),
+    "rank 0": ({"lora.rank": 0}, "lora.rank: 0 must be a whole number from 1"),
+    "SDXL config, SD1.5 model": ({"family": "sdxl"}, "family='sdxl' needs a StableDiffusionXLPipe"),
+    "SD1.5 config, SDXL model": (
+        {"pretrained.model": f"{MODELS}/tiny-sdxl"},
+        "StableDiffusionXLPipeline, but family='sd15'",
+    ),
+    "no model there": ({"pretrained.model": "./no"}, "pretrained.model: './no' is neither"),
+    "folder without a model": ({"pretrained.model": "assets"}, "pretrained.model: no file"),
+    "unknown family": ({"family": "sd3"}, "family: 'sd3' is none of sd15, sdxl"),
+    "unknown algorithm": ({"algorithm": "dpo"}, "algorithm: 'dpo' is none of gradspo, spo"),
+    "loss that can't be imported": ({"algorithm": "no.module:x"}, "algorithm: cannot import"),
+    "unknown scorer": ({"preference.scorer": "clip"}, "preference.scorer: 'clip' is none of"),
+    "unknown precision": ({"mixed_precision": "fp8"}, "mixed_precision: 'fp8' is none of"),
+    "unknown choice": ({"sample.final_step": "stop"}, "sample.final_step: 'stop' is none of"),
+    "EMA of SPO": ({"algorithm": "spo", "eval.weights": "ema"}, "eval.weights: spo has no EMA"),
+    "unknown tracker": ({"tracker.name": "paper"}, "tracker.name: 'paper' is none of"),
+    "reference without LoRA": ({"lora.reference": "init"}, "lora.reference: 'init' needs"),
+    "missing LoRA": ({"lora.init_from": "./no.safetensors"}, "lora.init_from: no file"),
+    "missing resume": ({"resume_from": "nowhere"}, "resume_from: no checkpoint folder"),
+    "unwritable run directory": ({"logdir": "README.md"}, "logdir: cannot write to README.md"),
+    "uneven batches": (
+        {"train.global_batch_size": 7, "sample.global_batch_size": 8, "num_processes": 2},
+        "train.global_batch_size",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_bad_input_is_told_before_any_model_loads(name, tmp_path, monkeypatch):
+    changes, message = dict(CASES[name][0]), CASES[name][1]
+    monkeypatch.chdir(ROOT)
+    config = tiny.get_config()
+    config.logdir = str(tmp_path / "runs")
+    num_processes = changes.pop("num_processes", 1)
+    if changes.get("prompts.source") == "PROMPTS.json":
+        changes["prompts.source"] = str(tmp_path / "prompts.json")
+        (tmp_path / "prompts.json").write_text('[{"text": "a fox"}]')
+    config.update_from_flattened_dict(changes)
+    with pytest.raises(UserError, match=message):
+        preflight(config, num_processes)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_run_is_not_written_over(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    config = tiny.get_config()
+    config.logdir, config.run_name = str(tmp_path), "run"
+    preflight(config, 1)
+    preflight(config, 1)  # nothing was computed yet
+    (tmp_path / "run" / "metrics.jsonl").write_text("")
+    with pytest.raises(UserError, match="already holds a run"):
+        preflight(config, 1)
+    config.resume_from = "auto"
+    assert preflight(config, 1).checkpoint is None
+
+
+def test_the_command_line_says_it_in_one_line_with_status_2(tmp_path):
+    command = [sys.executable, "train_sd15.py", "--config=config/tiny.py", "--config.lora.rank=0"]
+    result = subprocess.run(
+        [*command, f"--config.logdir={tmp_path}"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert result.returncode == 2
+    assert result.stderr.splitlines()[-1].startswith("error: lora.rank: 0 must be")
+    assert "Traceback" not in result.stderr

@@ -1,0 +1,142 @@
+"""The configs say what the papers and the official code say."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from config import base
+from spo.config_io import leaves, load_config
+
+ROOT = Path(__file__).resolve().parent.parent
+GOLDEN = ROOT / "tests" / "data" / "golden"
+SPM = "hf://SPO-Diffusion-Models/Step-Aware_Preference_Models/"
+
+SD15 = {"sample.global_batch_size": 40, "train.global_batch_size": 40}
+SDXL = {
+    "family": "sdxl",
+    "pretrained.model": "stabilityai/stable-diffusion-xl-base-1.0",
+    "pretrained.vae": "madebyollin/sdxl-vae-fp16-fix",
+    "preference.checkpoint": SPM + "sdxl_step-aware_preference_model.bin",
+    "lora.rank": 64,
+    "sample.threshold": 0.4,
+    "sample.batch_size": 2,
+    "sample.global_batch_size": 8,
+    "sample.decode_batch_size": 4,
+    "train.learning_rate": 1e-5,
+    "train.batch_size": 1,
+    "train.global_batch_size": 16,
+}
+SPO_SDXL = {
+    "algorithm": "spo",
+    "sample.num_candidates": 2,
+    "sample.num_inner_steps": 3,
+    "train.batch_size": 2,
+}
+DIFFERENCES = {  # of each overlay from base.py
+    "sd15": SD15,
+    "sdxl": SDXL,
+    "spo_sd15": SD15 | {"algorithm": "spo"},
+    "spo_sdxl": SDXL | SPO_SDXL,
+    "official/sd15": SD15
+    | {
+        "train.max_grad_norm": None,
+        "train.ema_every": "window",
+        "sample.keep_all_final": True,
+        "sample.final_score_timestep": "t",
+    },
+    "official/sdxl": SDXL
+    | {
+        "train.max_grad_norm": None,
+        "train.ema_every": "window",
+        "sample.final_step": "extend",
+        "sample.final_direction": "last",
+    },
+    "official/spo_sd15": SD15 | {"algorithm": "spo", "train.max_grad_norm": None},
+    "official/spo_sdxl": SDXL
+    | SPO_SDXL
+    | {"train.max_grad_norm": None, "sample.final_step": "extend"},
+}
+PAPER = {  # what both families share, and SD1.5
+    "seed": 42,
+    "num_epochs": 10,
+    "mixed_precision": "fp16",
+    "pretrained.model": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    "lora.rank": 4,
+    "prompts.num": 4000,
+    "preference.checkpoint": SPM + "sd-v1-5_step-aware_preference_model.bin",
+    "sample.num_steps": 20,
+    "sample.eta": 1.0,
+    "sample.guidance_scale": 5.0,
+    "sample.num_candidates": 4,
+    "sample.branch_from": 4,
+    "sample.threshold": 0.3,
+    "train.learning_rate": 6e-5,
+    "train.adam_beta1": 0.9,
+    "train.adam_beta2": 0.999,
+    "train.adam_weight_decay": 1e-4,
+    "train.adam_epsilon": 1e-8,
+    "train.max_grad_norm": 1.0,
+    "train.beta": 10.0,
+    "train.clip_eps": 0.1,
+    "train.grad_scale": 0.5,
+    "train.ema_decay": 0.9,
+}
+
+
+def test_base_holds_the_papers_numbers():
+    values = leaves(base.get_config())
+    assert {key: values[key] for key in PAPER} == PAPER
+
+
+def test_every_overlay_is_tested():
+    found = {
+        path.relative_to(ROOT / "config").with_suffix("").as_posix()
+        for path in (ROOT / "config").rglob("*.py")
+        if path.name != "__init__.py"
+    }
+    assert found == set(DIFFERENCES) | {"base", "tiny"}
+
+
+@pytest.mark.parametrize("name", DIFFERENCES)
+def test_overlays_hold_their_differences_and_nothing_else(name):
+    default = leaves(base.get_config())
+    config, _ = load_config(f"config/{name}.py")
+    different = {key: value for key, value in leaves(config).items() if value != default[key]}
+    assert different == DIFFERENCES[name]
+
+
+@pytest.mark.parametrize(
+    ("trace", "overlay"),
+    [
+        ("gradspo_sd15", "official/sd15"),
+        ("gradspo_sdxl", "official/sdxl"),
+        ("spo_sd15", "official/spo_sd15"),
+        ("spo_sdxl", "official/spo_sdxl"),
+    ],
+)
+def test_official_overlays_are_the_settings_of_the_official_traces(trace, overlay):
+    recorded = json.loads((GOLDEN / trace / "meta.json").read_text())["config"]
+    config, _ = load_config(f"config/{overlay}.py")
+    assert (config.algorithm, config.family) == (recorded["algorithm"], recorded["family"])
+    assert {key: config.sample[key] for key in recorded["sample"]} == recorded["sample"]
+    # The traces were made with a higher rate and small minibatches, to see something.
+    of_the_trace = ("batch_size", "gradient_accumulation_steps", "learning_rate")
+    expected = {k: v for k, v in recorded["train"].items() if k not in of_the_trace}
+    assert {key: config.train[key] for key in expected} == expected
+
+
+def test_every_key_of_base_is_commented():
+    source = (ROOT / "config" / "base.py").read_text()
+    lines = source[source.index("def get_config") :].splitlines()
+    undocumented = []
+    for above, line in zip(lines, lines[1:], strict=False):
+        is_key = "=" in line and line.startswith("    ") and "ConfigDict()" not in line
+        if is_key and "#" not in line and not above.strip().startswith("#"):
+            undocumented.append(line.strip())
+    # Only AdamW's constants share one comment.
+    assert [line.split()[0] for line in undocumented] == [
+        "train.adam_beta2",
+        "train.adam_weight_decay",
+        "train.adam_epsilon",
+    ]

@@ -1,0 +1,66 @@
+"""Hub ids from the local cache alone: what prefetch leaves behind is enough."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+MODELS = ROOT / "tests" / "data" / "golden" / "models"
+OVERRIDES = {
+    "pretrained.model": "user/tiny-sd15",
+    "pretrained.vae": "user/tiny-vae",
+    "preference.checkpoint": "hf://user/spm/tiny-spm.bin",
+    "preference.backbone": "user/tiny-clip",
+    "preference.processor": "user/tiny-clip",
+}
+
+
+@pytest.fixture
+def cache(tmp_path):
+    """A Hub cache, laid out as huggingface_hub does, that holds the tiny models."""
+    sources = {
+        "tiny-sd15": MODELS / "tiny-sd15",
+        "tiny-vae": MODELS / "tiny-sd15" / "vae",
+        "tiny-clip": MODELS / "tiny-clip",
+        "spm": MODELS / "tiny-spm.bin",
+    }
+    for name, source in sources.items():
+        repo = tmp_path / "hub" / f"models--user--{name}"
+        snapshot = repo / "snapshots" / ("0" * 40)
+        (repo / "refs").mkdir(parents=True)
+        (repo / "refs" / "main").write_text("0" * 40)
+        if source.is_dir():
+            shutil.copytree(source, snapshot)
+        else:
+            snapshot.mkdir(parents=True)
+            shutil.copy(source, snapshot)
+    return tmp_path
+
+
+def run(script, cache, *arguments):
+    command = [sys.executable, script, "--config=config/tiny.py", *arguments]
+    command += [f"--config.{key}={value}" for key, value in OVERRIDES.items()]
+    environment = os.environ | {"HF_HOME": str(cache), "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+def test_a_run_needs_no_network_once_everything_is_cached(cache):
+    checked = run("scripts/prefetch.py", cache)
+    assert checked.returncode == 0, checked.stderr
+    assert "Everything is there." in checked.stdout
+    small = ["--config.num_epochs=1", "--config.prompts.num=1", "--config.eval_interval=0"]
+    trained = run("train_sd15.py", cache, f"--config.logdir={cache}", *small)
+    assert trained.returncode == 0, trained.stderr
+
+
+def test_what_is_missing_is_one_line_with_repo_file_and_command(cache):
+    (next((cache / "hub").glob("*spm/snapshots/*")) / "tiny-spm.bin").unlink()
+    result = run("train_sd15.py", cache, f"--config.logdir={cache}")
+    assert result.returncode == 2
+    message = result.stderr.splitlines()[-1]
+    assert message.startswith("error: preference.checkpoint: tiny-spm.bin of user/spm is not in")
+    assert message.endswith("python scripts/prefetch.py --config=...")

@@ -1,0 +1,157 @@
+"""Best against worst, by hand: every latent carries a number that tells where it came from."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from spo.pairs import PairSettings, concatenate_pairs, no_pairs, preference_gap, select_pairs
+from spo.types import Candidates, Conditioning, Transition
+
+SHAPE = (1, 2, 2)
+PLAIN = PairSettings(
+    threshold=0.3,
+    keep_all_final=False,
+    direction_from_last=False,
+    branching_only=True,
+    one_x_t=True,
+)
+# Three candidates (rows) of four prompts (columns). Gaps of softmax([best, worst]) = tanh((b - w) / 2):
+# 2 - 0 = 2: 0.76; a tie: 0; 0.5 - 0 = 0.5: 0.245; 3 - -1 = 4: 0.96.
+SCORES = torch.tensor(
+    [
+        [0.0, 1.0, 0.5, 3.0],
+        [2.0, 1.0, 0.0, 1.0],
+        [1.0, 1.0, 0.2, -1.0],
+    ]
+)
+PROMPT_IDS = torch.tensor([70, 71, 72, 73])
+X, Z, NEXT = 1000, 2000, 3000  # what a number is of; plus 100 j + 10 k + b
+
+
+def numbered(kind, j, k=3, b=4):
+    values = kind + 100 * j + 10 * torch.arange(k)[:, None] + torch.arange(b)
+    return values.float()[:, :, None, None, None].expand(k, b, *SHAPE)
+
+
+def window(length):
+    """The branching transition, whose x_t is shared, and inner steps at t = 201, 101, ..."""
+    return tuple(
+        Transition(
+            201 - 100 * j, numbered(X, j, k=3 if j else 1), numbered(Z, j), numbered(NEXT, j)
+        )
+        for j in range(length)
+    )
+
+
+def conditioning(pooled=False):
+    return Conditioning(
+        prompt_embeds=torch.arange(4.0).view(4, 1, 1).expand(4, 2, 3),
+        negative_prompt_embeds=torch.full((1, 2, 3), -1.0),
+        pooled_prompt_embeds=torch.arange(4.0).view(4, 1) + 50 if pooled else None,
+        negative_pooled_prompt_embeds=torch.zeros(1, 1) if pooled else None,
+        time_ids=torch.ones(1, 6) if pooled else None,
+    )
+
+
+def select(length=1, scores=SCORES, is_final=False, pooled=False, **changes):
+    candidates = Candidates(window(length), numbered(0, 0), 0, is_final)
+    settings = replace(PLAIN, **changes)
+    return select_pairs(candidates, scores, conditioning(pooled), PROMPT_IDS, settings)
+
+
+def numbers(latents):
+    """The number of each latent, after a check that it is the same all over."""
+    flat = latents.flatten(2)
+    assert (flat == flat[..., :1]).all()
+    return flat[..., 0].int().tolist()
+
+
+def test_gap():
+    torch.testing.assert_close(
+        preference_gap(SCORES), torch.tensor([0.76159416, 0.0, 0.24491866, 0.96402758])
+    )
+
+
+def test_best_against_worst():
+    pairs = select()
+    # Prompt 0: best 1, worst 0; prompt 1 ties; prompt 2's gap is too small; prompt 3: 0 over 2.
+    assert numbers(pairs.latents) == [[1000], [1003]]
+    assert numbers(pairs.noises) == [[2010, 2000], [2003, 2023]]
+    assert numbers(pairs.next_latents) == [[3010, 3000], [3003, 3023]]
+    assert pairs.timesteps.tolist() == [201, 201]
+    assert pairs.prompt_ids.tolist() == [70, 73]
+    assert pairs.conditioning.prompt_embeds[:, 0, 0].tolist() == [0, 3]
+
+
+@pytest.mark.parametrize(
+    ("threshold", "prompts"),
+    [(0.0, [70, 72, 73]), (0.2449, [70, 72, 73]), (0.245, [70, 73]), (0.97, [])],
+)
+def test_threshold(threshold, prompts):
+    pairs = select(threshold=threshold)
+    assert pairs.prompt_ids.tolist() == prompts  # a tie is no pair even at threshold 0
+    assert len(pairs) == len(pairs.latents) == len(prompts)
+
+
+def test_keeping_all_final_pairs():
+    assert select(is_final=True).prompt_ids.tolist() == [70, 73]
+    assert select(keep_all_final=True).prompt_ids.tolist() == [70, 73]  # not final
+    kept = select(is_final=True, keep_all_final=True)
+    assert kept.prompt_ids.tolist() == [70, 71, 72, 73]
+    assert numbers(kept.noises)[2] == [2002, 2012]  # best 0, worst 1, little as it is
+
+
+def test_windows_go_transition_by_transition_then_prompt_by_prompt():
+    pairs = select(length=2, branching_only=False, one_x_t=False)
+    assert pairs.timesteps.tolist() == [201, 201, 101, 101]
+    assert pairs.prompt_ids.tolist() == [70, 73, 70, 73]
+    assert pairs.conditioning.prompt_embeds[:, 0, 0].tolist() == [0, 3, 0, 3]
+    # The first x_t is shared, then win and lose each have their own.
+    assert numbers(pairs.latents) == [[1000, 1000], [1003, 1003], [1110, 1100], [1103, 1123]]
+    assert numbers(pairs.noises) == [[2010, 2000], [2003, 2023], [2110, 2100], [2103, 2123]]
+    assert numbers(pairs.next_latents) == [[3010, 3000], [3003, 3023], [3110, 3100], [3103, 3123]]
+
+
+@pytest.mark.parametrize(("from_last", "noise"), [(False, 2000), (True, 2100)])
+def test_direction_of_an_extended_window(from_last, noise):
+    """GradSPO keeps the first x_t; the official SDXL code takes the last transition's noise."""
+    pairs = select(length=2, direction_from_last=from_last)
+    assert pairs.timesteps.tolist() == [201, 201]
+    assert numbers(pairs.latents) == [[1000], [1003]]
+    assert numbers(pairs.noises) == [[noise + 10, noise], [noise + 3, noise + 23]]
+    assert numbers(pairs.next_latents) == [[3010, 3000], [3003, 3023]]
+
+
+@pytest.mark.parametrize("pooled", [False, True])
+@pytest.mark.parametrize("one_x_t", [False, True])
+def test_joining_choosing_and_none(pooled, one_x_t):
+    layout = {"one_x_t": one_x_t, "branching_only": one_x_t}
+    settings = replace(PLAIN, **layout)
+    parts = [
+        no_pairs(conditioning(pooled), SHAPE, settings),
+        select(pooled=pooled, **layout),
+        select(pooled=pooled, threshold=0.99, **layout),  # none, by another way
+        select(length=2, pooled=pooled, **layout),
+    ]
+    joined = concatenate_pairs(parts)
+    assert [len(part) for part in parts] == [0, 2, 0, 2 if one_x_t else 4]
+    assert len(joined) == sum(len(part) for part in parts)
+    rows = torch.tensor([len(joined) - 1, 0])
+    chosen = joined.select(rows)
+    for pairs in (*parts, joined, chosen):
+        n = len(pairs)
+        assert pairs.latents.shape == (n, 1 if one_x_t else 2, *SHAPE)
+        assert pairs.noises.shape == pairs.next_latents.shape == (n, 2, *SHAPE)
+        assert (pairs.timesteps.dtype, pairs.prompt_ids.dtype) == (torch.int64, torch.int64)
+        assert pairs.conditioning.prompt_embeds.shape == (n, 2, 3)
+        assert pairs.conditioning.negative_prompt_embeds.shape == (1, 2, 3)
+        if pooled:
+            assert pairs.conditioning.pooled_prompt_embeds.shape == (n, 1)
+            assert pairs.conditioning.time_ids.shape == (1, 6)
+        else:
+            assert pairs.conditioning.pooled_prompt_embeds is None
+    assert chosen.prompt_ids.tolist() == [73, 70]
+    assert numbers(chosen.noises) == [numbers(joined.noises)[-1], [2010, 2000]]
+    if pooled:
+        assert chosen.conditioning.pooled_prompt_embeds.flatten().tolist() == [53, 50]
