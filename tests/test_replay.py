@@ -1,0 +1,162 @@
+"""The official code's traces replay, and a replay of a broken algorithm does not."""
+
+import importlib.util
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from helpers import GOLDEN, MODELS
+from safetensors.torch import load_file, save_file
+
+from spo import learner as learner_module
+
+SCRIPT = Path(__file__).parent.parent / "scripts" / "replay_trace.py"
+TRACES = sorted(path.parent.name for path in GOLDEN.glob("*/meta.json"))
+COMPARED = {
+    "timesteps",
+    "permutation",
+    "minibatches",
+    "latents",
+    "scores",
+    "losses",
+    "terms",
+    "policy",
+}
+COMPARED_OF = {"gradspo": {"directions", "predictions", "ema"}, "spo": {"next_latents"}}
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("replay_trace", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_all_traces_are_here():
+    algorithms = ("gradspo_sd15", "gradspo_sdxl", "spo_sd15", "spo_sdxl")
+    variants = ("gradspo_sd15_clip", "gradspo_sdxl_clip", "spo_sd15_all", "spo_sdxl_all")
+    assert set(TRACES) == {*algorithms, *variants}
+
+
+@pytest.mark.parametrize("trace", TRACES)
+def test_a_trace_replays(script, trace):
+    replay = script.Replay(GOLDEN / trace, MODELS)
+    algorithm = replay.config.algorithm
+    rollouts = replay.run()
+    assert len(rollouts) == len(replay.meta["rollouts"])
+    for deviations in rollouts:
+        assert set(deviations) == COMPARED | COMPARED_OF[algorithm]
+    assert script.failures(rollouts, algorithm) == []
+
+
+def remove_clips(replay):
+    replay.learner.loss_settings = replace(replay.learner.loss_settings, clip_eps=None)
+
+
+def swap_ema_for_policy(replay):
+    """In the loss alone: what the replay compares of the predictions stays right."""
+    own_loss = replay.learner.objective.loss
+
+    def loss(predictions, *rest):
+        return own_loss(replace(predictions, ema=predictions.policy.detach()), *rest)
+
+    replay.learner.objective = replace(replay.learner.objective, loss=loss)
+
+
+def freeze_ema(replay):
+    replay.learner.settings = replace(replay.learner.settings, ema_decay=1.0)
+
+
+def ignore_accumulation(replay):
+    replay.learner.settings = replace(replay.learner.settings, accumulation_steps=1)
+
+
+def move_ema_with_the_optimizer(replay):
+    replay.learner.settings = replace(replay.learner.settings, ema_every="optimizer_step")
+
+
+def sample_from_the_policy(replay):
+    replay.learner.sampler = lambda: replay.learner.lora.using(replay.learner.lora.snapshot())
+
+
+def change(**values):
+    def break_it(replay):
+        for name, value in values.items():
+            assert replay.config.sample[name] != value
+            replay.config.sample[name] = value
+
+    return break_it
+
+
+@pytest.mark.parametrize(
+    ("trace", "break_it", "rollouts", "quantity"),
+    [
+        ("gradspo_sd15_clip", remove_clips, 1, "losses"),
+        ("gradspo_sdxl_clip", remove_clips, 1, "losses"),
+        ("spo_sd15_all", remove_clips, 1, "losses"),
+        ("spo_sdxl_all", remove_clips, 1, "losses"),
+        ("gradspo_sd15_clip", swap_ema_for_policy, 1, "losses"),
+        ("gradspo_sd15_clip", freeze_ema, 1, "predictions"),
+        ("gradspo_sd15_clip", sample_from_the_policy, 2, "latents"),
+        ("gradspo_sdxl", move_ema_with_the_optimizer, 2, "ema"),
+        ("gradspo_sdxl", ignore_accumulation, 1, "policy"),
+        ("spo_sdxl", ignore_accumulation, 1, "policy"),
+        ("gradspo_sdxl_clip", change(final_direction="window"), 1, "directions"),
+        ("gradspo_sd15", change(threshold=0.0), 1, "timesteps"),
+        ("gradspo_sd15", change(keep_all_final=False), 1, "timesteps"),
+        ("gradspo_sd15_clip", change(final_score_timestep="zero"), 1, "scores"),
+        ("gradspo_sdxl_clip", change(final_step="branch"), 1, "timesteps"),
+        ("spo_sdxl_all", change(final_step="branch", num_inner_steps=2), 1, "timesteps"),
+        ("spo_sd15_all", change(eta=0.9), 1, "next_latents"),
+        ("spo_sd15_all", change(guidance_scale=4.9), 1, "next_latents"),
+    ],
+)
+def test_a_broken_algorithm_does_not_replay(script, trace, break_it, rollouts, quantity):
+    replay = script.Replay(GOLDEN / trace, MODELS)
+    break_it(replay)
+    deviations = [replay.rollout(index) for index in range(rollouts)]
+    failed = script.failures(deviations, replay.config.algorithm)
+    assert any(f": {quantity} " in failure for failure in failed), failed
+
+
+def test_an_ema_that_is_never_updated_does_not_replay(script, monkeypatch):
+    monkeypatch.setattr(learner_module, "update_ema", lambda *args: None)
+    replay = script.Replay(GOLDEN / "gradspo_sd15_clip", MODELS)
+    failed = script.failures([replay.rollout(0)], "gradspo")
+    assert any(": ema " in failure for failure in failed)
+
+
+def first_rollout(trace, folder):
+    """A copy of a trace that ends after its first rollout."""
+    shutil.copytree(GOLDEN / trace, folder)
+    path = folder / "meta.json"
+    meta = json.loads(path.read_text())
+    path.write_text(json.dumps(meta | {"rollouts": meta["rollouts"][:1]}))
+    return folder
+
+
+def run_script(trace):
+    command = [sys.executable, str(SCRIPT), "--trace", str(trace), "--models", str(MODELS)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=trace)
+
+
+def test_the_command_line(tmp_path):
+    trace = first_rollout("spo_sdxl", tmp_path / "trace")
+    result = run_script(trace)
+    assert result.returncode == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert report["failures"] == []
+    assert set(report["rollouts"][0]) == COMPARED | COMPARED_OF["spo"]
+
+    tensors = load_file(trace / "trace.safetensors")
+    tensors["it0.batch1.loss"] += 1e-4
+    save_file(tensors, trace / "trace.safetensors")
+    result = run_script(trace)
+    assert result.returncode == 1
+    (failure,) = json.loads(result.stdout)["failures"]
+    assert failure.startswith("rollout 0: losses 1.0e-04 > 2e-05")
