@@ -4,4 +4,6 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 PYTHON=$(bash scripts/setup_env.sh)
+# More threads only wait for each other on tensors this small.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 exec "$PYTHON" -m spo.launch --cpu train_sd15.py --config=config/tiny.py "$@"

@@ -15,7 +15,12 @@ from spo.errors import UserError
 BOUNDS = {
     "none": {"clip_sample": False},
     "clip": {"clip_sample": True, "clip_sample_range": 1.0},
-    "threshold": {"thresholding": True, "dynamic_thresholding_ratio": 0.8, "sample_max_value": 2.5},
+    "threshold": {
+        "clip_sample": True,  # which thresholding takes precedence over
+        "thresholding": True,
+        "dynamic_thresholding_ratio": 0.8,
+        "sample_max_value": 2.5,
+    },
 }
 
 
@@ -56,9 +61,9 @@ def test_every_step_is_that_of_diffusers(num_steps, prediction_type, bounds):
     schedule = ddim.make_schedule(config_of("sd15", **changes), num_steps)
     assert schedule.timesteps == tuple(scheduler.timesteps.tolist())
     for i, timestep in enumerate(schedule.timesteps):
-        # Large enough that x0 leaves [-1, 1] and its 80 % quantile lies on both sides of 2.5.
+        # Sizes such that x0 leaves [-1, 1] and its 80 % quantile lies below 1, between and above 2.5.
         latents, output, noise = (randn(3, 4, 5, 5, seed=10 * i + j) for j in range(3))
-        output = output * torch.tensor([1.0, 2.0, 3.0]).view(3, 1, 1, 1)
+        output = output * torch.tensor([0.5, 1.5, 3.0]).view(3, 1, 1, 1)
         for eta in (0.0, 0.5, 1.0):
             expected = scheduler.step(output, timestep, latents, eta=eta, variance_noise=noise)
             found = step(schedule, output, latents, timestep, eta, noise)
