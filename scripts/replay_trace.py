@@ -28,8 +28,6 @@ from config import base  # noqa: E402
 from spo import losses, settings  # noqa: E402
 from spo.backbone import Backbone  # noqa: E402
 from spo.collect import Collected, collect_rollout  # noqa: E402
-from spo.learner import Learner  # noqa: E402
-from spo.lora import add_lora  # noqa: E402
 from spo.scorers import load_scorer  # noqa: E402
 from spo.types import NoisePredictions, PreferencePairs  # noqa: E402
 
@@ -76,27 +74,10 @@ class Replay:
             settings.model_source(config), config.family, config.mixed_precision, device
         )
         self.scorer = load_scorer(settings.scorer_source(config), device)
-        lora = add_lora(
-            self.backbone.unet,
-            config.lora.rank,
-            settings.lora_alpha(config),
-            config.lora.target_modules,
-            seed=0,
-        )
+        unet, accumulation = self.backbone.unet, config.train.gradient_accumulation_steps
+        lora = settings.build_lora(config, unet, seed=0)
         lora.assign(self.recorded("init.policy."))
-        self.learner = Learner(
-            backbone=self.backbone,
-            unet=self.backbone.unet,
-            lora=lora,
-            optimizer=torch.optim.AdamW(
-                lora.parameters.values(), **settings.optimizer_options(config)
-            ),
-            objective=settings.objective(config),
-            schedule=self.backbone.schedule(config.sample.num_steps),
-            loss_settings=settings.loss_settings(config),
-            settings=settings.update_settings(config, config.train.gradient_accumulation_steps),
-            guidance_scale=config.sample.guidance_scale,
-        )
+        self.learner = settings.build_learner(config, self.backbone, unet, lora, accumulation)
         if self.learner.ema is not None:
             self.learner.ema.update(self.recorded("init.ema."))
 
@@ -147,7 +128,9 @@ class Replay:
         timesteps = recorded["rollout.timesteps"].flatten()
         deviations["timesteps"] = deviation(pairs.timesteps, timesteps)
         expected = recorded["rollout.current_latents"]
-        deviations["latents"] = deviation(pairs.latents.expand_as(expected), expected)
+        shared = pairs.latents.shape[1] == 1  # the SDXL traces keep a shared x_t twice
+        mine = pairs.latents.expand(-1, expected.shape[1], -1, -1, -1) if shared else pairs.latents
+        deviations["latents"] = deviation(mine, expected)
         if self.config.algorithm == "gradspo":
             # The direction g is entry 0; the SD1.5 trace keeps the raw noises under the other name.
             noise = "noise_sam" if "rollout.noise_sam" in recorded else "noise_added"
@@ -205,8 +188,8 @@ def deviation(mine: Tensor, expected: Tensor) -> float:
     mine = mine.detach()
     if mine.shape != expected.shape:
         return math.inf
-    difference = (mine.double() - expected.double()).abs()
-    return difference.max().item() if difference.isfinite().all() else math.inf
+    difference = (mine.double() - expected.double()).abs().flatten()
+    return max(difference.nan_to_num(nan=math.inf).tolist(), default=0.0)
 
 
 def worst(deviations: dict[str, float], name: str, value: float) -> None:
@@ -233,7 +216,9 @@ def main() -> int:
     replay = Replay(options.trace, options.models)
     rollouts = replay.run()
     failed = failures(rollouts, replay.config.algorithm)
-    print(json.dumps({"trace": options.trace.name, "rollouts": rollouts, "failures": failed}))
+    # JSON has no infinity: null stands for "not comparable", which is a failure too.
+    shown = [{k: v if math.isfinite(v) else None for k, v in r.items()} for r in rollouts]
+    print(json.dumps({"trace": options.trace.name, "rollouts": shown, "failures": failed}))
     return 1 if failed else 0
 
 

@@ -35,7 +35,6 @@ def show_rollout(config, prompt: str, lora_spec: str, seed: int, out: Path) -> N
 
     from spo import backbone, scorers, settings
     from spo.collect import score_candidates
-    from spo.lora import add_lora
     from spo.lora_files import find_lora, read_lora
     from spo.pictures import grid
     from spo.rollout import stepwise_rollout
@@ -47,8 +46,7 @@ def show_rollout(config, prompt: str, lora_spec: str, seed: int, out: Path) -> N
         settings.model_source(config), config.family, config.mixed_precision, device
     )
     if lora_spec:
-        targets = config.lora.target_modules
-        lora = add_lora(model.unet, config.lora.rank, settings.lora_alpha(config), targets, seed=0)
+        lora = settings.build_lora(config, model.unet, seed=0)
         lora.assign(read_lora(find_lora(lora_spec), model, lora))
     scorer = scorers.load_scorer(settings.scorer_source(config), device)
     features = scorer.encode_prompts([prompt])

@@ -48,21 +48,20 @@ class Lora:
     def using(self, weights: Mapping[str, Tensor] | None) -> Iterator[None]:
         """Within the context the UNet runs with `weights` (not copied); None: as the base model."""
         own = {name: parameter.data for name, parameter in self.parameters.items()}
+        was_enabled = not self.layers[0].disable_adapters
         try:
-            self._enter(weights)
+            self._point_to(own if weights is None else weights, enabled=weights is not None)
             yield
         finally:
-            self._enter(own)
+            self._point_to(own, was_enabled)
 
-    def _enter(self, weights: Mapping[str, Tensor] | None) -> None:
-        enabled = weights is not None
+    def _point_to(self, weights: Mapping[str, Tensor], enabled: bool) -> None:
         for layer in self.layers:
             if layer.disable_adapters == enabled:
                 layer.enable_adapters(enabled)
         for name, parameter in self.parameters.items():
             parameter.requires_grad_(True)  # which peft's switch turns off
-            if enabled:
-                parameter.data = weights[name]
+            parameter.data = weights[name]
         # Autocast caches low-precision copies of parameters and would not see that they changed.
         torch.clear_autocast_cache()
 

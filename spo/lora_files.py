@@ -43,22 +43,37 @@ def read_lora(path: Path, backbone: Backbone, lora: Lora) -> dict[str, Tensor]:
         with safe_open(path, framework="pt") as file:
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             header = file.metadata() or {}
+        default = json.loads(header.get("lora_adapter_metadata", "{}")).get("unet.lora_alpha")
         state, alphas = backbone.lora_state_dict(weights)
         unet = {k.removeprefix("unet."): v for k, v in state.items() if k.startswith("unet.")}
         found = parameter_names(convert_unet_state_dict_to_peft(unet))
-    except (OSError, SafetensorError, ValueError, KeyError) as error:
+    except (OSError, SafetensorError, ValueError, KeyError, AttributeError) as error:
         raise UserError(f"{_KEY}: {path} cannot be read as a LoRA: {error}") from error
+    if len(unet) < len(state):
+        raise UserError(f"{_KEY}: {path} also changes the text encoder, which is not trained here.")
     _check_fit(path, found, lora)
-    adapter = json.loads(header.get("lora_adapter_metadata", "{}"))
-    default = adapter.get("unet.lora_alpha", lora.rank)
+    alphas = {_module_of_alpha(name): float(alpha) for name, alpha in alphas.items()}
     result = {}
     for name, parameter in lora.parameters.items():
         tensor = found[name].to(parameter.device, torch.float32)
-        if "lora_B" in name:
-            module = name.split(".lora_B")[0]
-            tensor = tensor * (float(alphas.get(f"unet.{module}.alpha", default)) / lora.alpha)
+        module, is_b, _ = name.partition(".lora_B")
+        if is_b:
+            tensor = tensor * (alphas.get(module, default or lora.rank) / lora.alpha)
         result[name] = tensor
     return result
+
+
+def _module_of_alpha(name: str) -> str:
+    """The module that diffusers' name of a kohya alpha belongs to.
+
+    unet.X.processor.to_q_lora.down.weight.alpha -> X.to_q, but to_out_lora -> to_out.0.
+    """
+    name = name.removeprefix("unet.").removesuffix(".alpha").removesuffix(".down.weight")
+    head, is_processor, projection = name.partition(".processor.")
+    if not is_processor:
+        return name
+    projection = projection.removesuffix("_lora")
+    return f"{head}.to_out.0" if projection == "to_out" else f"{head}.{projection}"
 
 
 def _check_fit(path: Path, found: Mapping[str, Tensor], lora: Lora) -> None:

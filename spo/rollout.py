@@ -54,9 +54,50 @@ def check_settings(settings: RolloutSettings, num_steps: int) -> None:
         )
 
 
+@dataclass(frozen=True)
+class _Prediction:
+    """What the network makes of latents: (n, C, h, w), or (K, B, C, h, w) for all candidates."""
+
+    x0: Tensor
+    epsilon: Tensor
+
+    def per_candidate(self, k: int) -> _Prediction:
+        """Rows (K B, ...) as (K, B, ...)."""
+        return _Prediction(self.x0.unflatten(0, (k, -1)), self.epsilon.unflatten(0, (k, -1)))
+
+    def select(self, candidates: Tensor, prompts: Tensor) -> _Prediction:
+        """One candidate (B,) of each prompt (B,)."""
+        return _Prediction(self.x0[candidates, prompts], self.epsilon[candidates, prompts])
+
+
+@dataclass(frozen=True)
+class _Denoiser:
+    """The sampler network and its DDIM transition."""
+
+    network: Predict
+    schedule: DDIMSchedule
+    eta: float
+
+    def predict(self, latents: Tensor, timestep: int, rows: Conditioning) -> _Prediction:
+        output = self.network(latents, timestep, rows).float()
+        abar = self.schedule.abar(timestep, latents)
+        return _Prediction(
+            ddim.to_x0(self.schedule, output, latents, abar),
+            ddim.to_epsilon(self.schedule, output, latents, abar),
+        )
+
+    def step(self, prediction: _Prediction, timestep: int, noise: Tensor) -> Tensor:
+        """x_t' for each noise; a prediction (B, ...) broadcasts over noises (K, B, ...)."""
+        abar = self.schedule.abar(timestep, noise)
+        abar_previous = self.schedule.abar_previous(timestep, noise)
+        sigma = ddim.transition_std(abar, abar_previous, self.eta)
+        mean = ddim.transition_mean(prediction.x0, prediction.epsilon, abar_previous, sigma)
+        return mean + sigma * noise
+
+
 @torch.no_grad()
 def stepwise_rollout(
-    predict: Predict,
+    network: Predict,
     schedule: DDIMSchedule,
     settings: RolloutSettings,
     conditioning: Conditioning,
@@ -65,68 +106,45 @@ def stepwise_rollout(
 ) -> Iterator[Candidates]:
     """Roll out B prompts and yield their candidates, comparison by comparison.
 
-    The generator lives on the CPU, so that a seed means the same on every device. The order in which
-    it is drawn from is part of the contract: initial latents (B, C, h, w); (B, C, h, w) per step
-    before branching; (K, B, C, h, w) at the first branch; at each later branch the index that goes on
-    (B,), then (K, B, C, h, w); (K B, C, h, w) per inner step.
+    The generator lives on the CPU, so that a seed means the same on every device. What is drawn from
+    it, and in which order, is part of the contract: initial latents (B, C, h, w); (B, C, h, w) per
+    step before branching; (K, B, C, h, w) at the first branch; at each later branch the candidate
+    that goes on (B,), then (K, B, C, h, w); (K B, C, h, w) per inner step.
     """
-    k, b = settings.num_candidates, conditioning.prompt_embeds.shape[0]
+    k, b = settings.num_candidates, len(conditioning)
     device = conditioning.prompt_embeds.device
-    of_candidates = conditioning.repeat(k)
+    of_candidates, prompts = conditioning.repeat(k), torch.arange(b, device=device)
+    denoiser = _Denoiser(network, schedule, settings.eta)
 
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(device)
+    def draw(*rows: int) -> Tensor:
+        return torch.randn(*rows, *latent_shape, generator=generator).to(device)
 
-    def x0_and_epsilon(latents: Tensor, timestep: int, rows: Conditioning) -> tuple[Tensor, Tensor]:
-        output = predict(latents, timestep, rows).float()
-        abar = schedule.abar(timestep, latents)
-        return (
-            ddim.to_x0(schedule, output, latents, abar),
-            ddim.to_epsilon(schedule, output, latents, abar),
-        )
-
-    def step(x0: Tensor, epsilon: Tensor, timestep: int, noise: Tensor) -> Tensor:
-        abar, abar_previous = schedule.abar(timestep, x0), schedule.abar_previous(timestep, x0)
-        sigma = ddim.transition_std(abar, abar_previous, settings.eta)
-        return ddim.transition_mean(x0, epsilon, abar_previous, sigma) + sigma * noise
-
-    def per_candidate(rows: Tensor) -> Tensor:
-        return rows.reshape(k, b, *latent_shape)
-
-    latents = draw(b, *latent_shape)
+    latents = draw(b)
     for timestep in schedule.timesteps[: settings.branch_from]:
-        x0, epsilon = x0_and_epsilon(latents, timestep, conditioning)
-        latents = step(x0, epsilon, timestep, draw(b, *latent_shape))
+        prediction = denoiser.predict(latents, timestep, conditioning)
+        latents = denoiser.step(prediction, timestep, draw(b))
 
     window: tuple[Transition, ...] = ()
     last = schedule.timesteps[-1]
     for timestep in schedule.timesteps[settings.branch_from :]:
-        if not window:  # the first branch
-            x0, epsilon = x0_and_epsilon(latents, timestep, conditioning)
+        if not window:
+            prediction = denoiser.predict(latents, timestep, conditioning)
         else:
-            ends = window[-1].next_latents.flatten(0, 1)
-            x0, epsilon = x0_and_epsilon(ends, timestep, of_candidates)
-            window_is_full = len(window) > settings.num_inner_steps
-            if not window_is_full or (timestep == last and settings.extend_final):
-                noise = draw(k * b, *latent_shape)
-                window += (
-                    Transition(
-                        timestep=timestep,
-                        latents=window[-1].next_latents,
-                        noise=per_candidate(noise),
-                        next_latents=per_candidate(step(x0, epsilon, timestep, noise)),
-                    ),
-                )
+            ends = window[-1].next_latents
+            rows = denoiser.predict(ends.flatten(0, 1), timestep, of_candidates)
+            candidates = rows.per_candidate(k)
+            is_full = len(window) > settings.num_inner_steps
+            if not is_full or (timestep == last and settings.extend_final):
+                noise = draw(k * b).unflatten(0, (k, b))
+                next_latents = denoiser.step(candidates, timestep, noise)
+                window += (Transition(timestep, ends, noise, next_latents),)
                 continue
-            yield Candidates(window, per_candidate(x0), timestep, is_final=False)
+            yield Candidates(window, candidates.x0, timestep, is_final=False)
             goes_on = torch.randint(0, k, (b,), generator=generator).to(device)
-            of_prompt = torch.arange(b, device=device)
-            latents = window[-1].next_latents[goes_on, of_prompt]
-            x0 = per_candidate(x0)[goes_on, of_prompt]
-            epsilon = per_candidate(epsilon)[goes_on, of_prompt]
-        noise = draw(k, b, *latent_shape)
-        branched = step(x0, epsilon, timestep, noise)  # (B, ...) broadcast over the K noises
-        window = (Transition(timestep, latents.unsqueeze(0), noise, branched),)
+            latents, prediction = ends[goes_on, prompts], candidates.select(goes_on, prompts)
+        noise = draw(k, b)
+        next_latents = denoiser.step(prediction, timestep, noise)
+        window = (Transition(timestep, latents.unsqueeze(0), noise, next_latents),)
 
     score_timestep = last if settings.final_score_timestep == "t" else 0
     yield Candidates(window, window[-1].next_latents, score_timestep, is_final=True)

@@ -6,6 +6,7 @@ callable that takes `preference.kwargs` and `device` and returns a `Scorer`.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -169,9 +170,10 @@ def load_scorer(source: ScorerSource, device: torch.device) -> Scorer:
     if source.scorer in SCORERS:
         return factory(source, device)
     try:
-        return factory(device=device, **source.kwargs)
+        inspect.signature(factory).bind(device=device, **source.kwargs)
     except TypeError as error:
         raise UserError(f"preference.kwargs: {source.scorer} takes other ones: {error}") from error
+    return factory(device=device, **source.kwargs)
 
 
 def _clip_config(backbone: str) -> CLIPConfig:

@@ -10,14 +10,17 @@ import json
 import math
 from typing import Any
 
+import torch
 from ml_collections import ConfigDict
+from torch import nn
 
 from spo import rollout
-from spo.backbone import DTYPES, ModelSource
+from spo.backbone import DTYPES, Backbone, ModelSource
 from spo.collect import CollectSettings
 from spo.dotted import find
 from spo.errors import UserError
-from spo.learner import UpdateSettings
+from spo.learner import Learner, UpdateSettings
+from spo.lora import Lora, add_lora
 from spo.losses import LOSSES, LossSettings, Objective
 from spo.pairs import PairSettings
 from spo.rollout import RolloutSettings
@@ -74,25 +77,40 @@ def loss_settings(config: ConfigDict) -> LossSettings:
     )
 
 
-def update_settings(config: ConfigDict, accumulation_steps: int) -> UpdateSettings:
-    train = config.train
-    return UpdateSettings(
-        accumulation_steps=accumulation_steps,
-        max_grad_norm=train.max_grad_norm,
-        ema_decay=train.ema_decay,
-        ema_every=train.ema_every,
+def build_learner(
+    config: ConfigDict, backbone: Backbone, unet: nn.Module, lora: Lora, accumulation_steps: int
+) -> Learner:
+    """The learner of a run; `unet` is the backbone's, or its DDP wrapper."""
+    train, schedule = config.train, backbone.schedule(config.sample.num_steps)
+    if not objective(config).shares_latents and schedule.timesteps[-1] == 0:
+        raise UserError(
+            f"pretrained.model: the scheduler of {config.pretrained.model} ends at t = 0, where "
+            f"{config.algorithm} has no likelihood (sigma is 0); set its steps_offset to 1."
+        )
+    optimizer = torch.optim.AdamW(
+        lora.parameters.values(),
+        lr=train.learning_rate,
+        betas=(train.adam_beta1, train.adam_beta2),
+        weight_decay=train.adam_weight_decay,
+        eps=train.adam_epsilon,
     )
-
-
-def optimizer_options(config: ConfigDict) -> dict:
-    """Keyword arguments of torch.optim.AdamW."""
-    train = config.train
-    return {
-        "lr": train.learning_rate,
-        "betas": (train.adam_beta1, train.adam_beta2),
-        "weight_decay": train.adam_weight_decay,
-        "eps": train.adam_epsilon,
-    }
+    return Learner(
+        backbone=backbone,
+        unet=unet,
+        lora=lora,
+        optimizer=optimizer,
+        objective=objective(config),
+        schedule=schedule,
+        loss_settings=loss_settings(config),
+        settings=UpdateSettings(
+            accumulation_steps=accumulation_steps,
+            max_grad_norm=train.max_grad_norm,
+            ema_decay=train.ema_decay,
+            ema_every=train.ema_every,
+        ),
+        guidance_scale=config.sample.guidance_scale,
+        reference=lora.snapshot() if config.lora.reference == "init" else None,
+    )
 
 
 def model_source(config: ConfigDict) -> ModelSource:
@@ -103,9 +121,11 @@ def scorer_source(config: ConfigDict) -> ScorerSource:
     return ScorerSource(**config.preference.to_dict())
 
 
-def lora_alpha(config: ConfigDict) -> int:
-    """lora.alpha, or the rank where it is None."""
-    return config.lora.rank if config.lora.alpha is None else config.lora.alpha
+def build_lora(config: ConfigDict, unet: nn.Module, seed: int) -> Lora:
+    """A fresh LoRA on `unet`; its alpha is the rank where lora.alpha is None."""
+    lora = config.lora
+    alpha = lora.rank if lora.alpha is None else lora.alpha
+    return add_lora(unet, lora.rank, alpha, lora.target_modules, seed)
 
 
 def image_settings(config: ConfigDict) -> ImageSettings:

@@ -17,7 +17,6 @@ from spo.collect import Collected, check_scores, collect_rollout
 from spo.distributed import Workers
 from spo.errors import RunError, UserError
 from spo.learner import Learner, Step
-from spo.lora import add_lora
 from spo.lora_files import find_lora, read_lora
 from spo.pairs import concatenate_pairs, no_pairs
 from spo.preflight import Preflight, preflight
@@ -77,29 +76,13 @@ class Trainer:
             self.tracking = Tracking(self.run_dir, tracker.name, tracker.project, config.to_dict())
 
     def _make_learner(self) -> Learner:
-        config = self.config
-        lora = add_lora(
-            self.backbone.unet,
-            config.lora.rank,
-            settings.lora_alpha(config),
-            config.lora.target_modules,
-            seed=derive_seed(config.seed, "lora"),
-        )
+        config, unet = self.config, self.backbone.unet
+        lora = settings.build_lora(config, unet, seed=derive_seed(config.seed, "lora"))
         if config.lora.init_from:
             lora.assign(read_lora(find_lora(config.lora.init_from), self.backbone, lora))
-        return Learner(
-            backbone=self.backbone,
-            unet=self.workers.wrap(self.backbone.unet),
-            lora=lora,
-            optimizer=torch.optim.AdamW(
-                lora.parameters.values(), **settings.optimizer_options(config)
-            ),
-            objective=settings.objective(config),
-            schedule=self.backbone.schedule(config.sample.num_steps),
-            loss_settings=settings.loss_settings(config),
-            settings=settings.update_settings(config, self.plan.accumulation_steps),
-            guidance_scale=config.sample.guidance_scale,
-            reference=lora.snapshot() if config.lora.reference == "init" else None,
+        wrapped = self.workers.wrap(unet)
+        return settings.build_learner(
+            config, self.backbone, wrapped, lora, self.plan.accumulation_steps
         )
 
     def run(self) -> None:

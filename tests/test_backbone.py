@@ -143,7 +143,9 @@ def test_decoding(backbone):
     assert backbone.latent_shape == (4, 8, 8)
 
 
-@pytest.mark.parametrize(("mixed_precision", "dtype"), [("bf16", torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("mixed_precision", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16)]
+)
 def test_low_precision_is_decided_at_loading(sd15, mixed_precision, dtype):
     low = load_backbone("sd15", mixed_precision)
     assert {p.dtype for p in low.unet.parameters()} == {dtype}

@@ -180,13 +180,6 @@ def test_equal_weights_give_equal_bytes_in_every_process(tmp_path, monkeypatch):
     assert len(load_file(here)) == 8
 
 
-KOHYA = pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="read_lora ignores the alphas: diffusers names them ….to_q_lora.down.weight.alpha",
-)
-
-
 def _kohya(weights, alpha):
     """A file of kohya's scripts: module names with underscores, and an alpha each."""
     result = {}
@@ -209,7 +202,7 @@ def _old_diffusers(weights):
     return result
 
 
-@pytest.mark.parametrize("form", ["ours", pytest.param("kohya", marks=KOHYA), "old_diffusers"])
+@pytest.mark.parametrize("form", ["ours", "kohya", "old_diffusers"])
 @pytest.mark.parametrize("family", ["sd15", "sdxl"])
 def test_reading_a_file_gives_the_network_that_diffusers_makes_of_it(
     own_backbone, tmp_path, family, form

@@ -93,13 +93,6 @@ def change(**values):
     return break_it
 
 
-OTHER_PAIRS = pytest.mark.xfail(
-    strict=True,
-    raises=RuntimeError,
-    reason="Replay.compare_pairs expands latents to the recorded number of pairs before comparing",
-)
-
-
 @pytest.mark.parametrize(
     ("trace", "break_it", "rollouts", "quantity"),
     [
@@ -114,14 +107,10 @@ OTHER_PAIRS = pytest.mark.xfail(
         ("gradspo_sdxl", ignore_accumulation, 1, "policy"),
         ("spo_sdxl", ignore_accumulation, 1, "policy"),
         ("gradspo_sdxl_clip", change(final_direction="window"), 1, "directions"),
-        pytest.param("gradspo_sd15", change(threshold=0.0), 1, "timesteps", marks=OTHER_PAIRS),
-        pytest.param(
-            "gradspo_sd15", change(keep_all_final=False), 1, "timesteps", marks=OTHER_PAIRS
-        ),
+        ("gradspo_sd15", change(threshold=0.0), 1, "timesteps"),
+        ("gradspo_sd15", change(keep_all_final=False), 1, "timesteps"),
         ("gradspo_sd15_clip", change(final_score_timestep="zero"), 1, "scores"),
-        pytest.param(
-            "gradspo_sdxl_clip", change(final_step="branch"), 1, "timesteps", marks=OTHER_PAIRS
-        ),
+        ("gradspo_sdxl_clip", change(final_step="branch"), 1, "timesteps"),
         ("spo_sdxl_all", change(final_step="branch", num_inner_steps=2), 1, "next_latents"),
         ("spo_sd15_all", change(eta=0.9), 1, "next_latents"),
         ("spo_sd15_all", change(guidance_scale=4.9), 1, "next_latents"),
