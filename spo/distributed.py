@@ -6,6 +6,7 @@ Everything here works in one process as well, where it does nothing but its loca
 from __future__ import annotations
 
 from dataclasses import replace
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import (
     DistributedDataParallelKwargs,
+    InitProcessGroupKwargs,
     broadcast_object_list,
     gather_object,
 )
@@ -31,7 +33,9 @@ class Workers:
 
     def __init__(self) -> None:
         ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
-        self.accelerator = Accelerator(mixed_precision="no", kwargs_handlers=[ddp])
+        # The main process may have to download before the others can go on.
+        group = InitProcessGroupKwargs(timeout=timedelta(minutes=30))
+        self.accelerator = Accelerator(mixed_precision="no", kwargs_handlers=[ddp, group])
         self.device = self.accelerator.device
         self.rank = self.accelerator.process_index
         self.count = self.accelerator.num_processes
