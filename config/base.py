@@ -96,7 +96,8 @@ def get_config() -> ConfigDict:
     # Pairs of one optimizer step: minibatch x GPUs x accumulation, which are chosen to make it;
     # None: train.batch_size and train.gradient_accumulation_steps are taken as they are.
     train.global_batch_size = placeholder(int)
-    train.gradient_accumulation_steps = 1  # used where train.global_batch_size is None
+    # Minibatches of one optimizer step where train.global_batch_size is None; None: 1.
+    train.gradient_accumulation_steps = placeholder(int)
     train.gradient_checkpointing = False  # recompute UNet activations: less memory, slower
     train.learning_rate = 6e-5  # AdamW (paper: 6e-5 SD1.5, 1e-5 SDXL), constant
     train.adam_beta1 = 0.9  # AdamW's constants as in the official code

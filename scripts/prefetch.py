@@ -41,7 +41,7 @@ def prefetch(config) -> None:
     scorers.load_scorer(settings.scorer_source(config), torch.device("cpu"))
     print(f"preference model: {config.preference.scorer}")
     if config.lora.init_from:
-        print(f"LoRA: {find_lora(config.lora.init_from)}")
+        print(f"LoRA: {find_lora(config.lora.init_from, 'lora.init_from')}")
     print("Everything is there.")
 
 

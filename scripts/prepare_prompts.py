@@ -9,7 +9,10 @@ import json
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 from spo.errors import UserError
+from spo.flags import exit_on_user_error
 from spo.prompts import read_prompts
 
 
@@ -59,8 +62,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with exit_on_user_error():
         main()
-    except UserError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)

@@ -74,7 +74,7 @@ class Replay:
             settings.model_source(config), config.family, config.mixed_precision, device
         )
         self.scorer = load_scorer(settings.scorer_source(config), device)
-        unet, accumulation = self.backbone.unet, config.train.gradient_accumulation_steps
+        unet, accumulation = self.backbone.unet, config.train.gradient_accumulation_steps or 1
         lora = settings.build_lora(config, unet, seed=0)
         lora.assign(self.recorded("init.policy."))
         self.learner = settings.build_learner(config, self.backbone, unet, lora, accumulation)

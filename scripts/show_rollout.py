@@ -35,19 +35,24 @@ def show_rollout(config, prompt: str, lora_spec: str, seed: int, out: Path) -> N
 
     from spo import backbone, scorers, settings
     from spo.collect import score_candidates
+    from spo.errors import UserError
     from spo.lora_files import find_lora, read_lora
     from spo.pictures import grid
     from spo.rollout import stepwise_rollout
 
     settings.check(config)
     backbone.check_source(settings.model_source(config), config.family)
+    lora_path = find_lora(lora_spec, "--lora") if lora_spec else None
+    if out.suffix != ".png":
+        raise UserError(f"--out: {out} must end in .png")
+    out.parent.mkdir(parents=True, exist_ok=True)
     device = PartialState().device
     model = backbone.Backbone(
         settings.model_source(config), config.family, config.mixed_precision, device
     )
     if lora_spec:
         lora = settings.build_lora(config, model.unet, seed=0)
-        lora.assign(read_lora(find_lora(lora_spec), model, lora))
+        lora.assign(read_lora(lora_path, model, lora, "--lora"))
     scorer = scorers.load_scorer(settings.scorer_source(config), device)
     features = scorer.encode_prompts([prompt])
     collect = settings.collect_settings(config)
@@ -73,13 +78,13 @@ def show_rollout(config, prompt: str, lora_spec: str, seed: int, out: Path) -> N
 
         scores = score_candidates(candidates, decode, scorer, features, collect.decode_batch_size)
         seen.append((candidates, scores[:, 0], torch.cat(images)))
-    rows, labels = draw_rows(seen, collect.pairs.threshold)
+    rows, labels = draw_rows(seen, collect.pairs)
     weights = f"LoRA {lora_spec}" if lora_spec else "base model"
     grid(rows, f"{prompt}  ({weights})", labels, side=160).save(out)
     print(f"picture: {out}")
 
 
-def draw_rows(seen, threshold):
+def draw_rows(seen, settings):
     """Rows of cells and their labels from (candidates, scores (K,), images (K, 3, H, W))."""
     from spo.pairs import preference_gap
     from spo.pictures import Cell, to_pil
@@ -103,10 +108,11 @@ def draw_rows(seen, threshold):
             ]
         )
         gap = preference_gap(scores[:, None]).item()
+        kept = gap > settings.threshold or (candidates.is_final and settings.keep_all_final)
         labels.append(
             f"from t = {candidates.window[0].timestep}\n"
             f"scored at {candidates.score_timestep}\n"
-            f"gap {gap:.2f}\n" + ("pair" if gap > threshold else "no pair")
+            f"gap {gap:.2f}\n" + ("pair" if kept else "no pair")
         )
     return rows, labels
 

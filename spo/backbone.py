@@ -1,16 +1,15 @@
 """SD1.5 or SDXL behind one interface: load, encode prompts, guided prediction, decode.
 
-The only file that knows which family a model is of. Another family is another entry of `_PIPELINES`.
+The only file that knows which family a model is of: the entries of `_PIPELINES` and the questions
+after `family` below.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, StableDiffusionXLPipeline
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 
 from spo.ddim import DDIMSchedule, make_schedule
 from spo.errors import UserError
-from spo.hub import PREFETCH, resolve_file
+from spo.hub import LOAD_ERRORS, PREFETCH, first_line, model_file
 from spo.types import Conditioning
 
 _PIPELINES = {"sd15": StableDiffusionPipeline, "sdxl": StableDiffusionXLPipeline}
@@ -40,8 +39,8 @@ def check_source(source: ModelSource, family: str) -> None:
     if family not in _PIPELINES:
         raise UserError(f"family: {family!r} is none of {', '.join(_PIPELINES)}.")
     if source.vae is not None:
-        _model_file(source.vae, "config.json", "pretrained.vae")
-    file = _model_file(source.model, "model_index.json", "pretrained.model", source.revision)
+        model_file(source.vae, "config.json", "pretrained.vae")
+    file = model_file(source.model, "model_index.json", "pretrained.model", source.revision)
     try:
         index = json.loads(file.read_text())
     except ValueError as error:
@@ -52,15 +51,6 @@ def check_source(source: ModelSource, family: str) -> None:
             f"pretrained.model: {source.model!r} is a {found}, but family={family!r} needs a "
             f"{wanted}; change pretrained.model or family."
         )
-
-
-def _model_file(model: str, name: str, key: str, revision: str | None = None) -> Path:
-    """The local path of file `name` of a model, a folder or the Hub id user/name."""
-    if Path(model).is_dir():
-        return resolve_file(str(Path(model) / name), key)
-    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model):
-        return resolve_file(f"hf://{model}/{name}", key, revision)
-    raise UserError(f"{key}: {model!r} is neither a folder nor a Hub id user/name.")
 
 
 def load_pipeline(
@@ -81,11 +71,10 @@ def load_pipeline(
         if source.vae is not None:
             options["vae"] = AutoencoderKL.from_pretrained(source.vae, dtype=dtype)
         pipe = _PIPELINES[family].from_pretrained(source.model, **options)
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except LOAD_ERRORS as error:
         raise UserError(
-            f"pretrained: {source.model!r} (vae {source.vae!r}) cannot be loaded ({reason}); to "
-            f"download and check it: {PREFETCH}"
+            f"pretrained: {source.model!r} (vae {source.vae!r}) cannot be loaded "
+            f"({first_line(error)}); to download and check it: {PREFETCH}"
         ) from error
     # SDXL's own VAE overflows in fp16 and its config says so; SD1.5's does not and has the same flag.
     if family == "sdxl" and dtype == torch.float16 and pipe.vae.config.force_upcast:

@@ -56,7 +56,7 @@ def fit_batches(
     sample_global_batch_size: int | None,
     train_batch_size: int,
     train_global_batch_size: int | None,
-    gradient_accumulation_steps: int,
+    gradient_accumulation_steps: int | None,
 ) -> BatchPlan:
     """Keeps the global numbers on `num_processes` processes; None takes the local ones as they are.
 
@@ -68,13 +68,18 @@ def fit_batches(
     _require_positive("train.batch_size", train_batch_size)
     _require_positive("train.global_batch_size", train_global_batch_size)
     _require_positive("train.gradient_accumulation_steps", gradient_accumulation_steps)
+    if train_global_batch_size is not None and gradient_accumulation_steps is not None:
+        raise UserError(
+            f"train.gradient_accumulation_steps: it follows from train.global_batch_size="
+            f"{train_global_batch_size}; set that to None to choose the accumulation yourself"
+        )
     _require_divisible(num_processes, sample_global_batch_size, train_global_batch_size)
 
     slices, slice_size = 1, sample_batch_size
     if sample_global_batch_size is not None:
         slices, slice_size = _split(sample_global_batch_size // num_processes, sample_batch_size)
 
-    accumulation_steps, minibatch_size = gradient_accumulation_steps, train_batch_size
+    accumulation_steps, minibatch_size = gradient_accumulation_steps or 1, train_batch_size
     if train_global_batch_size is not None:
         accumulation_steps, minibatch_size = _split(
             train_global_batch_size // num_processes, train_batch_size

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from spo.errors import UserError
+from spo.hub import LOAD_ERRORS, first_line
 from spo.learner import Learner
 from spo.lora import FILE_NAME, parameter_names, save_lora
 
@@ -39,17 +40,23 @@ def save_networks(folder: Path, learner: Learner, metadata: dict[str, str]) -> N
 
 
 def save_checkpoint(
-    run_dir: Path, learner: Learner, position: Position, metadata: dict[str, str], limit: int
-) -> Path:
+    run_dir: Path,
+    learner: Learner,
+    gradients: Mapping[str, torch.Tensor],
+    position: Position,
+    metadata: dict[str, str],
+    limit: int,
+) -> None:
     """Write a checkpoint, then delete the oldest beyond `limit` (0 keeps all).
 
-    It appears under its name only when it is complete.
+    `gradients` are those accumulated so far, averaged over all processes. The checkpoint appears
+    under its name only when it is complete.
     """
     folder = run_dir / _FOLDER / f"epoch_{position.epochs:04d}"
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     save_networks(partial, learner, metadata)
-    save_file(_tensors(learner), partial / f"{_STATE}.safetensors")
+    save_file(_tensors(learner, gradients), partial / f"{_STATE}.safetensors")
     state = {
         "epochs": position.epochs,
         "rollouts": position.rollouts,
@@ -63,7 +70,6 @@ def save_checkpoint(
     if limit:
         for old in checkpoints(run_dir)[:-limit]:
             shutil.rmtree(old)
-    return folder
 
 
 def checkpoints(run_dir: Path) -> list[Path]:
@@ -75,40 +81,43 @@ def load_checkpoint(folder: Path, learner: Learner) -> Position:
     """Put `learner` into the state that was saved; UserError where a file is missing or unfit."""
     try:
         state: dict[str, Any] = json.loads((folder / f"{_STATE}.json").read_text())
-        tensors = load_file(folder / f"{_STATE}.safetensors", device=str(learner.backbone.device))
         learner.lora.assign(parameter_names(load_file(folder / FILE_NAME)))
         if learner.ema is not None:
             ema = parameter_names(load_file(folder / "ema" / FILE_NAME))
             for name, tensor in learner.ema.items():
                 tensor.copy_(ema[name])
-        _restore(learner, tensors)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        _restore(learner, load_file(folder / f"{_STATE}.safetensors"))
+        learner.minibatches, learner.updates = state["minibatches"], state["updates"]
+        learner.scaler.load_state_dict(state["scaler"])
+        return Position(state["epochs"], state["rollouts"])
+    except (*LOAD_ERRORS, KeyError) as error:
         raise UserError(
-            f"resume_from: {folder} is not a checkpoint of this config ({error}); choose another "
-            "checkpoint, or start anew."
+            f"resume_from: {folder} is not a checkpoint of this config ({first_line(error)}); choose "
+            "another checkpoint, or start anew."
         ) from error
-    learner.minibatches, learner.updates = state["minibatches"], state["updates"]
-    learner.scaler.load_state_dict(state["scaler"])
-    return Position(state["epochs"], state["rollouts"])
 
 
-def _tensors(learner: Learner) -> dict[str, torch.Tensor]:
-    """Optimizer state and the gradients accumulated so far, by kind and parameter name."""
-    tensors = {}
+def is_checkpoint(folder: Path) -> bool:
+    """Whether `folder` looks like a checkpoint that can be resumed from."""
+    return (folder / f"{_STATE}.json").is_file()
+
+
+def _tensors(learner: Learner, gradients: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Optimizer state and gradients by kind and parameter name."""
+    tensors = {f"gradient:{name}": tensor.contiguous() for name, tensor in gradients.items()}
     for name, parameter in learner.lora.parameters.items():
         for kind, value in learner.optimizer.state[parameter].items():
             tensors[f"optimizer.{kind}:{name}"] = torch.as_tensor(value).contiguous()
-        if parameter.grad is not None:
-            tensors[f"gradient:{name}"] = parameter.grad.contiguous()
     return tensors
 
 
-def _restore(learner: Learner, tensors: dict[str, torch.Tensor]) -> None:
+def _restore(learner: Learner, tensors: Mapping[str, torch.Tensor]) -> None:
     for key, tensor in tensors.items():
         kind, name = key.split(":")
         parameter = learner.lora.parameters[name]
+        # AdamW counts its steps on the CPU.
+        moved = tensor if kind == "optimizer.step" else tensor.to(parameter.device)
         if kind == "gradient":
-            parameter.grad = tensor
+            parameter.grad = moved
         else:
-            state = learner.optimizer.state[parameter]
-            state[kind.removeprefix("optimizer.")] = tensor
+            learner.optimizer.state[parameter][kind.removeprefix("optimizer.")] = moved

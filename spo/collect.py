@@ -21,7 +21,6 @@ from spo.types import Candidates, Conditioning, PreferencePairs
 class Comparison:
     """The scores of one comparison of a rollout; they outlive its candidates."""
 
-    timestep: int  # t of the pairs it may give
     score_timestep: int  # what the preference model was told
     scores: Tensor  # (K, B)
 
@@ -44,6 +43,7 @@ class CollectSettings:
     decode_batch_size: int
 
 
+@torch.no_grad()
 def collect_rollout(
     backbone: Backbone,
     scorer: Scorer,
@@ -67,13 +67,12 @@ def collect_rollout(
         scores = score_candidates(
             candidates, backbone.decode, scorer, prompt_features, settings.decode_batch_size
         )
-        comparisons.append(
-            Comparison(candidates.window[0].timestep, candidates.score_timestep, scores)
-        )
+        comparisons.append(Comparison(candidates.score_timestep, scores))
         parts.append(select_pairs(candidates, scores, conditioning, prompt_ids, settings.pairs))
     return Collected(concatenate_pairs(parts), tuple(comparisons))
 
 
+@torch.no_grad()
 def score_candidates(
     candidates: Candidates,
     decode: Callable[[Tensor], Tensor],

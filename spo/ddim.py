@@ -51,12 +51,20 @@ def make_schedule(
 
     Raises UserError when `num_steps` does not fit the model's training timesteps.
     """
-    # Of a foreign config (PNDM, Euler), diffusers takes the keys that DDIM knows and defaults the rest.
-    scheduler = DDIMScheduler.from_config(scheduler_config)
+    # A foreign config (PNDM, Euler, DPM-Solver) may lack DDIM's own `clip_sample`, whose default in
+    # diffusers is to clamp x0 to [-1, 1]: right for pixels, ruin for latents.
+    scheduler = DDIMScheduler.from_config({"clip_sample": False, **scheduler_config})
     total = scheduler.config.num_train_timesteps
     if not 1 <= num_steps <= total:
-        raise UserError(f"sample.num_steps: {num_steps} is not between 1 and {total}.")
+        raise UserError(
+            f"sample.num_steps, eval.num_steps: {num_steps} is not between 1 and {total}."
+        )
     scheduler.set_timesteps(num_steps)
+    if scheduler.timesteps[0] >= total:
+        raise UserError(
+            f"sample.num_steps, eval.num_steps: {num_steps} steps begin at t = "
+            f"{scheduler.timesteps[0]}, beyond the model's {total} timesteps; use fewer."
+        )
     config = scheduler.config
     return DDIMSchedule(
         timesteps=tuple(scheduler.timesteps.tolist()),

@@ -5,6 +5,8 @@ Everything here works in one process as well, where it does nothing but its loca
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any
@@ -53,8 +55,14 @@ class Workers:
         """The items of all processes' lists, in the order of their ranks."""
         return gather_object(values)
 
-    def all_or_none(self, error: UserError | None) -> None:
-        """Raise on every process the first error that any of them met, so that none waits forever."""
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """A UserError that any process meets within is raised on all at the end; none waits forever."""
+        error = None
+        try:
+            yield
+        except UserError as caught:
+            error = caught
         met = [e for e in self.gather([error]) if e is not None]
         if met:
             raise met[0]
@@ -65,6 +73,13 @@ class Workers:
         total = self.accelerator.reduce(stacked, reduction="sum")
         return dict(zip(values, total.tolist(), strict=True))
 
+    def mean(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Averages of the tensors over all processes; every process passes the same names."""
+        return {
+            name: self.accelerator.reduce(tensor.clone(), reduction="mean")
+            for name, tensor in tensors.items()
+        }
+
     def deal(
         self, pairs: PreferencePairs, generator: torch.Generator
     ) -> tuple[PreferencePairs, int]:
@@ -72,7 +87,8 @@ class Workers:
 
         The permutation is drawn by the main process from its `generator`. Returns this process's
         share, in training order, and how many pairs were left over (the last total mod processes).
-        Minibatch j of all processes together holds the same pairs whatever the number of processes.
+        As long as minibatch x processes x accumulation stays the same, so do the pairs of each update,
+        whatever the number of processes.
         """
         counts = self.gather([len(pairs)])
         total = sum(counts)

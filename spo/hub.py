@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import LocalEntryNotFoundError
+from safetensors import SafetensorError
 
 from spo.errors import UserError
 
 _SCHEME = "hf://"
 PREFETCH = "python scripts/prefetch.py --config=..."
+# What from_pretrained raises for files that are missing, damaged or of another shape.
+LOAD_ERRORS = (OSError, ValueError, RuntimeError, SafetensorError)
 
 
 def resolve_file(spec: str, key: str, revision: str | None = None) -> Path:
@@ -35,9 +39,26 @@ def resolve_file(spec: str, key: str, revision: str | None = None) -> Path:
             f"{key}: {name} of {repo} is not in the local cache and the Hub cannot be reached; "
             f"download it first: {PREFETCH}"
         ) from error
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:
+        # The Hub's client changes its network library, and with it what a broken line raises.
         raise UserError(
-            f"{key}: cannot download {name} of {repo} ({reason}); check the name and your access, "
-            f"then: {PREFETCH}"
+            f"{key}: cannot download {name} of {repo} ({first_line(error)}); check the name and your "
+            f"access, then: {PREFETCH}"
         ) from error
+
+
+def model_file(model: str, name: str, key: str, revision: str | None = None) -> Path:
+    """The local path of file `name` of a model: a folder, or the Hub id user/name.
+
+    Raises UserError that names the config `key`.
+    """
+    if Path(model).is_dir():
+        return resolve_file(str(Path(model) / name), key)
+    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model):
+        return resolve_file(f"hf://{model}/{name}", key, revision)
+    raise UserError(f"{key}: {model!r} is neither a folder nor a Hub id user/name.")
+
+
+def first_line(error: Exception) -> str:
+    """What an exception of a library says, as far as it fits into a line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -34,6 +34,12 @@ def main() -> None:
         config = parse_script_args(options.script, script_args)
         num_processes, launcher = cpu_launcher(options) if options.cpu else gpu_launcher(options)
         print(plan_batches(config, num_processes).describe())
+        if num_processes > 1:
+            # Several processes would bury a one-line error under reports of their own; and what is
+            # downloaded here, they find in the cache.
+            from spo.preflight import preflight
+
+            preflight(config, num_processes)
     command = [sys.executable, *launcher, options.script, *script_args]
     print("$", shlex.join(command), flush=True)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, num_cores() // num_processes)))

@@ -80,6 +80,11 @@ class Learner:
         """Within the context the UNet is the "policy" or the "ema"."""
         return self.lora.using(self.ema) if name == "ema" else contextlib.nullcontext()
 
+    def gradients(self) -> dict[str, Tensor]:
+        """What this process has accumulated towards the next update."""
+        parameters = self.lora.parameters.items()
+        return {name: p.grad for name, p in parameters if p.grad is not None}
+
     def ema_distance(self) -> float | None:
         """Euclidean distance of the EMA LoRA from the policy's; None without EMA."""
         return None if self.ema is None else distance(self.ema, self.lora.parameters).item()

@@ -71,17 +71,20 @@ def add_lora(
 ) -> Lora:
     """Add a trainable fp32 LoRA to `unet`: A gaussian with standard deviation 1/rank, B zero.
 
-    Raises UserError when no module of the UNet is a target.
+    Raises UserError when the UNet lacks a target.
     """
-    config = LoraConfig(
-        r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=list(target_modules)
+    linear = [name for name, module in unet.named_modules() if isinstance(module, nn.Linear)]
+    for target in target_modules:
+        if not any(f".{name}".endswith(f".{target}") for name in linear):
+            raise UserError(f"lora.target_modules: the UNet has no linear layer {target!r}.")
+    unet.add_adapter(
+        LoraConfig(
+            r=rank,
+            lora_alpha=alpha,
+            init_lora_weights="gaussian",
+            target_modules=list(target_modules),
+        )
     )
-    try:
-        unet.add_adapter(config)
-    except ValueError as error:
-        raise UserError(
-            f"lora.target_modules: {tuple(target_modules)} names no module of the UNet."
-        ) from error
     parameters = {name: p for name, p in unet.named_parameters() if "lora_" in name}
     # peft drew from the global generator of its device; ours makes the same LoRA on every device.
     generator = torch.Generator().manual_seed(seed)

@@ -16,25 +16,23 @@ from spo.errors import UserError
 from spo.hub import resolve_file
 from spo.lora import FILE_NAME, Lora, parameter_names
 
-_KEY = "lora.init_from"
 
-
-def find_lora(spec: str) -> Path:
+def find_lora(spec: str, key: str) -> Path:
     """The LoRA file that `spec` names: a file, a run or checkpoint folder, or user/name[/file].
 
-    Raises UserError that names `spec`.
+    Raises UserError that names `spec` and the config `key` or flag it came from.
     """
     path = Path(spec).expanduser()
     if path.is_dir():
-        return resolve_file(str(path / FILE_NAME), _KEY)
+        return resolve_file(str(path / FILE_NAME), key)
     name = spec.removeprefix("hf://").rstrip("/")
     if path.is_file() or spec.startswith((".", "/", "~")) or "/" not in name:
-        return resolve_file(spec, _KEY)
+        return resolve_file(spec, key)
     file = name if name.endswith(".safetensors") else f"{name}/{FILE_NAME}"
-    return resolve_file(f"hf://{file}", _KEY)
+    return resolve_file(f"hf://{file}", key)
 
 
-def read_lora(path: Path, backbone: Backbone, lora: Lora) -> dict[str, Tensor]:
+def read_lora(path: Path, backbone: Backbone, lora: Lora, key: str) -> dict[str, Tensor]:
     """The weights in `path` under the names of `lora`'s parameters, fp32, scaled to its alpha.
 
     Raises UserError where the file is damaged, or of another base model, rank or set of modules.
@@ -48,10 +46,10 @@ def read_lora(path: Path, backbone: Backbone, lora: Lora) -> dict[str, Tensor]:
         unet = {k.removeprefix("unet."): v for k, v in state.items() if k.startswith("unet.")}
         found = parameter_names(convert_unet_state_dict_to_peft(unet))
     except (OSError, SafetensorError, ValueError, KeyError, AttributeError) as error:
-        raise UserError(f"{_KEY}: {path} cannot be read as a LoRA: {error}") from error
+        raise UserError(f"{key}: {path} cannot be read as a LoRA: {error}") from error
     if len(unet) < len(state):
-        raise UserError(f"{_KEY}: {path} also changes the text encoder, which is not trained here.")
-    _check_fit(path, found, lora)
+        raise UserError(f"{key}: {path} also changes the text encoder, which is not trained here.")
+    _check_fit(path, found, lora, key)
     alphas = {_module_of_alpha(name): float(alpha) for name, alpha in alphas.items()}
     result = {}
     for name, parameter in lora.parameters.items():
@@ -76,18 +74,18 @@ def _module_of_alpha(name: str) -> str:
     return f"{head}.to_out.0" if projection == "to_out" else f"{head}.{projection}"
 
 
-def _check_fit(path: Path, found: Mapping[str, Tensor], lora: Lora) -> None:
+def _check_fit(path: Path, found: Mapping[str, Tensor], lora: Lora, key: str) -> None:
     wanted = lora.parameters
     missing, unknown = wanted.keys() - found.keys(), found.keys() - wanted.keys()
     if missing or unknown:
         example = min(missing or unknown)
         raise UserError(
-            f"{_KEY}: {path} has {len(unknown)} tensors that this base model and "
+            f"{key}: {path} has {len(unknown)} tensors that this base model and "
             f"lora.target_modules do not have, and lacks {len(missing)} (e.g. {example})."
         )
     for name, parameter in wanted.items():
         if found[name].shape != parameter.shape:
             raise UserError(
-                f"{_KEY}: {path} has {tuple(found[name].shape)} for {name}, but lora.rank="
+                f"{key}: {path} has {tuple(found[name].shape)} for {name}, but lora.rank="
                 f"{lora.rank} on this base model needs {tuple(parameter.shape)}."
             )

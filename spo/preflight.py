@@ -11,7 +11,7 @@ from spo import backbone, scorers, settings, tracking
 from spo.batching import BatchPlan, plan_batches
 from spo.lora_files import find_lora
 from spo.prompts import PromptSet, read_prompts
-from spo.run_dir import find_checkpoint, open_run_dir, run_name
+from spo.run_dir import find_checkpoint, run_name
 
 
 @dataclass(frozen=True)
@@ -42,17 +42,16 @@ def read_validation_prompts(config: ConfigDict) -> tuple[str, ...]:
 
 
 def preflight(config: ConfigDict, num_processes: int) -> Preflight:
-    """Check config and files, read the prompts and open the run directory; UserError in one line."""
+    """Check config and files and read the prompts; nothing is written. UserError in one line."""
     settings.check(config)
     tracking.check_tracker(config.tracker.name)
     plan = plan_batches(config, num_processes)
-    run_dir = Path(config.logdir) / run_name(config)
-    checkpoint = find_checkpoint(run_dir, config.resume_from)
+    run_dir = Path(config.logdir).expanduser() / run_name(config)
+    checkpoint = find_checkpoint(config, run_dir)
     backbone.check_source(settings.model_source(config), config.family)
     scorers.check_source(settings.scorer_source(config))
     if config.lora.init_from:
-        find_lora(config.lora.init_from)
+        find_lora(config.lora.init_from, "lora.init_from")
     validation_prompts = read_validation_prompts(config) if config.eval_interval else ()
     prompts = read_training_prompts(config)
-    open_run_dir(run_dir, config)
     return Preflight(plan, prompts, validation_prompts, run_dir, checkpoint)

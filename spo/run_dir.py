@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+import platform
+import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from spo.checkpoint import checkpoints
+from spo.checkpoint import checkpoints, is_checkpoint
 from spo.config_io import save_config
 from spo.errors import UserError
 from spo.tracking import METRICS
 
 CONFIG = "config.json"
+STARTS = "starts.jsonl"
+_PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft")
 
 
 def run_name(config: ConfigDict) -> str:
@@ -24,22 +29,35 @@ def run_name(config: ConfigDict) -> str:
     return f"{algorithm}_{config.family}_{time.strftime('%Y%m%d_%H%M%S')}"
 
 
-def find_checkpoint(run_dir: Path, resume_from: str) -> Path | None:
+def find_checkpoint(config: ConfigDict, run_dir: Path) -> Path | None:
     """The checkpoint to resume from; None to start anew.
 
-    Raises UserError where it is missing, or where a new run would write over an old one.
+    Raises UserError where there is none, and rather than write over what a run has computed.
     """
-    if resume_from == "auto":
-        found = checkpoints(run_dir)
-        return found[-1] if found else None
-    if resume_from:
-        if not Path(resume_from).is_dir():
-            raise UserError(f"resume_from: no checkpoint folder {resume_from!r}.")
-        return Path(resume_from)
-    if (run_dir / METRICS).exists() or checkpoints(run_dir):
+    own = checkpoints(run_dir)
+    if config.resume_from == "auto":
+        if not config.run_name:
+            raise UserError("resume_from: auto goes on with a run; say which one by run_name.")
+        return own[-1] if own else None
+    if config.resume_from:
+        folder = Path(config.resume_from).expanduser()
+        if not is_checkpoint(folder):
+            raise UserError(
+                f"resume_from: {folder} is not a checkpoint; name a folder like "
+                "runs/NAME/checkpoints/epoch_0003, or run_name=NAME and resume_from=auto."
+            )
+        if own and folder.resolve() == own[-1].resolve():
+            return folder
+        if not (own or (run_dir / METRICS).exists()):
+            return folder
         raise UserError(
-            f"run_name: {run_dir} already holds a run; choose another run_name, or go on with it by "
-            "resume_from=auto."
+            f"run_name: {run_dir} already went on from another point than {folder}; choose another "
+            "run_name to branch off there, or resume_from=auto."
+        )
+    if own or (run_dir / METRICS).exists():
+        raise UserError(
+            f"run_name: {run_dir} already holds a run; choose another run_name, or go on with it "
+            "by resume_from=auto."
         )
     return None
 
@@ -53,13 +71,30 @@ def open_run_dir(run_dir: Path, config: ConfigDict) -> None:
         raise UserError(f"logdir: cannot write to {run_dir} ({error.strerror}).") from error
 
 
+def record_start(run_dir: Path, facts: dict) -> None:
+    """Append to starts.jsonl how the run was started: command, versions, and `facts`."""
+    start = {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": sys.argv,
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in _PACKAGES},
+        **facts,
+    }
+    with (run_dir / STARTS).open("a") as file:
+        file.write(json.dumps(start) + "\n")
+
+
 def drop_metrics_after(run_dir: Path, rollouts: int) -> None:
     """Keep the metrics of the first `rollouts` rollouts: a resumed run writes the others again."""
     path = run_dir / METRICS
     if not path.exists():
         return
-    lines = path.read_text().splitlines(keepends=True)
-    kept = [line for line in lines if json.loads(line)["rollout"] <= rollouts]
+    kept = []
+    for line in path.read_text().splitlines(keepends=True):
+        # A run that was killed may have left half a line, which is the last.
+        if not line.endswith("\n") or json.loads(line)["rollout"] > rollouts:
+            break
+        kept.append(line)
     partial = path.with_suffix(".partial")
     partial.write_text("".join(kept))
     partial.replace(path)

@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, CLIPConfig, CLIPImageProcessor, CLIPMode
 
 from spo.dotted import find
 from spo.errors import UserError
-from spo.hub import PREFETCH, resolve_file
+from spo.hub import LOAD_ERRORS, PREFETCH, first_line, model_file, resolve_file
 from spo.step_aware_clip import StepAwareCLIP, load_step_aware_clip, text_features
 
 
@@ -72,7 +72,7 @@ class CLIPInputs:
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(processor)
             image_processor = CLIPImageProcessor.from_pretrained(processor)
-        except (OSError, ValueError) as error:
+        except LOAD_ERRORS as error:
             raise _cannot_load("preference.processor", processor, error) from error
         self.prepare = ImagePreparation.of_processor(image_processor)
 
@@ -143,7 +143,7 @@ def _step_aware_clip(source: ScorerSource, device: torch.device) -> Scorer:
 def _pickscore(source: ScorerSource, device: torch.device) -> Scorer:
     try:
         clip = CLIPModel.from_pretrained(source.backbone)
-    except (OSError, ValueError) as error:
+    except LOAD_ERRORS as error:
         raise _cannot_load("preference.backbone", source.backbone, error) from error
     return PickScoreScorer(clip.to(_DTYPES[source.dtype]), CLIPInputs(source.processor), device)
 
@@ -160,6 +160,9 @@ def check_source(source: ScorerSource) -> None:
     if source.scorer == "step_aware_clip":
         resolve_file(source.checkpoint, "preference.checkpoint")
     if source.scorer in SCORERS:
+        model_file(source.backbone, "config.json", "preference.backbone")
+        for name in ("preprocessor_config.json", "tokenizer_config.json"):
+            model_file(source.processor, name, "preference.processor")
         _clip_config(source.backbone)
         CLIPInputs(source.processor)
 
@@ -179,10 +182,11 @@ def load_scorer(source: ScorerSource, device: torch.device) -> Scorer:
 def _clip_config(backbone: str) -> CLIPConfig:
     try:
         return CLIPConfig.from_pretrained(backbone)
-    except (OSError, ValueError) as error:
+    except LOAD_ERRORS as error:
         raise _cannot_load("preference.backbone", backbone, error) from error
 
 
 def _cannot_load(key: str, name: str, error: Exception) -> UserError:
-    reason = str(error).strip().splitlines()[0]
-    return UserError(f"{key}: {name!r} cannot be loaded ({reason}); to download it: {PREFETCH}")
+    return UserError(
+        f"{key}: {name!r} cannot be loaded ({first_line(error)}); to download it: {PREFETCH}"
+    )

@@ -1,13 +1,12 @@
-"""From the config to the values that each stage uses, and every check that needs no model.
-
-The only file besides the trainer that reads config keys.
-"""
+"""From the config to the values that each stage uses, and every check that needs no file."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import math
+import os
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -30,7 +29,10 @@ from spo.scorers import ScorerSource
 
 def objective(config: ConfigDict) -> Objective:
     """The loss that `config.algorithm` names."""
-    return find(config.algorithm, LOSSES, "algorithm")
+    found = find(config.algorithm, LOSSES, "algorithm")
+    if not isinstance(found, Objective):
+        raise UserError(f"algorithm: {config.algorithm} is not a spo.losses.Objective.")
+    return found
 
 
 def rollout_settings(config: ConfigDict) -> RolloutSettings:
@@ -114,11 +116,15 @@ def build_learner(
 
 
 def model_source(config: ConfigDict) -> ModelSource:
-    return ModelSource(**config.pretrained.to_dict())
+    source = ModelSource(**config.pretrained.to_dict())
+    vae = None if source.vae is None else os.path.expanduser(source.vae)
+    return replace(source, model=os.path.expanduser(source.model), vae=vae)
 
 
 def scorer_source(config: ConfigDict) -> ScorerSource:
-    return ScorerSource(**config.preference.to_dict())
+    source = ScorerSource(**config.preference.to_dict())
+    paths = {name: os.path.expanduser(getattr(source, name)) for name in ("backbone", "processor")}
+    return replace(source, **paths)
 
 
 def build_lora(config: ConfigDict, unet: nn.Module, seed: int) -> Lora:
@@ -160,6 +166,8 @@ def check(config: ConfigDict) -> None:
             f"sample.num_inner_steps: {config.algorithm} compares candidates of one shared x_t and "
             "cannot use inner steps; set it to 0, or algorithm=spo."
         )
+    if not config.lora.target_modules:
+        raise UserError("lora.target_modules: name at least one layer.")
     if config.lora.reference == "init" and not config.lora.init_from:
         raise UserError("lora.reference: 'init' needs lora.init_from to name a LoRA.")
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import netrc
 import os
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlparse
 
 import numpy as np
 from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
@@ -31,21 +33,23 @@ def check_tracker(name: str) -> None:
             ) from error
 
 
-def wandb_mode() -> str:
-    """The mode wandb will run in: the user's, or offline where no API key is set."""
-    if os.environ.get("WANDB_MODE"):
-        return os.environ["WANDB_MODE"]
-    import wandb
-
-    return "online" if wandb.api.api_key else "offline"
+def has_wandb_key() -> bool:
+    """Whether wandb will find an API key: in WANDB_API_KEY, or where `wandb login` puts it."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
+    try:
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
 
 
 def _start_tracker(name: str, project: str, run_dir: Path) -> GeneralTracker:
     if name == "tensorboard":
         tracker = TensorBoardTracker(project, logging_dir=run_dir)
     else:
-        mode = wandb_mode()
-        if mode == "offline":
+        mode = os.environ.get("WANDB_MODE") or ("online" if has_wandb_key() else "offline")
+        if not (os.environ.get("WANDB_MODE") or mode == "online"):
             print(f"wandb: offline, no API key is set; later: wandb sync {run_dir}/wandb/offline-*")
         tracker = WandBTracker(project, name=run_dir.name, dir=str(run_dir), mode=mode)
     tracker.start()
@@ -95,6 +99,6 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
             flat |= _flat(value, f"{prefix}{key}/")
         elif isinstance(value, bool | int | float | str):
             flat[prefix + key] = value
-        else:
+        elif value is not None:
             flat[prefix + key] = str(value)
     return flat

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 
 import numpy as np
 import torch
@@ -15,13 +16,14 @@ from spo.backbone import Backbone
 from spo.checkpoint import Position, load_checkpoint, save_checkpoint, save_networks
 from spo.collect import Collected, check_scores, collect_rollout
 from spo.distributed import Workers
-from spo.errors import RunError, UserError
-from spo.learner import Learner, Step
+from spo.errors import RunError
+from spo.learner import Step
+from spo.lora import Lora
 from spo.lora_files import find_lora, read_lora
 from spo.pairs import concatenate_pairs, no_pairs
 from spo.preflight import Preflight, preflight
 from spo.prompts import epoch_order
-from spo.run_dir import drop_metrics_after
+from spo.run_dir import drop_metrics_after, open_run_dir, record_start
 from spo.scorers import load_scorer
 from spo.seeding import derive_seed
 from spo.tracking import Tracking
@@ -36,15 +38,12 @@ def train(config: ConfigDict) -> None:
     """
     workers = Workers()
     try:
-        ready, error = None, None
-        if workers.is_main:
-            try:
+        ready = None
+        with workers.together():
+            if workers.is_main:
                 ready = preflight(config, workers.count)
-            except UserError as caught:
-                error = caught
-        workers.all_or_none(error)
-        ready = workers.from_main(ready)
-        Trainer(config, ready, workers).run()
+                open_run_dir(ready.run_dir, config)
+        Trainer(config, workers.from_main(ready), workers).run()
     finally:
         workers.close()
 
@@ -58,32 +57,49 @@ class Trainer:
         self.prompts = ready.prompts.prompts
         self.say(ready.prompts.describe())
         self.say(ready.plan.describe())
-        self.backbone = Backbone(
-            settings.model_source(config), config.family, config.mixed_precision, workers.device
+        with workers.together():
+            self.backbone = Backbone(
+                settings.model_source(config), config.family, config.mixed_precision, workers.device
+            )
+            self.scorer = load_scorer(settings.scorer_source(config), workers.device)
+            lora = self._make_lora()
+        self.learner = settings.build_learner(
+            config,
+            self.backbone,
+            workers.wrap(self.backbone.unet),
+            lora,
+            self.plan.accumulation_steps,
         )
-        if config.train.gradient_checkpointing:
-            self.backbone.unet.enable_gradient_checkpointing()
-        self.scorer = load_scorer(settings.scorer_source(config), workers.device)
-        self.learner = self._make_learner()
         self.position = Position(epochs=0, rollouts=0)
         if ready.checkpoint is not None:
-            self.position = load_checkpoint(ready.checkpoint, self.learner)
+            with workers.together():
+                self.position = load_checkpoint(ready.checkpoint, self.learner)
             self.say(f"resumed from {ready.checkpoint}")
-        self.tracking: Tracking | None = None
-        if workers.is_main:
-            drop_metrics_after(self.run_dir, self.position.rollouts)
-            tracker = config.tracker
-            self.tracking = Tracking(self.run_dir, tracker.name, tracker.project, config.to_dict())
+        self.tracking = self._start_tracking() if workers.is_main else None
 
-    def _make_learner(self) -> Learner:
+    def _make_lora(self) -> Lora:
         config, unet = self.config, self.backbone.unet
+        if config.train.gradient_checkpointing:
+            unet.enable_gradient_checkpointing()
         lora = settings.build_lora(config, unet, seed=derive_seed(config.seed, "lora"))
         if config.lora.init_from:
-            lora.assign(read_lora(find_lora(config.lora.init_from), self.backbone, lora))
-        wrapped = self.workers.wrap(unet)
-        return settings.build_learner(
-            config, self.backbone, wrapped, lora, self.plan.accumulation_steps
+            key = "lora.init_from"
+            path = find_lora(config.lora.init_from, key)
+            lora.assign(read_lora(path, self.backbone, lora, key))
+        return lora
+
+    def _start_tracking(self) -> Tracking:
+        drop_metrics_after(self.run_dir, self.position.rollouts)
+        record_start(
+            self.run_dir,
+            {
+                "plan": asdict(self.plan),
+                "prompts": self.ready.prompts.describe(),
+                "resumed_from": str(self.ready.checkpoint or ""),
+            },
         )
+        tracker = self.config.tracker
+        return Tracking(self.run_dir, tracker.name, tracker.project, self.config.to_dict())
 
     def run(self) -> None:
         """Train the epochs that are left, then write the final LoRA."""
@@ -155,16 +171,14 @@ class Trainer:
         count = self.plan.slices
         slices = np.array_split(np.asarray(chunk), count * self.workers.count)
         first = self.workers.rank * count
-        collected, generators, error = [], [], None
-        for place in range(first, first + count):
-            seed = derive_seed(self.config.seed, "rollout", epoch, index, place)
-            generators.append(torch.Generator().manual_seed(seed))
-            if error is None and len(slices[place]):
-                try:
-                    collected.append(self.collect(slices[place].tolist(), generators[-1]))
-                except RunError as caught:
-                    error = caught
-        self.workers.all_or_none(error)
+        seeds = [
+            derive_seed(self.config.seed, "rollout", epoch, index, place)
+            for place in range(first, first + count)
+        ]
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        mine = zip(slices[first : first + count], generators, strict=True)
+        with self.workers.together():
+            collected = [self.collect(ids.tolist(), g) for ids, g in mine if len(ids)]
         if not collected:
             pairs = settings.pair_settings(self.config)
             conditioning = self.backbone.encode_prompts([""])
@@ -203,18 +217,21 @@ class Trainer:
             self.learner.train_minibatch(batch, index)
             for index, batch in enumerate(self.progress(batches, "minibatches"))
         ]
-        error = None
-        for batch, step in zip(batches, steps, strict=True):
-            if error is None and not step.is_finite():
-                prompts = [self.prompts[i] for i in batch.prompt_ids.tolist()]
-                error = RunError(
-                    f"loss or gradient is not finite in rollout {self.position.rollouts + 1}, "
-                    f"about step {self.learner.updates}, at t = {batch.timesteps.tolist()} for the "
-                    f"prompts {prompts}; the last checkpoint is good: resume from it with a lower "
-                    "train.learning_rate or mixed_precision=bf16."
-                )
-        self.workers.all_or_none(error)
+        with self.workers.together():
+            for batch, step in zip(batches, steps, strict=True):
+                self.check_finite(batch, step)
         return steps
+
+    def check_finite(self, batch: PreferencePairs, step: Step) -> None:
+        """RunError that says where, unless loss and gradient of a minibatch are finite."""
+        if not step.is_finite():
+            prompts = [self.prompts[i] for i in batch.prompt_ids.tolist()]
+            raise RunError(
+                f"loss or gradient is not finite in rollout {self.position.rollouts + 1}, about "
+                f"step {self.learner.updates}, at t = {batch.timesteps.tolist()} for the prompts "
+                f"{prompts}; the last checkpoint is good: resume from it with a lower "
+                "train.learning_rate or mixed_precision=bf16."
+            )
 
     def draw_validation_images(self) -> None:
         """Draw the validation prompts, shared out over the processes, as one grid."""
@@ -240,10 +257,12 @@ class Trainer:
 
     def save_checkpoint(self) -> None:
         """Save, on the main process, everything that a resumed run needs."""
+        gradients = self.workers.mean(self.learner.gradients())
         if self.workers.is_main:
             save_checkpoint(
                 self.run_dir,
                 self.learner,
+                gradients,
                 self.position,
                 settings.lora_metadata(self.config),
                 self.config.checkpoint_limit,

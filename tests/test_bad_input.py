@@ -9,6 +9,7 @@ import pytest
 from config import tiny
 from spo.errors import UserError
 from spo.preflight import preflight
+from spo.run_dir import open_run_dir
 
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = "tests/data/golden/models"
@@ -56,7 +57,18 @@ CASES = {
     "unknown tracker": ({"tracker.name": "paper"}, "tracker.name: 'paper' is none of"),
     "reference without LoRA": ({"lora.reference": "init"}, "lora.reference: 'init' needs"),
     "missing LoRA": ({"lora.init_from": "./no.safetensors"}, "lora.init_from: no file"),
-    "missing resume": ({"resume_from": "nowhere"}, "resume_from: no checkpoint folder"),
+    "missing resume": ({"resume_from": "nowhere"}, "resume_from: nowhere is not a checkpoint"),
+    "resume of no run": ({"resume_from": "auto"}, "resume_from: auto .* run_name"),
+    "loss that is no objective": (
+        {"algorithm": "spo.losses:gradspo_loss"},
+        "algorithm: spo.losses:gradspo_loss is not a spo.losses.Objective",
+    ),
+    "no LoRA targets": ({"lora.target_modules": ()}, "lora.target_modules: name at least one"),
+    "no processor": ({"preference.processor": "assets"}, "preference.processor: no file"),
+    "accumulation set twice": (
+        {"train.global_batch_size": 16, "train.gradient_accumulation_steps": 2},
+        "train.gradient_accumulation_steps: it follows from",
+    ),
     "unwritable run directory": ({"logdir": "README.md"}, "logdir: cannot write to README.md"),
     "uneven batches": (
         {"train.global_batch_size": 7, "sample.global_batch_size": 8, "num_processes": 2},
@@ -77,21 +89,30 @@ def test_bad_input_is_told_before_any_model_loads(name, tmp_path, monkeypatch):
         (tmp_path / "prompts.json").write_text('[{"text": "a fox"}]')
     config.update_from_flattened_dict(changes)
     with pytest.raises(UserError, match=message):
-        preflight(config, num_processes)
+        open_run_dir(preflight(config, num_processes).run_dir, config)
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_run_is_not_written_over(tmp_path, monkeypatch):
+def test_what_a_run_computed_is_not_written_over(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     config = tiny.get_config()
     config.logdir, config.run_name = str(tmp_path), "run"
-    preflight(config, 1)
+    run_dir = preflight(config, 1).run_dir
+    open_run_dir(run_dir, config)
     preflight(config, 1)  # nothing was computed yet
-    (tmp_path / "run" / "metrics.jsonl").write_text("")
+    for epoch in (1, 2):
+        folder = run_dir / "checkpoints" / f"epoch_{epoch:04d}"
+        folder.mkdir(parents=True)
+        (folder / "training_state.json").write_text("{}")
     with pytest.raises(UserError, match="already holds a run"):
         preflight(config, 1)
     config.resume_from = "auto"
-    assert preflight(config, 1).checkpoint is None
+    assert preflight(config, 1).checkpoint == run_dir / "checkpoints" / "epoch_0002"
+    config.resume_from = str(run_dir / "checkpoints" / "epoch_0001")
+    with pytest.raises(UserError, match="choose another run_name to branch off"):
+        preflight(config, 1)
+    config.run_name = "branch"
+    assert preflight(config, 1).checkpoint == run_dir / "checkpoints" / "epoch_0001"
 
 
 def test_the_command_line_says_it_in_one_line_with_status_2(tmp_path):

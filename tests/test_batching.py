@@ -10,7 +10,7 @@ SD15 = {
     "sample_global_batch_size": 40,
     "train_batch_size": 10,
     "train_global_batch_size": 40,
-    "gradient_accumulation_steps": 1,
+    "gradient_accumulation_steps": None,
 }
 SDXL = SD15 | {
     "sample_batch_size": 2,
@@ -80,3 +80,8 @@ def test_describe():
         "4 processes: 2 prompts x 1 slice each per rollout (8 in all); "
         "minibatch 1 x 4 processes x 4 accumulation steps = 16 pairs per update"
     )
+
+
+def test_accumulation_is_not_set_twice():
+    with pytest.raises(UserError, match="^train.gradient_accumulation_steps: it follows from"):
+        fit_batches(4, **(SD15 | {"gradient_accumulation_steps": 2}))

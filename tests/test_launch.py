@@ -19,7 +19,7 @@ SCRIPT = """
 from absl import app
 from spo.flags import define_config, parse_flags
 
-CONFIG = define_config("config/sd15.py")
+CONFIG = define_config("config/tiny.py")
 
 def main(_):
     import os
@@ -63,6 +63,19 @@ def test_a_mistake_is_one_line_before_anything_starts():
     assert err == "error: config: unknown key train.betta; did you mean train.beta?\n"
 
 
+def test_bad_input_is_one_line_for_several_processes_too():
+    process = start(
+        "--cpu",
+        "--num_processes=2",
+        "train_sd15.py",
+        "--config=config/tiny.py",
+        "--config.sample.eta=0",
+    )
+    _, err = process.communicate()
+    assert process.returncode == 2
+    assert err.startswith("error: sample.eta: 0.0 must be") and err.count("\n") == 1
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_without_a_gpu_it_names_launch_tiny():
     env = os.environ | {"PYTHON": sys.executable}
@@ -83,11 +96,11 @@ def test_two_launches_of_two_cpu_processes_at_the_same_time(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
     arguments = ("--cpu", str(script), "--num_processes", "2", "--config.seed=5")
-    processes = [start(*arguments, cwd=tmp_path) for _ in range(2)]
+    processes = [start(*arguments) for _ in range(2)]
     for process in processes:
         out, err = process.communicate()
         assert process.returncode == 0, err
-        assert out.startswith("2 processes: 10 prompts x 2 slices each per rollout (40 in all)")
+        assert out.startswith("2 processes: 8 prompts x 1 slice each per rollout (16 in all)")
         assert out.count("world 2 sum 2 on cpu seed 5 threads ") == 2
 
 

@@ -215,7 +215,7 @@ def test_reading_a_file_gives_the_network_that_diffusers_makes_of_it(
         save_lora(path, writer, weights, {})
     else:
         save_file(_kohya(weights, alpha=2) if form == "kohya" else _old_diffusers(weights), path)
-    found = read_lora(path, backbone, lora)
+    found = read_lora(path, backbone, lora, "lora.init_from")
     # Files without an alpha have the rank for it; ours is 8, which B makes up for.
     factor = (4 if form == "old_diffusers" else 2) / 8
     for name, tensor in weights.items():
@@ -237,18 +237,22 @@ def test_files_that_do_not_fit(own_backbone, tmp_path):
 
     save_lora(path, wider, wider.parameters, {})
     with pytest.raises(UserError, match=r"lora\.init_from: .*needs \(4, "):
-        read_lora(path, backbone, lora)
+        read_lora(path, backbone, lora, "lora.init_from")
     save_lora(path, of_xl, of_xl.parameters, {})
     with pytest.raises(UserError, match=r"lora\.init_from: .*lora\.target_modules"):
-        read_lora(path, backbone, lora)
+        read_lora(path, backbone, lora, "lora.init_from")
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(UserError, match=r"lora\.init_from: .*cannot be read"):
-        read_lora(path, xl, of_xl)
+        read_lora(path, xl, of_xl, "lora.init_from")
 
 
 def test_finding_a_file(tmp_path):
     for missing in (tmp_path, tmp_path / "other.safetensors", "no_such_name"):
         with pytest.raises(UserError, match=r"lora\.init_from: no file"):
-            find_lora(str(missing))
+            find_lora(str(missing), "lora.init_from")
     (tmp_path / FILE_NAME).write_bytes(b"")
-    assert find_lora(str(tmp_path)) == find_lora(str(tmp_path / FILE_NAME)) == tmp_path / FILE_NAME
+    assert (
+        find_lora(str(tmp_path), "lora.init_from")
+        == find_lora(str(tmp_path / FILE_NAME), "lora.init_from")
+        == tmp_path / FILE_NAME
+    )

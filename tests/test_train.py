@@ -108,7 +108,7 @@ def test_runs_repeat_bit_for_bit_wherever_they_write(config, tmp_path):
 
 
 def test_resumed_run_is_the_run_that_was_not_interrupted(config, tmp_path):
-    # 22 minibatches an epoch: the checkpoint holds half an accumulated gradient.
+    # 6 minibatches an epoch: the checkpoint holds half an accumulated gradient.
     config.train.gradient_accumulation_steps = 4
     train(config.copy_and_resolve_references())
     first = config.copy_and_resolve_references()
@@ -118,6 +118,7 @@ def test_resumed_run_is_the_run_that_was_not_interrupted(config, tmp_path):
     rest.run_name, rest.resume_from = "resumed", "auto"
     with (tmp_path / "resumed" / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({"rollout": 3, "loss": "of a rollout after the checkpoint"}) + "\n")
+        file.write('{"rollout": 4, "lo')  # killed while it wrote
     train(rest)
     whole, resumed = tmp_path / "run", tmp_path / "resumed"
     assert (whole / f"ema/{LORA}").read_bytes() != (whole / LORA).read_bytes()
@@ -131,38 +132,61 @@ def test_resumed_run_is_the_run_that_was_not_interrupted(config, tmp_path):
     assert grids[0].read_bytes() == grids[1].read_bytes()
 
 
-def test_two_processes_train_what_one_trains(config, tmp_path):
-    """Slices are seeded by their place, and minibatches of all processes hold the same pairs."""
-    overrides = {
-        "logdir": tmp_path,
-        "num_epochs": 1,
-        "eval_interval": 0,
-        "prompts.num": 5,  # the last rollout has one prompt: a process without any
-        "sample.batch_size": 2,
-        "sample.global_batch_size": 4,
-        "sample.num_steps": 8,
-        "sample.branch_from": 2,
-        "sample.threshold": 0.0,
-        "train.batch_size": 3,
-        "train.global_batch_size": 6,
-    }
-    for count in (1, 2):
-        command = [sys.executable, "-m", "spo.launch", "--cpu", "train_sd15.py"]
-        command += [f"--num_processes={count}", "--config=config/tiny.py"]
-        command += [f"--config.{key}={value}" for key, value in overrides.items()]
-        command += [f"--config.run_name={count}"]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        subprocess.run(
-            command, cwd=ROOT, env=environment, check=True, capture_output=True, timeout=300
-        )
-    one, two = (load_file(tmp_path / str(count) / LORA) for count in (1, 2))
-    moved = load_file(tmp_path / "1" / f"ema/{LORA}")
-    assert max((one[key] - moved[key]).abs().max() for key in one) > 1e-3
+SMALL = {
+    "eval_interval": 0,
+    "sample.batch_size": 2,
+    "sample.num_steps": 8,
+    "sample.branch_from": 2,
+    "sample.threshold": 0.0,
+    "train.batch_size": 3,
+}
+
+
+def launch(count, **overrides):
+    """Train the tiny config in `count` processes on the CPU."""
+    command = [sys.executable, "-m", "spo.launch", "--cpu", "train_sd15.py"]
+    command += [f"--num_processes={count}", "--config=config/tiny.py"]
+    overrides = SMALL | {name.replace("__", "."): value for name, value in overrides.items()}
+    command += [f"--config.{key}={value}" for key, value in overrides.items()]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+
+
+def assert_same_lora(one, other):
+    """Equal up to rounding; a rate of 1e-3 moves the weights by much more."""
+    one, other = load_file(one / LORA), load_file(other / LORA)
     for key in one:
-        torch.testing.assert_close(one[key], two[key], atol=2e-4, rtol=0)
+        torch.testing.assert_close(one[key], other[key], atol=2e-4, rtol=0)
+
+
+def test_two_processes_train_what_one_trains(tmp_path):
+    """Slices are seeded by their place, and minibatches of all processes hold the same pairs."""
+    sizes = {"sample__global_batch_size": 4, "train__global_batch_size": 6}
+    for count in (1, 2):
+        # The last rollout has one prompt: a process without any.
+        launch(count, logdir=tmp_path, run_name=count, num_epochs=1, prompts__num=5, **sizes)
+    assert_same_lora(tmp_path / "1", tmp_path / "2")
+    policy, ema = load_file(tmp_path / "1" / LORA), load_file(tmp_path / "1" / "ema" / LORA)
+    assert max((policy[key] - ema[key]).abs().max() for key in policy) > 1e-3
     lines = [read_metrics(tmp_path / str(count)) for count in (1, 2)]
     assert [line["pairs"] for line in lines[0]] == [line["pairs"] for line in lines[1]] == [24, 6]
     assert [line["updates"] for line in lines[0]] == [line["updates"] for line in lines[1]]
+    (start,) = (tmp_path / "2" / "starts.jsonl").read_text().splitlines()
+    assert json.loads(start)["plan"]["num_processes"] == 2
+
+
+def test_two_processes_resume_in_the_middle_of_an_accumulated_gradient(tmp_path):
+    # 4 minibatches on each process in an epoch, 3 to an update.
+    common = {"logdir": tmp_path, "prompts__num": 4, "train__gradient_accumulation_steps": 3}
+    launch(2, run_name="whole", num_epochs=2, **common)
+    launch(2, run_name="resumed", num_epochs=1, **common)
+    launch(2, run_name="resumed", num_epochs=2, resume_from="auto", **common)
+    assert_same_lora(tmp_path / "whole", tmp_path / "resumed")
+    updates = [line["updates"] for line in read_metrics(tmp_path / "resumed")]
+    assert updates == [line["updates"] for line in read_metrics(tmp_path / "whole")] == [1, 1]
 
 
 @pytest.mark.parametrize("algorithm", ["gradspo", "spo"])
