@@ -13,6 +13,7 @@ class Brightness:
         return torch.tensor([prompt == self.bad_prompt for prompt in prompts])
 
     def score(self, images, is_bad, timestep):
+        assert not torch.is_grad_enabled()  # or a scorer without no_grad of its own keeps its graph
         self.calls += 1
         scores = 100 * images.mean(dim=(1, 2, 3))
         if self.calls > self.after:

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
 from helpers import MODELS, randn
 
 from spo import ddim
@@ -107,9 +107,20 @@ def test_one_transition_by_hand():
     assert mean.item() == pytest.approx(math.sqrt(1.6) - 2 * math.sqrt(0.8) + 2 * math.sqrt(0.05))
 
 
-@pytest.mark.parametrize("num_steps", [0, 1001])
+@pytest.mark.parametrize("scheduler", [DPMSolverMultistepScheduler, UniPCMultistepScheduler])
+def test_a_foreign_scheduler_config_does_not_clamp_latents(scheduler):
+    config = dict(scheduler(beta_schedule="scaled_linear", steps_offset=1).config)
+    assert "clip_sample" not in config
+    schedule = ddim.make_schedule(config, 20)
+    latents = torch.full((1, 4, 2, 2), 4.0)
+    x0 = ddim.to_x0(schedule, torch.zeros_like(latents), latents, torch.tensor(0.99))
+    assert x0.max() > 4
+
+
+# 1000 steps would begin at t = 1000, as this config counts from 1.
+@pytest.mark.parametrize("num_steps", [0, 1000, 1001])
 def test_a_number_of_steps_that_does_not_fit_is_named(num_steps):
-    with pytest.raises(UserError, match=f"sample.num_steps: {num_steps} "):
+    with pytest.raises(UserError, match=f"sample.num_steps, eval.num_steps: {num_steps} "):
         ddim.make_schedule(config_of("sd15"), num_steps)
 
 

@@ -136,9 +136,11 @@ def test_alpha_scales(own_backbone, sd15):
     assert not torch.allclose(unet_output(half), unet_output(sd15))
 
 
-def test_no_target_is_an_error(own_backbone):
-    with pytest.raises(UserError, match="lora.target_modules"):
-        add_lora(own_backbone("sd15").unet, 4, 4, ["no_such_layer"], seed=0)
+# to_out is a list of layers; o_q ends like to_q but names no layer.
+@pytest.mark.parametrize("wrong", ["no_such_layer", "to_out", "o_q"])
+def test_a_target_that_is_no_layer_is_an_error(own_backbone, wrong):
+    with pytest.raises(UserError, match=f"lora.target_modules: .* no linear layer '{wrong}'"):
+        add_lora(own_backbone("sd15").unet, 4, 4, ["to_q", wrong], seed=0)
 
 
 @pytest.mark.parametrize(
