@@ -443,7 +443,10 @@ def test_script_without_network(tmp_path):
     done = prepare(tmp_path, "--output=p.json")
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
-    assert done.stderr.startswith("prompts.source: ") and "yuvalkirstain/pickapic_v1" in done.stderr
+    assert (
+        done.stderr.startswith("error: prompts.source: ")
+        and "yuvalkirstain/pickapic_v1" in done.stderr
+    )
     assert not (tmp_path / "p.json").exists()
 
 
