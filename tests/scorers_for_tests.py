@@ -4,10 +4,11 @@ import torch
 
 
 class Brightness:
-    """Mean of the image, made not a number for one prompt from its `after`-th comparison on."""
+    """Mean of the image times `sign`; not a number for one prompt after `good_calls` calls."""
 
-    def __init__(self, bad_prompt: str, after: int):
-        self.bad_prompt, self.after, self.calls = bad_prompt, after, 0
+    def __init__(self, sign, bad_prompt, good_calls):
+        self.sign, self.bad_prompt, self.good_calls = sign, bad_prompt, good_calls
+        self.calls = 0
 
     def encode_prompts(self, prompts):
         return torch.tensor([prompt == self.bad_prompt for prompt in prompts])
@@ -15,11 +16,11 @@ class Brightness:
     def score(self, images, is_bad, timestep):
         assert not torch.is_grad_enabled()  # or a scorer without no_grad of its own keeps its graph
         self.calls += 1
-        scores = 100 * images.mean(dim=(1, 2, 3))
-        if self.calls > self.after:
+        scores = self.sign * 100 * images.mean(dim=(1, 2, 3))
+        if self.calls > self.good_calls:
             scores[is_bad] = torch.nan
         return scores
 
 
-def brightness(device, bad_prompt="", after=0):
-    return Brightness(bad_prompt, after)
+def brightness(device, sign=1, bad_prompt="", good_calls=0):
+    return Brightness(sign, bad_prompt, good_calls)

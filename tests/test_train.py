@@ -228,12 +228,41 @@ def test_warm_start_begins_and_compares_with_the_given_lora(config, tmp_path):
     assert cold.tobytes() != first.tobytes()
 
 
+def test_training_raises_what_the_scorer_measures(config, tmp_path):
+    """The whole method on a scorer that can be read off the image: brightness, or darkness."""
+    config.update_from_flattened_dict(
+        {
+            "preference.scorer": "tests.scorers_for_tests:brightness",
+            "num_epochs": 7,
+            "prompts.num": 8,
+            "eval_interval": 0,
+            "save_interval": 7,
+            "sample.batch_size": 8,
+            "train.batch_size": 16,
+        }
+    )
+
+    def last_brightness(name, algorithm, sign, learning_rate):
+        run = config.copy_and_resolve_references()
+        run.run_name, run.algorithm, run.train.learning_rate = name, algorithm, learning_rate
+        with run.unlocked():
+            run.preference.kwargs = {"sign": sign}
+        train(run)
+        return sign * read_metrics(tmp_path / name)[-1]["score_mean"]
+
+    # The same prompts and noise, and a LoRA that stays where it is.
+    untrained = last_brightness("untrained", "gradspo", 1, 1e-12)
+    assert last_brightness("brighter", "gradspo", 1, 3e-3) > untrained + 0.5
+    assert last_brightness("darker", "gradspo", -1, 3e-3) < untrained - 0.5
+    assert last_brightness("spo", "spo", 1, 3e-3) > untrained + 0.5
+
+
 def test_a_score_that_is_not_finite_stops_the_run_and_names_step_and_prompt(config, tmp_path):
     config.preference.scorer = "tests.scorers_for_tests:brightness"
     prompts = preflight(config, 1).prompts.prompts
     # One epoch is 2 rollouts of 6 comparisons, decoded in one slice each.
     with config.unlocked():
-        config.preference.kwargs = {"bad_prompt": prompts[0], "after": 12}
+        config.preference.kwargs = {"bad_prompt": prompts[0], "good_calls": 12}
     with pytest.raises(RunError, match=r"not finite at t = \d+") as caught:
         train(config)
     assert prompts[0] in str(caught.value)
