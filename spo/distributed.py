@@ -108,9 +108,8 @@ class Workers:
         order = torch.argsort(owner[mine & dealt], stable=True)
         index = dealt[mine].nonzero().flatten()[order]
         arrived = self._exchange(pairs.select(index.to(self.device)), sent, received)
-        return arrived.select(
-            torch.argsort(slot[to_me]).to(self.device)
-        ), total - share * self.count
+        in_order = torch.argsort(slot[to_me]).to(self.device)
+        return arrived.select(in_order), total - share * self.count
 
     def _exchange(
         self, pairs: PreferencePairs, sent: list[int], received: list[int]

@@ -179,18 +179,16 @@ class Trainer:
         mine = zip(slices[first : first + count], generators, strict=True)
         with self.workers.together():
             collected = [self.collect(ids.tolist(), g) for ids, g in mine if len(ids)]
-        if not collected:
-            pairs = settings.pair_settings(self.config)
-            conditioning = self.backbone.encode_prompts([""])
-            none = no_pairs(conditioning, self.backbone.latent_shape, pairs)
-            return Collected(none, comparisons=()), generators[0]
-        return (
-            Collected(
-                concatenate_pairs([part.pairs for part in collected]),
-                tuple(c for part in collected for c in part.comparisons),
-            ),
-            generators[0],
-        )
+        if collected:
+            pairs = concatenate_pairs([part.pairs for part in collected])
+        else:
+            pairs = no_pairs(
+                self.backbone.encode_prompts([""]),
+                self.backbone.latent_shape,
+                settings.pair_settings(self.config),
+            )
+        comparisons = tuple(c for part in collected for c in part.comparisons)
+        return Collected(pairs, comparisons), generators[0]
 
     def collect(self, prompt_ids: list[int], generator: torch.Generator) -> Collected:
         """Roll out one slice with the sampler; RunError where a score is not finite."""
