@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
@@ -107,29 +106,15 @@ class Workers:
         # Sent grouped by receiver; on both sides in the order in which the pairs arose.
         order = torch.argsort(owner[mine & dealt], stable=True)
         index = dealt[mine].nonzero().flatten()[order]
-        arrived = self._exchange(pairs.select(index.to(self.device)), sent, received)
-        in_order = torch.argsort(slot[to_me]).to(self.device)
-        return arrived.select(in_order), total - share * self.count
 
-    def _exchange(
-        self, pairs: PreferencePairs, sent: list[int], received: list[int]
-    ) -> PreferencePairs:
         def exchange(rows: Tensor) -> Tensor:
             result = rows.new_empty(sum(received), *rows.shape[1:])
             dist.all_to_all_single(result, rows.contiguous(), received, sent)
             return result
 
-        conditioning = pairs.conditioning
-        pooled = conditioning.pooled_prompt_embeds
-        return replace(
-            pairs,
-            **{name: exchange(tensor) for name, tensor in pairs.tensors().items()},
-            conditioning=replace(
-                conditioning,
-                prompt_embeds=exchange(conditioning.prompt_embeds),
-                pooled_prompt_embeds=None if pooled is None else exchange(pooled),
-            ),
-        )
+        arrived = pairs.select(index.to(self.device)).map_rows(exchange)
+        in_order = torch.argsort(slot[to_me]).to(self.device)
+        return arrived.select(in_order), total - share * self.count
 
     def close(self) -> None:
         """Leave the process group."""

@@ -18,7 +18,7 @@ from spo.collect import Collected, check_scores, collect_rollout
 from spo.distributed import Workers
 from spo.errors import RunError
 from spo.learner import Step
-from spo.lora import Lora
+from spo.lora import FILE_NAME, Lora
 from spo.lora_files import find_lora, read_lora
 from spo.pairs import concatenate_pairs, no_pairs
 from spo.preflight import Preflight, preflight
@@ -26,7 +26,7 @@ from spo.prompts import epoch_order
 from spo.run_dir import drop_metrics_after, open_run_dir, record_start
 from spo.scorers import load_scorer
 from spo.seeding import derive_seed
-from spo.tracking import Tracking
+from spo.tracking import METRICS, Tracking
 from spo.types import PreferencePairs
 from spo.validation import draw_cells, validation_grid
 
@@ -273,8 +273,8 @@ class Trainer:
 
     def say_where(self) -> None:
         """Print where the results are."""
-        self.say(f"LoRA:     {self.run_dir / 'pytorch_lora_weights.safetensors'}")
-        self.say(f"metrics:  {self.run_dir / 'metrics.jsonl'}")
+        self.say(f"LoRA:     {self.run_dir / FILE_NAME}")
+        self.say(f"metrics:  {self.run_dir / METRICS}")
         if self.ready.validation_prompts:
             self.say(f"pictures: {self.run_dir / 'validation'}")
 

@@ -5,6 +5,7 @@ Letters in shapes: B prompts, K candidates, n pairs, (C, h, w) one latent, L tok
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -26,11 +27,15 @@ class Conditioning:
 
     def select(self, index: Tensor | slice) -> Conditioning:
         """Conditioning of the prompts at `index`, in that order."""
+        return self.map_rows(lambda rows: rows[index])
+
+    def map_rows(self, change: Callable[[Tensor], Tensor]) -> Conditioning:
+        """`change` applied to every tensor with one row per prompt."""
         pooled = self.pooled_prompt_embeds
         return replace(
             self,
-            prompt_embeds=self.prompt_embeds[index],
-            pooled_prompt_embeds=None if pooled is None else pooled[index],
+            prompt_embeds=change(self.prompt_embeds),
+            pooled_prompt_embeds=None if pooled is None else change(pooled),
         )
 
     def repeat(self, times: int) -> Conditioning:
@@ -74,8 +79,12 @@ class PreferencePairs:
 
     def select(self, index: Tensor | slice) -> PreferencePairs:
         """The pairs at `index`, in that order."""
-        tensors = {name: value[index] for name, value in self.tensors().items()}
-        return replace(self, **tensors, conditioning=self.conditioning.select(index))
+        return self.map_rows(lambda rows: rows[index])
+
+    def map_rows(self, change: Callable[[Tensor], Tensor]) -> PreferencePairs:
+        """`change` applied to every tensor with one row per pair."""
+        changed = {name: change(rows) for name, rows in self.tensors().items()}
+        return replace(self, **changed, conditioning=self.conditioning.map_rows(change))
 
     def tensors(self) -> dict[str, Tensor]:
         """The fields with one row per pair, without the conditioning."""

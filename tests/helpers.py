@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+from diffusers import DDIMScheduler
 
 from spo.backbone import Backbone, ModelSource
 from spo.ddim import DDIMSchedule
@@ -40,6 +41,20 @@ def scorer_source(scorer: str, **changes) -> ScorerSource:
 
 def randn(*shape: int, seed: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def official_scheduler(num_steps, **changes):
+    """diffusers' scheduler with SD1.5's and SDXL's noise schedule, written out."""
+    scheduler = DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        steps_offset=1,
+        set_alpha_to_one=False,
+        **changes,
+    )
+    scheduler.set_timesteps(num_steps)
+    return scheduler
 
 
 def two_point_schedule(abar: float, abar_previous: float) -> DDIMSchedule:

@@ -6,8 +6,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
-from helpers import MODELS, randn
+from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
+from helpers import MODELS, official_scheduler, randn
 
 from spo import ddim
 from spo.errors import UserError
@@ -27,20 +27,6 @@ BOUNDS = {
 def config_of(family, **changes):
     path = MODELS / f"tiny-{family}" / "scheduler" / "scheduler_config.json"
     return json.loads(path.read_text()) | changes
-
-
-def official_scheduler(num_steps, **changes):
-    """diffusers' scheduler with SD1.5's and SDXL's noise schedule, written out."""
-    scheduler = DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        steps_offset=1,
-        set_alpha_to_one=False,
-        **changes,
-    )
-    scheduler.set_timesteps(num_steps)
-    return scheduler
 
 
 def step(schedule, output, latents, timestep, eta, noise):

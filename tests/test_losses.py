@@ -6,8 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from diffusers import DDIMScheduler
-from helpers import MODELS, make_pairs, randn, two_point_schedule
+from helpers import MODELS, make_pairs, official_scheduler, randn, two_point_schedule
 
 from spo.ddim import make_schedule
 from spo.losses import LOSSES, LossSettings, gradspo_loss, spo_loss
@@ -118,15 +117,7 @@ def test_spo_against_diffusers_and_distributions(bounds, latents_each, clip_eps,
     # Differences of large log-densities: in double, so that the comparison can be tight.
     predictions = NoisePredictions(**{k: v.detach().double() for k, v in vars(predictions).items()})
     pairs = replace(pairs, latents=pairs.latents.double(), next_latents=pairs.next_latents.double())
-    scheduler = DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        steps_offset=1,
-        set_alpha_to_one=False,
-        **({"clip_sample": False} | bounds),
-    )
-    scheduler.set_timesteps(20)
+    scheduler = official_scheduler(20, **({"clip_sample": False} | bounds))
 
     def log_density(epsilon, row, candidate):
         own = candidate if latents_each == 2 else 0
