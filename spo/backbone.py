@@ -1,4 +1,4 @@
-"""SD1.5 or SDXL behind one interface: load, encode prompts, guided prediction, decode.
+"""SD1.5 or SDXL behind one interface: load, encode prompts and images, guided prediction, decode.
 
 The only file that knows which family a model is of: the entries of `_PIPELINES` and the questions
 after `family` below.
@@ -99,6 +99,7 @@ class Backbone:
         self.vae = self._pipe.vae
         size = self.unet.config.sample_size
         self.latent_shape: tuple[int, int, int] = (self.unet.config.in_channels, size, size)
+        self.vae_scale_factor: int = self._pipe.vae_scale_factor  # pixels per latent, along a side
 
     def schedule(self, num_steps: int) -> DDIMSchedule:
         """The DDIM schedule made from this model's scheduler config."""
@@ -176,6 +177,16 @@ class Backbone:
             return output
         unconditional, conditional = output.chunk(2)
         return unconditional + guidance_scale * (conditional - unconditional)
+
+    @torch.no_grad()
+    def encode_images(self, images: Tensor, noise: Tensor) -> Tensor:
+        """Latents (n, C, h, w), fp32, of images (n, 3, H, W) in [-1, 1].
+
+        They are sampled from the VAE's posterior: mean + std `noise`, standard normal (n, C, h, w).
+        """
+        posterior = self.vae.encode(images.to(self.vae.dtype)).latent_dist
+        latents = posterior.mean.float() + posterior.std.float() * noise
+        return latents * self.vae.config.scaling_factor
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Sizes of rollout and update on any number of processes (one process drives one GPU)."""
+"""Sizes of rollouts and updates on any number of processes (one process drives one GPU)."""
 
 from dataclasses import dataclass
 
@@ -73,7 +73,13 @@ def fit_batches(
             f"train.gradient_accumulation_steps: it follows from train.global_batch_size="
             f"{train_global_batch_size}; set that to None to choose the accumulation yourself"
         )
-    _require_divisible(num_processes, sample_global_batch_size, train_global_batch_size)
+    _require_divisible(
+        num_processes,
+        {
+            "sample.global_batch_size": sample_global_batch_size,
+            "train.global_batch_size": train_global_batch_size,
+        },
+    )
 
     slices, slice_size = 1, sample_batch_size
     if sample_global_batch_size is not None:
@@ -95,6 +101,49 @@ def fit_batches(
     )
 
 
+@dataclass(frozen=True)
+class UpdatePlan:
+    """What every process does for one optimizer step where there is no rollout."""
+
+    num_processes: int
+    minibatch_size: int  # pairs of one minibatch on one process
+    accumulation_steps: int  # minibatches of one optimizer step
+
+    @property
+    def pairs_per_update(self) -> int:
+        """Pairs of one optimizer step over all processes."""
+        return self.minibatch_size * self.num_processes * self.accumulation_steps
+
+    def describe(self) -> str:
+        """The plan in one line."""
+        processes = _count(self.num_processes, "process", "processes")
+        accumulation = _count(self.accumulation_steps, "accumulation step", "accumulation steps")
+        return (
+            f"minibatch {self.minibatch_size} x {processes} x {accumulation} = "
+            f"{self.pairs_per_update} pairs per update"
+        )
+
+
+def plan_updates(config: ConfigDict, num_processes: int) -> UpdatePlan:
+    """The sizes that `config` makes on `num_processes` processes; raises what `fit_update` does."""
+    return fit_update(num_processes, config.train.batch_size, config.train.global_batch_size)
+
+
+def fit_update(num_processes: int, batch_size: int, global_batch_size: int | None) -> UpdatePlan:
+    """Keeps the global number of pairs on `num_processes` processes; None: one minibatch on each.
+
+    `batch_size` is an upper limit. Raises UserError where the global number does not divide by the
+    processes.
+    """
+    _require_positive("train.batch_size", batch_size)
+    _require_positive("train.global_batch_size", global_batch_size)
+    _require_divisible(num_processes, {"train.global_batch_size": global_batch_size})
+    accumulation_steps, minibatch_size = 1, batch_size
+    if global_batch_size is not None:
+        accumulation_steps, minibatch_size = _split(global_batch_size // num_processes, batch_size)
+    return UpdatePlan(num_processes, minibatch_size, accumulation_steps)
+
+
 def _split(total: int, limit: int) -> tuple[int, int]:
     """`total` as (number of parts, size of a part), parts equal and as large as `limit` allows."""
     size = max(n for n in range(1, min(total, limit) + 1) if total % n == 0)
@@ -106,9 +155,8 @@ def _require_positive(key: str, value: int | None) -> None:
         raise UserError(f"{key} = {value}: must be at least 1")
 
 
-def _require_divisible(num_processes: int, prompts: int | None, pairs: int | None) -> None:
+def _require_divisible(num_processes: int, totals: dict[str, int | None]) -> None:
     """Raises a UserError that names the counts that work and the keys that lift the constraint."""
-    totals = {"sample.global_batch_size": prompts, "train.global_batch_size": pairs}
     totals = {key: total for key, total in totals.items() if total is not None}
     broken = {key: total for key, total in totals.items() if total % num_processes}
     if not broken:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,14 +50,8 @@ def save_checkpoint(
 ) -> None:
     """Write a checkpoint, then delete the oldest beyond `limit` (0 keeps all).
 
-    `gradients` are those accumulated so far, averaged over all processes. The checkpoint appears
-    under its name only when it is complete.
+    `gradients` are those accumulated so far, averaged over all processes.
     """
-    folder = run_dir / _FOLDER / f"epoch_{position.epochs:04d}"
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    save_networks(partial, learner, metadata)
-    save_file(_tensors(learner, gradients), partial / f"{_STATE}.safetensors")
     state = {
         "epochs": position.epochs,
         "rollouts": position.rollouts,
@@ -64,7 +59,24 @@ def save_checkpoint(
         "updates": learner.updates,
         "scaler": learner.scaler.state_dict(),
     }
-    (partial / f"{_STATE}.json").write_text(json.dumps(state, indent=1))
+    tensors = {f"gradient:{name}": tensor.contiguous() for name, tensor in gradients.items()}
+    tensors |= optimizer_tensors(learner.optimizer, learner.lora.parameters)
+    with new_checkpoint(run_dir, f"epoch_{position.epochs:04d}", limit) as folder:
+        save_networks(folder, learner, metadata)
+        write_state(folder, state, tensors)
+
+
+@contextlib.contextmanager
+def new_checkpoint(run_dir: Path, name: str, limit: int) -> Iterator[Path]:
+    """A folder to fill, which appears under its name only when it is complete.
+
+    Then the oldest checkpoints beyond `limit` are deleted (0 keeps all).
+    """
+    folder = run_dir / _FOLDER / name
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    yield partial
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
     if limit:
@@ -72,29 +84,50 @@ def save_checkpoint(
             shutil.rmtree(old)
 
 
+def write_state(folder: Path, state: Mapping[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+    """Write what a checkpoint holds besides its networks."""
+    save_file(tensors, folder / f"{_STATE}.safetensors")
+    (folder / f"{_STATE}.json").write_text(json.dumps(state, indent=1))
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """The numbers that `write_state` wrote."""
+    return json.loads((folder / f"{_STATE}.json").read_text())
+
+
+def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """The tensors that `write_state` wrote."""
+    return load_file(folder / f"{_STATE}.safetensors")
+
+
 def checkpoints(run_dir: Path) -> list[Path]:
     """Complete checkpoints of a run, oldest first."""
-    return sorted(p for p in (run_dir / _FOLDER).glob("epoch_*") if p.suffix != ".partial")
+    return sorted(p for p in (run_dir / _FOLDER).glob("*_[0-9]*") if p.suffix != ".partial")
 
 
 def load_checkpoint(folder: Path, learner: Learner) -> Position:
     """Put `learner` into the state that was saved; UserError where a file is missing or unfit."""
     try:
-        state: dict[str, Any] = json.loads((folder / f"{_STATE}.json").read_text())
+        state = read_state(folder)
         learner.lora.assign(parameter_names(load_file(folder / FILE_NAME)))
         if learner.ema is not None:
             ema = parameter_names(load_file(folder / "ema" / FILE_NAME))
             for name, tensor in learner.ema.items():
                 tensor.copy_(ema[name])
-        _restore(learner, load_file(folder / f"{_STATE}.safetensors"))
+        restore_tensors(learner.optimizer, learner.lora.parameters, read_tensors(folder))
         learner.minibatches, learner.updates = state["minibatches"], state["updates"]
         learner.scaler.load_state_dict(state["scaler"])
         return Position(state["epochs"], state["rollouts"])
     except (*LOAD_ERRORS, KeyError) as error:
-        raise UserError(
-            f"resume_from: {folder} is not a checkpoint of this config ({first_line(error)}); choose "
-            "another checkpoint, or start anew."
-        ) from error
+        raise unfit(folder, error) from error
+
+
+def unfit(folder: Path, error: Exception) -> UserError:
+    """The error of a checkpoint that cannot be resumed from."""
+    return UserError(
+        f"resume_from: {folder} is not a checkpoint of this config ({first_line(error)}); choose "
+        "another checkpoint, or start anew."
+    )
 
 
 def is_checkpoint(folder: Path) -> bool:
@@ -102,22 +135,29 @@ def is_checkpoint(folder: Path) -> bool:
     return (folder / f"{_STATE}.json").is_file()
 
 
-def _tensors(learner: Learner, gradients: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Optimizer state and gradients by kind and parameter name."""
-    tensors = {f"gradient:{name}": tensor.contiguous() for name, tensor in gradients.items()}
-    for name, parameter in learner.lora.parameters.items():
-        for kind, value in learner.optimizer.state[parameter].items():
-            tensors[f"optimizer.{kind}:{name}"] = torch.as_tensor(value).contiguous()
-    return tensors
+def optimizer_tensors(
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, torch.nn.Parameter]
+) -> dict[str, torch.Tensor]:
+    """Optimizer state by kind and parameter name."""
+    return {
+        f"optimizer.{kind}:{name}": torch.as_tensor(value).contiguous()
+        for name, parameter in parameters.items()
+        for kind, value in optimizer.state[parameter].items()
+    }
 
 
-def _restore(learner: Learner, tensors: Mapping[str, torch.Tensor]) -> None:
+def restore_tensors(
+    optimizer: torch.optim.Optimizer,
+    parameters: Mapping[str, torch.nn.Parameter],
+    tensors: Mapping[str, torch.Tensor],
+) -> None:
+    """Put optimizer state and gradients, by kind and parameter name, back in their places."""
     for key, tensor in tensors.items():
         kind, name = key.split(":")
-        parameter = learner.lora.parameters[name]
+        parameter = parameters[name]
         # AdamW counts its steps on the CPU.
         moved = tensor if kind == "optimizer.step" else tensor.to(parameter.device)
         if kind == "gradient":
             parameter.grad = moved
         else:
-            learner.optimizer.state[parameter][kind.removeprefix("optimizer.")] = moved
+            optimizer.state[parameter][kind.removeprefix("optimizer.")] = moved

@@ -1,4 +1,4 @@
-"""Reading and writing configs: a file, laid over config/base.py, becomes a typed ConfigDict."""
+"""Reading and writing configs: a file, laid over a base config, becomes a typed ConfigDict."""
 
 import importlib.util
 import json
@@ -12,16 +12,17 @@ from ml_collections import ConfigDict
 from spo.errors import UserError
 
 REPO_ROOT = Path(__file__).resolve().parents[1]
+BASE = "config/base.py"
 
 # Numbers by default, but None has a meaning for them too.
-ALSO_NONE = ("train.max_grad_norm", "train.clip_eps")
+ALSO_NONE = ("train.max_grad_norm", "train.clip_eps", "train.global_batch_size")
 
 
-def load_config(path: str) -> tuple[ConfigDict, set[str]]:
-    """A .py or .json config laid over config/base.py, and the keys in it that may be None.
+def load_config(path: str, base: str = BASE) -> tuple[ConfigDict, set[str]]:
+    """A .py or .json config laid over the config `base`, and the keys in it that may be None.
 
     `path` is relative to the current folder, else to the repository. Raises UserError for a
-    missing or broken file, and for keys and types that config/base.py does not have.
+    missing or broken file, and for keys and types that `base` does not have.
     """
     # Config files import each other as `from config import base`, whatever the current folder.
     if str(REPO_ROOT) not in sys.path:
@@ -29,11 +30,17 @@ def load_config(path: str) -> tuple[ConfigDict, set[str]]:
     file = _find(path)
     values = _read_json(file) if file.suffix == ".json" else _run_python(file).to_dict()
 
-    config = _run_python(REPO_ROOT / "config" / "base.py")
-    for key in ALSO_NONE:
+    config = _run_python(REPO_ROOT / base)
+    known = leaves(config)
+    also_none = {key for key in ALSO_NONE if key in known}
+    for key in also_none:
         section, name = key.split(".")
         config[section].get_ref(name)  # a reference keeps its type while its value is None
-    nullable = {key for key, value in leaves(config).items() if value is None} | set(ALSO_NONE)
+    nullable = {key for key, value in known.items() if value is None} | also_none
+    unknown = [name for name in values if name not in config]
+    if unknown:
+        hint = suggest(unknown[0], list(known)) or f"; this script takes the keys of {base}"
+        raise UserError(f"{path}: unknown key {unknown[0]}{hint}")
     _overlay(config, values, nullable, source=path)
     return config, nullable
 

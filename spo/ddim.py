@@ -78,6 +78,11 @@ def make_schedule(
     )
 
 
+def add_noise(x0: Tensor, noise: Tensor, abar: Tensor) -> Tensor:
+    """x_t of `x0` and standard normal `noise` (eq. 4)."""
+    return abar.sqrt() * x0 + (1 - abar).sqrt() * noise
+
+
 def to_epsilon(schedule: DDIMSchedule, output: Tensor, latents: Tensor, abar: Tensor) -> Tensor:
     """Noise prediction from a model output of any prediction type."""
     if schedule.prediction_type == "epsilon":

@@ -8,12 +8,16 @@ import os
 import runpy
 import shlex
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 try:
     from ml_collections import ConfigDict
 
     from spo.batching import plan_batches
+    from spo.dotted import find
     from spo.errors import UserError
     from spo.flags import exit_on_user_error, parse_flags
 except ModuleNotFoundError as error:  # a machine where nothing is installed yet
@@ -27,19 +31,26 @@ except ModuleNotFoundError as error:  # a machine where nothing is installed yet
 ACCELERATE_CONFIGS = Path(__file__).resolve().parents[1] / "config" / "accelerate"
 
 
+@dataclass(frozen=True)
+class Script:
+    """What the launcher needs to know of a training script."""
+
+    config: ConfigDict
+    plan: Callable[[ConfigDict, int], Any]  # for so many processes; describe() is one line
+    preflight: Callable[[ConfigDict, int], Any]  # raises UserError where a run would
+
+
 def main() -> None:
     """Checks, prints and becomes the command that trains; bad input is one line and status 2."""
     options, script_args = parse_options()
     with exit_on_user_error():
-        config = parse_script_args(options.script, script_args)
+        script = read_script(options.script, script_args)
         num_processes, launcher = cpu_launcher(options) if options.cpu else gpu_launcher(options)
-        print(plan_batches(config, num_processes).describe())
+        print(script.plan(script.config, num_processes).describe())
         if num_processes > 1:
             # Several processes would bury a one-line error under reports of their own; and what is
             # downloaded here, they find in the cache.
-            from spo.preflight import preflight
-
-            preflight(config, num_processes)
+            script.preflight(script.config, num_processes)
     command = [sys.executable, *launcher, options.script, *script_args]
     print("$", shlex.join(command), flush=True)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, num_cores() // num_processes)))
@@ -67,13 +78,18 @@ def parse_options() -> tuple[argparse.Namespace, list[str]]:
     return options, script_args
 
 
-def parse_script_args(script: str, script_args: list[str]) -> ConfigDict:
-    """The config that the script will see, by the script's own flags and defaults."""
+def read_script(script: str, script_args: list[str]) -> Script:
+    """Reads the script's CONFIG, by its own flags and defaults, and its PLAN and PREFLIGHT."""
     if not Path(script).is_file():
         raise UserError(f"no such script: {script}")
-    config_flag = runpy.run_path(script)["CONFIG"]
+    found = runpy.run_path(script)
     parse_flags([script, *script_args])
-    return config_flag.value
+
+    def preflight(config: ConfigDict, num_processes: int) -> None:
+        name = found.get("PREFLIGHT", "spo.preflight:preflight")
+        find(name, {}, "PREFLIGHT")(config, num_processes)  # imports torch
+
+    return Script(found["CONFIG"].value, found.get("PLAN", plan_batches), preflight)
 
 
 def cpu_launcher(options: argparse.Namespace) -> tuple[int, list[str]]:

@@ -46,7 +46,7 @@ def preflight(config: ConfigDict, num_processes: int) -> Preflight:
     settings.check(config)
     tracking.check_tracker(config.tracker.name)
     plan = plan_batches(config, num_processes)
-    run_dir = Path(config.logdir).expanduser() / run_name(config)
+    run_dir = Path(config.logdir).expanduser() / run_name(config, config.algorithm)
     checkpoint = find_checkpoint(config, run_dir)
     backbone.check_source(settings.model_source(config), config.family)
     scorers.check_source(settings.scorer_source(config))

@@ -21,12 +21,11 @@ STARTS = "starts.jsonl"
 _PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft")
 
 
-def run_name(config: ConfigDict) -> str:
-    """The name of the run directory: `config.run_name`, or algorithm, family and start time."""
+def run_name(config: ConfigDict, method: str) -> str:
+    """The name of the run directory: `config.run_name`, or method, family and start time."""
     if config.run_name:
         return config.run_name
-    algorithm = config.algorithm.partition(":")[2] or config.algorithm
-    return f"{algorithm}_{config.family}_{time.strftime('%Y%m%d_%H%M%S')}"
+    return f"{method.rpartition(':')[2]}_{config.family}_{time.strftime('%Y%m%d_%H%M%S')}"
 
 
 def find_checkpoint(config: ConfigDict, run_dir: Path) -> Path | None:
@@ -43,8 +42,8 @@ def find_checkpoint(config: ConfigDict, run_dir: Path) -> Path | None:
         folder = Path(config.resume_from).expanduser()
         if not is_checkpoint(folder):
             raise UserError(
-                f"resume_from: {folder} is not a checkpoint; name a folder like "
-                "runs/NAME/checkpoints/epoch_0003, or run_name=NAME and resume_from=auto."
+                f"resume_from: {folder} is not a checkpoint; name a folder of "
+                "runs/NAME/checkpoints, or run_name=NAME and resume_from=auto."
             )
         if own and folder.resolve() == own[-1].resolve():
             return folder
@@ -84,15 +83,15 @@ def record_start(run_dir: Path, facts: dict) -> None:
         file.write(json.dumps(start) + "\n")
 
 
-def drop_metrics_after(run_dir: Path, rollouts: int) -> None:
-    """Keep the metrics of the first `rollouts` rollouts: a resumed run writes the others again."""
+def drop_metrics_after(run_dir: Path, last: int, counter: str = "rollout") -> None:
+    """Keep the metrics of up to `last` of `counter`: a resumed run writes the others again."""
     path = run_dir / METRICS
     if not path.exists():
         return
     kept = []
     for line in path.read_text().splitlines(keepends=True):
         # A run that was killed may have left half a line, which is the last.
-        if not line.endswith("\n") or json.loads(line)["rollout"] > rollouts:
+        if not line.endswith("\n") or json.loads(line)[counter] > last:
             break
         kept.append(line)
     partial = path.with_suffix(".partial")

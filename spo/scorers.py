@@ -59,6 +59,16 @@ class ImagePreparation:
         images = images[..., top : top + self.size, left : left + self.size]
         return self.normalise((images / 2 + 0.5).clamp(0, 1))
 
+    def stretched(self, images: Tensor) -> Tensor:
+        """As above, but to [0, 1] and clamp first, then resize straight to the square.
+
+        What a step-aware preference model is trained on (SPO, arXiv 2406.04314).
+        """
+        images = (images.float() / 2 + 0.5).clamp(0, 1)
+        shape = (self.size, self.size)
+        images = F.interpolate(images, shape, mode="bicubic", align_corners=False)
+        return self.normalise(images.clamp(0, 1))
+
     def normalise(self, images: Tensor) -> Tensor:
         """Images in [0, 1] to zero mean and unit variance over CLIP's training data."""
         mean, std = (images.new_tensor(v).view(3, 1, 1) for v in (self.mean, self.std))
@@ -68,12 +78,12 @@ class ImagePreparation:
 class CLIPInputs:
     """Tokenizer and image preparation of a CLIP, from a Hub id or folder."""
 
-    def __init__(self, processor: str) -> None:
+    def __init__(self, processor: str, section: str = "preference") -> None:
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(processor)
             image_processor = CLIPImageProcessor.from_pretrained(processor)
         except LOAD_ERRORS as error:
-            raise _cannot_load("preference.processor", processor, error) from error
+            raise _cannot_load(f"{section}.processor", processor, error) from error
         self.prepare = ImagePreparation.of_processor(image_processor)
 
     def tokenize(self, prompts: Sequence[str]) -> Tensor:
@@ -136,16 +146,13 @@ class ScorerSource:
 
 def _step_aware_clip(source: ScorerSource, device: torch.device) -> Scorer:
     checkpoint = resolve_file(source.checkpoint, "preference.checkpoint")
-    spm = load_step_aware_clip(checkpoint, _clip_config(source.backbone))
+    spm = load_step_aware_clip(checkpoint, clip_config(source.backbone))
     return StepAwareScorer(spm.to(_DTYPES[source.dtype]), CLIPInputs(source.processor), device)
 
 
 def _pickscore(source: ScorerSource, device: torch.device) -> Scorer:
-    try:
-        clip = CLIPModel.from_pretrained(source.backbone)
-    except LOAD_ERRORS as error:
-        raise _cannot_load("preference.backbone", source.backbone, error) from error
-    return PickScoreScorer(clip.to(_DTYPES[source.dtype]), CLIPInputs(source.processor), device)
+    clip = load_clip(source.backbone).to(_DTYPES[source.dtype])
+    return PickScoreScorer(clip, CLIPInputs(source.processor), device)
 
 
 SCORERS = {"step_aware_clip": _step_aware_clip, "pickscore": _pickscore}
@@ -160,11 +167,27 @@ def check_source(source: ScorerSource) -> None:
     if source.scorer == "step_aware_clip":
         resolve_file(source.checkpoint, "preference.checkpoint")
     if source.scorer in SCORERS:
-        model_file(source.backbone, "config.json", "preference.backbone")
-        for name in ("preprocessor_config.json", "tokenizer_config.json"):
-            model_file(source.processor, name, "preference.processor")
-        _clip_config(source.backbone)
-        CLIPInputs(source.processor)
+        check_clip(source.backbone, source.processor)
+
+
+def check_clip(backbone: str, processor: str, section: str = "preference") -> None:
+    """Raise UserError for what is wrong with a CLIP and its processor, by their small files.
+
+    `section` of the config names them.
+    """
+    model_file(backbone, "config.json", f"{section}.backbone")
+    for name in ("preprocessor_config.json", "tokenizer_config.json"):
+        model_file(processor, name, f"{section}.processor")
+    clip_config(backbone, section)
+    CLIPInputs(processor, section)
+
+
+def load_clip(backbone: str, section: str = "preference") -> CLIPModel:
+    """A CLIP with its weights, in fp32 on the CPU; UserError where it cannot be loaded."""
+    try:
+        return CLIPModel.from_pretrained(backbone, dtype=torch.float32)
+    except LOAD_ERRORS as error:
+        raise _cannot_load(f"{section}.backbone", backbone, error) from error
 
 
 def load_scorer(source: ScorerSource, device: torch.device) -> Scorer:
@@ -179,11 +202,12 @@ def load_scorer(source: ScorerSource, device: torch.device) -> Scorer:
     return factory(device=device, **source.kwargs)
 
 
-def _clip_config(backbone: str) -> CLIPConfig:
+def clip_config(backbone: str, section: str = "preference") -> CLIPConfig:
+    """The architecture of a CLIP; UserError where it cannot be read."""
     try:
         return CLIPConfig.from_pretrained(backbone)
     except LOAD_ERRORS as error:
-        raise _cannot_load("preference.backbone", backbone, error) from error
+        raise _cannot_load(f"{section}.backbone", backbone, error) from error
 
 
 def _cannot_load(key: str, name: str, error: Exception) -> UserError:

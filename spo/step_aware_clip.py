@@ -135,12 +135,15 @@ def fresh_step_aware_clip(clip: CLIPModel, seed: int) -> StepAwareCLIP:
     return spm
 
 
-def load_step_aware_clip(checkpoint: Path, config: CLIPConfig) -> StepAwareCLIP:
+def load_step_aware_clip(
+    checkpoint: Path, config: CLIPConfig, key: str = "preference.checkpoint"
+) -> StepAwareCLIP:
     """The SPM in a .safetensors or .bin state dict, in eval mode on the CPU.
 
-    Loads strictly, and .bin files without running their pickle. Raises UserError that names the file.
+    Loads strictly, and .bin files without running their pickle. Raises UserError that names the config
+    `key` and the file.
     """
-    weights = _read_state_dict(checkpoint)
+    weights = _read_state_dict(checkpoint, key)
     # Old transformers saved these constant buffers; today's models do not have them.
     weights = {k: v for k, v in weights.items() if not k.endswith("embeddings.position_ids")}
     with torch.device("meta"):  # no second copy, no time spent on random weights
@@ -150,7 +153,7 @@ def load_step_aware_clip(checkpoint: Path, config: CLIPConfig) -> StepAwareCLIP:
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(
-            f"preference.checkpoint: {checkpoint} does not fit preference.backbone as a step-aware "
+            f"{key}: {checkpoint} does not fit preference.backbone as a step-aware "
             f"preference model: {reason}"
         ) from error
     for embeddings in (spm.model.text_model.embeddings, spm.model.vision_model.embeddings):
@@ -159,7 +162,7 @@ def load_step_aware_clip(checkpoint: Path, config: CLIPConfig) -> StepAwareCLIP:
     return spm.requires_grad_(False).eval()
 
 
-def _read_state_dict(path: Path) -> dict[str, Tensor]:
+def _read_state_dict(path: Path, key: str) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
@@ -167,9 +170,7 @@ def _read_state_dict(path: Path) -> dict[str, Tensor]:
     except Exception as error:
         # Which exception a damaged or malicious file raises depends on where the damage is.
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(
-            f"preference.checkpoint: {path} cannot be read as a state dict: {reason}"
-        ) from error
+        raise UserError(f"{key}: {path} cannot be read as a state dict: {reason}") from error
     if not isinstance(weights, dict) or not all(isinstance(v, Tensor) for v in weights.values()):
-        raise UserError(f"preference.checkpoint: {path} is not a state dict of tensors.")
+        raise UserError(f"{key}: {path} is not a state dict of tensors.")
     return weights

@@ -2,7 +2,7 @@
 
 import pytest
 
-from spo.batching import fit_batches
+from spo.batching import fit_batches, fit_update
 from spo.errors import UserError
 
 SD15 = {
@@ -85,3 +85,26 @@ def test_describe():
 def test_accumulation_is_not_set_twice():
     with pytest.raises(UserError, match="^train.gradient_accumulation_steps: it follows from"):
         fit_batches(4, **(SD15 | {"gradient_accumulation_steps": 2}))
+
+
+@pytest.mark.parametrize(
+    ("processes", "batch_size", "total", "minibatch", "accumulation"),
+    [
+        (4, 16, 64, 16, 1),
+        (1, 16, 64, 16, 4),
+        (8, 16, 64, 8, 1),
+        (2, 12, 64, 8, 4),
+        (3, 5, None, 5, 1),
+    ],
+)
+def test_updates_without_a_rollout(processes, batch_size, total, minibatch, accumulation):
+    plan = fit_update(processes, batch_size, total)
+    assert (plan.minibatch_size, plan.accumulation_steps) == (minibatch, accumulation)
+    assert plan.pairs_per_update == (total or processes * batch_size)
+
+
+def test_updates_that_do_not_divide_name_the_counts_that_work():
+    with pytest.raises(UserError, match="process counts that work: 1, 2, 4, 8, 16, 32, 64; with"):
+        fit_update(3, 16, 64)
+    with pytest.raises(UserError, match="train.batch_size = 0"):
+        fit_update(1, 0, 64)

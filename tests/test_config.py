@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from config import base
+from config import base, spm_base
 from spo.config_io import leaves, load_config
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,6 +33,16 @@ SPO_SDXL = {
     "sample.num_inner_steps": 3,
     "train.batch_size": 2,
 }
+SPM_SDXL = {
+    "family": "sdxl",
+    "max_train_steps": 7000,
+    "pretrained.model": "stabilityai/stable-diffusion-xl-base-1.0",
+    "pretrained.vae": "madebyollin/sdxl-vae-fp16-fix",
+    "data.image_size": 1024,
+    "labels.source": "pickscore",
+    "train.learning_rate": 1e-6,
+}
+SPM_DIFFERENCES = {"spm_sd15": {}, "spm_sdxl": SPM_SDXL}  # of each overlay from spm_base.py
 DIFFERENCES = {  # of each overlay from base.py
     "sd15": SD15,
     "sdxl": SDXL,
@@ -84,6 +94,41 @@ PAPER = {  # what both families share, and SD1.5
 }
 
 
+SPM_PAPER = {  # what both families share, and SD1.5
+    "max_train_steps": 8000,
+    "mixed_precision": "bf16",
+    "preference.backbone": "yuvalkirstain/PickScore_v1",
+    "preference.processor": "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
+    "preference.init_from": "",
+    "data.source": "yuvalkirstain/pickapic_v1",
+    "data.validation_split": "validation_unique",
+    "data.image_size": 512,
+    "labels.source": "data",
+    "labels.margin": 0.1,
+    "train.batch_size": 16,
+    "train.global_batch_size": 64,
+    "train.guidance_scale": 5.0,
+    "train.in_batch_negatives": False,
+    "train.learning_rate": 3e-6,
+    "train.warmup_steps": 500,
+    "train.adam_weight_decay": 0.3,
+    "train.max_grad_norm": 1.0,
+}
+
+
+def test_spm_base_holds_spos_numbers():
+    values = leaves(spm_base.get_config())
+    assert {key: values[key] for key in SPM_PAPER} == SPM_PAPER
+
+
+@pytest.mark.parametrize("name", SPM_DIFFERENCES)
+def test_spm_overlays_hold_their_differences_and_nothing_else(name):
+    default = leaves(spm_base.get_config())
+    config, _ = load_config(f"config/{name}.py", base="config/spm_base.py")
+    different = {key: value for key, value in leaves(config).items() if value != default[key]}
+    assert different == SPM_DIFFERENCES[name]
+
+
 def test_base_holds_the_papers_numbers():
     values = leaves(base.get_config())
     assert {key: values[key] for key in PAPER} == PAPER
@@ -95,7 +140,8 @@ def test_every_overlay_is_tested():
         for path in (ROOT / "config").rglob("*.py")
         if path.name != "__init__.py"
     }
-    assert found == set(DIFFERENCES) | {"base", "tiny"}
+    overlays = set(DIFFERENCES) | set(SPM_DIFFERENCES)
+    assert found == overlays | {"base", "tiny", "spm_base", "spm_tiny"}
 
 
 @pytest.mark.parametrize("name", DIFFERENCES)
@@ -126,8 +172,15 @@ def test_official_overlays_are_the_settings_of_the_official_traces(trace, overla
     assert {key: config.train[key] for key in expected} == expected
 
 
-def test_every_key_of_base_is_commented():
-    source = (ROOT / "config" / "base.py").read_text()
+@pytest.mark.parametrize(
+    ("file", "last_constants"),
+    [
+        ("base", ["train.adam_beta2", "train.adam_weight_decay", "train.adam_epsilon"]),
+        ("spm_base", ["train.adam_beta2", "train.adam_epsilon"]),
+    ],
+)
+def test_every_key_of_a_base_is_commented(file, last_constants):
+    source = (ROOT / "config" / f"{file}.py").read_text()
     lines = source[source.index("def get_config") :].splitlines()
     undocumented = []
     for above, line in zip(lines, lines[1:], strict=False):
@@ -135,8 +188,4 @@ def test_every_key_of_base_is_commented():
         if is_key and "#" not in line and not above.strip().startswith("#"):
             undocumented.append(line.strip())
     # Only AdamW's constants share one comment.
-    assert [line.split()[0] for line in undocumented] == [
-        "train.adam_beta2",
-        "train.adam_weight_decay",
-        "train.adam_epsilon",
-    ]
+    assert [line.split()[0] for line in undocumented] == last_constants

@@ -1,0 +1,93 @@
+"""Every setting of the training of a step-aware preference model (SPM), as in config/base.py.
+
+The other config/spm_*.py are overlays: they change this config and hold only differences.
+"SPO" is Liang et al., CVPR 2025 (arXiv 2406.04314): 4 x A100 80 GB.
+
+On the command line:
+
+    --config=config/spm_sdxl.py --config.train.batch_size=8 --config.data.source=/data/pickapic
+"""
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+
+def get_config() -> ConfigDict:
+    config = ConfigDict()
+
+    # ---- the run -------------------------------------------------------------------------------
+    config.family = "sd15"  # "sd15" or "sdxl"; must match pretrained.model
+    config.seed = 42  # everything random in the run derives from it
+    config.mixed_precision = "bf16"  # "no", "fp16" or "bf16" (SPO); the SPM's weights stay in fp32
+    config.logdir = "runs"  # folder that holds the run directories
+    config.run_name = ""  # name of the run directory; empty: "spm", family and start time
+    config.resume_from = ""  # a checkpoint folder, or "auto": the newest one of run_name
+    config.checkpoint_limit = 2  # checkpoints kept, oldest deleted first; 0 keeps all
+    config.max_train_steps = 8000  # optimizer steps (SPO: 8,000 for SD1.5, 7,000 for SDXL)
+    config.save_steps = 1000  # optimizer steps between checkpoints
+    config.eval_steps = 1000  # optimizer steps between measurements of accuracy; 0: none
+    config.log_steps = 10  # optimizer steps that a line of metrics averages over
+
+    # ---- the base model, whose predictions the SPM learns to judge -----------------------------
+    config.pretrained = pretrained = ConfigDict()
+    pretrained.model = "stable-diffusion-v1-5/stable-diffusion-v1-5"  # Hub id or diffusers folder
+    pretrained.revision = placeholder(str)  # branch, tag or commit of the Hub repo
+    pretrained.variant = placeholder(str)  # weight files' variant, e.g. "fp16"
+    pretrained.vae = placeholder(str)  # Hub id or folder that replaces the model's own VAE
+
+    # ---- preference model ----------------------------------------------------------------------
+    config.preference = preference = ConfigDict()
+    preference.backbone = "yuvalkirstain/PickScore_v1"  # CLIP that a fresh SPM scores exactly as
+    preference.processor = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # tokenizer, image processor
+    # SPM to start from, .bin or .safetensors, a path or hf://user/repo/file; empty: a fresh one.
+    preference.init_from = ""
+
+    # ---- labelled pairs of images --------------------------------------------------------------
+    config.data = data = ConfigDict()
+    # Columns of Pick-a-Pic: the Hub id of a dataset, a folder of `save_to_disk`, a folder of parquet
+    # files named by split (train-00000-of-00001.parquet), or a .parquet file or glob, where {split}
+    # stands for the split.
+    data.source = "yuvalkirstain/pickapic_v1"
+    data.revision = placeholder(str)  # branch, tag or commit of the Hub dataset
+    data.train_split = "train"  # every row with a valid label is used (SPO)
+    data.validation_split = "validation_unique"  # rows with has_label are used; empty: none
+    data.streaming = False  # read while training instead of keeping a copy on disk
+    data.shuffle_buffer = 1000  # rows that streaming shuffles among
+    data.image_size = 512  # pixels: shorter side resized, centre cropped (SPO: 512, SDXL 1024)
+    data.num_workers = 4  # threads that decode images in the background; 0: none
+    data.max_validation = 0  # the first so many usable rows measure accuracy; 0: all
+
+    # ---- labels --------------------------------------------------------------------------------
+    config.labels = labels = ConfigDict()
+    labels.source = "data"  # people's labels, or "pickscore": PickScore's on the clean images
+    labels.margin = 0.1  # "pickscore": a win if softmax of the two scores differ by more (SPO)
+    labels.backbone = "yuvalkirstain/PickScore_v1"  # "pickscore": its CLIP
+    labels.processor = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # "pickscore": what goes with it
+
+    # ---- loss and update -----------------------------------------------------------------------
+    config.train = train = ConfigDict()
+    train.batch_size = 16  # largest minibatch of pairs on one GPU (SPO: 16)
+    # Pairs of one optimizer step: minibatch x GPUs x accumulation, which are chosen to make it
+    # (SPO: 4 GPUs x 16); None: one minibatch of train.batch_size on each GPU.
+    train.global_batch_size = 64
+    train.gradient_checkpointing = False  # recompute the SPM's activations: less memory, slower
+    train.guidance_scale = 5.0  # of the base model's predictions (SPO)
+    train.in_batch_negatives = False  # other pairs' prompts and images as negatives (SPO: none)
+    train.learning_rate = 3e-6  # AdamW, at its peak (SPO: 3e-6 SD1.5, 1e-6 SDXL)
+    train.warmup_steps = 500  # optimizer steps of linear warm-up, then linear decay to 0 (SPO)
+    train.adam_beta1 = 0.9  # AdamW's constants as in torch
+    train.adam_beta2 = 0.999
+    train.adam_epsilon = 1e-8
+    train.adam_weight_decay = 0.3  # on all weights (SPO)
+    train.max_grad_norm = 1.0  # clip the global gradient norm; None: no clipping
+
+    # ---- result --------------------------------------------------------------------------------
+    config.export = export = ConfigDict()
+    export.bin = False  # write the SPM as a .bin, too, as it was published
+
+    # ---- tracker -------------------------------------------------------------------------------
+    config.tracker = tracker = ConfigDict()
+    tracker.name = "wandb"  # "wandb" (offline where no key is set), "tensorboard" or "none"
+    tracker.project = "spo"  # name of the project there
+
+    return config

@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# Trains a step-aware preference model on all GPUs of this machine; --cpu: on the CPU.
+#   bash launch_spm.sh [--cpu] [--num_processes N] [--config=FILE] [--config.key=value ...]
+# Python: $PYTHON, else the .venv of this folder, else python3.
+set -euo pipefail
+cd "$(dirname "$0")"
+[ -n "${PYTHON:-}" ] || { [ -x .venv/bin/python ] && PYTHON=.venv/bin/python; } || PYTHON=python3
+exec "$PYTHON" -m spo.launch scripts/train_preference_model.py "$@"

@@ -1,0 +1,30 @@
+"""Trains a step-aware preference model; `bash launch_spm.sh` runs this on every GPU.
+
+python scripts/train_preference_model.py [--config=config/spm_sdxl.py] [--config.train.key=...]
+"""
+
+import sys
+from pathlib import Path
+
+from absl import app
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from spo.batching import plan_updates
+from spo.flags import define_config, exit_on_user_error, parse_flags
+
+CONFIG = define_config("config/spm_sd15.py", base="config/spm_base.py")
+# How spo.launch checks the config.
+PLAN = plan_updates
+PREFLIGHT = "spo.preference.preflight:preflight"
+
+
+def main(_):
+    from spo.preference.trainer import train  # a bad command line fails before torch loads
+
+    with exit_on_user_error():
+        train(CONFIG.value)
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=parse_flags)

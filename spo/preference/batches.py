@@ -1,0 +1,108 @@
+"""From rows to tensors: decoding images, in the background if so configured."""
+
+from __future__ import annotations
+
+import io
+from collections import Counter, deque
+from collections.abc import Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from spo.preference.rows import RawBatch, Row
+from spo.preference.source import IMAGE_COLUMNS
+
+_AHEAD = 3  # minibatches that are decoded while the device is busy
+
+
+@dataclass(frozen=True)
+class PairBatch:
+    """A minibatch of n labelled pairs of one process, on the CPU.
+
+    A row whose images cannot be decoded keeps its place, grey and with weight 0, so that minibatches
+    have one size everywhere.
+    """
+
+    captions: tuple[str, ...]
+    images: Tensor  # (n, 2, 3, S, S) uint8
+    labels: Tensor  # (n,) probability that image 0 wins: 1, 0, or 0.5 for a tie
+    weights: Tensor  # (n,) 1 / number of examples of the prompt, not normalised
+    places: tuple[int, ...]  # see RawBatch
+    faults: Counter  # why rows were left out, those of the RawBatch and these
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+
+def decode_image(data: object, size: int) -> np.ndarray:
+    """A square picture (size, size, 3) uint8 from encoded bytes, or a dict with "bytes" or "path".
+
+    RGB; PIL's bilinear filter, which is antialiased, on the shorter side; the centre cut out: as
+    torchvision's Resize and CenterCrop. Raises ValueError where there is nothing to decode.
+    """
+    if isinstance(data, dict):
+        data = data.get("bytes") or data.get("path")
+    if not data:
+        raise ValueError("no image")
+    with Image.open(io.BytesIO(data) if isinstance(data, bytes) else data) as file:
+        image = file.convert("RGB")
+    width, height = image.size
+    short = min(width, height)
+    if short != size:
+        width, height = int(size * width / short), int(size * height / short)
+        image = image.resize((width, height), Image.Resampling.BILINEAR)
+    left, top = round((width - size) / 2), round((height - size) / 2)
+    return np.asarray(image)[top : top + size, left : left + size]
+
+
+def decode_pair(row: Row, size: int) -> tuple[np.ndarray, str | None]:
+    """Both images of a row, (2, size, size, 3) uint8, and None; or grey, and one of IMAGE_FAULTS."""
+    try:
+        return np.stack([decode_image(row[name], size) for name in IMAGE_COLUMNS]), None
+    except Exception as error:
+        # Which exception damaged bytes raise depends on the format and on where the damage is.
+        fault = "no image" if str(error) == "no image" else "damaged image"
+        return np.full((2, size, size, 3), 128, np.uint8), fault
+
+
+def decode_batch(raw: RawBatch, size: int, pool: Executor | None = None) -> PairBatch:
+    """The tensors of a minibatch; `pool` decodes its rows at the same time."""
+    each = pool.map if pool is not None else map
+    pairs, found = zip(*each(lambda row: decode_pair(row, size), raw.rows), strict=True)
+    weights = [
+        0.0 if fault else 1 / row["num_example_per_prompt"]
+        for row, fault in zip(raw.rows, found, strict=True)
+    ]
+    return PairBatch(
+        captions=tuple(row["caption"] for row in raw.rows),
+        images=torch.from_numpy(np.stack(pairs)).permute(0, 1, 4, 2, 3),
+        labels=torch.tensor([float(row["label_0"]) for row in raw.rows]),
+        weights=torch.tensor(weights),
+        places=tuple(raw.places),
+        faults=raw.faults + Counter(fault for fault in found if fault),
+    )
+
+
+def decoded(batches: Iterator[RawBatch], size: int, workers: int) -> Iterator[PairBatch]:
+    """The tensors of `batches`, read and decoded by `workers` threads ahead of their use (0: none).
+
+    Decoders leave Python's lock to others, so threads do as well as processes.
+    """
+    if workers == 0:
+        for batch in batches:
+            yield decode_batch(batch, size)
+        return
+    with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(workers) as pool:
+
+        def read() -> PairBatch | None:
+            batch = next(batches, None)
+            return None if batch is None else decode_batch(batch, size, pool)
+
+        pending = deque(reader.submit(read) for _ in range(_AHEAD))
+        while (batch := pending.popleft().result()) is not None:
+            pending.append(reader.submit(read))
+            yield batch

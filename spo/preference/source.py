@@ -1,0 +1,113 @@
+"""Opening labelled pairs: rows with the columns of Pick-a-Pic, through `datasets`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from spo.errors import UserError
+from spo.prompts import HUB_ID
+
+if TYPE_CHECKING:
+    from datasets import Dataset, IterableDataset
+
+LABEL_COLUMNS = ("caption", "label_0", "label_1", "has_label", "num_example_per_prompt")
+IMAGE_COLUMNS = ("jpg_0", "jpg_1")
+COLUMNS = LABEL_COLUMNS + IMAGE_COLUMNS
+
+
+@dataclass(frozen=True)
+class DataSource:
+    """Where labelled pairs come from; `config.data` explains each."""
+
+    source: str
+    revision: str | None
+    streaming: bool
+    train_split: str
+
+
+def open_split(data: DataSource, split: str) -> Dataset | IterableDataset:
+    """The rows of a split with `COLUMNS` alone, images as encoded bytes.
+
+    Raises UserError where there is no such source, split or column.
+    """
+    import datasets  # takes seconds
+
+    try:
+        rows = _open(data, split)
+        found = rows.column_names or list(next(iter(rows), {}))  # some formats tell only by a row
+        missing = [name for name in COLUMNS if name not in found]
+        if missing:
+            raise UserError(
+                f"data.source: {data.source}, split {split!r}, has no column {', '.join(missing)}; "
+                f"a labelled pair needs {', '.join(COLUMNS)}."
+            )
+        rows = rows.select_columns(list(COLUMNS))
+        for name in IMAGE_COLUMNS:
+            if isinstance((rows.features or {}).get(name), datasets.Image):
+                rows = rows.cast_column(name, datasets.Image(decode=False))
+        return rows
+    except UserError:
+        raise
+    except Exception as error:  # whatever the network, the file systems and the builders raise
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise UserError(
+            f"data.source: cannot read {data.source!r}, split {split!r} ({reason}); check "
+            "data.source, data.train_split and data.validation_split."
+        ) from error
+
+
+def _open(data: DataSource, split: str) -> Dataset | IterableDataset:
+    import datasets
+
+    path = Path(data.source).expanduser()
+    if path.is_dir() and any((path / n).exists() for n in ("state.json", "dataset_dict.json")):
+        saved = datasets.load_from_disk(str(path))
+        if isinstance(saved, datasets.DatasetDict):
+            if split not in saved:
+                raise UserError(
+                    f"data.source: {path} has no split {split!r}, only {', '.join(saved)}."
+                )
+            saved = saved[split]
+        else:
+            _check_single(data, split)
+        return saved.to_iterable_dataset() if data.streaming else saved
+    files = _parquet_files(data, path, split)
+    if files:
+        return datasets.load_dataset(
+            "parquet", data_files={split: files}, split=split, streaming=data.streaming
+        )
+    if not HUB_ID.fullmatch(data.source):
+        raise UserError(
+            f"data.source: no file or folder {data.source!r}, and no id of a Hub dataset either."
+        )
+    return datasets.load_dataset(
+        data.source, split=split, revision=data.revision, streaming=data.streaming
+    )
+
+
+def _parquet_files(data: DataSource, path: Path, split: str) -> list[str]:
+    """The parquet files of a split in a folder or under a pattern; none for a Hub id."""
+    if path.is_dir():
+        patterns = (f"{split}-*.parquet", f"{split}.parquet", f"{split}/*.parquet")
+        found = [f for p in patterns for where in ("", "data/") for f in path.glob(where + p)]
+    elif path.suffix == ".parquet":
+        if "{split}" not in data.source:
+            _check_single(data, split)
+        pattern = Path(str(path).replace("{split}", split))
+        found = list(Path(pattern.anchor).glob(str(pattern.relative_to(pattern.anchor))))
+    else:
+        return []
+    if not found:
+        raise UserError(f"data.source: {data.source} holds no parquet files of split {split!r}.")
+    return sorted(map(str, found))
+
+
+def _check_single(data: DataSource, split: str) -> None:
+    """Raise UserError for another split than the one that a source without splits stands for."""
+    if split != data.train_split:
+        raise UserError(
+            f"data.source: {data.source} is one split, {data.train_split!r}; for {split!r} name a "
+            "folder with both, a file name with {split} in it, or set data.validation_split to ''."
+        )

@@ -1,0 +1,245 @@
+"""What the SPM sees of a pair in training, and the gradient it learns from."""
+
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import MODELS, PROMPTS, official_scheduler, randn, scorer_source
+from labelled_pairs import make_row
+
+from spo.errors import UserError
+from spo.preference.batches import decode_batch
+from spo.preference.labels import labels_of_scores
+from spo.preference.learner import PreferenceLearner, UpdateSettings
+from spo.preference.model import PairScorer, build_spm
+from spo.preference.noised import PairNoise, draw_noise, predicted_images
+from spo.preference.preparation import Labeller, Preparation
+from spo.preference.rows import RawBatch
+from spo.scorers import CLIPInputs, load_scorer
+
+CLIP = str(MODELS / "tiny-clip")
+SIZE = 16  # pixels; the tiny VAEs halve them
+
+
+def batch_of(n, **changes):
+    rows = [make_row(i, **changes) for i in range(n)]
+    return decode_batch(RawBatch(rows, range(n), Counter()), SIZE)
+
+
+def preparation(backbone, labeller=None, seed=0, size=SIZE):
+    return Preparation(backbone, CLIPInputs(CLIP), size, 5.0, seed, labeller)
+
+
+def make_learner(gradient_checkpointing=False, dtype=torch.float32, **changes):
+    spm = build_spm(CLIP, str(MODELS / "tiny-spm.bin"), 0, gradient_checkpointing)
+    settings = UpdateSettings(1e-3, 0, 10, 1.0, in_batch_negatives=False)
+    return PreferenceLearner(
+        spm,
+        PairScorer(spm),
+        torch.optim.AdamW(spm.parameters(), lr=1e-3),
+        replace(settings, **changes),
+        torch.device("cpu"),
+        dtype,
+    )
+
+
+def noise_for(backbone, timesteps, seed):
+    n, shape = len(timesteps), (backbone.latent_shape[0], SIZE // 2, SIZE // 2)
+    return PairNoise(
+        torch.tensor(timesteps), randn(n, 2, *shape, seed=seed), randn(n, *shape, seed=seed + 1)
+    )
+
+
+def gradients_of(learner, *minibatches):
+    judged = [learner.backward(pairs, last=pairs is minibatches[-1]) for pairs in minibatches]
+    gradients = {name: p.grad.clone() for name, p in learner.spm.named_parameters()}
+    learner.optimizer.zero_grad()
+    return judged, gradients
+
+
+def assert_same_gradients(found, expected):
+    """Up to rounding, which the number of rows in a batch changes."""
+    differences = torch.cat([(found[name] - expected[name]).flatten() for name in expected])
+    total = torch.cat([gradient.flatten() for gradient in expected.values()]).norm()
+    assert differences.norm() < 1e-3 * total
+
+
+def test_predictions_are_those_of_diffusers(backbone):
+    """Each image by itself, through the pipeline's own modules and diffusers' scheduler."""
+    images = randn(3, 2, 3, SIZE, SIZE, seed=1).clamp(-1, 1)
+    timesteps = [5, 501, 951]
+    noise = noise_for(backbone, timesteps, seed=2)
+    found = predicted_images(
+        backbone, backbone.schedule(1), images, backbone.encode_prompts(PROMPTS), noise, 5.0
+    )
+    scheduler = official_scheduler(20, clip_sample=False)
+    assert found.shape == images.shape
+    for i, prompt in enumerate(PROMPTS):
+        conditioning = backbone.encode_prompts([prompt])
+        for j in (0, 1):
+            posterior = backbone.vae.encode(images[i, j][None]).latent_dist
+            latents = posterior.mean + posterior.std * noise.posterior[i, j][None]
+            latents = latents * backbone.vae.config.scaling_factor
+            t = torch.tensor([timesteps[i]])
+            noisy = scheduler.add_noise(latents, noise.noise[i][None], t)
+            with torch.no_grad():
+                output = backbone.predict(backbone.unet, noisy, t, conditioning, 5.0)
+                x0 = scheduler.step(output, timesteps[i], noisy).pred_original_sample
+                expected = backbone.vae.decode(x0 / backbone.vae.config.scaling_factor).sample
+            torch.testing.assert_close(found[i, j], expected[0], atol=1e-4, rtol=1e-4)
+
+
+def test_the_posterior_is_sampled_as_diffusers_does(sd15):
+    images = randn(2, 3, SIZE, SIZE, seed=3)
+    noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(7))
+    sampled = sd15.vae.encode(images).latent_dist.sample(torch.Generator().manual_seed(7))
+    torch.testing.assert_close(
+        sd15.encode_images(images, noise), sampled * sd15.vae.config.scaling_factor
+    )
+
+
+def test_equal_images_stay_equal_only_if_sampled_alike(sd15):
+    """One noise for both images: equal latents make equal predictions."""
+    image = randn(1, 1, 3, SIZE, SIZE, seed=4).expand(-1, 2, -1, -1, -1)
+    noise = noise_for(sd15, [601], seed=5)
+    alike = replace(noise, posterior=noise.posterior[:, :1].expand(-1, 2, -1, -1, -1))
+    arguments = (sd15, sd15.schedule(1), image, sd15.encode_prompts(PROMPTS[:1]))
+    same = predicted_images(*arguments, alike, 5.0)
+    torch.testing.assert_close(same[:, 0], same[:, 1], atol=1e-5, rtol=0)
+    other = predicted_images(*arguments, noise, 5.0)
+    assert (other[:, 0] - other[:, 1]).abs().max() > 1e-4
+
+
+def test_noise_depends_on_the_seed_of_its_pair_alone():
+    together, alone = draw_noise([1, 2, 3], (4, 8, 8), 1000), draw_noise([2], (4, 8, 8), 1000)
+    for name in ("timesteps", "posterior", "noise"):
+        assert torch.equal(getattr(together, name)[1:2], getattr(alone, name))
+        assert not torch.equal(getattr(together, name)[:1], getattr(alone, name))
+    assert not torch.equal(together.posterior[:, 0], together.posterior[:, 1])
+    many = draw_noise(range(3000), (1, 1, 1), 1000)
+    assert many.timesteps.min() < 10 and 990 <= many.timesteps.max() < 1000
+    assert abs(many.timesteps.float().mean() - 499.5) < 20
+    normal = torch.cat([many.posterior, many.noise[:, None]], dim=1)
+    assert abs(normal.mean()) < 0.03 and abs(normal.std() - 1) < 0.03
+
+
+def test_swapping_images_and_labels_changes_neither_loss_nor_gradient(sd15, monkeypatch):
+    batch = batch_of(5)
+    swapped = replace(batch, images=batch.images.flip(1), labels=1 - batch.labels)
+    prepare, noise = preparation(sd15), noise_for(sd15, [20, 251, 501, 751, 990], seed=6)
+
+    def run(batch, noise):
+        monkeypatch.setattr(prepare, "_noise", lambda use, batch: noise)
+        learner = make_learner()
+        return gradients_of(learner, prepare.training_pairs(batch, batch.weights.sum()))
+
+    (one,), gradients = run(batch, noise)
+    (other,), others = run(swapped, replace(noise, posterior=noise.posterior.flip(1)))
+    torch.testing.assert_close(one.losses, other.losses, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(one.scores, other.scores.flip(1), atol=1e-4, rtol=1e-4)
+    assert_same_gradients(gradients, others)
+    (wrong,), _ = run(replace(batch, labels=1 - batch.labels), noise)
+    assert (wrong.losses - one.losses).abs().max() > 1e-3
+
+
+def test_every_weight_gets_a_gradient(sd15):
+    learner, batch = make_learner(), batch_of(4)
+    _, gradients = gradients_of(learner, preparation(sd15).training_pairs(batch, 1.0))
+    assert set(gradients) == set(dict(learner.spm.named_parameters()))
+    # Softmax does not notice what shifts all keys alike.
+    assert all(g.abs().max() > 0 for name, g in gradients.items() if "k_proj.bias" not in name)
+
+
+@pytest.mark.parametrize("in_batch_negatives", [False, True])
+def test_gradient_checkpointing_changes_nothing(sd15, in_batch_negatives):
+    pairs = preparation(sd15).training_pairs(batch_of(3), 1.0)
+    plain, checkpointed = (
+        gradients_of(make_learner(on, in_batch_negatives=in_batch_negatives), pairs)[1]
+        for on in (False, True)
+    )
+    for name, gradient in plain.items():
+        torch.testing.assert_close(gradient, checkpointed[name])
+
+
+def test_accumulated_minibatches_are_one_batch(sd15):
+    """1 / examples is normalised over the whole update, not within each minibatch."""
+    prepare, learner, whole = preparation(sd15), make_learner(), batch_of(6)
+    total = whole.weights.sum()
+    assert total != 6
+    (one,), expected = gradients_of(learner, prepare.training_pairs(whole, total))
+    rows = [make_row(i) for i in range(6)]
+    parts = [
+        decode_batch(RawBatch(rows[a:b], range(a, b), Counter()), SIZE) for a, b in ((0, 2), (2, 6))
+    ]
+    judged, found = gradients_of(learner, *(prepare.training_pairs(p, total) for p in parts))
+    losses = torch.cat([j.losses for j in judged])
+    torch.testing.assert_close(losses, one.losses, atol=1e-3, rtol=0)
+    assert_same_gradients(found, expected)
+    # Minibatches that are normalised each by itself make another gradient.
+    apart = [prepare.training_pairs(p, 2 * p.weights.sum()) for p in parts]
+    with pytest.raises(AssertionError):
+        assert_same_gradients(gradients_of(learner, *apart)[1], expected)
+
+
+def test_a_pair_without_sound_images_teaches_nothing(sd15):
+    prepare, learner = preparation(sd15), make_learner()
+    rows = [make_row(0), make_row(1, jpg_0=b"broken"), make_row(2)]
+    batch = decode_batch(RawBatch(rows, (0, 1, 2), Counter()), SIZE)
+    sound = [decode_batch(RawBatch([rows[i]], (i,), Counter()), SIZE) for i in (0, 2)]
+    total = batch.weights.sum()
+    _, found = gradients_of(learner, prepare.training_pairs(batch, total))
+    _, expected = gradients_of(learner, *(prepare.training_pairs(b, total) for b in sound))
+    assert_same_gradients(found, expected)
+
+
+def test_pixels_are_clamped_and_stretched_by_the_book(sd15):
+    images = 1.5 * randn(2, 3, 20, 40, seed=8)
+    prepare = CLIPInputs(CLIP).prepare
+    expected = F.interpolate((images / 2 + 0.5).clamp(0, 1), (32, 32), mode="bicubic").clamp(0, 1)
+    mean = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
+    std = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
+    torch.testing.assert_close(prepare.stretched(images), (expected - mean) / std)
+
+
+def test_validation_takes_the_clean_images_at_0_and_the_timestep_it_is_asked_for(sd15):
+    prepare, batch = preparation(sd15), batch_of(2)
+    clean = batch.images.float() / 127.5 - 1
+    assert np.isclose(clean.min(), -1, atol=1) and clean.max() <= 1
+    expected = CLIPInputs(CLIP).prepare.stretched(clean.flatten(0, 1)).unflatten(0, (2, 2))
+    torch.testing.assert_close(prepare.validation_pixels(batch, 0), expected)
+    at_251 = prepare.validation_pixels(batch, 251)
+    assert torch.equal(at_251, prepare.validation_pixels(batch, 251))
+    assert not torch.equal(at_251, prepare.validation_pixels(batch, 951))
+    assert not torch.equal(at_251, preparation(sd15, seed=1).validation_pixels(batch, 251))
+
+
+def test_pickscore_labels_replace_those_of_the_data(sd15):
+    scorer = load_scorer(scorer_source("pickscore"), torch.device("cpu"))
+    batch = batch_of(6)
+    images = batch.images.float() / 127.5 - 1
+    scores = torch.stack(
+        [
+            scorer.score(images[:, i], scorer.encode_prompts(batch.captions), timestep=0)
+            for i in (0, 1)
+        ],
+        dim=1,
+    )
+    gaps = (scores.softmax(dim=1) @ torch.tensor([1.0, -1.0])).abs()
+    margin = gaps.median().item()  # some pairs become ties
+    pairs = preparation(sd15, Labeller(scorer, margin)).training_pairs(batch, 1.0)
+    assert torch.equal(pairs.labels, labels_of_scores(scores, margin))
+    assert (pairs.labels == 0.5).sum() == 3 and not torch.equal(pairs.labels, batch.labels)
+
+
+def test_a_fresh_spm_is_pickscore_in_fp32_and_trains():
+    spm = build_spm(CLIP, "", 0, False)
+    assert spm.training and all(p.requires_grad for p in spm.parameters())
+    assert {p.dtype for p in spm.parameters()} == {torch.float32}
+
+
+def test_an_image_size_that_the_vae_cannot_halve(sd15):
+    with pytest.raises(UserError, match="data.image_size: 15 is not a multiple of 2"):
+        preparation(sd15, size=15)

@@ -1,0 +1,267 @@
+"""Labelled pairs: where they come from, which can be used, who takes which, and their images."""
+
+import io
+import math
+from collections import Counter
+from itertools import islice
+
+import datasets
+import numpy as np
+import pytest
+from labelled_pairs import make_row, picture, write_rows, write_splits
+from PIL import Image
+
+from spo.errors import UserError
+from spo.preference.batches import decode_batch, decode_image, decode_pair, decoded
+from spo.preference.rows import (
+    RawBatch,
+    Share,
+    fault_of,
+    stream_batches,
+    table_batches,
+    usable_rows,
+    validation_batches,
+)
+from spo.preference.source import COLUMNS, DataSource, open_split
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    # What datasets waits at the end of a stream.
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0, raising=False)
+
+
+def data_source(source, streaming=False):
+    return DataSource(str(source), None, streaming, "train")
+
+
+FAULTY = {
+    "no caption": [{"caption": None}, {"caption": " "}],
+    "invalid label": [
+        {"label_0": None},
+        {"label_0": math.nan},
+        {"label_0": 1.0, "label_1": 1.0},
+        {"label_0": 0.7, "label_1": 0.3},
+        {"label_0": -1.0, "label_1": 2.0},
+    ],
+    "invalid num_example_per_prompt": [
+        {"num_example_per_prompt": None},
+        {"num_example_per_prompt": 0},
+        {"num_example_per_prompt": -3},
+    ],
+    "no image": [{"jpg_0": None}, {"jpg_1": b""}],
+    "damaged image": [{"jpg_0": b"no picture"}, {"jpg_1": picture(1, (64, 64), "JPEG")[:700]}],
+}
+
+
+def mixed_rows():
+    """Ten sound rows, those of FAULTY, and two sound ones without has_label."""
+    faulty = [change for changes in FAULTY.values() for change in changes]
+    rows = [make_row(i) for i in range(10)] + [make_row(50, **change) for change in faulty]
+    return rows + [make_row(60, has_label=False), make_row(61, has_label=None)]
+
+
+def counts_of(names):
+    return {name: len(FAULTY[name]) for name in names}
+
+
+LABELS = ("no caption", "invalid label", "invalid num_example_per_prompt")
+IMAGES = ("no image", "damaged image")
+
+
+def test_unusable_rows_are_left_out_and_counted(tmp_path):
+    rows = open_split(data_source(write_splits(tmp_path / "d", mixed_rows(), [])), "train")
+    usable, faults = usable_rows(rows)
+    assert faults == counts_of(LABELS)
+    assert usable == [*range(10), *range(20, 26)]
+    # In validation has_label decides, too.
+    usable, faults = usable_rows(rows, need_has_label=True)
+    assert faults == counts_of(LABELS) | {"without has_label": 2}
+    assert usable == [*range(10), *range(20, 24)]
+
+
+def test_damaged_images_weigh_nothing_and_are_counted():
+    rows = [row for row in mixed_rows() if fault_of(row) is None]
+    batch = decode_batch(RawBatch(rows, range(len(rows)), Counter({"no caption": 3})), 32)
+    assert batch.faults == counts_of(IMAGES) | {"no caption": 3}
+    assert (batch.weights > 0).tolist() == [True] * 10 + [False] * 4 + [True] * 2
+    assert batch.weights[:3].tolist() == pytest.approx([1, 1 / 2, 1 / 3])
+    assert batch.labels.tolist() == [row["label_0"] for row in rows]
+    assert batch.images.shape == (16, 2, 3, 32, 32)
+    first = np.asarray(Image.open(io.BytesIO(rows[0]["jpg_1"])))
+    assert (batch.images[0, 1].permute(1, 2, 0).numpy() == first).all()
+    assert (batch.images[10:14] == 128).all()
+
+
+def rows_seen(batches):
+    """What the batches hold, without the images."""
+    return [
+        [(row["caption"], row["label_0"], row["num_example_per_prompt"]) for row in batch.rows]
+        for batch in batches
+    ]
+
+
+@pytest.mark.parametrize("kind", ["file", "glob", "pattern", "folder", "data", "disk", "images"])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_every_kind_of_source_gives_the_same_rows(tmp_path, kind, streaming):
+    rows = [make_row(i) for i in range(6)]
+    if kind in ("disk", "images"):
+        saved = datasets.Dataset.from_list(rows)
+        if kind == "images":
+            saved = saved.cast_column("jpg_0", datasets.Image()).cast_column(
+                "jpg_1", datasets.Image()
+            )
+        datasets.DatasetDict(train=saved).save_to_disk(tmp_path / "d")
+        source = tmp_path / "d"
+    else:
+        folder = tmp_path / "d" / ("data" if kind == "data" else "")
+        write_rows(folder / "train-00000-of-00002.parquet", rows[:4])
+        write_rows(folder / "train-00001-of-00002.parquet", rows[4:])
+        write_rows(folder / "other.parquet", rows[:1])
+        last = {
+            "glob": "train-*.parquet",
+            "pattern": "{split}-0000?-of-00002.parquet",
+            "file": "train-00000-of-00002.parquet",
+        }
+        source = tmp_path / "d" / last.get(kind, "")
+    found = list(open_split(data_source(source, streaming), "train"))
+    expected = rows[:4] if kind == "file" else rows
+    assert [row["caption"] for row in found] == [row["caption"] for row in expected]
+    for row, want in zip(found, expected, strict=True):
+        assert set(row) == set(COLUMNS)
+        pair, fault = decode_pair(row, 32)
+        assert fault is None
+        assert (pair[0] == decode_image(want["jpg_0"], 32)).all()
+
+
+@pytest.mark.parametrize(
+    ("source", "split", "message"),
+    [
+        ("none.parquet", "train", "data.source: .*none.parquet holds no parquet files of split"),
+        ("d", "test", "data.source: .* no parquet files of split 'test'"),
+        ("d/train-00000-of-00001.parquet", "validation_unique", "is one split, 'train'"),
+        ("disk", "test", "data.source: .* no split 'test', only train"),
+        ("single", "validation_unique", "is one split, 'train'"),
+        ("bare", "train", "has no column label_1, jpg_1; a labelled pair needs caption"),
+        ("broken", "train", "data.source: cannot read"),
+        ("no/such/folder", "train", "no file or folder .*, and no id of a Hub dataset"),
+    ],
+)
+def test_what_is_wrong_with_a_source_is_one_error(tmp_path, monkeypatch, source, split, message):
+    monkeypatch.chdir(tmp_path)
+    rows = [make_row(0)]
+    write_splits(tmp_path / "d", rows, rows)
+    single = datasets.Dataset.from_list(rows)
+    single.save_to_disk(tmp_path / "single")
+    datasets.DatasetDict(train=single).save_to_disk(tmp_path / "disk")
+    bare = {k: v for k, v in rows[0].items() if k not in ("label_1", "jpg_1")}
+    write_rows(tmp_path / "bare" / "train.parquet", [bare])
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "train.parquet").write_bytes(b"PAR1 no parquet")
+    with pytest.raises(UserError, match=message) as caught:
+        open_split(data_source(source), split)
+    assert "\n" not in str(caught.value)
+
+
+def numbered(n):
+    return datasets.Dataset.from_list(
+        [make_row(0, caption=f"c{i}", num_example_per_prompt=i + 1) for i in range(n)]
+    )
+
+
+def captions(batches, number):
+    return [[row["caption"] for row in batch.rows] for batch in islice(batches, number)]
+
+
+def test_epochs_are_whole_and_shared_out_and_can_be_entered_anywhere():
+    rows, usable = numbered(7), [0, 1, 2, 4, 5, 6]
+    one = captions(table_batches(rows, usable, 3, Share(0, 1, 4), 0), 6)
+    flat = sum(one, [])
+    epochs = [flat[:6], flat[6:12], flat[12:18], flat[18:24]]
+    assert all(sorted(epoch) == [f"c{i}" for i in usable] for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) > 1
+    parts = [captions(table_batches(rows, usable, 3, Share(r, 2, 2), 0), 6) for r in (0, 1)]
+    assert [a + b for a, b in zip(*parts, strict=True)] == one
+    assert captions(table_batches(rows, usable, 3, Share(0, 1, 4), 4), 2) == one[4:]
+    assert captions(table_batches(rows, usable, 4, Share(0, 1, 4), 0), 6) != one
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_streams_hold_the_same_rows_and_can_be_entered_anywhere(shards):
+    rows = datasets.Dataset.from_list(mixed_rows()).to_iterable_dataset(num_shards=shards)
+    usable = [row for row in mixed_rows() if fault_of(row) is None]
+    batches = list(islice(stream_batches(rows, 3, 5, Share(0, 1, 4), 0), 8))
+    seen = sum(rows_seen(batches), [])
+    for epoch in (seen[:16], seen[16:]):
+        assert sorted(epoch) == sorted(rows_seen([RawBatch(usable, [], Counter())])[0])
+    assert seen[:16] != seen[16:]
+    assert sum((b.faults for b in batches[:4]), Counter()) <= Counter(counts_of(LABELS))
+    assert sum((b.faults for b in batches), Counter())["invalid label"] > 5
+    later = list(islice(stream_batches(rows, 3, 5, Share(0, 1, 4), 5), 3))
+    assert rows_seen(later) == rows_seen(batches[5:])
+    assert [list(b.places) for b in later] == [list(b.places) for b in batches[5:]]
+
+
+def test_streams_are_split_among_processes():
+    rows = numbered(8).to_iterable_dataset(num_shards=2)
+    parts = [sum(captions(stream_batches(rows, 3, 5, Share(r, 2, 2), 0), 2), []) for r in (0, 1)]
+    assert sorted(parts[0] + parts[1]) == [f"c{i}" for i in range(8)]
+
+
+def test_a_stream_without_a_usable_row_is_an_error():
+    rows = datasets.Dataset.from_list([make_row(0, caption="")]).to_iterable_dataset()
+    with pytest.raises(UserError, match="data.source: no row with a valid label"):
+        next(stream_batches(rows, 3, 5, Share(0, 1, 4), 0))
+
+
+@pytest.mark.parametrize("limit", [0, 5])
+def test_validation_rows_are_the_same_from_a_stream_and_shared_out(limit):
+    rows = datasets.Dataset.from_list(mixed_rows())
+    usable, _ = usable_rows(rows, need_has_label=True)
+    places = []
+    for rank in (0, 1):
+        share = Share(rank, 2, 3)
+        table = list(validation_batches(rows, usable, limit, share))
+        stream = list(validation_batches(rows.to_iterable_dataset(), None, limit, share))
+        assert rows_seen(table) == rows_seen(stream)
+        assert [b.places for b in table] == [b.places for b in stream]
+        places += [place for batch in table for place in batch.places]
+        assert table[0].rows[1]["caption"] == mixed_rows()[usable[table[0].places[1]]]["caption"]
+    assert sorted(places) == list(range(limit or len(usable)))
+
+
+@pytest.mark.parametrize("size", [(50, 80), (80, 50), (32, 32), (20, 33)])
+def test_images_are_prepared_as_torchvision_would(size):
+    transforms = pytest.importorskip("torchvision.transforms")
+    data = picture(5, size)
+    prepare = transforms.Compose([transforms.Resize(32), transforms.CenterCrop(32)])
+    expected = np.asarray(prepare(Image.open(io.BytesIO(data))))
+    assert (decode_image(data, 32) == expected).all()
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK"])
+def test_images_of_every_mode_become_rgb(mode):
+    buffer = io.BytesIO()
+    image = Image.open(io.BytesIO(picture(3))).convert(mode)
+    image.save(buffer, "TIFF" if mode == "CMYK" else "PNG")
+    assert decode_image(buffer.getvalue(), 16).shape == (16, 16, 3)
+
+
+def test_decoding_in_the_background_changes_nothing():
+    raw = [RawBatch([make_row(i), make_row(i + 1)], (i, i + 1), Counter()) for i in range(8)]
+    alone, ahead = (list(decoded(iter(raw), 16, workers)) for workers in (0, 2))
+    assert [batch.places for batch in ahead] == [batch.places for batch in raw]
+    for one, other in zip(alone, ahead, strict=True):
+        assert (one.images == other.images).all() and (one.labels == other.labels).all()
+
+
+def test_an_error_in_the_background_is_raised():
+    def broken():
+        yield RawBatch([make_row(0)], (0,), Counter())
+        raise UserError("the line broke")
+
+    batches = decoded(broken(), 16, workers=2)
+    next(batches)
+    with pytest.raises(UserError, match="the line broke"):
+        next(batches)

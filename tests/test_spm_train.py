@@ -1,0 +1,362 @@
+"""Whole trainings of the SPM: what they leave behind, that they resume, and agree over processes."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from helpers import MODELS, scorer_source
+from labelled_pairs import make_row, write_splits
+from safetensors.torch import load_file
+
+from config import spm_tiny
+from spo.errors import RunError, UserError
+from spo.preference import learner as learner_module
+from spo.preference import preparation
+from spo.preference.preflight import preflight
+from spo.preference.trainer import train
+from spo.scorers import clip_config, load_scorer
+from spo.step_aware_clip import load_step_aware_clip
+
+ROOT = Path(__file__).resolve().parent.parent
+SPM = "step_aware_preference_model.safetensors"
+TIMING = ("pairs_per_second", "peak_memory_gib")
+CHANGES = {
+    "run_name": "run",
+    "max_train_steps": 4,
+    "save_steps": 2,
+    "eval_steps": 4,
+    "log_steps": 3,
+    "pretrained.model": str(MODELS / "tiny-sd15"),
+    "preference.backbone": str(MODELS / "tiny-clip"),
+    "preference.processor": str(MODELS / "tiny-clip"),
+    "labels.backbone": str(MODELS / "tiny-clip"),
+    "labels.processor": str(MODELS / "tiny-clip"),
+    "data.image_size": 16,
+    "train.batch_size": 2,
+    "train.global_batch_size": 4,
+    "train.warmup_steps": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """24 rows to train on, one of them damaged, and 6 to validate on, one of them a tie."""
+    train_rows = [make_row(i) for i in range(23)] + [make_row(99, jpg_1=b"broken")]
+    folder = tmp_path_factory.mktemp("pairs")
+    return write_splits(folder, train_rows, [make_row(i) for i in range(30, 36)])
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("datasets")
+
+
+@pytest.fixture
+def config(tmp_path, data, cache, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
+    # What datasets waits at the end of a stream.
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0, raising=False)
+    config = spm_tiny.get_config()
+    config.update_from_flattened_dict(CHANGES | {"logdir": str(tmp_path), "data.source": str(data)})
+    return config
+
+
+def run(config, **changes):
+    """Train a copy of `config` with `changes`; the keys have __ for a dot."""
+    changed = config.copy_and_resolve_references()
+    changed.update_from_flattened_dict({k.replace("__", "."): v for k, v in changes.items()})
+    train(changed)
+    return Path(changed.logdir) / changed.run_name
+
+
+def read_metrics(run_dir):
+    """Lines of metrics.jsonl without what no two runs share."""
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in TIMING} for line in lines]
+
+
+def equal_weights(one, other):
+    one, other = load_file(one / SPM), load_file(other / SPM)
+    assert set(one) == set(other)
+    return all(torch.equal(one[name], other[name]) for name in one)
+
+
+def distance(one, other):
+    one, other = load_file(one / SPM), load_file(other / SPM)
+    return max((one[name] - other[name]).abs().max().item() for name in one)
+
+
+def test_what_a_run_leaves_behind(config, tmp_path, capsys):
+    run_dir = run(config, export__bin=True, checkpoint_limit=1)
+    files = {p.relative_to(run_dir).as_posix() for p in run_dir.rglob("*") if p.is_file()}
+    checkpoint = {f"checkpoints/step_0000004/{name}" for name in (SPM, "training_state.json")}
+    binary = SPM.replace(".safetensors", ".bin")
+    assert files == checkpoint | {
+        SPM,
+        binary,
+        "checkpoints/step_0000004/training_state.safetensors",
+        "config.json",
+        "metrics.jsonl",
+        "starts.jsonl",
+    }
+    lines = read_metrics(run_dir)
+    # Every third step, every checkpoint, and the accuracy before and after.
+    assert [line["step"] for line in lines] == [0, 2, 3, 4]
+    assert [line["step"] for line in lines if "accuracy" in line] == [0, 4]
+    assert set(lines[0]["accuracy"]) == {"0", "251", "501", "701", "951"}
+    assert lines[0]["validation_pairs"] == 5 and lines[0]["validation_ties"] == 1
+    assert lines[2]["learning_rate"] == pytest.approx(5e-4 * 2 / 3)
+    assert sum(line.get("pairs", 0) for line in lines) in (15, 16)  # one row is damaged
+    out = capsys.readouterr().out
+    assert "24 of 24 rows usable" in out and str(run_dir / SPM) in out
+    assert "minibatch 2 x 1 process x 2 accumulation steps = 4 pairs per update" in out
+
+    # The published key layout, which the trainer takes.
+    spm = load_step_aware_clip(run_dir / SPM, clip_config(config.preference.backbone))
+    published = torch.load(MODELS / "tiny-spm.bin", weights_only=True)
+    names = {name for name in published if not name.endswith("position_ids")}
+    assert set(spm.state_dict()) == names
+    for name in (SPM, binary):
+        source = scorer_source("step_aware_clip", checkpoint=str(run_dir / name))
+        scorer = load_scorer(source, torch.device("cpu"))
+        score = scorer.score(torch.zeros(1, 3, 32, 32), scorer.encode_prompts(["a fox"]), 501)
+        assert score.isfinite().all()
+
+
+def test_resumed_run_is_the_run_that_was_not_interrupted(config, tmp_path):
+    whole = run(config, checkpoint_limit=0)
+    # As after an interruption: the first checkpoint, and metrics that went on.
+    resumed = tmp_path / "resumed"
+    shutil.copytree(whole, resumed)
+    shutil.rmtree(resumed / "checkpoints" / "step_0000004")
+    (resumed / SPM).unlink()
+    with (resumed / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "lo')
+    run(config, run_name="resumed", resume_from="auto")
+    assert equal_weights(whole, resumed)
+    assert read_metrics(whole) == read_metrics(resumed)
+    states = [
+        load_file(folder / "checkpoints/step_0000004/training_state.safetensors")
+        for folder in (whole, resumed)
+    ]
+    assert states[0].keys() == states[1].keys() and len(states[0]) > 0
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+    # From its folder, under another name.
+    branch = run(config, run_name="branch", resume_from=str(whole / "checkpoints" / "step_0000002"))
+    assert equal_weights(whole, branch)
+    assert read_metrics(branch) == read_metrics(whole)[2:]
+    assert not equal_weights(whole, whole / "checkpoints" / "step_0000002")
+    other = run(config, run_name="other", seed=43, eval_steps=0)
+    assert not equal_weights(whole, other)
+
+
+def test_streaming_resumes_exactly_too(config, tmp_path):
+    changes = {"data__streaming": True, "data__num_workers": 2, "data__shuffle_buffer": 5}
+    whole = run(config, **changes)
+    checkpoint = str(whole / "checkpoints" / "step_0000002")
+    branch = run(config, run_name="branch", resume_from=checkpoint, **changes)
+    assert equal_weights(whole, branch)
+    # Validation has one order: before training both ways measure the same.
+    table = run(config, run_name="table", max_train_steps=2)
+    assert read_metrics(table)[0] == read_metrics(whole)[0]
+
+
+def launch(config, tmp_path, processes, **changes):
+    arguments = {**CHANGES, "logdir": tmp_path, "data.source": config.data.source, **changes}
+    command = ["bash", "launch_spm.sh", "--cpu", f"--num_processes={processes}"]
+    command += ["--config=config/spm_tiny.py"]
+    command += [f"--config.{key}={value}" for key, value in arguments.items()]
+    environment = os.environ | {
+        "PYTHON": sys.executable,
+        "OMP_NUM_THREADS": "1",
+        "HF_DATASETS_CACHE": str(datasets.config.HF_DATASETS_CACHE),
+    }
+    return subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+    )
+
+
+def test_two_processes_train_as_one_does(config, tmp_path):
+    """No pair, weight or noise depends on the number of processes; neither do the negatives."""
+    changes = {"max_train_steps": 6, "save_steps": 1, "checkpoint_limit": 0, "eval_steps": 6}
+    changes |= {"train.in_batch_negatives": True}
+    # Close to plain gradient descent: Adam blows the rounding of tiny gradients up.
+    changes |= {"train.adam_epsilon": 1.0, "train.learning_rate": 2e-3}
+    result = launch(config, tmp_path, 2, run_name="two", **changes)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert "minibatch 2 x 2 processes x 1 accumulation step = 4 pairs per update" in result.stdout
+    # 6 steps of 4 are all 24 rows, with the damaged one.
+    assert result.stdout.count("rows left out:     (left out: 1 damaged image)") == 1
+    changes = {key.replace(".", "__"): value for key, value in changes.items()}
+    one, two = run(config, **changes, train__batch_size=4), tmp_path / "two"
+    start = one / "checkpoints" / "step_0000001"  # warm-up begins at 0
+    assert distance(one, two) < 1e-3 * distance(one, start)
+    for a, b in zip(read_metrics(one), read_metrics(two), strict=True):
+        assert a["step"] == b["step"] and a.get("pairs") == b.get("pairs")
+        assert a.get("loss") == pytest.approx(b.get("loss"), abs=1e-4)
+    assert read_metrics(one)[0] == read_metrics(two)[0]
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+def test_mixed_precision_keeps_the_weights_in_fp32(config, family, precision):
+    run_dir = run(
+        config,
+        family=family,
+        mixed_precision=precision,
+        pretrained__model=str(MODELS / f"tiny-{family}"),
+        max_train_steps=2,
+        eval_steps=0,
+    )
+    weights = load_file(run_dir / SPM)
+    assert {t.dtype for t in weights.values()} == {torch.float32}
+    assert all(t.isfinite().all() for t in weights.values())
+    state = json.loads((run_dir / "checkpoints/step_0000002/training_state.json").read_text())
+    assert bool(state["scaler"]) == (precision == "fp16")
+    assert all(line["loss"] > 0 for line in read_metrics(run_dir))
+
+
+def test_relabelling_with_pickscore(config):
+    run_dir = run(config, labels__source="pickscore", labels__margin=0.0)
+    lines = read_metrics(run_dir)
+    # The data has ties, PickScore has none.
+    assert all(line["ties"] == 0 < line["pairs"] for line in lines[1:])
+    assert lines[0]["validation_ties"] == 0 and lines[0]["validation_pairs"] == 6
+
+
+def test_ties_alone_can_be_trained_on(config, tmp_path):
+    rows = [make_row(i, label_0=0.5, label_1=0.5) for i in range(6)]
+    config.data.source = str(write_splits(tmp_path / "d", rows, rows))
+    lines = read_metrics(run(config))
+    assert all(line["ties"] == line["pairs"] > 0 for line in lines[1:])
+    assert all(0 <= line["loss"] < 10 for line in lines[1:])
+    assert lines[-1]["training_accuracy"] is None
+    assert lines[0]["validation_ties"] == 6 and lines[0]["accuracy"]["501"] is None
+
+
+def test_warm_start_begins_where_the_given_spm_is(config, tmp_path):
+    start = run(config)
+    warm = run(
+        config, run_name="warm", preference__init_from=str(start / SPM), train__learning_rate=1e-12
+    )
+    assert distance(start, warm) < 1e-6
+    assert read_metrics(warm)[0]["accuracy"] == read_metrics(start)[-1]["accuracy"]
+
+
+def test_training_learns_what_the_labels_say(config, monkeypatch):
+    """With a base model that predicts every image right: that of the tests has random weights."""
+    monkeypatch.setattr(preparation, "predicted_images", lambda *arguments: arguments[2])
+    run_dir = run(
+        config,
+        max_train_steps=40,
+        save_steps=40,
+        eval_steps=40,
+        train__batch_size=12,
+        train__global_batch_size=12,
+        train__learning_rate=2e-3,
+        train__warmup_steps=5,
+        log_steps=10,
+    )
+    lines = read_metrics(run_dir)
+    assert lines[-1]["training_accuracy"] > 0.9
+    assert lines[-1]["loss"] < 0.6 * lines[1]["loss"]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_says_where(config, monkeypatch):
+    own = learner_module.pair_losses
+
+    def broken(scores, labels):
+        losses = own(scores, labels)
+        return torch.where(torch.arange(len(losses)) == 1, torch.nan, losses)
+
+    monkeypatch.setattr(learner_module, "pair_losses", broken)
+    with pytest.raises(RunError, match=r"not finite at step 1 \(t = \d+ for '.*'; t = "):
+        run(config)
+    checkpoints = Path(config.logdir) / "run" / "checkpoints"
+    assert not checkpoints.exists()
+
+
+def test_an_update_without_a_sound_pair_is_left_out(config, tmp_path):
+    rows = [make_row(i, jpg_0=b"broken") for i in range(7)] + [make_row(7)]
+    config.data.source = str(write_splits(tmp_path / "d", rows, rows))
+    run_dir = run(config, max_train_steps=8, save_steps=8, log_steps=1, train__global_batch_size=1)
+    lines = read_metrics(run_dir)[1:]
+    assert [line["pairs"] for line in lines].count(1) == 1
+    assert sum(line["left_out"].get("damaged image", 0) for line in lines) == 7
+    assert sum(line["grad_norm"] is not None for line in lines) == 1
+
+
+CASES = {
+    "no such source": ({"data.source": "no/such/data"}, "data.source: no file or folder"),
+    "no such split": ({"data.train_split": "test"}, "data.source: .* split 'test'"),
+    "warm-up": ({"train.warmup_steps": 4}, "train.warmup_steps: 4 must be below max_train_steps"),
+    "labels": ({"labels.source": "people"}, "labels.source: 'people' is none of data, pickscore"),
+    "labels' CLIP": (
+        {"labels.source": "pickscore", "labels.backbone": "./no"},
+        "labels.backbone: './no' is neither",
+    ),
+    "processor": ({"preference.processor": "assets"}, "preference.processor: no file"),
+    "init_from": ({"preference.init_from": "no.bin"}, "preference.init_from: no file 'no.bin'"),
+    "steps": ({"max_train_steps": 0}, "max_train_steps: 0 must be a whole number from 1"),
+    "margin": ({"labels.margin": 1.0}, "labels.margin: 1.0 must be from 0 to below 1"),
+    "rate": ({"train.learning_rate": 0.0}, "train.learning_rate: 0.0 must be above 0"),
+    "decay": ({"train.adam_weight_decay": -1.0}, "train.adam_weight_decay: -1.0 must be from 0"),
+    "precision": ({"mixed_precision": "fp8"}, "mixed_precision: 'fp8' is none of"),
+    "tracker": ({"tracker.name": "paper"}, "tracker.name: 'paper' is none of"),
+    "family": ({"family": "sdxl"}, "family='sdxl' needs a StableDiffusionXLPipe"),
+    "resume": ({"resume_from": "nowhere"}, "resume_from: nowhere is not a checkpoint"),
+    "processes": (
+        {"num_processes": 3},
+        "train.global_batch_size = 4 .* process counts that work: 1, 2, 4; without the constraint: "
+        "--config.train.global_batch_size=None",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_bad_input_is_told_before_any_model_loads(config, name):
+    changes, message = CASES[name]
+    processes = changes.get("num_processes", 1)
+    config.update_from_flattened_dict({k: v for k, v in changes.items() if k != "num_processes"})
+    with pytest.raises(UserError, match=message):
+        preflight(config, processes)
+    assert not (Path(config.logdir) / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "rows", [[make_row(0, label_0=None), make_row(1, jpg_0=b"broken")], [make_row(0, caption="")]]
+)
+@pytest.mark.parametrize("streaming", [False, True])
+def test_data_without_a_usable_row_is_an_error(config, tmp_path, rows, streaming):
+    config.data.source = str(write_splits(tmp_path / "d", rows, [make_row(0)]))
+    config.data.streaming = streaming
+    with pytest.raises(UserError, match=r"split 'train', has no usable row \(left out: 1 "):
+        preflight(config, 1)
+
+
+def test_the_command_line_says_it_in_one_line_with_status_2(config, tmp_path):
+    result = launch(config, tmp_path, 2, **{"labels.margin": 2})
+    assert result.returncode == 2
+    assert result.stderr == "error: labels.margin: 2.0 must be from 0 to below 1.\n"
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("script", "file", "base"),
+    [
+        ("scripts/train_preference_model.py", "config/sd15.py", "config/spm_base.py"),
+        ("train_sd15.py", "config/spm_sd15.py", "config/base.py"),
+    ],
+)
+def test_a_config_of_the_other_script_is_refused(script, file, base):
+    command = [sys.executable, script, f"--config={file}"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 2 and result.stderr.count("\n") == 1
+    assert result.stderr.startswith(f"error: {file}: unknown key ") and base in result.stderr
