@@ -70,6 +70,7 @@ def get_config() -> ConfigDict:
     # Pairs of one optimizer step: minibatch x GPUs x accumulation, which are chosen to make it
     # (SPO: 4 GPUs x 16); None: one minibatch of train.batch_size on each GPU.
     train.global_batch_size = 64
+    train.predict_batch_size = 8  # images that the base model encodes, predicts, decodes at once
     train.gradient_checkpointing = False  # recompute the SPM's activations: less memory, slower
     train.guidance_scale = 5.0  # of the base model's predictions (SPO)
     train.in_batch_negatives = False  # other pairs' prompts and images as negatives (SPO: none)

@@ -14,5 +14,7 @@ def get_config():
     config.pretrained.vae = "madebyollin/sdxl-vae-fp16-fix"
     config.data.image_size = 1024
     config.labels.source = "pickscore"
+    # 8 images of 1024 pixels have 2^31 activations in the VAE, too many for some GPU kernels.
+    config.train.predict_batch_size = 4
     config.train.learning_rate = 1e-6
     return config

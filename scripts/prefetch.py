@@ -1,6 +1,7 @@
 """Download everything that a config needs, and check it by loading it.
 
     python scripts/prefetch.py --config=config/sdxl.py
+    python scripts/prefetch.py --config=config/spm_sdxl.py
 
 Afterwards the run works offline (HF_HUB_OFFLINE=1).
 """
@@ -12,37 +13,68 @@ from absl import app
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from spo.config_io import BASE, SPM_BASE
 from spo.flags import define_config, exit_on_user_error, parse_flags
 
-CONFIG = define_config("config/sd15.py")
+CONFIG = define_config("config/sd15.py", BASE, SPM_BASE)
 
 
 def main(_) -> None:
     with exit_on_user_error():
-        prefetch(CONFIG.value)
+        config = CONFIG.value
+        prefetch_preference_model(config) if "data" in config else prefetch(config)
+        print("Everything is there.")
 
 
 def prefetch(config) -> None:
     """Load, one after the other, the prompts, the base model, the scorer and the LoRA to start from."""
     import torch
 
-    from spo import backbone, preflight, scorers, settings
+    from spo import preflight, scorers, settings
     from spo.lora_files import find_lora
 
     settings.check(config)
     print(preflight.read_training_prompts(config).describe())
     print(f"{len(preflight.read_validation_prompts(config))} validation prompts")
+    load_base_model(config)
+    scorers.load_scorer(settings.scorer_source(config), torch.device("cpu"))
+    print(f"preference model: {config.preference.scorer}")
+    if config.lora.init_from:
+        print(f"LoRA: {find_lora(config.lora.init_from, 'lora.init_from')}")
+
+
+def prefetch_preference_model(config) -> None:
+    """Load what the training of a preference model needs: the CLIPs, the base model, the rows."""
+    from spo.preference import settings
+    from spo.preference.preflight import read_rows
+    from spo.scorers import CLIPInputs, load_clip
+
+    settings.check(config)
+    settings.load_spm(config)
+    CLIPInputs(config.preference.processor)
+    print(f"preference model: {config.preference.init_from or config.preference.backbone}")
+    if config.labels.source == "pickscore":
+        load_clip(config.labels.backbone, "labels")
+        CLIPInputs(config.labels.processor, "labels")
+        print(f"labels: {config.labels.backbone}")
+    load_base_model(config)
+    # Last, as Pick-a-Pic is by far the largest.
+    print(read_rows(config, config.data.train_split).description)
+    if config.eval_steps and config.data.validation_split:
+        print(read_rows(config, config.data.validation_split, need_has_label=True).description)
+    if config.data.streaming:
+        print("The rows are not kept: data.streaming reads them from their source in training.")
+
+
+def load_base_model(config) -> None:
+    """Load the base model, and say how large it is."""
+    from spo import backbone, settings
+
     source = settings.model_source(config)
     backbone.check_source(source, config.family)
     pipe = backbone.load_pipeline(source, config.family, backbone.DTYPES[config.mixed_precision])
     size = sum(p.numel() for p in pipe.unet.parameters())
     print(f"base model: {source.model}, UNet of {size / 1e6:.1f} M parameters")
-    del pipe
-    scorers.load_scorer(settings.scorer_source(config), torch.device("cpu"))
-    print(f"preference model: {config.preference.scorer}")
-    if config.lora.init_from:
-        print(f"LoRA: {find_lora(config.lora.init_from, 'lora.init_from')}")
-    print("Everything is there.")
 
 
 if __name__ == "__main__":

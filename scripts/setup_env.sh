@@ -5,7 +5,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-modules="absl accelerate datasets diffusers ml_collections open_clip peft torch transformers wandb"
+modules="absl accelerate datasets diffusers matplotlib ml_collections open_clip peft torch transformers wandb"
 
 say() { echo "$*" >&2; }  # stdout is for the answer
 

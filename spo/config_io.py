@@ -13,16 +13,18 @@ from spo.errors import UserError
 
 REPO_ROOT = Path(__file__).resolve().parents[1]
 BASE = "config/base.py"
+SPM_BASE = "config/spm_base.py"
 
 # Numbers by default, but None has a meaning for them too.
 ALSO_NONE = ("train.max_grad_norm", "train.clip_eps", "train.global_batch_size")
 
 
-def load_config(path: str, base: str = BASE) -> tuple[ConfigDict, set[str]]:
-    """A .py or .json config laid over the config `base`, and the keys in it that may be None.
+def load_config(path: str, *bases: str) -> tuple[ConfigDict, set[str]]:
+    """A .py or .json config laid over a base config, and the keys in it that may be None.
 
+    The base is that of `bases` (BASE alone where there are none) which knows most of its sections.
     `path` is relative to the current folder, else to the repository. Raises UserError for a
-    missing or broken file, and for keys and types that `base` does not have.
+    missing or broken file, and for keys and types that the base does not have.
     """
     # Config files import each other as `from config import base`, whatever the current folder.
     if str(REPO_ROOT) not in sys.path:
@@ -30,7 +32,9 @@ def load_config(path: str, base: str = BASE) -> tuple[ConfigDict, set[str]]:
     file = _find(path)
     values = _read_json(file) if file.suffix == ".json" else _run_python(file).to_dict()
 
-    config = _run_python(REPO_ROOT / base)
+    found = {base: _run_python(REPO_ROOT / base) for base in bases or (BASE,)}
+    base = max(found, key=lambda name: len(values.keys() & found[name].keys()))
+    config = found[base]
     known = leaves(config)
     also_none = {key for key in ALSO_NONE if key in known}
     for key in also_none:

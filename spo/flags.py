@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from absl import app, flags
 from ml_collections import config_flags
 
-from spo.config_io import BASE, leaves, load_config, suggest
+from spo.config_io import leaves, load_config, suggest
 from spo.errors import UserError
 
 # absl lists a flag under the module that defines it: let that be the script, not this file.
@@ -59,10 +59,10 @@ def exit_on_user_error() -> Iterator[None]:
         sys.exit(error.exit_status)
 
 
-def define_config(default: str, base: str = BASE) -> flags.FlagHolder:
+def define_config(default: str, *bases: str) -> flags.FlagHolder:
     """Defines the flag --config; its value is a locked ConfigDict once parse_flags has run.
 
-    `base` is the config that has every key of the script, and that config files are laid over.
+    `bases`: see load_config.
     """
     holder = flags.DEFINE_string(
         "config",
@@ -70,7 +70,7 @@ def define_config(default: str, base: str = BASE) -> flags.FlagHolder:
         "Config file: a .py with get_config(), or the config.json of a run. "
         "--config.key=value changes one key of it, e.g. --config.seed=5.",
     )
-    FLAGS["config"].base = base
+    FLAGS["config"].bases = bases
     return holder
 
 
@@ -81,7 +81,7 @@ def parse_flags(argv: list[str]) -> list[str]:
         sys.exit(0)
     with exit_on_user_error():
         path, argv = _take_config_path(argv)
-        config, nullable = load_config(path or FLAGS["config"].default, FLAGS["config"].base)
+        config, nullable = load_config(path or FLAGS["config"].default, *FLAGS["config"].bases)
         _check_keys(argv, list(leaves(config)))
         try:
             # Takes the place of define_config's flag, and defines a flag for each override.

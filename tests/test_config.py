@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from config import base, spm_base
-from spo.config_io import leaves, load_config
+from spo.config_io import BASE, SPM_BASE, leaves, load_config
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "data" / "golden"
@@ -40,6 +40,7 @@ SPM_SDXL = {
     "pretrained.vae": "madebyollin/sdxl-vae-fp16-fix",
     "data.image_size": 1024,
     "labels.source": "pickscore",
+    "train.predict_batch_size": 4,
     "train.learning_rate": 1e-6,
 }
 SPM_DIFFERENCES = {"spm_sd15": {}, "spm_sdxl": SPM_SDXL}  # of each overlay from spm_base.py
@@ -124,9 +125,17 @@ def test_spm_base_holds_spos_numbers():
 @pytest.mark.parametrize("name", SPM_DIFFERENCES)
 def test_spm_overlays_hold_their_differences_and_nothing_else(name):
     default = leaves(spm_base.get_config())
-    config, _ = load_config(f"config/{name}.py", base="config/spm_base.py")
+    config, _ = load_config(f"config/{name}.py", SPM_BASE)
     different = {key: value for key, value in leaves(config).items() if value != default[key]}
     assert different == SPM_DIFFERENCES[name]
+
+
+@pytest.mark.parametrize(
+    ("file", "key"), [("config/sdxl.py", "sample"), ("config/spm_sdxl.py", "data")]
+)
+def test_a_script_of_two_bases_takes_the_configs_of_both(file, key):
+    config, _ = load_config(file, BASE, SPM_BASE)
+    assert key in config and config.family == "sdxl"
 
 
 def test_base_holds_the_papers_numbers():

@@ -30,7 +30,7 @@ def batch_of(n, **changes):
 
 
 def preparation(backbone, labeller=None, seed=0, size=SIZE):
-    return Preparation(backbone, CLIPInputs(CLIP), size, 5.0, seed, labeller)
+    return Preparation(backbone, CLIPInputs(CLIP), size, 5.0, seed, 8, labeller)
 
 
 def make_learner(gradient_checkpointing=False, dtype=torch.float32, **changes):
@@ -73,7 +73,7 @@ def test_predictions_are_those_of_diffusers(backbone):
     timesteps = [5, 501, 951]
     noise = noise_for(backbone, timesteps, seed=2)
     found = predicted_images(
-        backbone, backbone.schedule(1), images, backbone.encode_prompts(PROMPTS), noise, 5.0
+        backbone, backbone.schedule(1), images, backbone.encode_prompts(PROMPTS), noise, 5.0, 8
     )
     scheduler = official_scheduler(20, clip_sample=False)
     assert found.shape == images.shape
@@ -107,10 +107,30 @@ def test_equal_images_stay_equal_only_if_sampled_alike(sd15):
     noise = noise_for(sd15, [601], seed=5)
     alike = replace(noise, posterior=noise.posterior[:, :1].expand(-1, 2, -1, -1, -1))
     arguments = (sd15, sd15.schedule(1), image, sd15.encode_prompts(PROMPTS[:1]))
-    same = predicted_images(*arguments, alike, 5.0)
+    same = predicted_images(*arguments, alike, 5.0, 8)
     torch.testing.assert_close(same[:, 0], same[:, 1], atol=1e-5, rtol=0)
-    other = predicted_images(*arguments, noise, 5.0)
+    other = predicted_images(*arguments, noise, 5.0, 8)
     assert (other[:, 0] - other[:, 1]).abs().max() > 1e-4
+
+
+def test_no_more_images_at_once_than_told(backbone, monkeypatch):
+    """And the predictions are the same: both images of a pair may fall into different parts."""
+    images = randn(3, 2, 3, SIZE, SIZE, seed=1)
+    noise = noise_for(backbone, [5, 501, 951], seed=2)
+    arguments = (backbone, backbone.schedule(1), images, backbone.encode_prompts(PROMPTS), noise)
+    whole, sizes = predicted_images(*arguments, 5.0, 6), []
+    for name in ("encode_images", "predict", "decode"):
+        own = getattr(backbone, name)
+
+        def counted(*arguments, own=own):
+            output = own(*arguments)
+            sizes.append(len(output))
+            return output
+
+        monkeypatch.setattr(backbone, name, counted)
+    parts = predicted_images(*arguments, 5.0, 5)
+    assert sizes == [5, 5, 5, 1, 1, 1]
+    torch.testing.assert_close(parts, whole, atol=1e-4, rtol=1e-4)
 
 
 def test_noise_depends_on_the_seed_of_its_pair_alone():

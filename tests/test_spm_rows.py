@@ -11,7 +11,7 @@ import pytest
 from labelled_pairs import make_row, picture, write_rows, write_splits
 from PIL import Image
 
-from spo.errors import UserError
+from spo.errors import RunError, UserError
 from spo.preference.batches import decode_batch, decode_image, decode_pair, decoded
 from spo.preference.rows import (
     RawBatch,
@@ -51,7 +51,11 @@ FAULTY = {
         {"num_example_per_prompt": -3},
     ],
     "no image": [{"jpg_0": None}, {"jpg_1": b""}],
-    "damaged image": [{"jpg_0": b"no picture"}, {"jpg_1": picture(1, (64, 64), "JPEG")[:700]}],
+    "damaged image": [
+        {"jpg_0": b"no picture"},
+        {"jpg_1": picture(1, (64, 64), "JPEG")[:700]},
+        {"jpg_1": picture(1, (2000, 1))},  # no size that memory would hold, scaled up
+    ],
 }
 
 
@@ -74,24 +78,24 @@ def test_unusable_rows_are_left_out_and_counted(tmp_path):
     rows = open_split(data_source(write_splits(tmp_path / "d", mixed_rows(), [])), "train")
     usable, faults = usable_rows(rows)
     assert faults == counts_of(LABELS)
-    assert usable == [*range(10), *range(20, 26)]
+    assert usable == [*range(10), *range(20, 27)]
     # In validation has_label decides, too.
     usable, faults = usable_rows(rows, need_has_label=True)
     assert faults == counts_of(LABELS) | {"without has_label": 2}
-    assert usable == [*range(10), *range(20, 24)]
+    assert usable == [*range(10), *range(20, 25)]
 
 
 def test_damaged_images_weigh_nothing_and_are_counted():
     rows = [row for row in mixed_rows() if fault_of(row) is None]
     batch = decode_batch(RawBatch(rows, range(len(rows)), Counter({"no caption": 3})), 32)
     assert batch.faults == counts_of(IMAGES) | {"no caption": 3}
-    assert (batch.weights > 0).tolist() == [True] * 10 + [False] * 4 + [True] * 2
+    assert (batch.weights > 0).tolist() == [True] * 10 + [False] * 5 + [True] * 2
     assert batch.weights[:3].tolist() == pytest.approx([1, 1 / 2, 1 / 3])
     assert batch.labels.tolist() == [row["label_0"] for row in rows]
-    assert batch.images.shape == (16, 2, 3, 32, 32)
+    assert batch.images.shape == (17, 2, 3, 32, 32)
     first = np.asarray(Image.open(io.BytesIO(rows[0]["jpg_1"])))
     assert (batch.images[0, 1].permute(1, 2, 0).numpy() == first).all()
-    assert (batch.images[10:14] == 128).all()
+    assert (batch.images[10:15] == 128).all()
 
 
 def rows_seen(batches):
@@ -102,16 +106,21 @@ def rows_seen(batches):
     ]
 
 
-@pytest.mark.parametrize("kind", ["file", "glob", "pattern", "folder", "data", "disk", "images"])
+KINDS = ("file", "glob", "pattern", "folder", "data", "disk", "images", "numpy")
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("streaming", [False, True])
 def test_every_kind_of_source_gives_the_same_rows(tmp_path, kind, streaming):
     rows = [make_row(i) for i in range(6)]
-    if kind in ("disk", "images"):
+    if kind in ("disk", "images", "numpy"):
         saved = datasets.Dataset.from_list(rows)
         if kind == "images":
             saved = saved.cast_column("jpg_0", datasets.Image()).cast_column(
                 "jpg_1", datasets.Image()
             )
+        if kind == "numpy":
+            saved = saved.with_format("numpy")
         datasets.DatasetDict(train=saved).save_to_disk(tmp_path / "d")
         source = tmp_path / "d"
     else:
@@ -129,7 +138,7 @@ def test_every_kind_of_source_gives_the_same_rows(tmp_path, kind, streaming):
     expected = rows[:4] if kind == "file" else rows
     assert [row["caption"] for row in found] == [row["caption"] for row in expected]
     for row, want in zip(found, expected, strict=True):
-        assert set(row) == set(COLUMNS)
+        assert set(row) == set(COLUMNS) and fault_of(row) is None
         pair, fault = decode_pair(row, 32)
         assert fault is None
         assert (pair[0] == decode_image(want["jpg_0"], 32)).all()
@@ -191,14 +200,14 @@ def test_epochs_are_whole_and_shared_out_and_can_be_entered_anywhere():
 def test_streams_hold_the_same_rows_and_can_be_entered_anywhere(shards):
     rows = datasets.Dataset.from_list(mixed_rows()).to_iterable_dataset(num_shards=shards)
     usable = [row for row in mixed_rows() if fault_of(row) is None]
-    batches = list(islice(stream_batches(rows, 3, 5, Share(0, 1, 4), 0), 8))
+    batches = list(islice(stream_batches(rows, 3, 5, Share(0, 1, 4), 0), 9))
     seen = sum(rows_seen(batches), [])
-    for epoch in (seen[:16], seen[16:]):
+    for epoch in (seen[:17], seen[17:34]):
         assert sorted(epoch) == sorted(rows_seen([RawBatch(usable, [], Counter())])[0])
-    assert seen[:16] != seen[16:]
+    assert seen[:17] != seen[17:34]
     assert sum((b.faults for b in batches[:4]), Counter()) <= Counter(counts_of(LABELS))
     assert sum((b.faults for b in batches), Counter())["invalid label"] > 5
-    later = list(islice(stream_batches(rows, 3, 5, Share(0, 1, 4), 5), 3))
+    later = list(islice(stream_batches(rows, 3, 5, Share(0, 1, 4), 5), 4))
     assert rows_seen(later) == rows_seen(batches[5:])
     assert [list(b.places) for b in later] == [list(b.places) for b in batches[5:]]
 
@@ -256,12 +265,24 @@ def test_decoding_in_the_background_changes_nothing():
         assert (one.images == other.images).all() and (one.labels == other.labels).all()
 
 
-def test_an_error_in_the_background_is_raised():
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (UserError("the line broke"), "^the line broke$"),
+        (
+            ConnectionError("the line\nbroke"),
+            r"no row .* \(ConnectionError: the line\); go on from",
+        ),
+    ],
+)
+def test_an_error_while_reading_is_one_line(workers, error, message):
     def broken():
         yield RawBatch([make_row(0)], (0,), Counter())
-        raise UserError("the line broke")
+        raise error
 
-    batches = decoded(broken(), 16, workers=2)
+    batches = decoded(broken(), 16, workers)
     next(batches)
-    with pytest.raises(UserError, match="the line broke"):
+    with pytest.raises(UserError, match=message) as caught:
         next(batches)
+    assert isinstance(caught.value, RunError) == isinstance(error, ConnectionError)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -10,12 +11,14 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
+from absl import flags
 from helpers import MODELS, scorer_source
 from labelled_pairs import make_row, write_splits
 from safetensors.torch import load_file
 
 from config import spm_tiny
 from spo.errors import RunError, UserError
+from spo.launch import read_script
 from spo.preference import learner as learner_module
 from spo.preference import preparation
 from spo.preference.preflight import preflight
@@ -52,20 +55,32 @@ def data(tmp_path_factory):
     return write_splits(folder, train_rows, [make_row(i) for i in range(30, 36)])
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("datasets")
+@pytest.fixture(scope="module", autouse=True)
+def surroundings(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
+        # What datasets waits at the end of a stream.
+        patch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0, raising=False)
+        yield
+
+
+def make_config(logdir, data):
+    config = spm_tiny.get_config()
+    config.update_from_flattened_dict(CHANGES | {"logdir": str(logdir), "data.source": str(data)})
+    return config
 
 
 @pytest.fixture
-def config(tmp_path, data, cache, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
-    # What datasets waits at the end of a stream.
-    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0, raising=False)
-    config = spm_tiny.get_config()
-    config.update_from_flattened_dict(CHANGES | {"logdir": str(tmp_path), "data.source": str(data)})
-    return config
+def config(tmp_path, data):
+    return make_config(tmp_path, data)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, data):
+    """A run from start to end, with every checkpoint; not to be changed."""
+    config = make_config(tmp_path_factory.mktemp("whole"), data)
+    return run(config, checkpoint_limit=0, export__bin=True)
 
 
 def run(config, **changes):
@@ -93,19 +108,21 @@ def distance(one, other):
     return max((one[name] - other[name]).abs().max().item() for name in one)
 
 
-def test_what_a_run_leaves_behind(config, tmp_path, capsys):
-    run_dir = run(config, export__bin=True, checkpoint_limit=1)
-    files = {p.relative_to(run_dir).as_posix() for p in run_dir.rglob("*") if p.is_file()}
-    checkpoint = {f"checkpoints/step_0000004/{name}" for name in (SPM, "training_state.json")}
-    binary = SPM.replace(".safetensors", ".bin")
-    assert files == checkpoint | {
-        SPM,
-        binary,
-        "checkpoints/step_0000004/training_state.safetensors",
-        "config.json",
-        "metrics.jsonl",
-        "starts.jsonl",
-    }
+def files_of(run_dir):
+    return {p.relative_to(run_dir).as_posix() for p in run_dir.rglob("*") if p.is_file()}
+
+
+RUN_FILES = {SPM, "accuracy.png", "config.json", "metrics.jsonl", "starts.jsonl"}
+STATE_FILES = (SPM, "training_state.json", "training_state.safetensors")
+
+
+def checkpoint_files(*steps):
+    return {f"checkpoints/step_{step:07d}/{name}" for step in steps for name in STATE_FILES}
+
+
+def test_what_a_run_leaves_behind(config, whole):
+    run_dir, binary = whole, SPM.replace(".safetensors", ".bin")
+    assert files_of(run_dir) == RUN_FILES | checkpoint_files(2, 4) | {binary}
     lines = read_metrics(run_dir)
     # Every third step, every checkpoint, and the accuracy before and after.
     assert [line["step"] for line in lines] == [0, 2, 3, 4]
@@ -114,9 +131,6 @@ def test_what_a_run_leaves_behind(config, tmp_path, capsys):
     assert lines[0]["validation_pairs"] == 5 and lines[0]["validation_ties"] == 1
     assert lines[2]["learning_rate"] == pytest.approx(5e-4 * 2 / 3)
     assert sum(line.get("pairs", 0) for line in lines) in (15, 16)  # one row is damaged
-    out = capsys.readouterr().out
-    assert "24 of 24 rows usable" in out and str(run_dir / SPM) in out
-    assert "minibatch 2 x 1 process x 2 accumulation steps = 4 pairs per update" in out
 
     # The published key layout, which the trainer takes.
     spm = load_step_aware_clip(run_dir / SPM, clip_config(config.preference.backbone))
@@ -130,8 +144,7 @@ def test_what_a_run_leaves_behind(config, tmp_path, capsys):
         assert score.isfinite().all()
 
 
-def test_resumed_run_is_the_run_that_was_not_interrupted(config, tmp_path):
-    whole = run(config, checkpoint_limit=0)
+def test_resumed_run_is_the_run_that_was_not_interrupted(config, whole, tmp_path, capsys):
     # As after an interruption: the first checkpoint, and metrics that went on.
     resumed = tmp_path / "resumed"
     shutil.copytree(whole, resumed)
@@ -139,8 +152,12 @@ def test_resumed_run_is_the_run_that_was_not_interrupted(config, tmp_path):
     (resumed / SPM).unlink()
     with (resumed / "metrics.jsonl").open("a") as file:
         file.write('{"step": 5, "lo')
-    run(config, run_name="resumed", resume_from="auto")
+    run(config, run_name="resumed", resume_from="auto", checkpoint_limit=1)
     assert equal_weights(whole, resumed)
+    out = capsys.readouterr().out
+    assert "24 of 24 rows usable" in out and str(resumed / SPM) in out
+    assert "minibatch 2 x 1 process x 2 accumulation steps = 4 pairs per update" in out
+    assert checkpoint_files(4) <= files_of(resumed) and not checkpoint_files(2) & files_of(resumed)
     assert read_metrics(whole) == read_metrics(resumed)
     states = [
         load_file(folder / "checkpoints/step_0000004/training_state.safetensors")
@@ -154,17 +171,24 @@ def test_resumed_run_is_the_run_that_was_not_interrupted(config, tmp_path):
     assert read_metrics(branch) == read_metrics(whole)[2:]
     assert not equal_weights(whole, whole / "checkpoints" / "step_0000002")
     other = run(config, run_name="other", seed=43, eval_steps=0)
-    assert not equal_weights(whole, other)
+    assert not equal_weights(whole, other) and not (other / "accuracy.png").exists()
 
 
-def test_streaming_resumes_exactly_too(config, tmp_path):
+def test_a_run_that_stopped_before_its_first_checkpoint_starts_anew(config, whole, tmp_path):
+    again = tmp_path / "again"
+    shutil.copytree(whole, again)
+    shutil.rmtree(again / "checkpoints")
+    run(config, run_name="again", resume_from="auto")
+    assert equal_weights(whole, again) and read_metrics(again) == read_metrics(whole)
+
+
+def test_streaming_resumes_exactly_too(config, whole):
     changes = {"data__streaming": True, "data__num_workers": 2, "data__shuffle_buffer": 5}
-    whole = run(config, **changes)
+    table, whole = whole, run(config, **changes)
     checkpoint = str(whole / "checkpoints" / "step_0000002")
     branch = run(config, run_name="branch", resume_from=checkpoint, **changes)
     assert equal_weights(whole, branch)
     # Validation has one order: before training both ways measure the same.
-    table = run(config, run_name="table", max_train_steps=2)
     assert read_metrics(table)[0] == read_metrics(whole)[0]
 
 
@@ -224,7 +248,7 @@ def test_mixed_precision_keeps_the_weights_in_fp32(config, family, precision):
 
 
 def test_relabelling_with_pickscore(config):
-    run_dir = run(config, labels__source="pickscore", labels__margin=0.0)
+    run_dir = run(config, labels__source="pickscore", labels__margin=0.0, max_train_steps=2)
     lines = read_metrics(run_dir)
     # The data has ties, PickScore has none.
     assert all(line["ties"] == 0 < line["pairs"] for line in lines[1:])
@@ -234,20 +258,18 @@ def test_relabelling_with_pickscore(config):
 def test_ties_alone_can_be_trained_on(config, tmp_path):
     rows = [make_row(i, label_0=0.5, label_1=0.5) for i in range(6)]
     config.data.source = str(write_splits(tmp_path / "d", rows, rows))
-    lines = read_metrics(run(config))
+    lines = read_metrics(run(config, max_train_steps=2))
     assert all(line["ties"] == line["pairs"] > 0 for line in lines[1:])
     assert all(0 <= line["loss"] < 10 for line in lines[1:])
     assert lines[-1]["training_accuracy"] is None
     assert lines[0]["validation_ties"] == 6 and lines[0]["accuracy"]["501"] is None
 
 
-def test_warm_start_begins_where_the_given_spm_is(config, tmp_path):
-    start = run(config)
-    warm = run(
-        config, run_name="warm", preference__init_from=str(start / SPM), train__learning_rate=1e-12
-    )
-    assert distance(start, warm) < 1e-6
-    assert read_metrics(warm)[0]["accuracy"] == read_metrics(start)[-1]["accuracy"]
+def test_warm_start_begins_where_the_given_spm_is(config, whole):
+    changes = {"preference__init_from": str(whole / SPM), "train__learning_rate": 1e-12}
+    warm = run(config, run_name="warm", **changes)
+    assert distance(whole, warm) < 1e-6
+    assert read_metrics(warm)[0]["accuracy"] == read_metrics(whole)[-1]["accuracy"]
 
 
 def test_training_learns_what_the_labels_say(config, monkeypatch):
@@ -286,11 +308,12 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_says_where(config, monkeypa
 def test_an_update_without_a_sound_pair_is_left_out(config, tmp_path):
     rows = [make_row(i, jpg_0=b"broken") for i in range(7)] + [make_row(7)]
     config.data.source = str(write_splits(tmp_path / "d", rows, rows))
-    run_dir = run(config, max_train_steps=8, save_steps=8, log_steps=1, train__global_batch_size=1)
-    lines = read_metrics(run_dir)[1:]
+    changes = {"max_train_steps": 8, "save_steps": 8, "eval_steps": 0, "log_steps": 1}
+    lines = read_metrics(run(config, train__global_batch_size=1, **changes))
     assert [line["pairs"] for line in lines].count(1) == 1
     assert sum(line["left_out"].get("damaged image", 0) for line in lines) == 7
-    assert sum(line["grad_norm"] is not None for line in lines) == 1
+    for name in ("grad_norm", "loss"):
+        assert sum(line[name] is not None for line in lines) == 1
 
 
 CASES = {
@@ -341,11 +364,36 @@ def test_data_without_a_usable_row_is_an_error(config, tmp_path, rows, streaming
         preflight(config, 1)
 
 
-def test_the_command_line_says_it_in_one_line_with_status_2(config, tmp_path):
-    result = launch(config, tmp_path, 2, **{"labels.margin": 2})
-    assert result.returncode == 2
-    assert result.stderr == "error: labels.margin: 2.0 must be from 0 to below 1.\n"
-    assert not (tmp_path / "run").exists()
+@pytest.fixture
+def own_flags():
+    """Lets a script define its flags, which are gone afterwards."""
+    before = set(flags.FLAGS)
+    yield
+    for name in set(flags.FLAGS) - before:
+        delattr(flags.FLAGS, name)
+
+
+def test_the_launcher_checks_by_the_scripts_own_config(own_flags):
+    arguments = ["--config=config/spm_tiny.py", "--config.labels.margin=2"]
+    script = read_script("scripts/train_preference_model.py", arguments)
+    plan = "minibatch 16 x 2 processes x 1 accumulation step = 32 pairs per update"
+    assert script.plan(script.config, 2).describe() == plan
+    with pytest.raises(UserError, match="^labels.margin: 2.0 must be from 0 to below 1.$"):
+        script.preflight(script.config, 2)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_prefetch_loads_everything_and_tells_of_the_rows(config, own_flags, capsys, streaming):
+    config.update_from_flattened_dict({"data.streaming": streaming, "labels.source": "pickscore"})
+    runpy.run_path("scripts/prefetch.py")["prefetch_preference_model"](config)
+    out = capsys.readouterr().out
+    for line in ("preference model: ", "labels: ", "base model: "):
+        assert line in out
+    assert ("24 of 24 rows usable" in out) == ("6 of 6 rows usable" in out) == (not streaming)
+    assert ("The rows are not kept" in out) == streaming
+    config.preference.init_from = "no.bin"
+    with pytest.raises(UserError, match="preference.init_from: no file"):
+        runpy.run_path("scripts/prefetch.py")["prefetch_preference_model"](config)
 
 
 @pytest.mark.parametrize(

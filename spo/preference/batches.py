@@ -13,10 +13,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from spo.errors import RunError, UserError
+from spo.hub import first_line
 from spo.preference.rows import RawBatch, Row
 from spo.preference.source import IMAGE_COLUMNS
 
 _AHEAD = 3  # minibatches that are decoded while the device is busy
+_LONGEST = 50  # longer side over the shorter one; damaged bytes may claim what no memory holds
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,8 @@ def decode_image(data: object, size: int) -> np.ndarray:
     short = min(width, height)
     if short != size:
         width, height = int(size * width / short), int(size * height / short)
+        if max(width, height) > _LONGEST * size:
+            raise ValueError(f"{image.width} x {image.height} is no picture")
         image = image.resize((width, height), Image.Resampling.BILINEAR)
     left, top = round((width - size) / 2), round((height - size) / 2)
     return np.asarray(image)[top : top + size, left : left + size]
@@ -90,19 +95,32 @@ def decode_batch(raw: RawBatch, size: int, pool: Executor | None = None) -> Pair
 def decoded(batches: Iterator[RawBatch], size: int, workers: int) -> Iterator[PairBatch]:
     """The tensors of `batches`, read and decoded by `workers` threads ahead of their use (0: none).
 
-    Decoders leave Python's lock to others, so threads do as well as processes.
+    Decoders leave Python's lock to others, so threads do as well as processes. Raises RunError where
+    the rows cannot be read any further.
     """
     if workers == 0:
-        for batch in batches:
-            yield decode_batch(batch, size)
+        while (raw := _next_of(batches)) is not None:
+            yield decode_batch(raw, size)
         return
     with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(workers) as pool:
 
         def read() -> PairBatch | None:
-            batch = next(batches, None)
-            return None if batch is None else decode_batch(batch, size, pool)
+            raw = _next_of(batches)
+            return None if raw is None else decode_batch(raw, size, pool)
 
         pending = deque(reader.submit(read) for _ in range(_AHEAD))
         while (batch := pending.popleft().result()) is not None:
             pending.append(reader.submit(read))
             yield batch
+
+
+def _next_of(batches: Iterator[RawBatch]) -> RawBatch | None:
+    try:
+        return next(batches, None)
+    except UserError:
+        raise
+    except Exception as error:  # whatever the network, the file systems and the formats raise
+        raise RunError(
+            f"data.source: no row can be read any more ({type(error).__name__}: "
+            f"{first_line(error)}); go on from the last checkpoint by resume_from=auto."
+        ) from error

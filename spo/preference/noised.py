@@ -52,19 +52,26 @@ def predicted_images(
     conditioning: Conditioning,
     noise: PairNoise,
     guidance_scale: float,
+    at_once: int,
 ) -> Tensor:
     """Images (n, 2, 3, H, W) that the base model predicts from `images` (same shape) at t.
 
-    Nominally in [-1, 1], both. `conditioning` is that of the n prompts.
+    Nominally in [-1, 1], both. `conditioning` is that of the n prompts. `at_once` images go through
+    the VAE and the UNet together.
     """
     n = len(images)
-    latents = backbone.encode_images(images.flatten(0, 1), noise.posterior.flatten(0, 1))
-    rows = torch.arange(n, device=latents.device).repeat_interleave(2)
-    timesteps = noise.timesteps[rows]
-    abar = schedule.abar(timesteps, latents)
-    noisy = ddim.add_noise(latents, noise.noise[rows], abar)
-    output = backbone.predict(
-        backbone.unet, noisy, timesteps, conditioning.select(rows), guidance_scale
-    )
-    x0 = ddim.to_x0(schedule, output, noisy, abar)
-    return backbone.decode(x0).unflatten(0, (n, 2))
+    pair_of = torch.arange(n, device=images.device).repeat_interleave(2)
+    parts = []
+    for rows in torch.arange(2 * n, device=images.device).split(at_once):
+        pairs = pair_of[rows]
+        latents = backbone.encode_images(
+            images.flatten(0, 1)[rows], noise.posterior.flatten(0, 1)[rows]
+        )
+        timesteps = noise.timesteps[pairs]
+        abar = schedule.abar(timesteps, latents)
+        noisy = ddim.add_noise(latents, noise.noise[pairs], abar)
+        output = backbone.predict(
+            backbone.unet, noisy, timesteps, conditioning.select(pairs), guidance_scale
+        )
+        parts.append(backbone.decode(ddim.to_x0(schedule, output, noisy, abar)))
+    return torch.cat(parts).unflatten(0, (n, 2))

@@ -28,7 +28,7 @@ class Labeller:
 class Preparation:
     """The models that stand between the rows and the SPM, on one device; None of them is trained.
 
-    Without a `labeller` the labels are those of the data.
+    Without a `labeller` the labels are those of the data. `at_once`: see `predicted_images`.
     """
 
     def __init__(
@@ -38,6 +38,7 @@ class Preparation:
         image_size: int,
         guidance_scale: float,
         seed: int,
+        at_once: int,
         labeller: Labeller | None = None,
     ) -> None:
         factor = backbone.vae_scale_factor
@@ -48,7 +49,7 @@ class Preparation:
         self.backbone, self.inputs, self.labeller = backbone, inputs, labeller
         self.schedule = backbone.schedule(num_steps=1)
         self.num_timesteps = len(self.schedule.alphas_cumprod)
-        self.guidance_scale, self.seed = guidance_scale, seed
+        self.guidance_scale, self.seed, self.at_once = guidance_scale, seed, at_once
         side = image_size // factor
         self.latent_shape = (backbone.latent_shape[0], side, side)
 
@@ -100,6 +101,7 @@ class Preparation:
             self.backbone.encode_prompts(batch.captions),
             noise,
             self.guidance_scale,
+            self.at_once,
         )
         return self._pixels(images)
 

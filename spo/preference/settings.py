@@ -30,6 +30,7 @@ _AT_LEAST = {
     "data.shuffle_buffer": 1,
     "data.num_workers": 0,
     "data.max_validation": 0,
+    "train.predict_batch_size": 1,
     "train.warmup_steps": 0,
 }
 _FROM_0_TO_1 = ("labels.margin", "train.adam_beta1", "train.adam_beta2")
@@ -105,6 +106,7 @@ def build_preparation(config: ConfigDict, device: torch.device) -> Preparation:
         image_size=config.data.image_size,
         guidance_scale=config.train.guidance_scale,
         seed=config.seed,
+        at_once=config.train.predict_batch_size,
         labeller=labeller,
     )
 

@@ -43,7 +43,8 @@ def open_split(data: DataSource, split: str) -> Dataset | IterableDataset:
                 f"data.source: {data.source}, split {split!r}, has no column {', '.join(missing)}; "
                 f"a labelled pair needs {', '.join(COLUMNS)}."
             )
-        rows = rows.select_columns(list(COLUMNS))
+        # A dataset that was saved with a format would give arrays and tensors.
+        rows = rows.select_columns(list(COLUMNS)).with_format(None)
         for name in IMAGE_COLUMNS:
             if isinstance((rows.features or {}).get(name), datasets.Image):
                 rows = rows.cast_column(name, datasets.Image(decode=False))

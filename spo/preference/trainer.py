@@ -6,7 +6,7 @@ import contextlib
 import math
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 
 import torch
@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from spo.distributed import Workers
 from spo.errors import RunError
+from spo.evaluation.curves import draw_accuracy
 from spo.metrics import peak_memory_gib
 from spo.preference import settings
 from spo.preference.batches import PairBatch, decoded
@@ -27,6 +28,8 @@ from spo.preference.source import open_split
 from spo.preference.validation import accuracy, count_correct
 from spo.run_dir import drop_metrics_after, open_run_dir, record_start
 from spo.tracking import METRICS, Tracking
+
+_NAMED = 4  # pairs that an error names
 
 
 def train(config: ConfigDict) -> None:
@@ -73,7 +76,8 @@ class PreferenceTrainer:
         self.tracking = self._start_tracking() if workers.is_main else None
 
     def _start_tracking(self) -> Tracking:
-        drop_metrics_after(self.run_dir, self.learner.step, counter="step")
+        # A run that starts anew writes the line of step 0 itself.
+        drop_metrics_after(self.run_dir, self.learner.step or -1, counter="step")
         splits = {"train": self.ready.train, "validation": self.ready.validation}
         record_start(
             self.run_dir,
@@ -128,7 +132,7 @@ class PreferenceTrainer:
             sums.append(minibatch_sums(batch, pairs, judged, self.preparation.num_timesteps))
             seen.append(Seen(batch.captions, pairs.timesteps, pairs.weights, judged.losses))
         summed = self.workers.sum({name: sum(part[name] for part in sums) for name in sums[0]})
-        self.totals.update(summed, steps=1)
+        self.totals.update(summed, steps=total > 0)
         if total == 0:
             self.learner.skip_update()
             return
@@ -142,7 +146,9 @@ class PreferenceTrainer:
     def stop(self, seen: Sequence[Seen]) -> None:
         """Raise the RunError of a loss or gradient that is not finite."""
         found = self.workers.gather([where for minibatch in seen for where in minibatch.broken()])
-        places = "; ".join(found) or "no pair by itself"
+        places = "; ".join(found[:_NAMED]) or "no pair by itself"
+        if len(found) > _NAMED:
+            places += f"; and {len(found) - _NAMED} more"
         raise RunError(
             f"loss or gradient is not finite at step {self.learner.step} ({places}); the last "
             "checkpoint is good: resume from it with a lower train.learning_rate or "
@@ -183,12 +189,14 @@ class PreferenceTrainer:
         data, preparation = self.config.data, self.preparation
         usable = self.ready.validation.usable
         raw = validation_batches(self.validation_rows, usable, data.max_validation, self.share)
-        sums = count_correct(
-            decoded(raw, data.image_size, data.num_workers),
-            self.scores_at,
-            preparation.labels,
-            self.workers.device,
-        )
+        batches = decoded(raw, data.image_size, data.num_workers)
+        with self.workers.together():  # a stream may fail in one process alone
+            sums = count_correct(
+                self.progress(batches, "validation: minibatches"),
+                self.scores_at,
+                preparation.labels,
+                self.workers.device,
+            )
         return accuracy(self.workers.sum(sums))
 
     def scores_at(self, batch: PairBatch, timestep: int) -> Tensor:
@@ -198,15 +206,17 @@ class PreferenceTrainer:
         return self.learner.features(pixels, timesteps, self.preparation.input_ids(batch)).scores
 
     def log(self, line: dict) -> None:
-        """Write a line of metrics, on the main process."""
+        """Write a line of metrics, on the main process, and where it tells accuracy, draw that."""
         if self.tracking is not None:
             self.tracking.log(line, step=line["step"])
+            if "accuracy" in line:
+                draw_accuracy(self.run_dir)
 
     def say(self, text: str) -> None:
         """Print a line, on the main process, without breaking the progress bar."""
         if self.workers.is_main:
             tqdm.write(text)
 
-    def progress(self, items: Sequence, name: str) -> tqdm:
+    def progress(self, items: Iterable, name: str) -> tqdm:
         """`items` with a progress bar on the main process."""
         return tqdm(items, desc=name, disable=not self.workers.is_main, leave=False)

@@ -1,0 +1,1 @@
+"""What a trained model is worth: statistics of paired scores."""
