@@ -1,9 +1,20 @@
 #!/usr/bin/env bash
-# Trains the embedded tiny model on the CPU, in an environment made on first use.
-#   bash launch_tiny.sh [--num_processes N] [--config.key=value ...]
+# GradSPO on the embedded tiny world, on the CPU, in an environment made on first use: trains, then
+# compares the result with the base on held-out prompts.
+#   bash launch_tiny.sh [--num_processes N] [--config=FILE] [--config.key=value ...]
 set -euo pipefail
 cd "$(dirname "$0")"
 PYTHON=$(bash scripts/setup_env.sh)
-# More threads only wait for each other on tensors this small.
+# More threads only wait for each other on tensors this small; a second process does not.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-exec "$PYTHON" -m spo.launch --cpu train_sd15.py --config=config/tiny.py "$@"
+processes=$("$PYTHON" -c 'from spo.launch import num_cores; print(min(2, num_cores()))')
+logdir=runs run_name=tiny_$(date +%Y%m%d_%H%M%S)
+for argument in "$@"; do
+    case $argument in
+    --config.logdir=*) logdir=${argument#*=} ;;
+    --config.run_name=*) run_name=${argument#*=} ;;
+    esac
+done
+"$PYTHON" -m spo.launch --cpu --num_processes "$processes" train_sd15.py --config=config/tiny.py \
+    --config.run_name="$run_name" "$@"
+"$PYTHON" scripts/evaluate_tiny.py "$logdir/$run_name"

@@ -1,6 +1,7 @@
 """Draw what the method sees: the K candidates of every step of one prompt's rollout.
 
-    python scripts/show_rollout.py --config=config/tiny.py --prompt="a red fox in the snow"
+    python scripts/show_rollout.py --config=config/tiny.py \\
+        --prompt="a small red circle on a blue background"
 
 One row per comparison: the decoded candidates with their scores, the best framed green, the worst red,
 and which one the rollout went on from. `--lora` draws with a trained LoRA (run, file or Hub id).

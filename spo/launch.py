@@ -113,7 +113,9 @@ def gpu_launcher(options: argparse.Namespace) -> tuple[int, list[str]]:
 
     num_gpus = torch.cuda.device_count()
     if num_gpus == 0:
-        raise UserError("no GPU found; without one, `bash launch_tiny.sh` trains a tiny model")
+        raise UserError(
+            "no GPU found; without one, `bash launch_tiny.sh` trains a tiny model, and --cpu runs this"
+        )
 
     ours = "one_gpu.yaml" if (options.num_processes or num_gpus) == 1 else "four_gpus.yaml"
     file = Path(options.accelerate_config or ACCELERATE_CONFIGS / ours)

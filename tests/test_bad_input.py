@@ -116,7 +116,12 @@ def test_what_a_run_computed_is_not_written_over(tmp_path, monkeypatch):
 
 
 def test_the_command_line_says_it_in_one_line_with_status_2(tmp_path):
-    command = [sys.executable, "train_sd15.py", "--config=config/tiny.py", "--config.lora.rank=0"]
+    command = [
+        sys.executable,
+        "train_sd15.py",
+        "--config=tests/data/random_models.py",
+        "--config.lora.rank=0",
+    ]
     result = subprocess.run(
         [*command, f"--config.logdir={tmp_path}"], cwd=ROOT, capture_output=True, text=True
     )

@@ -19,7 +19,7 @@ SCRIPT = """
 from absl import app
 from spo.flags import define_config, parse_flags
 
-CONFIG = define_config("config/tiny.py")
+CONFIG = define_config("tests/data/random_models.py")
 
 def main(_):
     import os
@@ -68,7 +68,7 @@ def test_bad_input_is_one_line_for_several_processes_too():
         "--cpu",
         "--num_processes=2",
         "train_sd15.py",
-        "--config=config/tiny.py",
+        "--config=tests/data/random_models.py",
         "--config.sample.eta=0",
     )
     _, err = process.communicate()

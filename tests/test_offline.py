@@ -42,7 +42,7 @@ def cache(tmp_path):
 
 
 def run(script, cache, *arguments):
-    command = [sys.executable, script, "--config=config/tiny.py", *arguments]
+    command = [sys.executable, script, "--config=tests/data/random_models.py", *arguments]
     command += [f"--config.{key}={value}" for key, value in OVERRIDES.items()]
     environment = os.environ | {"HF_HOME": str(cache), "HF_HUB_OFFLINE": "1"}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)

@@ -12,7 +12,7 @@ from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from PIL import Image
 from safetensors.torch import load_file
 
-from config import tiny
+from spo.config_io import load_config
 from spo.errors import RunError
 from spo.preflight import preflight
 from spo.trainer import train
@@ -27,7 +27,7 @@ TIMING = ("seconds_rollout", "seconds_train", "images_per_second", "peak_memory_
 def config(tmp_path, monkeypatch):
     """The tiny config made smaller: four prompts, two rollouts of two in each of two epochs."""
     monkeypatch.chdir(ROOT)
-    config = tiny.get_config()
+    config, _ = load_config("tests/data/random_models.py")
     config.update_from_flattened_dict(
         {
             "logdir": str(tmp_path),
@@ -68,12 +68,12 @@ def test_launch_script_leaves_everything_in_the_run_directory(tmp_path):
         env=os.environ | {"PYTHON": sys.executable},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
     )
     assert result.returncode == 0, result.stderr[-2000:]
     run_dir = tmp_path / "run"
-    for name in (LORA, "metrics.jsonl"):
-        assert str(run_dir / name) in result.stdout
+    for name in (LORA, "metrics.jsonl", "tiny_world.png", "curves.png"):
+        assert str(run_dir / name) in result.stdout and (run_dir / name).is_file()
     for name in ("config.json", f"ema/{LORA}", f"checkpoints/epoch_0001/{LORA}"):
         assert (run_dir / name).is_file()
     assert sorted(p.name for p in (run_dir / "validation").iterdir()) == [
@@ -86,6 +86,10 @@ def test_launch_script_leaves_everything_in_the_run_directory(tmp_path):
     assert sum(line["pairs_at"].values()) == line["pairs"] <= line["comparisons"] == 8 * 16
     for key in ("loss", "win_ratio", "lose_ratio", "grad_norm", "score_spread", "ema_distance"):
         assert line[key] > 0
+    judged = json.loads((run_dir / "tiny_world.json").read_text())
+    # One rollout moves little; the base itself draws what it is asked for.
+    assert judged["num_images"] == 200 and judged["faithful"]["base"] >= 0.9
+    assert judged["win_rate"]["low"] <= judged["win_rate"]["mean"] <= judged["win_rate"]["high"]
 
     pipe = StableDiffusionPipeline.from_pretrained(ROOT / "assets" / "tiny" / "sd15")
     before = image_of(pipe)
@@ -145,7 +149,7 @@ SMALL = {
 def launch(count, **overrides):
     """Train the tiny config in `count` processes on the CPU."""
     command = [sys.executable, "-m", "spo.launch", "--cpu", "train_sd15.py"]
-    command += [f"--num_processes={count}", "--config=config/tiny.py"]
+    command += [f"--num_processes={count}", "--config=tests/data/random_models.py"]
     overrides = SMALL | {name.replace("__", "."): value for name, value in overrides.items()}
     command += [f"--config.{key}={value}" for key, value in overrides.items()]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}

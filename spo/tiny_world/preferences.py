@@ -1,0 +1,92 @@
+"""Labelled image pairs of the tiny world, in the columns of Pick-a-Pic v1."""
+
+from __future__ import annotations
+
+import io
+import random
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from spo.pictures import to_pil
+from spo.tiny_world.quality import quality
+from spo.tiny_world.scenes import COLOURS, SHAPES, SIZES, Caption, Making, all_captions, render
+
+HELD_OUT = 200  # captions that appear in no preference pair and in no training prompt
+WRONG_CAPTION = 0.3  # share of pairs in which one image shows something else than the caption
+FLIPPED = 0.05  # share of labels that are turned round: people err
+_TIE = 0.8  # quality points; smaller differences are labelled as ties
+_VALUES = {"size": tuple(SIZES), "colour": COLOURS, "shape": SHAPES, "background": COLOURS}
+
+
+def split_captions() -> tuple[list[Caption], list[Caption]]:
+    """All captions, shuffled: those to train on, and those held out."""
+    captions = all_captions()
+    random.Random(0).shuffle(captions)
+    return captions[HELD_OUT:], captions[:HELD_OUT]
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """n labelled pairs of images."""
+
+    captions: list[Caption]
+    images: Tensor  # (2, n, 3, SIDE, SIDE) in [-1, 1]
+    labels: Tensor  # (n,) 1 if the first is better, 0 if the second, 0.5 for a tie
+
+
+def draw_pairs(captions: Sequence[Caption], n: int, seed: int) -> Pairs:
+    """n pairs: an image that shows its caption beats one that does not, else the better made wins."""
+    picker, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    asked = [picker.choice(captions) for _ in range(n)]
+    shown = [list(asked), list(asked)]
+    wrong = torch.full((n,), -1)  # which image shows another caption
+    for i, caption in enumerate(asked):
+        if picker.random() < WRONG_CAPTION:
+            wrong[i] = picker.randrange(2)
+            shown[wrong[i]][i] = _other(caption, picker)
+    images = torch.stack([render(side, Making.draw(n, generator), generator) for side in shown])
+    gap = quality(images[0]) - quality(images[1])
+    labels = torch.where(gap.abs() < _TIE, 0.5, (gap > 0).float())
+    labels = torch.where(wrong >= 0, (wrong == 1).float(), labels)
+    flipped = torch.rand(n, generator=generator) < FLIPPED
+    return Pairs(asked, images, torch.where(flipped, 1 - labels, labels))
+
+
+def _other(caption: Caption, picker: random.Random) -> Caption:
+    """A caption that differs from `caption` in one word."""
+    part = picker.choice(tuple(_VALUES))
+    taken = {caption.colour, caption.background} | {getattr(caption, part)}
+    return replace(caption, **{part: picker.choice([v for v in _VALUES[part] if v not in taken])})
+
+
+def write_parquet(pairs: Pairs, file: Path) -> None:
+    """Write pairs as one parquet file; the images as JPEG, as Pick-a-Pic's are."""
+    texts = [str(caption) for caption in pairs.captions]
+    of_prompt = Counter(texts)
+    labels = pairs.labels.tolist()
+    table = pa.table(
+        {
+            "caption": texts,
+            "jpg_0": [_jpeg(image) for image in to_pil(pairs.images[0])],
+            "jpg_1": [_jpeg(image) for image in to_pil(pairs.images[1])],
+            "label_0": labels,
+            "label_1": [1 - label for label in labels],
+            "has_label": [label != 0.5 for label in labels],
+            "num_example_per_prompt": [of_prompt[text] for text in texts],
+        }
+    )
+    file.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(table, file)
+
+
+def _jpeg(image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=95, subsampling=0)
+    return buffer.getvalue()

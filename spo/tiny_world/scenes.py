@@ -1,0 +1,139 @@
+"""The world: what a caption says, and images of it with everything that a caption leaves open.
+
+"a small red circle on a blue background": colours x shapes x sizes x backgrounds. An image adds a
+position and how well it is made: brightness, saturation, contrast, blur and blotches.
+"""
+
+from __future__ import annotations
+
+import colorsys
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+SIDE = 32  # pixels
+# Hues at least 40 degrees apart, so that a pale colour can still be told from its neighbours.
+HUES = {"red": 0, "yellow": 55, "green": 120, "cyan": 180, "blue": 230, "purple": 275, "pink": 320}
+COLOURS = tuple(HUES)
+SHAPES = ("circle", "square", "triangle", "cross")
+SIZES = {"small": (6.5, 7.2), "large": (10.0, 10.6)}  # radius of a circle of that size, pixels
+
+
+@dataclass(frozen=True)
+class Caption:
+    """What a caption says."""
+
+    size: str
+    colour: str
+    shape: str
+    background: str
+
+    def __str__(self) -> str:
+        return f"a {self.size} {self.colour} {self.shape} on a {self.background} background"
+
+    @classmethod
+    def parse(cls, text: str) -> Caption:
+        """The caption that reads `text`; ValueError where it is none."""
+        words = text.split()
+        if len(words) == 8 and str(caption := cls(*words[1:4], background=words[6])) == text:
+            return caption
+        raise ValueError(f"not a caption of the tiny world: {text!r}")
+
+
+def all_captions() -> list[Caption]:
+    """Every caption of the world; shape and background differ in colour."""
+    return [
+        Caption(size, colour, shape, background)
+        for size, colour, shape, background in itertools.product(SIZES, COLOURS, SHAPES, COLOURS)
+        if colour != background
+    ]
+
+
+@dataclass(frozen=True)
+class Making:
+    """How n images are made, apart from their captions; each field is (n,)."""
+
+    saturation: Tensor  # 0.4 to 1
+    brightness: Tensor  # 0.6 to 1
+    contrast: Tensor  # 0.75 to 1: the rest is mid-grey
+    blur: Tensor  # standard deviation, 0 to 1.3 pixels
+    blotches: Tensor  # standard deviation, 0 to 0.06 of the pixel range
+
+    @classmethod
+    def draw(cls, n: int, generator: torch.Generator) -> Making:
+        """n independent uniform draws."""
+        ranges = ((0.4, 1.0), (0.6, 1.0), (0.75, 1.0), (0.0, 1.3), (0.0, 0.06))
+        uniform = torch.rand(len(ranges), n, generator=generator)
+        return cls(
+            *(low + (high - low) * u for (low, high), u in zip(ranges, uniform, strict=True))
+        )
+
+
+def render(captions: Sequence[Caption], making: Making, generator: torch.Generator) -> Tensor:
+    """Images (n, 3, SIDE, SIDE) in [-1, 1] of n captions; position and size jitter are random."""
+    n = len(captions)
+    low, high = torch.tensor([SIZES[c.size] for c in captions]).unbind(1)
+    radius = low + (high - low) * torch.rand(n, generator=generator)
+    room = (SIDE / 2 - 1.3 * radius - 1).clamp(min=0)
+    centre = SIDE / 2 + room * (2 * torch.rand(2, n, generator=generator) - 1)
+    inside = coverage([c.shape for c in captions], radius, centre)
+    figure = _colours([c.colour for c in captions], making)
+    ground = _colours([c.background for c in captions], making)
+    images = torch.lerp(ground[..., None, None], figure[..., None, None], inside[:, None])
+    images = _blur(images, making.blur)
+    images = 0.5 + making.contrast.view(n, 1, 1, 1) * (images - 0.5)
+    images = images + making.blotches.view(n, 1, 1, 1) * _blotches(n, generator)
+    return images.clamp(0, 1) * 2 - 1
+
+
+def coverage(shapes: Sequence[str], radius: Tensor, centre: Tensor) -> Tensor:
+    """How much of each pixel n shapes cover, (n, SIDE, SIDE) in [0, 1].
+
+    `radius` (n,) is that of a circle of the same size, `centre` (2, n) is (x, y) in pixels.
+    """
+    grid = torch.arange(SIDE) + 0.5
+    x = grid[None, None, :] - centre[0, :, None, None]
+    y = grid[None, :, None] - centre[1, :, None, None]
+    r = radius[:, None, None]
+    distances = {
+        "circle": torch.hypot(x, y) - r,
+        "square": torch.maximum(x.abs(), y.abs()) - 0.89 * r,
+        # An equilateral triangle, point up: three edges at 0.62 r from a centre 0.2 r lower.
+        "triangle": torch.maximum(0.866 * x.abs() - 0.5 * (y - 0.2 * r), y - 0.2 * r) - 0.68 * r,
+        "cross": torch.minimum(
+            torch.maximum(x.abs() - 1.12 * r, y.abs() - 0.4 * r),
+            torch.maximum(y.abs() - 1.12 * r, x.abs() - 0.4 * r),
+        ),
+    }
+    which = torch.tensor([SHAPES.index(shape) for shape in shapes])
+    distance = torch.stack([distances[shape].expand(len(which), SIDE, SIDE) for shape in SHAPES])
+    return (0.5 - distance[which, torch.arange(len(which))]).clamp(0, 1)
+
+
+def _colours(names: Sequence[str], making: Making) -> Tensor:
+    """RGB (n, 3) in [0, 1] of named colours, as saturated and as bright as `making` says."""
+    pure = torch.tensor([colorsys.hsv_to_rgb(HUES[name] / 360, 1, 1) for name in names])
+    pale = 1 - making.saturation[:, None] * (1 - pure)
+    return making.brightness[:, None] * pale
+
+
+def _blur(images: Tensor, sigma: Tensor) -> Tensor:
+    """Each image under a Gaussian of its own width, sigma (n,) in pixels."""
+    n = len(images)
+    offsets = torch.arange(-4, 5)
+    kernel = torch.exp(-0.5 * (offsets / sigma.clamp(min=0.05)[:, None]) ** 2)
+    kernel = (kernel / kernel.sum(1, keepdim=True)).repeat_interleave(3, dim=0)
+    rows = F.pad(images, (4, 4, 4, 4), mode="replicate").reshape(1, 3 * n, SIDE + 8, SIDE + 8)
+    rows = F.conv2d(rows, kernel[:, None, :, None], groups=3 * n)
+    return F.conv2d(rows, kernel[:, None, None, :], groups=3 * n).view_as(images)
+
+
+def _blotches(n: int, generator: torch.Generator) -> Tensor:
+    """Smooth grey noise of unit variance (n, 1, SIDE, SIDE), blotches about eight pixels wide."""
+    coarse = torch.randn(n, 1, SIDE // 8 + 1, SIDE // 8 + 1, generator=generator)
+    smooth = F.interpolate(coarse, (SIDE, SIDE), mode="bicubic", align_corners=True)
+    return smooth / smooth.std(dim=(1, 2, 3), keepdim=True)

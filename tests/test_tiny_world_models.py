@@ -1,0 +1,117 @@
+"""How the tiny world's models are trained, controlled and judged; and what is committed of it."""
+
+import numpy as np
+import pytest
+import torch
+from helpers import MODELS
+
+from spo.config_io import load_config
+from spo.lora import FILE_NAME, save_lora
+from spo.prompts import read_prompts
+from spo.sampling import ImageSettings
+from spo.tiny_world.base_model import TOKENS, make_tokenizer, token_ids
+from spo.tiny_world.controls import flipped_preferences
+from spo.tiny_world.evaluation import Bench, Judged, before_and_after, compare, summary
+from spo.tiny_world.fitting import Fit, fit
+from spo.tiny_world.preferences import split_captions
+from spo.tiny_world.scenes import all_captions
+
+CLIP = str(MODELS / "tiny-clip")
+
+
+def test_every_word_of_a_caption_is_one_token(tmp_path):
+    tokenizer = make_tokenizer(tmp_path)
+    ids = token_ids(tokenizer, [str(caption) for caption in all_captions()])
+    assert ids.shape == (336, TOKENS) and tokenizer.model_max_length == TOKENS
+    assert len(ids.unique(dim=0)) == 336
+    assert (ids == tokenizer.eos_token_id).int().argmax(dim=1).eq(9).all()  # start and 8 words
+    assert len(tokenizer("a giraffe")["input_ids"]) > 4  # other words are spelt
+
+
+def linear_fit(steps, state_file):
+    """Fit y = 3 x for some of 400 steps, as if the run had been stopped there."""
+    torch.manual_seed(0)
+    line = torch.nn.Linear(1, 1)
+
+    def loss(generator):
+        if loss.calls == steps:
+            raise KeyboardInterrupt
+        loss.calls += 1
+        x = torch.randn(16, 1, generator=generator)
+        return (line(x) - 3 * x).square().mean()
+
+    loss.calls = 0
+    fit("line", line, loss, (Fit(250, 0.1), Fit(150, 0.02)), state_file)
+    return line
+
+
+def test_fitting_goes_on_where_it_was_stopped(tmp_path):
+    whole = linear_fit(None, tmp_path / "whole.state")
+    for steps in (230, 120):  # stopped in the first round, and in the second
+        with pytest.raises(KeyboardInterrupt):
+            linear_fit(steps, tmp_path / "stopped.state")
+    resumed = linear_fit(None, tmp_path / "stopped.state")
+    assert torch.equal(whole.weight, resumed.weight) and torch.equal(whole.bias, resumed.bias)
+    assert whole.weight.item() == pytest.approx(3, abs=0.05)
+
+
+def test_flipped_preferences_flip_half_of_the_comparisons(spm_scorer):
+    flipped = flipped_preferences(torch.device("cpu"), str(MODELS / "tiny-spm.bin"), CLIP)
+    prompts = [f"prompt {i}" for i in range(40)]
+    features = flipped.encode_prompts(prompts)
+    images = torch.rand(40, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    signs = torch.stack(
+        [
+            flipped.score(images, features, t) / spm_scorer.score(images, features, t)
+            for t in (1, 101, 501, 751)
+        ]
+    ).round()
+    assert set(signs.unique().tolist()) == {-1.0, 1.0}
+    assert 0.35 < (signs > 0).float().mean() < 0.65
+    # All candidates of a comparison share their sign, or best and worst would not be exchanged.
+    again = flipped.score(images.flip(0), features, 101) / spm_scorer.score(
+        images.flip(0), features, 101
+    )
+    assert torch.equal(again.round(), signs[1])
+
+
+@pytest.fixture(scope="module")
+def bench():
+    config, _ = load_config("config/tiny.py")
+    prompts = ["a small red circle on a blue background"] * 3
+    return Bench(config, prompts, ImageSettings(4, 2.0, seed=0))
+
+
+def test_a_lora_without_effect_ties_with_the_base(bench, tmp_path):
+    lora = bench._lora
+    save_lora(tmp_path / FILE_NAME, lora, lora.snapshot(), {})
+    same = bench.judge(tmp_path)
+    torch.testing.assert_close(same.images, bench.base.images, atol=1e-5, rtol=0)
+    noise = torch.Generator().manual_seed(0)
+    other = {
+        name: 0.3 * torch.randn(p.shape, generator=noise) for name, p in lora.snapshot().items()
+    }
+    save_lora(tmp_path / FILE_NAME, lora, other, {})
+    assert (bench.judge(tmp_path).images - bench.base.images).abs().max() > 0.01
+
+
+def test_the_verdict_on_known_numbers():
+    images = torch.zeros(4, 3, 32, 32)
+    base = Judged(images, np.array([1.0, 2.0, 3.0, 4.0]), np.array([True, True, True, False]))
+    better = Judged(images, base.quality + 1, np.array([True, True, False, False]))
+    verdict = compare(base, better)
+    assert verdict.difference.mean == 1 and verdict.win_rate.mean == 1
+    assert verdict.faithfulness.mean == -0.25
+    text = verdict.describe(base, better, "GradSPO").splitlines()
+    assert text[0].endswith("base 2.50, GradSPO 3.50 of 10") and len(text) == 4
+    assert "base 75.0 %, GradSPO 50.0 %" in text[3]
+    assert summary(base, better, verdict)["quality"] == {"base": 2.5, "trained": 3.5}
+    picture = before_and_after(["a b c"] * 4, base, better, "GradSPO", columns=2)
+    assert picture.height > 4 * 112
+
+
+def test_the_committed_prompts_are_those_of_the_world():
+    training, held_out = split_captions()
+    for name, captions in (("train", training), ("held_out", held_out)):
+        prompts = read_prompts(f"assets/tiny/prompts/{name}.txt").prompts
+        assert list(prompts) == [str(caption) for caption in captions]
