@@ -8,6 +8,7 @@ users start from to assets/tiny.
 """
 
 import argparse
+import json
 import os
 import shutil
 import subprocess
@@ -27,59 +28,61 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, default=Path("runs/tiny_world"))
     parser.add_argument("--install", action="store_true", help="copy the results to assets/tiny")
+    parser.add_argument(
+        "--shorten", type=int, default=1, help="divide all steps and data by this, to try it out"
+    )
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    make_world(options.out)
+    make_world(options.out, options.shorten)
     if options.install:
         install(options.out, REPO / "assets" / "tiny")
 
 
-def make_world(out: Path) -> None:
+def make_world(out: Path, shorten: int = 1) -> None:
     """Run every stage whose result is not there yet."""
     from spo.tiny_world.base_model import train_denoiser, train_vae
     from spo.tiny_world.clip import train_clip, train_pickscore
     from spo.tiny_world.fitting import Fit
     from spo.tiny_world.preferences import draw_pairs, split_captions, write_parquet
 
-    stage(out / "vae", lambda to: train_vae(to, (Fit(1800, 2e-3),), out / "vae.state"))
-    stage(out / "clip", lambda to: train_clip(to, (Fit(800, 1e-3),), out / "clip.state"))
-    stage(
-        out / "sd15",
-        lambda to: train_denoiser(
-            to,
-            out / "vae",
-            out / "clip",
-            # The first round draws the colours and large shapes, the second the small ones.
-            (Fit(3000, 1e-3), Fit(2000, 7e-4)),
-            out / "sd15.state",
-        ),
-    )
-    stage(
-        out / "pickscore",
-        lambda to: train_pickscore(
-            to, out / "clip", (Fit(1200, 5e-4), Fit(2000, 5e-4)), out / "pickscore.state"
-        ),
-    )
+    def rounds(*steps_and_rates: tuple[int, float]) -> list[Fit]:
+        return [Fit(max(1, steps // shorten), rate) for steps, rate in steps_and_rates]
+
+    vae, clip, sd15, pickscore = (out / name for name in ("vae", "clip", "sd15", "pickscore"))
+    stage(vae, lambda to, state: train_vae(to, rounds((1800, 2e-3)), state))
+    stage(clip, lambda to, state: train_clip(to, rounds((800, 1e-3)), state))
+    # The first round learns to draw the colours and large shapes, the second the small ones.
+    fits = rounds((3000, 1e-3), (2000, 7e-4))
+    images = max(500, 40_000 // shorten)
+    stage(sd15, lambda to, state: train_denoiser(to, vae, clip, fits, state, images))
+    more = rounds((1200, 5e-4), (2000, 5e-4))
+    stage(pickscore, lambda to, state: train_pickscore(to, clip, more, state))
     training, held_out = split_captions()
     write_prompts(out / "prompts" / "train.txt", training)
     write_prompts(out / "prompts" / "held_out.txt", held_out)
 
-    def write_pairs(to: Path) -> None:
-        write_parquet(draw_pairs(training, TRAINING_PAIRS, seed=1), to / PARQUET[0])
-        write_parquet(draw_pairs(held_out, VALIDATION_PAIRS, seed=2), to / PARQUET[1])
+    def write_pairs(to: Path, _) -> None:
+        for name, captions, n, seed in (
+            (PARQUET[0], training, TRAINING_PAIRS, 1),
+            (PARQUET[1], held_out, VALIDATION_PAIRS, 2),
+        ):
+            write_parquet(draw_pairs(captions, max(64, n // shorten), seed), to / name)
 
     stage(out / "pickapic", write_pairs)
-    train_preference_model(out)
+    train_preference_model(out, shorten)
 
 
 def stage(folder: Path, make) -> None:
-    """Let `make` fill `folder`, which appears when it is complete; nothing where it is there."""
+    """Let `make` fill `folder`, which appears when it is complete; nothing where it is there.
+
+    `make` takes the folder to fill, and a file to keep its state in.
+    """
     if folder.exists():
         return
     print(f"{folder.name} ...", flush=True)
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    make(partial)
+    make(partial, folder.with_suffix(".state"))
     partial.rename(folder)
 
 
@@ -88,8 +91,11 @@ def write_prompts(file: Path, captions) -> None:
     file.write_text("".join(f"{caption}\n" for caption in captions))
 
 
-def train_preference_model(out: Path) -> None:
+def train_preference_model(out: Path, shorten: int) -> None:
     """The preference model of the world, by the script that trains the real ones."""
+    from spo.config_io import load_config
+
+    config, _ = load_config("config/spm_tiny.py", "config/spm_base.py")
     command = [
         *(sys.executable, REPO / "scripts" / "train_preference_model.py"),
         f"--config={REPO / 'config' / 'spm_tiny.py'}",
@@ -100,6 +106,8 @@ def train_preference_model(out: Path) -> None:
         f"--config.logdir={out}",
         "--config.run_name=spm",
         "--config.resume_from=auto",
+        f"--config.max_train_steps={max(2, config.max_train_steps // shorten)}",
+        f"--config.train.warmup_steps={config.train.warmup_steps // shorten}",
     ]
     subprocess.run(command, check=True, env=os.environ | {"ACCELERATE_USE_CPU": "true"})
 
@@ -122,6 +130,10 @@ def install(out: Path, assets: Path) -> None:
         rows = pq.read_table(out / "pickapic" / name)
         pq.write_table(rows.slice(0, SAMPLE), assets / "pickapic" / name)
     shutil.copy(out / "spm" / FILE_NAME, assets / "spm.safetensors")
+    vae = assets / "sd15" / "vae" / "config.json"
+    settings = json.loads(vae.read_text())
+    settings.pop("_name_or_path", None)  # a folder of this machine
+    vae.write_text(json.dumps(settings, indent=2) + "\n")
     for file in assets.rglob("*.safetensors"):
         half = {name: tensor.to(torch.float16) for name, tensor in load_file(file).items()}
         save_file(half, file, metadata={"format": "pt"})

@@ -1,9 +1,14 @@
 """How the tiny world's models are trained, controlled and judged; and what is committed of it."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from helpers import MODELS
+from safetensors.torch import load_file
 
 from spo.config_io import load_config
 from spo.lora import FILE_NAME, save_lora
@@ -16,6 +21,7 @@ from spo.tiny_world.fitting import Fit, fit
 from spo.tiny_world.preferences import split_captions
 from spo.tiny_world.scenes import all_captions
 
+ROOT = Path(__file__).resolve().parent.parent
 CLIP = str(MODELS / "tiny-clip")
 
 
@@ -115,3 +121,24 @@ def test_the_committed_prompts_are_those_of_the_world():
     for name, captions in (("train", training), ("held_out", held_out)):
         prompts = read_prompts(f"assets/tiny/prompts/{name}.txt").prompts
         assert list(prompts) == [str(caption) for caption in captions]
+
+
+def test_the_world_can_be_made_again(tmp_path):
+    """The one command, shortened; what it makes is what training starts from."""
+    command = [sys.executable, "scripts/make_tiny_world.py", "--out", tmp_path, "--shorten", "1000"]
+    for _ in range(2):  # the second time there is nothing left to do
+        made = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert made.returncode == 0, made.stderr[-2000:]
+    assert "sd15 ..." not in made.stdout
+    with_spm = "step_aware_preference_model.safetensors"
+    for ours, committed in (
+        ("sd15/unet/diffusion_pytorch_model.safetensors",) * 2,
+        ("sd15/vae/diffusion_pytorch_model.safetensors",) * 2,
+        ("pickscore/model.safetensors", "clip/model.safetensors"),
+        (f"spm/{with_spm}", "spm.safetensors"),
+    ):
+        shapes = [
+            {name: tensor.shape for name, tensor in load_file(file).items()}
+            for file in (tmp_path / ours, ROOT / "assets" / "tiny" / committed)
+        ]
+        assert shapes[0] == shapes[1]
