@@ -20,18 +20,12 @@ from pathlib import Path
 REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
 
-FLIPPED = {
-    "preference.scorer": "spo.tiny_world.controls:flipped_preferences",
-    "preference.kwargs": {
-        "checkpoint": "assets/tiny/spm.safetensors",
-        "backbone": "assets/tiny/clip",
-    },
-}
-# What each arm changes of config/tiny.py. "official" is filled in from config/official.
+FLIPPED = "preferences flipped at random"
+# What each arm changes of config/tiny.py; arm_config fills in FLIPPED and "official".
 ARMS = {
     "GradSPO": {},
     "SPO": {"algorithm": "spo"},
-    "preferences flipped at random": FLIPPED,
+    FLIPPED: {"preference.scorer": "spo.tiny_world.controls:flipped_preferences"},
     "ema_decay 0": {"train.ema_decay": 0.0},
     "ema_decay 0.5": {"train.ema_decay": 0.5},
     "ema_decay 0.99": {"train.ema_decay": 0.99},
@@ -44,7 +38,7 @@ ARMS = {
     "official": {},
 }
 PROMPTS = 64  # of each run: eight rollouts of eight
-QUICK = ("GradSPO", "SPO", "preferences flipped at random", "ema_decay 0", "grad_scale 1", "K = 2")
+QUICK = ("GradSPO", "SPO", FLIPPED, "ema_decay 0", "grad_scale 1", "K = 2")
 OFFICIAL = "config/official/sd15.py"
 # Student's t at 97.5 %, by the number of seeds: half the width of an interval in standard errors.
 STUDENT = {
@@ -114,6 +108,13 @@ def arm_config(arm: str, seed: int, folder: Path):
 
     config, _ = load_config("config/tiny.py")
     changes = dict(ARMS[arm])
+    if arm == FLIPPED:
+        preference = config.preference
+        changes["preference.kwargs"] = {
+            "checkpoint": preference.checkpoint,
+            "backbone": preference.backbone,
+            "seed": seed,
+        }
     if arm == "official":
         paper, official = (leaves(load_config(f)[0]) for f in ("config/sd15.py", OFFICIAL))
         changes = {key: value for key, value in official.items() if value != paper[key]}

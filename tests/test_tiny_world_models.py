@@ -11,6 +11,7 @@ from helpers import MODELS
 from safetensors.torch import load_file
 
 from spo.config_io import load_config
+from spo.errors import UserError
 from spo.lora import FILE_NAME, save_lora
 from spo.prompts import read_prompts
 from spo.sampling import ImageSettings
@@ -99,6 +100,12 @@ def test_a_lora_without_effect_ties_with_the_base(bench, tmp_path):
     }
     save_lora(tmp_path / FILE_NAME, lora, other, {})
     assert (bench.judge(tmp_path).images - bench.base.images).abs().max() > 0.01
+
+
+def test_other_models_are_refused():
+    config, _ = load_config("tests/data/random_models.py")
+    with pytest.raises(UserError, match="draws 16 pixels"):
+        Bench(config, ["a fox"], ImageSettings(4, 2.0, seed=0))
 
 
 def test_the_verdict_on_known_numbers():

@@ -15,12 +15,14 @@ from tqdm import tqdm
 
 from spo import settings
 from spo.backbone import Backbone
+from spo.errors import UserError
 from spo.evaluation.statistics import Estimate, paired_difference, win_rate
 from spo.lora_files import find_lora, read_lora
 from spo.pictures import Cell, grid, to_pil
 from spo.sampling import ImageSettings, sample_images
 from spo.tiny_world.quality import quality
 from spo.tiny_world.reading import read_captions
+from spo.tiny_world.scenes import SIDE
 
 _BATCH = 50  # images drawn at once
 
@@ -73,6 +75,12 @@ class Bench:
             config.mixed_precision,
             torch.device("cpu"),
         )
+        side = self.backbone.latent_shape[1] * self.backbone.vae_scale_factor
+        if side != SIDE:
+            raise UserError(
+                f"pretrained.model: {config.pretrained.model} draws {side} pixels, and is no model of "
+                f"the tiny world, whose images have {SIDE}."
+            )
         self.prompts, self.image_settings = prompts, image_settings
         self.base = draw_and_judge(self.backbone, prompts, image_settings, "base")
         self._lora = settings.build_lora(config, self.backbone.unet, seed=0)
@@ -143,4 +151,4 @@ def before_and_after(
                 ]
             rows.append([Cell(p, c) for p, c in zip(pictures, captions, strict=True)])
             labels.append(label)
-    return grid(rows, "Same prompt, same noise; the number is the hidden quality", labels, side=112)
+    return grid(rows, "Same prompt, same noise; the number is the hidden quality", labels, side=128)
