@@ -129,7 +129,7 @@ def test_what_a_run_leaves_behind(config, whole):
     assert [line["step"] for line in lines if "accuracy" in line] == [0, 4]
     assert set(lines[0]["accuracy"]) == {"0", "251", "501", "701", "951"}
     assert lines[0]["validation_pairs"] == 5 and lines[0]["validation_ties"] == 1
-    assert lines[2]["learning_rate"] == pytest.approx(5e-4 * 2 / 3)
+    assert lines[2]["learning_rate"] == pytest.approx(config.train.learning_rate * 2 / 3)
     assert sum(line.get("pairs", 0) for line in lines) in (15, 16)  # one row is damaged
 
     # The published key layout, which the trainer takes.
