@@ -1,6 +1,6 @@
 """The paper's claims in miniature: every arm of the table, several seeds each, on the tiny world.
 
-    python scripts/reproduce_tiny.py --quick        # an hour on two cores: the main arms
+    python scripts/reproduce_tiny.py --quick        # the main arms: half an hour on two cores
     python scripts/reproduce_tiny.py                # every arm
 
 Each (arm, seed) is a run under `--out`, which is kept: the command given again goes on where it
@@ -38,7 +38,7 @@ ARMS = {
     "official": {},
 }
 PROMPTS = 64  # of each run: eight rollouts of eight
-QUICK = ("GradSPO", "SPO", FLIPPED, "ema_decay 0", "grad_scale 1", "K = 2")
+QUICK = ("GradSPO", "SPO", FLIPPED, "ema_decay 0", "grad_scale 1", "K = 2", "official")
 OFFICIAL = "config/official/sd15.py"
 # Student's t at 97.5 %, by the number of seeds: half the width of an interval in standard errors.
 STUDENT = {
