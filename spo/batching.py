@@ -10,13 +10,10 @@ MAX_PROCESSES = 64  # how far an error looks for process counts that work
 
 
 @dataclass(frozen=True)
-class BatchPlan:
-    """What every process does between two updates, and what that makes in all."""
+class UpdatePlan:
+    """What every process does for one optimizer step."""
 
     num_processes: int
-    prompts_per_rollout: int  # over all processes
-    slices: int  # rollouts that each process makes before it trains
-    slice_size: int  # prompts of one slice on one process
     minibatch_size: int  # pairs of one minibatch on one process
     accumulation_steps: int  # minibatches of one optimizer step
 
@@ -28,13 +25,29 @@ class BatchPlan:
     def describe(self) -> str:
         """The plan in one line."""
         processes = _count(self.num_processes, "process", "processes")
-        slices = _count(self.slices, "slice", "slices")
-        prompts = _count(self.slice_size, "prompt", "prompts")
         accumulation = _count(self.accumulation_steps, "accumulation step", "accumulation steps")
         return (
-            f"{processes}: {prompts} x {slices} each per rollout ({self.prompts_per_rollout} in "
-            f"all); minibatch {self.minibatch_size} x {processes} x {accumulation} = "
+            f"minibatch {self.minibatch_size} x {processes} x {accumulation} = "
             f"{self.pairs_per_update} pairs per update"
+        )
+
+
+@dataclass(frozen=True)
+class BatchPlan(UpdatePlan):
+    """What every process does between two updates, and what that makes in all."""
+
+    prompts_per_rollout: int  # over all processes
+    slices: int  # rollouts that each process makes before it trains
+    slice_size: int  # prompts of one slice on one process
+
+    def describe(self) -> str:
+        """The plan in one line."""
+        processes = _count(self.num_processes, "process", "processes")
+        slices = _count(self.slices, "slice", "slices")
+        prompts = _count(self.slice_size, "prompt", "prompts")
+        return (
+            f"{processes}: {prompts} x {slices} each per rollout ({self.prompts_per_rollout} in "
+            f"all); {super().describe()}"
         )
 
 
@@ -99,29 +112,6 @@ def fit_batches(
         minibatch_size=minibatch_size,
         accumulation_steps=accumulation_steps,
     )
-
-
-@dataclass(frozen=True)
-class UpdatePlan:
-    """What every process does for one optimizer step where there is no rollout."""
-
-    num_processes: int
-    minibatch_size: int  # pairs of one minibatch on one process
-    accumulation_steps: int  # minibatches of one optimizer step
-
-    @property
-    def pairs_per_update(self) -> int:
-        """Pairs of one optimizer step over all processes."""
-        return self.minibatch_size * self.num_processes * self.accumulation_steps
-
-    def describe(self) -> str:
-        """The plan in one line."""
-        processes = _count(self.num_processes, "process", "processes")
-        accumulation = _count(self.accumulation_steps, "accumulation step", "accumulation steps")
-        return (
-            f"minibatch {self.minibatch_size} x {processes} x {accumulation} = "
-            f"{self.pairs_per_update} pairs per update"
-        )
 
 
 def plan_updates(config: ConfigDict, num_processes: int) -> UpdatePlan:

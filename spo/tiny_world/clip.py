@@ -55,8 +55,7 @@ def train_clip(folder: Path, rounds: Sequence[Fit], state_file: Path) -> None:
     def loss(generator: torch.Generator) -> Tensor:
         captions, images = draw_images(256, generator)
         ids = token_ids(tokenizer, [str(caption) for caption in captions])
-        pooled = clip.vision_model(prepare(images)).pooler_output
-        image = torch.nn.functional.normalize(clip.visual_projection(pooled), dim=-1)
+        image = _image_features(clip, prepare(images))
         logits = clip.logit_scale.exp() * image @ text_features(clip, ids).T
         same = (ids[:, None] == ids[None]).all(-1).float()
         target = same / same.sum(1, keepdim=True)
@@ -83,8 +82,7 @@ def train_pickscore(
         pairs = draw_pairs(training, 96, seed=int(torch.randint(2**31, (), generator=generator)))
         ids = inputs.tokenize([str(caption) for caption in pairs.captions])
         images = inputs.prepare(pairs.images.flatten(0, 1))
-        pooled = clip.vision_model(images).pooler_output
-        image = torch.nn.functional.normalize(clip.visual_projection(pooled), dim=-1)
+        image = _image_features(clip, images)
         text = text_features(clip, ids)
         scores = clip.logit_scale.exp() * (image.unflatten(0, (2, -1)) * text).sum(-1).T
         return pair_losses(scores, pairs.labels).mean()
@@ -92,3 +90,9 @@ def train_pickscore(
     fit("PickScore", clip, loss, rounds, state_file)
     shutil.copytree(clip_folder, folder)  # tokenizer and image processor
     clip.save_pretrained(folder)
+
+
+def _image_features(clip: CLIPModel, pixels: Tensor) -> Tensor:
+    """Unit-norm features (n, D) of normalised pixels (n, 3, S, S)."""
+    pooled = clip.vision_model(pixels).pooler_output
+    return torch.nn.functional.normalize(clip.visual_projection(pooled), dim=-1)
