@@ -1,0 +1,158 @@
+"""What an evaluation found: every score, the comparison with the first model, and a table of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from spo.errors import UserError
+from spo.evaluation.statistics import Estimate, bootstrap_mean, paired_difference, win_rate
+
+FILE_NAME = "results.json"
+
+
+@dataclass(frozen=True)
+class ScorerInfo:
+    """A scorer of an evaluation."""
+
+    name: str  # as in the config
+    title: str  # as papers call it
+    scale: float  # scores are stored and printed as papers do: `scale` times what the scorer gives
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """A model of an evaluation."""
+
+    name: str
+    spec: str  # what was asked for, e.g. "runs/NAME"
+    files: tuple[str, ...]  # images, one per prompt, relative to the evaluation's folder
+    scores: Mapping[str, tuple[float, ...]]  # by scorer, one per prompt
+
+
+@dataclass(frozen=True)
+class Results:
+    """Scores of images that several models made of the same prompts from the same seeds."""
+
+    title: str
+    settings: Mapping[str, Any]
+    versions: Mapping[str, str]
+    scorers: tuple[ScorerInfo, ...]
+    prompts: tuple[str, ...]
+    seeds: tuple[int | None, ...]  # of each prompt's image; None where images came as files
+    models: tuple[ModelInfo, ...]  # the others are compared with the first
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One model by one scorer, on its own and beside the first model."""
+
+    scorer: ScorerInfo
+    model: str
+    mean: Estimate
+    difference: Estimate | None  # to the first model, paired by prompt; None for that model itself
+    win_rate: Estimate | None  # share of prompts with a higher score; a tie counts half
+    ties: int | None
+    n: int
+
+
+def compare(results: Results) -> list[Comparison]:
+    """Every model by every scorer, in their order."""
+    comparisons = []
+    for scorer in results.scorers:
+        first = results.models[0].scores[scorer.name]
+        for model in results.models:
+            scores = model.scores[scorer.name]
+            paired = (None, None, None)
+            if model is not results.models[0]:
+                ties = sum(a == b for a, b in zip(first, scores, strict=True))
+                paired = (paired_difference(first, scores), win_rate(first, scores), ties)
+            comparisons.append(
+                Comparison(scorer, model.name, bootstrap_mean(scores), *paired, n=len(scores))
+            )
+    return comparisons
+
+
+def table(results: Results) -> str:
+    """The comparison as a Markdown table, intervals of 95 % in brackets."""
+    first = results.models[0].name
+    lines = [
+        f"| scorer | model | mean | difference to {first} | win rate | ties | n |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in compare(results):
+        title = row.scorer.title + (f" x {row.scorer.scale:g}" if row.scorer.scale != 1 else "")
+        mean = f"{row.mean.mean:.3f} [{row.mean.low:.3f}, {row.mean.high:.3f}]"
+        cells = ["", "", ""]
+        if row.difference is not None:
+            gain = row.difference
+            cells[0] = f"{gain.mean:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}]"
+            cells[1] = row.win_rate.percent()
+            cells[2] = str(row.ties)
+        lines.append(" | ".join(["| " + title, row.model, mean, *cells, f"{row.n} |"]))
+    return "\n".join(lines) + "\n"
+
+
+def write_results(results: Results, folder: Path) -> Path:
+    """Write results.json: settings, versions, the comparison, and per prompt each model's image."""
+    content = {
+        "title": results.title,
+        "settings": results.settings,
+        "versions": results.versions,
+        "scorers": [asdict(scorer) for scorer in results.scorers],
+        "models": [{"name": model.name, "spec": model.spec} for model in results.models],
+        "summary": [asdict(row) | {"scorer": row.scorer.name} for row in compare(results)],
+        "prompts": [
+            {
+                "prompt": prompt,
+                "seed": seed,
+                "images": {
+                    model.name: {
+                        "file": model.files[i],
+                        "scores": {name: scores[i] for name, scores in model.scores.items()},
+                    }
+                    for model in results.models
+                },
+            }
+            for i, (prompt, seed) in enumerate(zip(results.prompts, results.seeds, strict=True))
+        ],
+    }
+    path = folder / FILE_NAME
+    path.write_text(json.dumps(content, indent=1) + "\n")
+    return path
+
+
+def read_results(folder: Path) -> Results:
+    """The inverse of `write_results`; UserError where the file is missing or is none of ours."""
+    path = folder / FILE_NAME
+    try:
+        content = json.loads(path.read_text())
+        scorers = tuple(ScorerInfo(**scorer) for scorer in content["scorers"])
+        rows = content["prompts"]
+        models = tuple(
+            ModelInfo(
+                **model,
+                files=tuple(row["images"][model["name"]]["file"] for row in rows),
+                scores={
+                    scorer.name: tuple(
+                        row["images"][model["name"]]["scores"][scorer.name] for row in rows
+                    )
+                    for scorer in scorers
+                },
+            )
+            for model in content["models"]
+        )
+        return Results(
+            title=content["title"],
+            settings=content["settings"],
+            versions=content["versions"],
+            scorers=scorers,
+            prompts=tuple(row["prompt"] for row in rows),
+            seeds=tuple(row["seed"] for row in rows),
+            models=models,
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is not the results.json of an evaluation: {error!r}") from error
