@@ -54,6 +54,7 @@ def linear_fit(steps, state_file):
 
 def test_fitting_goes_on_where_it_was_stopped(tmp_path):
     whole = linear_fit(None, tmp_path / "whole.state")
+    (tmp_path / "stopped.partial").mkdir()  # what is being made may have a folder by then
     for steps in (230, 120):  # stopped in the first round, and in the second
         with pytest.raises(KeyboardInterrupt):
             linear_fit(steps, tmp_path / "stopped.state")

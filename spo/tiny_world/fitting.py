@@ -99,6 +99,6 @@ def _save(
         "average": average.state_dict(),
         "step": step,
     }
-    partial = file.with_suffix(".partial")
+    partial = file.with_name(f"{file.name}.tmp")  # not the .partial folder that is being filled
     torch.save(state, partial)
     partial.replace(file)
