@@ -8,11 +8,23 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+    UniPCMultistepScheduler,
+)
 from torch import Tensor, nn
 
 from spo.ddim import DDIMSchedule, make_schedule
@@ -21,6 +33,18 @@ from spo.hub import LOAD_ERRORS, PREFETCH, first_line, model_file
 from spo.types import Conditioning
 
 _PIPELINES = {"sd15": StableDiffusionPipeline, "sdxl": StableDiffusionXLPipeline}
+# A LoRA that leaves the text encoders alone is no reason for a warning.
+logging.getLogger("diffusers.loaders.lora_base").addFilter(
+    lambda record: "No LoRA keys associated to" not in record.getMessage()
+)
+
+SCHEDULERS = {
+    "ddim": DDIMScheduler,
+    "dpm++": DPMSolverMultistepScheduler,
+    "euler": EulerDiscreteScheduler,
+    "euler_a": EulerAncestralDiscreteScheduler,
+    "unipc": UniPCMultistepScheduler,
+}
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -32,25 +56,42 @@ class ModelSource:
     revision: str | None = None
     variant: str | None = None
     vae: str | None = None
+    unet: str | None = None  # a repo or folder whose subfolder `unet` replaces the model's own
 
 
-def check_source(source: ModelSource, family: str) -> None:
-    """Raise UserError unless `source` is a pipeline of `family`; reads one small json file."""
+def family_of(model: str, key: str) -> str:
+    """The family of a base model, a folder or Hub id; UserError, naming `key`, where it has none."""
+    file = model_file(model, "model_index.json", key)
+    found = _class_name(file, key)
+    for family, pipeline in _PIPELINES.items():
+        if pipeline.__name__ == found:
+            return family
+    raise UserError(f"{key}: {model!r} is a {found}, neither SD1.5 nor SDXL.")
+
+
+def check_source(source: ModelSource, family: str, key: str = "pretrained.model") -> None:
+    """Raise UserError, naming the config `key`, unless `source` is a pipeline of `family`.
+
+    Reads one small json file.
+    """
     if family not in _PIPELINES:
         raise UserError(f"family: {family!r} is none of {', '.join(_PIPELINES)}.")
     if source.vae is not None:
         model_file(source.vae, "config.json", "pretrained.vae")
-    file = model_file(source.model, "model_index.json", "pretrained.model", source.revision)
-    try:
-        index = json.loads(file.read_text())
-    except ValueError as error:
-        raise UserError(f"pretrained.model: {file} is not a JSON file: {error}") from error
-    found, wanted = index.get("_class_name"), _PIPELINES[family].__name__
+    file = model_file(source.model, "model_index.json", key, source.revision)
+    found, wanted = _class_name(file, key), _PIPELINES[family].__name__
     if found != wanted:
         raise UserError(
-            f"pretrained.model: {source.model!r} is a {found}, but family={family!r} needs a "
-            f"{wanted}; change pretrained.model or family."
+            f"{key}: {source.model!r} is a {found}, but family={family!r} needs a {wanted}; change "
+            "the model or family."
         )
+
+
+def _class_name(file: Path, key: str) -> str | None:
+    try:
+        return json.loads(file.read_text()).get("_class_name")
+    except ValueError as error:
+        raise UserError(f"{key}: {file} is not a JSON file: {error}") from error
 
 
 def load_pipeline(
@@ -70,10 +111,14 @@ def load_pipeline(
     try:
         if source.vae is not None:
             options["vae"] = AutoencoderKL.from_pretrained(source.vae, dtype=dtype)
+        if source.unet is not None:
+            options["unet"] = UNet2DConditionModel.from_pretrained(
+                source.unet, subfolder="unet", dtype=dtype
+            )
         pipe = _PIPELINES[family].from_pretrained(source.model, **options)
     except LOAD_ERRORS as error:
         raise UserError(
-            f"pretrained: {source.model!r} (vae {source.vae!r}) cannot be loaded "
+            f"pretrained: {source.model!r} (vae {source.vae!r}, unet {source.unet!r}) cannot be loaded "
             f"({first_line(error)}); to download and check it: {PREFETCH}"
         ) from error
     # SDXL's own VAE overflows in fp16 and its config says so; SD1.5's does not and has the same flag.
@@ -95,6 +140,7 @@ class Backbone:
         self.device = device
         self.dtype = DTYPES[mixed_precision]
         self._pipe = load_pipeline(source, family, self.dtype).to(device)
+        self._pipe.set_progress_bar_config(disable=True)
         self.unet = self._pipe.unet
         self.vae = self._pipe.vae
         size = self.unet.config.sample_size
@@ -135,6 +181,18 @@ class Backbone:
             negative_pooled_prompt_embeds=encoded[3][:1],
             time_ids=torch.tensor([size], dtype=encoded[0].dtype, device=self.device),
         )
+
+    def use_loras(self, files: Sequence[tuple[Path, float]]) -> None:
+        """Put LoRA files, each at its weight, in the place of those that were in use; () for none.
+
+        Raises what diffusers raises for files that do not fit.
+        """
+        self._pipe.unload_lora_weights()
+        names = [f"lora_{i}" for i in range(len(files))]
+        for name, (path, _) in zip(names, files, strict=True):
+            self._pipe.load_lora_weights(path.parent, weight_name=path.name, adapter_name=name)
+        if names:
+            self._pipe.set_adapters(names, [weight for _, weight in files])
 
     def lora_state_dict(self, weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict]:
         """LoRA weights of any format that diffusers knows, as diffusers names them, and alphas."""
@@ -177,6 +235,42 @@ class Backbone:
             return output
         unconditional, conditional = output.chunk(2)
         return unconditional + guidance_scale * (conditional - unconditional)
+
+    @torch.no_grad()
+    def draw(
+        self,
+        prompts: Sequence[str],
+        noise: Tensor,
+        scheduler: str,
+        num_steps: int,
+        guidance_scale: float,
+        generators: Sequence[torch.Generator],
+    ) -> Tensor:
+        """Images (n, 3, H, W) in [-1, 1] of n prompts by diffusers' own pipeline.
+
+        They start from standard normal `noise` (n, C, h, w), whose size is theirs; `scheduler` is one
+        of SCHEDULERS, and draws what noise it needs besides from one generator per image.
+        """
+        own = self._pipe.scheduler
+        height, width = (side * self.vae_scale_factor for side in noise.shape[-2:])
+        try:
+            # As in spo.ddim: a config that says nothing of clipping means none.
+            self._pipe.scheduler = SCHEDULERS[scheduler].from_config(
+                {"clip_sample": False, **own.config}
+            )
+            latents = self._pipe(
+                list(prompts),
+                height=height,
+                width=width,
+                latents=noise.to(self.device, self.dtype),
+                num_inference_steps=num_steps,
+                guidance_scale=guidance_scale,
+                generator=list(generators),
+                output_type="latent",
+            ).images
+        finally:
+            self._pipe.scheduler = own
+        return self.decode(latents)
 
     @torch.no_grad()
     def encode_images(self, images: Tensor, noise: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 
 from spo.errors import UserError
@@ -57,6 +57,26 @@ def model_file(model: str, name: str, key: str, revision: str | None = None) -> 
     if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model):
         return resolve_file(f"hf://{model}/{name}", key, revision)
     raise UserError(f"{key}: {model!r} is neither a folder nor a Hub id user/name.")
+
+
+def find_file(model: str, name: str, key: str) -> Path | None:
+    """The local path of file `name` of a folder or Hub repo; None where it has no such file.
+
+    Offline, what is not in the cache is not there. Raises UserError that names `key` where the Hub
+    refuses.
+    """
+    if Path(model).is_dir():
+        path = Path(model) / name
+        return path if path.is_file() else None
+    try:
+        return Path(hf_hub_download(model, name))
+    except EntryNotFoundError:  # also where it is not in the cache and the Hub cannot be reached
+        return None
+    except Exception as error:  # as in resolve_file
+        raise UserError(
+            f"{key}: cannot look for {name} in {model} ({first_line(error)}); check the name and "
+            "your access."
+        ) from error
 
 
 def first_line(error: Exception) -> str:

@@ -61,6 +61,27 @@ def read_lora(path: Path, backbone: Backbone, lora: Lora, key: str) -> dict[str,
     return result
 
 
+def check_lora(path: Path, backbone: Backbone, key: str) -> None:
+    """Raise UserError unless every tensor in `path` has its place, of its size, in the UNet."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        state, _ = backbone.lora_state_dict(weights)
+        unet = {k.removeprefix("unet."): v for k, v in state.items() if k.startswith("unet.")}
+        found = convert_unet_state_dict_to_peft(unet)
+    except (OSError, SafetensorError, ValueError, KeyError, AttributeError) as error:
+        raise UserError(f"{key}: {path} cannot be read as a LoRA: {error}") from error
+    modules = dict(backbone.unet.named_modules())
+    for name, tensor in found.items():
+        module, _, end = name.partition(".lora_")
+        weight = getattr(modules.get(module), "weight", None)
+        side = 1 if end.startswith("A") else 0  # A reads the module's input, B writes its output
+        if weight is None or weight.shape[side] != tensor.shape[side]:
+            raise UserError(f"{key}: {path} is for another base model: {module} does not fit.")
+    if not found:
+        raise UserError(f"{key}: {path} has no LoRA weights for a UNet.")
+
+
 def _module_of_alpha(name: str) -> str:
     """The module that diffusers' name of a kohya alpha belongs to.
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from torch import Tensor
 
 _MARGIN = 6  # pixels between cells
@@ -27,6 +29,17 @@ def to_pil(images: Tensor) -> list[Image.Image]:
     """PIL images of a tensor (n, 3, H, W) in [-1, 1]; values outside are clamped."""
     pixels = (images.float() / 2 + 0.5).clamp(0, 1).mul(255).round().byte()
     return [Image.fromarray(np.asarray(p)) for p in pixels.permute(0, 2, 3, 1).cpu()]
+
+
+def write_png(path: Path, image: Image.Image, text: Mapping[str, str]) -> None:
+    """Save a PNG with `text` in it, whole or not at all."""
+    chunks = PngImagePlugin.PngInfo()
+    for key, value in text.items():
+        chunks.add_itxt(key, value)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    image.save(partial, format="PNG", pnginfo=chunks)
+    os.replace(partial, path)
 
 
 def grid(

@@ -63,9 +63,11 @@ def read_prompts(
     try:
         path = Path(source).expanduser()
         if path.is_dir() and source:
-            return _draw(_collect(source, _dataset_rows(str(path), split, column)), num, seed)
+            return draw_prompts(
+                collect_prompts(source, _dataset_rows(str(path), split, column)), num, seed
+            )
         if path.suffix.lower() in READERS or path.is_file():
-            return _draw(_collect(source, file_rows(path, column)), num, seed)
+            return draw_prompts(collect_prompts(source, file_rows(path, column)), num, seed)
         if not HUB_ID.fullmatch(source):
             raise UserError(f"no file or folder {source!r}, and no id of a Hub dataset either")
         return _read_hub(source, split, column, num, seed)
@@ -80,7 +82,8 @@ def epoch_order(num_prompts: int, seed: int, epoch: int) -> list[int]:
     return torch.randperm(num_prompts, generator=generator).tolist()
 
 
-def _collect(source: str, rows: Iterable[object]) -> PromptSet:
+def collect_prompts(source: str, rows: Iterable[object]) -> PromptSet:
+    """The unique prompts among `rows`, in order; UserError where there are none."""
     prompts: dict[str, None] = {}  # a set that keeps the order of first appearance
     num_rows = empty = not_text = 0
     for row in rows:
@@ -98,7 +101,8 @@ def _collect(source: str, rows: Iterable[object]) -> PromptSet:
     return found
 
 
-def _draw(found: PromptSet, num: int, seed: int) -> PromptSet:
+def draw_prompts(found: PromptSet, num: int, seed: int) -> PromptSet:
+    """`num` of the prompts in random order (0: all as they are); UserError where there are fewer."""
     if num == 0:
         return found
     available = len(found.prompts)
@@ -156,14 +160,16 @@ def _read_hub(source: str, split: str, column: str, num: int, seed: int) -> Prom
     cache = _cache_file(source, split, column, num, seed)
     if cache.exists():
         try:
-            kept = _collect(f"{source}, as drawn before in {cache}", file_rows(cache, "caption"))
+            kept = collect_prompts(
+                f"{source}, as drawn before in {cache}", file_rows(cache, "caption")
+            )
             if kept.rows == len(kept.prompts) and num in (0, kept.rows):
                 return kept
             reason = f"wanted {num:,} unique prompts: {kept.describe()}"
         except UserError as error:
             reason = str(error)
         logger.warning("drawing the prompts again, as the kept draw is damaged: %s", reason)
-    drawn = _draw(_collect(source, _dataset_rows(source, split, column)), num, seed)
+    drawn = draw_prompts(collect_prompts(source, _dataset_rows(source, split, column)), num, seed)
     try:
         _write_cache(cache, drawn.prompts)
     except OSError as error:  # a full or read-only disk is no reason to stop

@@ -15,11 +15,15 @@ from spo.seeding import derive_seed
 
 @dataclass(frozen=True)
 class ImageSettings:
-    """How validation images are drawn; `config.eval` explains each."""
+    """How images are drawn; `config.eval` explains each."""
 
     num_steps: int
     guidance_scale: float
     seed: int
+
+    def image_seed(self, index: int) -> int:
+        """The seed of the noise that image `index` starts from."""
+        return derive_seed(self.seed, "image", index)
 
 
 @torch.no_grad()
@@ -28,13 +32,13 @@ def sample_images(
 ) -> Tensor:
     """Images (n, 3, H, W) of n prompts with the UNet as it stands, by DDIM with eta 0.
 
-    Image i starts from noise seeded with (settings.seed, indices[i]), whatever the batch.
+    Image i starts from noise seeded with settings.image_seed(indices[i]), whatever the batch.
     """
     schedule = backbone.schedule(settings.num_steps)
     conditioning = backbone.encode_prompts(prompts)
     noises = []
     for index in indices:
-        generator = torch.Generator().manual_seed(derive_seed(settings.seed, "image", index))
+        generator = torch.Generator().manual_seed(settings.image_seed(index))
         noises.append(torch.randn(backbone.latent_shape, generator=generator))
     latents = torch.stack(noises).to(backbone.device)
     for timestep in schedule.timesteps:

@@ -175,6 +175,7 @@ def train_denoiser(
         set_alpha_to_one=False,
         skip_prk_steps=True,
     )
+    scheduler.register_to_config(clip_sample=False)  # or other schedulers made from this one clip
     data = _encode(vae, tokenizer, num_images)
     no_caption = token_ids(tokenizer, [""])
     torch.manual_seed(0)

@@ -1,0 +1,68 @@
+"""Draw prompts with any number of models, and a labelled grid with the models side by side.
+
+    python scripts/sample.py --models base runs/NAME --prompts "a fox reading a map" --seeds 0 1
+    python scripts/sample.py --models base JTTJ/GradSPO/sd1_5 --prompts_file prompts.txt
+    python scripts/sample.py --models runs/NAME --lora_scale 0,0.5,1 --prompts "a fox reading a map"
+
+A model is [NAME=]base, [NAME=]LORA[:WEIGHT] (a run, a checkpoint, a file or a Hub id; several joined by
++), a diffusers folder or a Hub id. Every image says in its PNG text how it was made.
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+REPO = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(REPO))
+
+from spo.flags import exit_on_user_error
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--models", nargs="+", default=["base"], help="columns of the grid")
+    parser.add_argument(
+        "--base", help="base model (default: what the LoRA was trained on, or SD1.5)"
+    )
+    parser.add_argument("--vae", help="Hub id or folder that replaces the base model's own VAE")
+    parser.add_argument("--prompts", nargs="+", default=[], help="rows of the grid")
+    parser.add_argument("--prompts_file", help="json, jsonl, txt, csv or parquet")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="each draws every prompt")
+    parser.add_argument("--lora_scale", help="0,0.5,1: every LoRA at each of these strengths")
+    parser.add_argument("--scheduler", default="ddim", help="ddim, dpm++, euler, euler_a or unipc")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--guidance", type=float, default=5.0)
+    parser.add_argument("--size", help="WIDTHxHEIGHT in pixels (default: the base model's own)")
+    parser.add_argument("--mixed_precision", help="no, fp16 or bf16 (default: fp16 on a GPU)")
+    parser.add_argument("--batch_size", type=int, default=1, help="images drawn at once")
+    parser.add_argument("--out", type=Path, help="folder (default: runs/samples_TIME)")
+    options = parser.parse_args()
+    with exit_on_user_error():
+        sample(options)
+
+
+def sample(options: argparse.Namespace) -> None:
+    """Check everything, draw, and say where it is."""
+    from spo import samples
+
+    settings = samples.SampleSettings(
+        seeds=tuple(options.seeds),
+        scheduler=options.scheduler,
+        num_steps=options.steps,
+        guidance_scale=options.guidance,
+        size=samples.read_size(options.size),
+        mixed_precision=options.mixed_precision,
+        batch_size=options.batch_size,
+    )
+    base = options.base or samples.default_base(options.models)
+    models = samples.read_models(options.models, base, options.vae, options.lora_scale)
+    prompts = samples.sample_prompts(options.prompts, options.prompts_file)
+    out = options.out or Path("runs") / f"samples_{time.strftime('%Y%m%d_%H%M%S')}"
+    print(f"grid: {samples.draw_samples(models, prompts, settings, out)}")
+
+
+if __name__ == "__main__":
+    main()
