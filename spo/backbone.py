@@ -40,17 +40,30 @@ def check_source(source: ModelSource, family: str) -> None:
         raise UserError(f"family: {family!r} is none of {', '.join(_PIPELINES)}.")
     if source.vae is not None:
         model_file(source.vae, "config.json", "pretrained.vae")
-    file = model_file(source.model, "model_index.json", "pretrained.model", source.revision)
-    try:
-        index = json.loads(file.read_text())
-    except ValueError as error:
-        raise UserError(f"pretrained.model: {file} is not a JSON file: {error}") from error
-    found, wanted = index.get("_class_name"), _PIPELINES[family].__name__
+    found = _class_name(source.model, "pretrained.model", source.revision)
+    wanted = _PIPELINES[family].__name__
     if found != wanted:
         raise UserError(
             f"pretrained.model: {source.model!r} is a {found}, but family={family!r} needs a "
             f"{wanted}; change pretrained.model or family."
         )
+
+
+def family_of(model: str, key: str) -> str:
+    """The family of a folder or Hub id; UserError, which names the flag `key`, where it has none."""
+    found = _class_name(model, key)
+    for family, pipeline in _PIPELINES.items():
+        if pipeline.__name__ == found:
+            return family
+    raise UserError(f"{key}: {model!r} is a {found}, not an SD1.5 or SDXL pipeline.")
+
+
+def _class_name(model: str, key: str, revision: str | None = None) -> str | None:
+    file = model_file(model, "model_index.json", key, revision)
+    try:
+        return json.loads(file.read_text()).get("_class_name")
+    except ValueError as error:
+        raise UserError(f"{key}: {file} is not a JSON file: {error}") from error
 
 
 def load_pipeline(

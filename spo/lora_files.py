@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -13,23 +13,46 @@ from torch import Tensor
 
 from spo.backbone import Backbone
 from spo.errors import UserError
-from spo.hub import resolve_file
+from spo.hub import list_files, resolve_file
 from spo.lora import FILE_NAME, Lora, parameter_names
+from spo.lora_formats import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 
 def find_lora(spec: str, key: str) -> Path:
-    """The LoRA file that `spec` names: a file, a run or checkpoint folder, or user/name[/file].
+    """The LoRA file that `spec` names: a file, a folder, or on the Hub user/repo[/folder][/file].
 
-    Raises UserError that names `spec` and the config `key` or flag it came from.
+    In a folder, of a run, a checkpoint or peft, it is pytorch_lora_weights.safetensors or else the only
+    .safetensors file. Raises UserError that names `spec` and the config `key` or flag it came from.
     """
     path = Path(spec).expanduser()
     if path.is_dir():
-        return resolve_file(str(path / FILE_NAME), key)
+        names = [each.name for each in path.iterdir()]
+        return resolve_file(str(path / _choose(names, spec, key)), key)
     name = spec.removeprefix("hf://").rstrip("/")
     if path.is_file() or spec.startswith((".", "/", "~")) or "/" not in name:
         return resolve_file(spec, key)
-    file = name if name.endswith(".safetensors") else f"{name}/{FILE_NAME}"
-    return resolve_file(f"hf://{file}", key)
+    if name.endswith(".safetensors"):
+        return resolve_file(f"hf://{name}", key)
+    parts = name.split("/")
+    folder = "".join(f"{part}/" for part in parts[2:])
+    files = list_files("/".join(parts[:2]), key)
+    inside = [file.removeprefix(folder) for file in files if file.startswith(folder)]
+    chosen = _choose(inside, spec, key)
+    if chosen == ADAPTER_WEIGHTS:  # means nothing without its config
+        resolve_file(f"hf://{name}/{ADAPTER_CONFIG}", key)
+    return resolve_file(f"hf://{name}/{chosen}", key)
+
+
+def _choose(names: Sequence[str], spec: str, key: str) -> str:
+    """The LoRA among the files of a folder; UserError where that could be several."""
+    files = sorted(name for name in names if name.endswith(".safetensors"))
+    here = [name for name in files if "/" not in name]
+    if FILE_NAME in here or not files:
+        return FILE_NAME  # which is reported where it is missing
+    if len(here) == 1:
+        return here[0]
+    found = ", ".join(here or files)
+    raise UserError(f"{key}: which LoRA of {spec}? Add one of these to its name: /{found}")
 
 
 def read_lora(path: Path, backbone: Backbone, lora: Lora, key: str) -> dict[str, Tensor]:
