@@ -72,7 +72,7 @@ def write(options: argparse.Namespace) -> None:
     if options.merge:
         pipe = merged_pipeline(lora, options.base, dtype)
         with new_output(options.output) as path:
-            pipe.save_pretrained(path)
+            pipe.save_pretrained(path, max_shard_size="20GB")  # one file each, as base models have
         return
     if options.base:
         check_fit(lora, options.base)

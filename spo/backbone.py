@@ -149,11 +149,6 @@ class Backbone:
             time_ids=torch.tensor([size], dtype=encoded[0].dtype, device=self.device),
         )
 
-    def lora_state_dict(self, weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict]:
-        """LoRA weights of any format that diffusers knows, as diffusers names them, and alphas."""
-        converted, alphas = self._pipe.lora_state_dict(weights, unet_config=self.unet.config)
-        return converted, alphas or {}
-
     def predict(
         self,
         unet: nn.Module,

@@ -1,21 +1,18 @@
-"""Reading LoRA files: our own, diffusers' old and new, and kohya's, from a path or the Hub."""
+"""LoRA files of any format, from a path or the Hub, as the parameters that are trained."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import torch
-from diffusers.utils import convert_unet_state_dict_to_peft
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from spo.backbone import Backbone
 from spo.errors import UserError
 from spo.hub import list_files, resolve_file
 from spo.lora import FILE_NAME, Lora, parameter_names
 from spo.lora_formats import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from spo.lora_names import network_of
+from spo.lora_parsing import read_lora_file
 
 
 def find_lora(spec: str, key: str) -> Path:
@@ -55,46 +52,21 @@ def _choose(names: Sequence[str], spec: str, key: str) -> str:
     raise UserError(f"{key}: which LoRA of {spec}? Add one of these to its name: /{found}")
 
 
-def read_lora(path: Path, backbone: Backbone, lora: Lora, key: str) -> dict[str, Tensor]:
+def read_lora(path: Path, lora: Lora, key: str) -> dict[str, Tensor]:
     """The weights in `path` under the names of `lora`'s parameters, fp32, scaled to its alpha.
 
     Raises UserError where the file is damaged, or of another base model, rank or set of modules.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            header = file.metadata() or {}
-        default = json.loads(header.get("lora_adapter_metadata", "{}")).get("unet.lora_alpha")
-        state, alphas = backbone.lora_state_dict(weights)
-        unet = {k.removeprefix("unet."): v for k, v in state.items() if k.startswith("unet.")}
-        found = parameter_names(convert_unet_state_dict_to_peft(unet))
-    except (OSError, SafetensorError, ValueError, KeyError, AttributeError) as error:
-        raise UserError(f"{key}: {path} cannot be read as a LoRA: {error}") from error
-    if len(unet) < len(state):
+    modules = read_lora_file(path, key).modules
+    if any(network_of(name) != "unet" for name in modules):
         raise UserError(f"{key}: {path} also changes the text encoder, which is not trained here.")
+    weights = {}
+    for name, module in modules.items():
+        weights[f"{name}.lora_A.weight"] = module.down.float()
+        weights[f"{name}.lora_B.weight"] = module.up.float() * (module.alpha / lora.alpha)
+    found = parameter_names(weights)
     _check_fit(path, found, lora, key)
-    alphas = {_module_of_alpha(name): float(alpha) for name, alpha in alphas.items()}
-    result = {}
-    for name, parameter in lora.parameters.items():
-        tensor = found[name].to(parameter.device, torch.float32)
-        module, is_b, _ = name.partition(".lora_B")
-        if is_b:
-            tensor = tensor * (alphas.get(module, default or lora.rank) / lora.alpha)
-        result[name] = tensor
-    return result
-
-
-def _module_of_alpha(name: str) -> str:
-    """The module that diffusers' name of a kohya alpha belongs to.
-
-    unet.X.processor.to_q_lora.down.weight.alpha -> X.to_q, but to_out_lora -> to_out.0.
-    """
-    name = name.removeprefix("unet.").removesuffix(".alpha").removesuffix(".down.weight")
-    head, is_processor, projection = name.partition(".processor.")
-    if not is_processor:
-        return name
-    projection = projection.removesuffix("_lora")
-    return f"{head}.to_out.0" if projection == "to_out" else f"{head}.{projection}"
+    return {name: found[name].to(p.device) for name, p in lora.parameters.items()}
 
 
 def _check_fit(path: Path, found: Mapping[str, Tensor], lora: Lora, key: str) -> None:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from spo.backbone import ModelSource, family_of, load_pipeline
 from spo.errors import UserError
-from spo.hub import model_file
+from spo.hub import LOAD_ERRORS, first_line, model_file
 from spo.lora_formats import LoraModule, LoraWeights
 from spo.lora_names import network_of
 
@@ -24,10 +22,13 @@ def check_fit(lora: LoraWeights, base: str) -> None:
 
     Reads two small json files, no weights.
     """
-    family_of(base, "--base")
-    config = UNet2DConditionModel.load_config(model_file(base, "unet/config.json", "--base"))
-    with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(config)
+    family_of(base, "--base")  # an error where it is another kind of pipeline
+    file = model_file(base, "unet/config.json", "--base")
+    try:
+        with torch.device("meta"):
+            unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(file))
+    except LOAD_ERRORS as error:
+        raise UserError(f"--base: {file} makes no UNet: {first_line(error)}") from error
     for name, module in lora.modules.items():
         if network_of(name) == "unet":
             _layer(unet, name, module)
@@ -38,8 +39,8 @@ def merged_pipeline(
 ) -> DiffusionPipeline:
     """The pipeline of `base` with W + alpha / rank B A for each W that the LoRA changes.
 
-    Computed in fp32, then rounded to `dtype`; None: that in which the base's UNet is stored.
-    Raises UserError where base and LoRA do not fit.
+    Computed in fp32, then rounded to `dtype`; None: that in which the base's UNet is stored. Without
+    a safety checker. Raises UserError where base and LoRA do not fit.
     """
     check_fit(lora, base)
     dtype = dtype or _stored_dtype(base)
@@ -83,8 +84,7 @@ def _change(module: LoraModule) -> Tensor:
 
 def _stored_dtype(base: str) -> torch.dtype:
     try:
-        path: Path = model_file(base, _UNET_WEIGHTS, "--base")
-    except UserError as error:
-        raise UserError(f"--dtype: say in which to store the model: {error}") from error
-    with safe_open(path, framework="pt") as file:
-        return _DTYPES[file.get_slice(next(iter(file.keys()))).get_dtype()]
+        with safe_open(model_file(base, _UNET_WEIGHTS, "--base"), framework="pt") as file:
+            return _DTYPES[file.get_slice(next(iter(file.keys()))).get_dtype()]
+    except (UserError, SafetensorError, KeyError) as error:
+        raise UserError(f"--dtype: say in which to store the model, as: {error}") from error

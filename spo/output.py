@@ -7,6 +7,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from spo.errors import UserError
 
 
@@ -40,7 +42,7 @@ def new_output(path: Path) -> Iterator[Path]:
         if path.is_dir():
             shutil.rmtree(path)
         partial.replace(path)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise UserError(f"--output: cannot write {path} ({error}).") from error
     finally:
         _remove(partial)

@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -139,6 +140,16 @@ def test_a_lora_of_another_model(run, tmp_path):
         merged_pipeline(wide, TINY)
     with pytest.raises(UserError, match="--base: no file"):
         check_fit(lora, str(tmp_path))
+    shutil.copy(f"{TINY}/model_index.json", tmp_path)
+    (tmp_path / "unet").mkdir()
+    (tmp_path / "unet" / "config.json").write_text("{")
+    with pytest.raises(UserError, match="--base: .*config.json makes no UNet"):
+        check_fit(lora, str(tmp_path))
+    shutil.copy(f"{TINY}/unet/config.json", tmp_path / "unet")
+    with pytest.raises(UserError, match="--dtype: say in which.*diffusion_pytorch_model"):
+        merged_pipeline(lora, str(tmp_path))
+    with pytest.raises(UserError, match="--base: .*cannot be loaded"):
+        merged_pipeline(lora, str(tmp_path), torch.float32)
     (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
     with pytest.raises(UserError, match="--base: .* is a FluxPipeline, not an SD1.5 or SDXL"):
         check_fit(lora, str(tmp_path))
