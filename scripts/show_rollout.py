@@ -53,7 +53,7 @@ def show_rollout(config, prompt: str, lora_spec: str, seed: int, out: Path) -> N
     )
     if lora_spec:
         lora = settings.build_lora(config, model.unet, seed=0)
-        lora.assign(read_lora(lora_path, model, lora, "--lora"))
+        lora.assign(read_lora(lora_path, lora, "--lora"))
     scorer = scorers.load_scorer(settings.scorer_source(config), device)
     features = scorer.encode_prompts([prompt])
     collect = settings.collect_settings(config)

@@ -11,7 +11,6 @@ import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from diffusers import (
@@ -60,13 +59,12 @@ class ModelSource:
 
 
 def family_of(model: str, key: str) -> str:
-    """The family of a base model, a folder or Hub id; UserError, naming `key`, where it has none."""
-    file = model_file(model, "model_index.json", key)
-    found = _class_name(file, key)
+    """The family of a folder or Hub id; UserError, naming the config `key`, where it has none."""
+    found = _class_name(model, key)
     for family, pipeline in _PIPELINES.items():
         if pipeline.__name__ == found:
             return family
-    raise UserError(f"{key}: {model!r} is a {found}, neither SD1.5 nor SDXL.")
+    raise UserError(f"{key}: {model!r} is a {found}, not an SD1.5 or SDXL pipeline.")
 
 
 def check_source(source: ModelSource, family: str, key: str = "pretrained.model") -> None:
@@ -78,8 +76,8 @@ def check_source(source: ModelSource, family: str, key: str = "pretrained.model"
         raise UserError(f"family: {family!r} is none of {', '.join(_PIPELINES)}.")
     if source.vae is not None:
         model_file(source.vae, "config.json", "pretrained.vae")
-    file = model_file(source.model, "model_index.json", key, source.revision)
-    found, wanted = _class_name(file, key), _PIPELINES[family].__name__
+    found = _class_name(source.model, key, source.revision)
+    wanted = _PIPELINES[family].__name__
     if found != wanted:
         raise UserError(
             f"{key}: {source.model!r} is a {found}, but family={family!r} needs a {wanted}; change "
@@ -87,7 +85,8 @@ def check_source(source: ModelSource, family: str, key: str = "pretrained.model"
         )
 
 
-def _class_name(file: Path, key: str) -> str | None:
+def _class_name(model: str, key: str, revision: str | None = None) -> str | None:
+    file = model_file(model, "model_index.json", key, revision)
     try:
         return json.loads(file.read_text()).get("_class_name")
     except ValueError as error:
@@ -182,22 +181,17 @@ class Backbone:
             time_ids=torch.tensor([size], dtype=encoded[0].dtype, device=self.device),
         )
 
-    def use_loras(self, files: Sequence[tuple[Path, float]]) -> None:
-        """Put LoRA files, each at its weight, in the place of those that were in use; () for none.
+    def use_loras(self, loras: Sequence[tuple[dict[str, Tensor], float]]) -> None:
+        """Put LoRAs in the place of those that were in use; () for none.
 
-        Raises what diffusers raises for files that do not fit.
+        Each is diffusers' state dict of one whose alpha is its rank, and its weight.
         """
         self._pipe.unload_lora_weights()
-        names = [f"lora_{i}" for i in range(len(files))]
-        for name, (path, _) in zip(names, files, strict=True):
-            self._pipe.load_lora_weights(path.parent, weight_name=path.name, adapter_name=name)
+        names = [f"lora_{i}" for i in range(len(loras))]
+        for name, (weights, _) in zip(names, loras, strict=True):
+            self._pipe.load_lora_weights(dict(weights), adapter_name=name)
         if names:
-            self._pipe.set_adapters(names, [weight for _, weight in files])
-
-    def lora_state_dict(self, weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict]:
-        """LoRA weights of any format that diffusers knows, as diffusers names them, and alphas."""
-        converted, alphas = self._pipe.lora_state_dict(weights, unet_config=self.unet.config)
-        return converted, alphas or {}
+            self._pipe.set_adapters(names, [weight for _, weight in loras])
 
     def predict(
         self,

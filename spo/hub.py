@@ -5,8 +5,13 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
 from safetensors import SafetensorError
 
 from spo.errors import UserError
@@ -45,6 +50,27 @@ def resolve_file(spec: str, key: str, revision: str | None = None) -> Path:
             f"{key}: cannot download {name} of {repo} ({first_line(error)}); check the name and your "
             f"access, then: {PREFETCH}"
         ) from error
+
+
+def list_files(repo: str, key: str) -> list[str]:
+    """The files of a Hub repo; those in the local cache where the Hub cannot be reached.
+
+    Raises UserError that names the config `key` or flag.
+    """
+    try:
+        return HfApi().list_repo_files(repo)
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise UserError(f"{key}: no repo {repo} on the Hub ({first_line(error)}).") from error
+    except Exception as error:  # of whatever network library, as above
+        try:
+            folder = Path(snapshot_download(repo, local_files_only=True))
+        except LocalEntryNotFoundError:
+            raise UserError(
+                f"{key}: {repo} is not in the local cache and the Hub cannot be reached "
+                f"({first_line(error)}); download it first: {PREFETCH}"
+            ) from error
+        files = (path for path in folder.rglob("*") if path.is_file())
+        return sorted(path.relative_to(folder).as_posix() for path in files)
 
 
 def model_file(model: str, name: str, key: str, revision: str | None = None) -> Path:

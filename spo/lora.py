@@ -132,11 +132,15 @@ def save_lora(
         "alpha": str(lora.alpha),
         **metadata,
     }
-    path.write_bytes(_sorted_header(save(file_names(weights), metadata=header)))
+    path.write_bytes(safetensors_bytes(file_names(weights), header))
 
 
-def _sorted_header(file: bytes) -> bytes:
-    """A safetensors file with its metadata in order; the library writes it in a random one."""
+def safetensors_bytes(tensors: dict[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """A safetensors file; equal tensors and metadata give equal bytes.
+
+    The library writes the metadata in a random order: here it is sorted.
+    """
+    file = save(tensors, metadata=dict(metadata))
     length = int.from_bytes(file[:8], "little")
     header = json.loads(file[8 : 8 + length])
     header["__metadata__"] = dict(sorted(header["__metadata__"].items()))

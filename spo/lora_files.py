@@ -1,98 +1,105 @@
-"""Reading LoRA files: our own, diffusers' old and new, and kohya's, from a path or the Hub."""
+"""LoRA files of any format, from a path or the Hub, as the parameters that are trained."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import torch
-from diffusers.utils import convert_unet_state_dict_to_peft
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from spo.backbone import Backbone
 from spo.errors import UserError
-from spo.hub import resolve_file
+from spo.hub import list_files, resolve_file
 from spo.lora import FILE_NAME, Lora, parameter_names
+from spo.lora_formats import ADAPTER_CONFIG, ADAPTER_WEIGHTS, LoraModule
+from spo.lora_names import network_of
+from spo.lora_parsing import read_lora_file
 
 
 def find_lora(spec: str, key: str) -> Path:
-    """The LoRA file that `spec` names: a file, a run or checkpoint folder, or user/name[/file].
+    """The LoRA file that `spec` names: a file, a folder, or on the Hub user/repo[/folder][/file].
 
-    Raises UserError that names `spec` and the config `key` or flag it came from.
+    In a folder, of a run, a checkpoint or peft, it is pytorch_lora_weights.safetensors or else the only
+    .safetensors file. Raises UserError that names `spec` and the config `key` or flag it came from.
     """
     path = Path(spec).expanduser()
     if path.is_dir():
-        return resolve_file(str(path / FILE_NAME), key)
+        names = [each.name for each in path.iterdir()]
+        return resolve_file(str(path / _choose(names, spec, key)), key)
     name = spec.removeprefix("hf://").rstrip("/")
     if path.is_file() or spec.startswith((".", "/", "~")) or "/" not in name:
         return resolve_file(spec, key)
-    file = name if name.endswith(".safetensors") else f"{name}/{FILE_NAME}"
-    return resolve_file(f"hf://{file}", key)
+    if name.endswith(".safetensors"):
+        return resolve_file(f"hf://{name}", key)
+    parts = name.split("/")
+    folder = "".join(f"{part}/" for part in parts[2:])
+    files = list_files("/".join(parts[:2]), key)
+    inside = [file.removeprefix(folder) for file in files if file.startswith(folder)]
+    chosen = _choose(inside, spec, key)
+    if chosen == ADAPTER_WEIGHTS:  # means nothing without its config
+        resolve_file(f"hf://{name}/{ADAPTER_CONFIG}", key)
+    return resolve_file(f"hf://{name}/{chosen}", key)
 
 
-def read_lora(path: Path, backbone: Backbone, lora: Lora, key: str) -> dict[str, Tensor]:
+def _choose(names: Sequence[str], spec: str, key: str) -> str:
+    """The LoRA among the files of a folder; UserError where that could be several."""
+    files = sorted(name for name in names if name.endswith(".safetensors"))
+    here = [name for name in files if "/" not in name]
+    if FILE_NAME in here or not files:
+        return FILE_NAME  # which is reported where it is missing
+    if len(here) == 1:
+        return here[0]
+    found = ", ".join(here or files)
+    raise UserError(f"{key}: which LoRA of {spec}? Add one of these to its name: /{found}")
+
+
+def read_lora(path: Path, lora: Lora, key: str) -> dict[str, Tensor]:
     """The weights in `path` under the names of `lora`'s parameters, fp32, scaled to its alpha.
 
     Raises UserError where the file is damaged, or of another base model, rank or set of modules.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            header = file.metadata() or {}
-        default = json.loads(header.get("lora_adapter_metadata", "{}")).get("unet.lora_alpha")
-        state, alphas = backbone.lora_state_dict(weights)
-        unet = {k.removeprefix("unet."): v for k, v in state.items() if k.startswith("unet.")}
-        found = parameter_names(convert_unet_state_dict_to_peft(unet))
-    except (OSError, SafetensorError, ValueError, KeyError, AttributeError) as error:
-        raise UserError(f"{key}: {path} cannot be read as a LoRA: {error}") from error
-    if len(unet) < len(state):
+    modules = read_lora_file(path, key).modules
+    if any(network_of(name) != "unet" for name in modules):
         raise UserError(f"{key}: {path} also changes the text encoder, which is not trained here.")
+    weights = {}
+    for name, module in modules.items():
+        weights[f"{name}.lora_A.weight"] = module.down.float()
+        weights[f"{name}.lora_B.weight"] = module.up.float() * (module.alpha / lora.alpha)
+    found = parameter_names(weights)
     _check_fit(path, found, lora, key)
-    alphas = {_module_of_alpha(name): float(alpha) for name, alpha in alphas.items()}
-    result = {}
-    for name, parameter in lora.parameters.items():
-        tensor = found[name].to(parameter.device, torch.float32)
-        module, is_b, _ = name.partition(".lora_B")
-        if is_b:
-            tensor = tensor * (alphas.get(module, default or lora.rank) / lora.alpha)
-        result[name] = tensor
-    return result
+    return {name: found[name].to(p.device) for name, p in lora.parameters.items()}
 
 
-def check_lora(path: Path, backbone: Backbone, key: str) -> None:
-    """Raise UserError unless every tensor in `path` has its place, of its size, in the UNet."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        state, _ = backbone.lora_state_dict(weights)
-        unet = {k.removeprefix("unet."): v for k, v in state.items() if k.startswith("unet.")}
-        found = convert_unet_state_dict_to_peft(unet)
-    except (OSError, SafetensorError, ValueError, KeyError, AttributeError) as error:
-        raise UserError(f"{key}: {path} cannot be read as a LoRA: {error}") from error
-    modules = dict(backbone.unet.named_modules())
-    for name, tensor in found.items():
-        module, _, end = name.partition(".lora_")
-        weight = getattr(modules.get(module), "weight", None)
-        side = 1 if end.startswith("A") else 0  # A reads the module's input, B writes its output
-        if weight is None or weight.shape[side] != tensor.shape[side]:
-            raise UserError(f"{key}: {path} is for another base model: {module} does not fit.")
-    if not found:
-        raise UserError(f"{key}: {path} has no LoRA weights for a UNet.")
+def read_folded(path: Path, backbone: Backbone, key: str) -> dict[str, Tensor]:
+    """The LoRA in `path` for `Backbone.use_loras`: fp32, with alpha / rank in B.
 
-
-def _module_of_alpha(name: str) -> str:
-    """The module that diffusers' name of a kohya alpha belongs to.
-
-    unet.X.processor.to_q_lora.down.weight.alpha -> X.to_q, but to_out_lora -> to_out.0.
+    Raises UserError where a tensor has no place in the UNet.
     """
-    name = name.removeprefix("unet.").removesuffix(".alpha").removesuffix(".down.weight")
-    head, is_processor, projection = name.partition(".processor.")
-    if not is_processor:
-        return name
-    projection = projection.removesuffix("_lora")
-    return f"{head}.to_out.0" if projection == "to_out" else f"{head}.{projection}"
+    modules = read_lora_file(path, key).modules
+    weights = {}
+    for name, module in modules.items():
+        if network_of(name) == "unet":
+            layer_of(backbone.unet, name, module, f"{key}: {path}")
+        weights[f"{name}.lora_A.weight"] = module.down.float()
+        weights[f"{name}.lora_B.weight"] = module.up.float() * (module.alpha / module.rank)
+    return weights
+
+
+def layer_of(network: nn.Module, name: str, module: LoraModule, where: str) -> nn.Module:
+    """The layer of `network` that `module` changes; UserError, beginning with `where`, without one."""
+    path = name.removeprefix(f"{network_of(name)}.")
+    layers = dict(network.named_modules())
+    # transformers moved CLIP's layers out of text_model.
+    layer = layers.get(path) or layers.get(path.removeprefix("text_model."))
+    if layer is None:
+        raise UserError(f"{where}: the LoRA is of another model: this one has no {name}.")
+    wanted = (module.up.shape[0], *module.down.shape[1:])
+    if layer.weight.shape != wanted:
+        raise UserError(
+            f"{where}: the LoRA is of another model: {name} is {tuple(layer.weight.shape)} here, "
+            f"but {wanted} there."
+        )
+    return layer
 
 
 def _check_fit(path: Path, found: Mapping[str, Tensor], lora: Lora, key: str) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from spo.backbone import Backbone, ModelSource, check_source
 from spo.errors import UserError
 from spo.hub import LOAD_ERRORS, find_file, first_line
-from spo.lora_files import check_lora, find_lora
+from spo.lora_files import find_lora, read_folded
 
 _NAME = re.compile(r"\w[\w.-]*")
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
@@ -113,9 +113,8 @@ def _read_lora(part: str, key: str) -> LoraFile:
 
 def use_loras(backbone: Backbone, spec: ModelSpec, key: str) -> None:
     """Put the LoRAs of `spec` into its base model; UserError where one does not fit."""
-    for lora in spec.loras:
-        check_lora(lora.path, backbone, key)
+    loras = [(read_folded(lora.path, backbone, key), lora.weight) for lora in spec.loras]
     try:
-        backbone.use_loras([(lora.path, lora.weight) for lora in spec.loras])
+        backbone.use_loras(loras)
     except LOAD_ERRORS as error:
         raise UserError(f"{key}: {spec.text} cannot be loaded ({first_line(error)}).") from error

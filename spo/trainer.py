@@ -85,7 +85,7 @@ class Trainer:
         if config.lora.init_from:
             key = "lora.init_from"
             path = find_lora(config.lora.init_from, key)
-            lora.assign(read_lora(path, self.backbone, lora, key))
+            lora.assign(read_lora(path, lora, key))
         return lora
 
     def _start_tracking(self) -> Tracking:

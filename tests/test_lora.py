@@ -217,7 +217,7 @@ def test_reading_a_file_gives_the_network_that_diffusers_makes_of_it(
         save_lora(path, writer, weights, {})
     else:
         save_file(_kohya(weights, alpha=2) if form == "kohya" else _old_diffusers(weights), path)
-    found = read_lora(path, backbone, lora, "lora.init_from")
+    found = read_lora(path, lora, "lora.init_from")
     # Files without an alpha have the rank for it; ours is 8, which B makes up for.
     factor = (4 if form == "old_diffusers" else 2) / 8
     for name, tensor in weights.items():
@@ -239,13 +239,17 @@ def test_files_that_do_not_fit(own_backbone, tmp_path):
 
     save_lora(path, wider, wider.parameters, {})
     with pytest.raises(UserError, match=r"lora\.init_from: .*needs \(4, "):
-        read_lora(path, backbone, lora, "lora.init_from")
+        read_lora(path, lora, "lora.init_from")
     save_lora(path, of_xl, of_xl.parameters, {})
     with pytest.raises(UserError, match=r"lora\.init_from: .*lora\.target_modules"):
-        read_lora(path, backbone, lora, "lora.init_from")
+        read_lora(path, lora, "lora.init_from")
+    text = {f"text_encoder.text_projection.lora_{x}.weight": torch.ones(2, 2) for x in "AB"}
+    save_file(load_file(path) | text, path)
+    with pytest.raises(UserError, match=r"lora\.init_from: .*also changes the text encoder"):
+        read_lora(path, of_xl, "lora.init_from")
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(UserError, match=r"lora\.init_from: .*cannot be read"):
-        read_lora(path, xl, of_xl, "lora.init_from")
+        read_lora(path, of_xl, "lora.init_from")
 
 
 def test_finding_a_file(tmp_path):

@@ -35,7 +35,7 @@ def settings(**changes):
     values = {
         "seeds": (3,),
         "scheduler": "ddim",
-        "num_steps": 3,
+        "num_steps": 2,
         "guidance_scale": 2.0,
         "size": None,
         "mixed_precision": None,
@@ -50,7 +50,7 @@ def pixels(image):
 
 @pytest.mark.parametrize("family", ["sd15", "sdxl"])
 def test_ddim_draws_what_the_evaluation_draws_from_the_same_seed(family, tmp_path):
-    ours = ImageSettings(num_steps=3, guidance_scale=2.0, seed=5)
+    ours = ImageSettings(num_steps=2, guidance_scale=2.0, seed=5)
     seed = ours.image_seed(0)
     models = samples.read_models(["base"], model_folder(family), None, None)
     samples.draw_samples(models, PROMPTS[:1], settings(seeds=(seed,)), tmp_path)
@@ -73,7 +73,7 @@ def test_strengths_seeds_and_what_an_image_says(lora, tmp_path):
     assert abs(pixels(base) - pixels(half)).max() > 5
     assert half.text["prompt"] == PROMPTS[1] and half.text["seed"] == "1"
     assert half.text["loras"] == f"{lora}:1" and half.text["base"] == model_folder("sd15")
-    assert (half.text["scheduler"], half.text["steps"], half.text["guidance"]) == ("ddim", "3", "2")
+    assert (half.text["scheduler"], half.text["steps"], half.text["guidance"]) == ("ddim", "2", "2")
     with Image.open(grid) as sheet:  # three columns, four rows
         assert sheet.width > 3 * 256 and sheet.height > 4 * 256
 
@@ -123,7 +123,7 @@ def test_bad_input_is_one_line(arguments, message, monkeypatch, capsys, tmp_path
 
 
 def test_a_lora_of_another_base(lora):
-    with pytest.raises(UserError, match="fox.safetensors is for another base model"):
+    with pytest.raises(UserError, match="fox.safetensors: the LoRA is of another model"):
         models = samples.read_models([str(lora)], str(MODELS / "tiny-sdxl"), None, None)
         samples.draw_samples(models, PROMPTS, settings(), lora.parent / "out")
 

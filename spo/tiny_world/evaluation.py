@@ -87,9 +87,7 @@ class Bench:
 
     def judge(self, run_dir: Path) -> Judged:
         """The same prompts from the same noise with the LoRA of a run."""
-        weights = read_lora(
-            find_lora(str(run_dir), "RUN_DIR"), self.backbone, self._lora, "RUN_DIR"
-        )
+        weights = read_lora(find_lora(str(run_dir), "RUN_DIR"), self._lora, "RUN_DIR")
         with self._lora.using(weights):
             return draw_and_judge(self.backbone, self.prompts, self.image_settings, run_dir.name)
 

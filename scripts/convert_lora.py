@@ -1,0 +1,87 @@
+"""Convert a LoRA between formats, or merge it into its base model.
+
+    python scripts/convert_lora.py runs/NAME --to kohya --output my_lora.safetensors
+    python scripts/convert_lora.py user/repo/folder --to peft --output my_adapter --dtype fp16
+    python scripts/convert_lora.py runs/NAME --merge --output my_model \\
+        --base stable-diffusion-v1-5/stable-diffusion-v1-5
+
+The format of the source is recognised. To convert to:
+    diffusers   a file for pipe.load_lora_weights, as training leaves it
+    kohya       a file for ComfyUI, A1111 and sd-scripts; a LoRA of SDXL, recognised by its shapes, gets
+                the block names that sd-scripts has for SDXL (input_blocks_4_1_...), others diffusers'
+    peft        a folder for peft.PeftModel.from_pretrained(unet, folder)
+Weights, ranks and alphas stay as they are, bit for bit, unless --dtype rounds the weights.
+"""
+
+import argparse
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from spo.errors import UserError
+from spo.flags import exit_on_user_error
+from spo.output import check_output, new_output
+
+FORMATS = ("diffusers", "kohya", "peft")
+DTYPES = ("fp16", "bf16", "fp32")
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("source", help="file, run, checkpoint, peft folder, or user/repo[/path]")
+    task = parser.add_mutually_exclusive_group(required=True)
+    task.add_argument("--to", choices=FORMATS, help="convert")
+    task.add_argument("--merge", action="store_true", help="write base model + LoRA, for diffusers")
+    parser.add_argument(
+        "--base", help="base model, folder or Hub id; with --to: check that it fits"
+    )
+    parser.add_argument("--output", type=Path, required=True, help=".safetensors file, or folder")
+    parser.add_argument("--dtype", choices=DTYPES, help="store weights so (default: as they are)")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parse_args()
+    with exit_on_user_error():
+        write(options)
+    print(f"wrote {options.output}")
+
+
+def write(options: argparse.Namespace) -> None:
+    """Check everything, read, then write."""
+    if options.merge and not options.base:
+        raise UserError("--base: name the model to merge the LoRA into.")
+    marks = {"merge": "model_index.json", "peft": "adapter_config.json"}  # the others are files
+    check_output(options.output, marks.get(options.to or "merge"), options.overwrite)
+
+    import torch  # after what needs no seconds
+
+    from spo.lora_files import find_lora
+    from spo.lora_formats import WRITERS
+    from spo.lora_merge import check_fit, merged_pipeline
+    from spo.lora_parsing import read_lora_file
+
+    dtypes = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, None: None}
+    dtype = dtypes[options.dtype]
+    lora = read_lora_file(find_lora(options.source, "SOURCE"), "SOURCE")
+    if options.merge:
+        pipe = merged_pipeline(lora, options.base, dtype)
+        with new_output(options.output) as path:
+            pipe.save_pretrained(path, max_shard_size="20GB")  # one file each, as base models have
+        return
+    if options.base:
+        check_fit(lora, options.base)
+        lora = replace(lora, header={"base_model": options.base} | dict(lora.header))
+    if dtype is not None:
+        lora = lora.cast(dtype)
+    with new_output(options.output) as path:
+        WRITERS[options.to](lora, path)
+
+
+if __name__ == "__main__":
+    main()

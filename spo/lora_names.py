@@ -1,0 +1,124 @@
+"""Names of the modules that a LoRA changes: diffusers' own, and kohya's flat ones for the same.
+
+diffusers and peft name a module by its path, `down_blocks.1.attentions.0.proj_in`. The files of
+kohya's sd-scripts join the path by underscores, and for SDXL first rename it to the blocks of the
+original U-Net (`input_blocks_4_1_proj_in`, called SGM names here). Underscores stand inside words too,
+so the way back goes by the words of the U-Net; it needs no model.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+_IN_ATTENTION = (
+    r"proj_in|proj_out|transformer_blocks\.\d+\."
+    r"(?:attn[12]\.(?:to_[qkv]|to_out\.0)|ff\.net\.(?:0\.proj|2))"
+)
+_IN_RESNET = {  # diffusers' name, SGM name
+    "conv1": "in_layers_2",
+    "conv2": "out_layers_3",
+    "time_emb_proj": "emb_layers_1",
+    "conv_shortcut": "skip_connection",
+}
+_UNET = re.compile(
+    r"(?:(?:down|up)_blocks\.\d+|mid_block)\."
+    rf"(?:attentions\.\d+\.(?:{_IN_ATTENTION})|resnets\.\d+\.(?:{'|'.join(_IN_RESNET)})|"
+    r"(?:down|up)samplers\.0\.conv)"
+    r"|conv_in|conv_out|(?:time|add)_embedding\.linear_[12]"
+)
+_TEXT_ENCODER = re.compile(
+    r"text_model\.encoder\.layers\.\d+\.(?:self_attn\.(?:q|k|v|out)_proj|mlp\.fc[12])"
+    r"|text_projection"
+)
+_NETWORKS = {"unet": _UNET, "text_encoder": _TEXT_ENCODER, "text_encoder_2": _TEXT_ENCODER}
+_KOHYA_NETWORKS = {
+    "unet": "unet",
+    "te": "text_encoder",
+    "te1": "text_encoder",
+    "te2": "text_encoder_2",
+}
+# Underscores of these words are no dots.
+_WORD = re.compile(
+    "("
+    "down_blocks|up_blocks|mid_block|transformer_blocks|to_[qkv]|to_out|proj_in|proj_out|"
+    "conv_shortcut|conv_in|conv_out|time_emb_proj|time_embedding|add_embedding|linear_[12]|"
+    "text_model|self_attn|(?:q|k|v|out)_proj|text_projection"
+    ")|_"
+)
+
+
+def network_of(name: str) -> str:
+    """The part of the pipeline that module `name` belongs to: unet, text_encoder, text_encoder_2."""
+    return name.partition(".")[0]
+
+
+def is_module(name: str) -> bool:
+    """Whether `name`, "unet.mid_block...." say, is a module of an SD1.5 or SDXL pipeline."""
+    network, _, module = name.partition(".")
+    return network in _NETWORKS and _NETWORKS[network].fullmatch(module) is not None
+
+
+def to_kohya(name: str, sdxl: bool) -> str:
+    """kohya's name, without what follows the module; SGM blocks and lora_te1_ where `sdxl`."""
+    network, _, module = name.partition(".")
+    flat = module.replace(".", "_")
+    if network == "unet":
+        return f"lora_unet_{_swap_head(flat, _TO_SGM) if sdxl else flat}"
+    if network == "text_encoder_2":
+        return f"lora_te2_{flat}"
+    return f"lora_{'te1' if sdxl else 'te'}_{flat}"
+
+
+def from_kohya(name: str) -> str:
+    """The inverse of `to_kohya`, for both kinds of names.
+
+    What names no module of an SD1.5 or SDXL pipeline gives something that is no module either.
+    """
+    found = re.fullmatch(r"lora_(unet|te[12]?)_(.+)", name)
+    if found is None:
+        return name
+    flat = _swap_head(found[2], _FROM_SGM) if found[1] == "unet" else found[2]
+    dotted = _WORD.sub(lambda match: match[1] or ".", flat)
+    return f"{_KOHYA_NETWORKS[found[1]]}.{dotted}"
+
+
+def _swap_head(flat: str, heads: Mapping[str, str]) -> str:
+    for head, other in heads.items():
+        if flat == head or flat.startswith(f"{head}_"):
+            return other + flat.removeprefix(head)
+    return flat
+
+
+def _sgm_heads() -> dict[str, str]:
+    """SGM names of everything before `transformer_blocks`, with 2 layers in each block.
+
+    The original U-Net counts convolutions, layers and resamplings of a side in one row.
+    """
+    layers = {
+        (f"down_blocks_{b}", n): f"input_blocks_{3 * b + n + 1}" for b in range(4) for n in (0, 1)
+    }
+    layers |= {
+        (f"up_blocks_{b}", n): f"output_blocks_{3 * b + n}" for b in range(4) for n in (0, 1, 2)
+    }
+    heads = {f"{block}_attentions_{n}": f"{sgm}_1" for (block, n), sgm in layers.items()}
+    heads["mid_block_attentions_0"] = "middle_block_1"
+    resnets = {f"{block}_resnets_{n}": f"{sgm}_0" for (block, n), sgm in layers.items()}
+    resnets |= {f"mid_block_resnets_{n}": f"middle_block_{2 * n}" for n in (0, 1)}
+    for resnet, sgm in resnets.items():
+        heads |= {f"{resnet}_{ours}": f"{sgm}_{theirs}" for ours, theirs in _IN_RESNET.items()}
+    for b in range(4):
+        heads[f"down_blocks_{b}_downsamplers_0_conv"] = f"input_blocks_{3 * b + 3}_0_op"
+        heads[f"up_blocks_{b}_upsamplers_0_conv"] = f"output_blocks_{3 * b + 2}_2_conv"
+    return heads | {
+        "conv_in": "input_blocks_0_0",
+        "conv_out": "out_2",
+        "time_embedding_linear_1": "time_embed_0",
+        "time_embedding_linear_2": "time_embed_2",
+        "add_embedding_linear_1": "label_emb_0_0",
+        "add_embedding_linear_2": "label_emb_0_2",
+    }
+
+
+_TO_SGM = _sgm_heads()
+_FROM_SGM = {sgm: ours for ours, sgm in _TO_SGM.items()}

@@ -1,0 +1,175 @@
+"""Reading a LoRA file of any form: ours, diffusers' old and new, kohya's, peft's."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from peft.utils.other import get_pattern_key
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from spo.errors import UserError
+from spo.hub import first_line
+from spo.lora_formats import ADAPTER_CONFIG, ADAPTER_WEIGHTS, TARGETS, LoraModule, LoraWeights
+from spo.lora_names import from_kohya, is_module, network_of
+
+# Header entries of a format, not of the LoRA's origin.
+_OF_FORMAT = {
+    "format",
+    "lora_adapter_metadata",
+    TARGETS,
+    "ss_network_module",
+    "ss_network_dim",
+    "ss_network_alpha",
+    "ss_base_model_version",
+    "modelspec.architecture",
+}
+_KOHYA_KEY = re.compile(r"(lora_(?:unet|te[12]?)_\w+)\.(?:lora_(up|down)\.weight|(alpha))")
+# X.lora_A of today, X.lora.down and X.processor.to_q_lora.down of older diffusers, and
+# X.lora_linear_layer.down of text encoders.
+_DOTTED_KEY = re.compile(
+    r"(?:base_model\.model\.)?(.+?)(?:\.lora_|[._]lora\.|\.lora_linear_layer\.)(A|B|down|up)\.weight"
+)
+_PARTS = {"A": "down", "B": "up", "down": "down", "up": "up", "alpha": "alpha"}
+_OF_MODELS = ("model.diffusion_model.", "first_stage_model.", "cond_stage_model.", "conditioner.")
+
+
+def read_lora_file(path: Path, key: str) -> LoraWeights:
+    """The LoRA in the safetensors file `path`; of a peft adapter, adapter_config.json lies beside it.
+
+    Raises UserError, which names the flag or config `key`, where it is damaged or no LoRA of an
+    SD1.5 or SDXL pipeline; nothing in it is left out.
+    """
+    if path.suffix != ".safetensors":
+        raise UserError(
+            f"{key}: {path} is no .safetensors file; others can run code when they are read."
+        )
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            header = file.metadata() or {}
+        adapters = _adapters(path, header)
+    except (OSError, SafetensorError, ValueError) as error:
+        raise UserError(f"{key}: {path} cannot be read as a LoRA: {first_line(error)}") from error
+    try:
+        modules = _modules(tensors, adapters)
+        targets = _targets(modules, header, adapters.get("unet", {}))
+    except UserError as error:
+        raise UserError(f"{key}: {path} {error}") from error
+    origin = {name: value for name, value in header.items() if name not in _OF_FORMAT}
+    return LoraWeights(modules, origin, targets)
+
+
+def _adapters(path: Path, header: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """What the file says of rank and alpha, as peft's LoraConfig, for each network."""
+    if path.name == ADAPTER_WEIGHTS:
+        return {"unet": _json_object((path.parent / ADAPTER_CONFIG).read_text(), ADAPTER_CONFIG)}
+    adapters: dict[str, dict[str, Any]] = defaultdict(dict)
+    entry = header.get("lora_adapter_metadata", "{}")
+    for name, value in _json_object(entry, "lora_adapter_metadata").items():
+        network, _, name = name.partition(".")
+        adapters[network][name] = value
+    return adapters
+
+
+def _json_object(text: str, name: str) -> dict[str, Any]:
+    value = json.loads(text)
+    if not isinstance(value, dict):
+        raise ValueError(f"{name} is no JSON object.")
+    return value
+
+
+def _modules(
+    tensors: Mapping[str, Tensor], adapters: Mapping[str, Mapping[str, Any]]
+) -> dict[str, LoraModule]:
+    parts: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    unknown = []
+    for name, tensor in tensors.items():
+        module, part = _place(name)
+        if not is_module(module):
+            unknown.append(name)
+        elif part in parts[module]:
+            raise UserError(f"has two tensors for the {part} of {module}, one of them {name}.")
+        else:
+            parts[module][part] = tensor
+    if not parts:
+        what = (
+            "a full model" if any(n.startswith(_OF_MODELS) for n in tensors) else "something else"
+        )
+        example = f"; its first key is {min(tensors)}" if tensors else ""
+        raise UserError(f"is no LoRA but {what}{example}.")
+    if unknown:
+        raise UserError(
+            f"has {len(unknown)} keys that name no LoRA weight of an SD1.5 or SDXL pipeline, the "
+            f"first {min(unknown)}."
+        )
+    return {
+        name: _module(name, parts[name], adapters.get(network_of(name), {}))
+        for name in sorted(parts)
+    }
+
+
+def _place(key: str) -> tuple[str, str]:
+    """The module that a tensor belongs to, and which of its parts it is: down, up or alpha.
+
+    Where `key` is none of a LoRA, something that is no module.
+    """
+    if found := _KOHYA_KEY.fullmatch(key):
+        return from_kohya(found[1]), found[2] or found[3]
+    found = _DOTTED_KEY.fullmatch(key)
+    if found is None:
+        return "", ""
+    name = found[1].replace(".processor.", ".")
+    if not name.startswith(("unet.", "text_encoder.", "text_encoder_2.")):
+        name = f"unet.{name}"
+    if network_of(name) == "unet":
+        name = re.sub(r"\.to_out$", ".to_out.0", name)
+    else:
+        name = re.sub(r"\.to_(q|k|v|out)$", r".\1_proj", name)
+        name = re.sub(r"^(\w+)\.encoder\.", r"\1.text_model.encoder.", name)
+    return name, _PARTS[found[2]]
+
+
+def _module(name: str, parts: Mapping[str, Tensor], adapter: Mapping[str, Any]) -> LoraModule:
+    for part in ("down", "up"):
+        if part not in parts:
+            raise UserError(f"has {' and '.join(sorted(parts))} for {name}, but no {part}.")
+    down, up = parts["down"], parts["up"]
+    if down.ndim not in (2, 4) or up.ndim != down.ndim or up.shape[1] != down.shape[0]:
+        raise UserError(
+            f"has {tuple(down.shape)} and {tuple(up.shape)} for {name}: not of one rank."
+        )
+    if "alpha" in parts:
+        if parts["alpha"].numel() != 1:
+            raise UserError(f"has {parts['alpha'].numel()} numbers for the alpha of {name}.")
+        return LoraModule(down, up, float(parts["alpha"].item()))
+    if adapter.get("use_rslora") or adapter.get("use_dora"):
+        raise UserError("is of a kind that only peft knows (use_rslora, use_dora).")
+    patterns = adapter.get("alpha_pattern") or {}
+    module = name.removeprefix(f"{network_of(name)}.")
+    alpha = patterns.get(
+        get_pattern_key(patterns, module), adapter.get("lora_alpha", down.shape[0])
+    )
+    if not isinstance(alpha, (int, float)):
+        raise UserError(f"has {alpha!r} for the alpha of {name}, which must be a number.")
+    return LoraModule(down, up, float(alpha))
+
+
+def _targets(
+    modules: Mapping[str, LoraModule], header: Mapping[str, str], adapter: Mapping[str, Any]
+) -> tuple[str, ...]:
+    """The endings of module names that the file says it was trained with, if its modules have them."""
+    try:
+        targets = adapter.get(TARGETS) or json.loads(header.get(TARGETS, "[]"))
+    except ValueError:
+        return ()
+    if not isinstance(targets, list):
+        return ()  # a regular expression, which peft has too
+    names = [f".{name}" for name in modules if network_of(name) == "unet"]
+    fit = names and all(name.endswith(tuple(f".{t}" for t in targets)) for name in names)
+    return tuple(sorted(targets)) if fit else ()
