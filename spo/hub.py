@@ -23,15 +23,11 @@ def resolve_file(spec: str, key: str, revision: str | None = None) -> Path:
     Raises UserError that names the config `key`, and for the Hub the repo, the file and the command
     that downloads it.
     """
+    check_file(spec, key)
     if not spec.startswith(_SCHEME):
-        path = Path(spec).expanduser()
-        if not path.is_file():
-            raise UserError(f"{key}: no file {spec!r}; name a file, or hf://user/repo/file.")
-        return path
-    parts = spec.removeprefix(_SCHEME).split("/", 2)
-    if len(parts) != 3 or not all(parts):
-        raise UserError(f"{key}: {spec!r} is not of the form hf://user/repo/file.")
-    repo, name = "/".join(parts[:2]), parts[2]
+        return Path(spec).expanduser()
+    user, model, name = spec.removeprefix(_SCHEME).split("/", 2)
+    repo = f"{user}/{model}"
     try:
         return Path(hf_hub_download(repo, name, revision=revision))
     except LocalEntryNotFoundError as error:
@@ -45,6 +41,17 @@ def resolve_file(spec: str, key: str, revision: str | None = None) -> Path:
             f"{key}: cannot download {name} of {repo} ({first_line(error)}); check the name and your "
             f"access, then: {PREFETCH}"
         ) from error
+
+
+def check_file(spec: str, key: str) -> None:
+    """Raise UserError for a path without a file, or a malformed hf://; nothing is downloaded."""
+    if not spec.startswith(_SCHEME):
+        if not Path(spec).expanduser().is_file():
+            raise UserError(f"{key}: no file {spec!r}; name a file, or hf://user/repo/file.")
+        return
+    parts = spec.removeprefix(_SCHEME).split("/", 2)
+    if len(parts) != 3 or not all(parts):
+        raise UserError(f"{key}: {spec!r} is not of the form hf://user/repo/file.")
 
 
 def model_file(model: str, name: str, key: str, revision: str | None = None) -> Path:
