@@ -7,7 +7,6 @@ from pathlib import Path
 
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
-    EntryNotFoundError,
     HFValidationError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
@@ -28,15 +27,11 @@ def resolve_file(spec: str, key: str, revision: str | None = None) -> Path:
     Raises UserError that names the config `key`, and for the Hub the repo, the file and the command
     that downloads it.
     """
+    check_file(spec, key)
     if not spec.startswith(_SCHEME):
-        path = Path(spec).expanduser()
-        if not path.is_file():
-            raise UserError(f"{key}: no file {spec!r}; name a file, or hf://user/repo/file.")
-        return path
-    parts = spec.removeprefix(_SCHEME).split("/", 2)
-    if len(parts) != 3 or not all(parts):
-        raise UserError(f"{key}: {spec!r} is not of the form hf://user/repo/file.")
-    repo, name = "/".join(parts[:2]), parts[2]
+        return Path(spec).expanduser()
+    user, model, name = spec.removeprefix(_SCHEME).split("/", 2)
+    repo = f"{user}/{model}"
     try:
         return Path(hf_hub_download(repo, name, revision=revision))
     except LocalEntryNotFoundError as error:
@@ -50,6 +45,17 @@ def resolve_file(spec: str, key: str, revision: str | None = None) -> Path:
             f"{key}: cannot download {name} of {repo} ({first_line(error)}); check the name and your "
             f"access, then: {PREFETCH}"
         ) from error
+
+
+def check_file(spec: str, key: str) -> None:
+    """Raise UserError for a path without a file, or a malformed hf://; nothing is downloaded."""
+    if not spec.startswith(_SCHEME):
+        if not Path(spec).expanduser().is_file():
+            raise UserError(f"{key}: no file {spec!r}; name a file, or hf://user/repo/file.")
+        return
+    parts = spec.removeprefix(_SCHEME).split("/", 2)
+    if len(parts) != 3 or not all(parts):
+        raise UserError(f"{key}: {spec!r} is not of the form hf://user/repo/file.")
 
 
 def list_files(repo: str, key: str) -> list[str]:
@@ -83,26 +89,6 @@ def model_file(model: str, name: str, key: str, revision: str | None = None) -> 
     if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model):
         return resolve_file(f"hf://{model}/{name}", key, revision)
     raise UserError(f"{key}: {model!r} is neither a folder nor a Hub id user/name.")
-
-
-def find_file(model: str, name: str, key: str) -> Path | None:
-    """The local path of file `name` of a folder or Hub repo; None where it has no such file.
-
-    Offline, what is not in the cache is not there. Raises UserError that names `key` where the Hub
-    refuses.
-    """
-    if Path(model).is_dir():
-        path = Path(model) / name
-        return path if path.is_file() else None
-    try:
-        return Path(hf_hub_download(model, name))
-    except EntryNotFoundError:  # also where it is not in the cache and the Hub cannot be reached
-        return None
-    except Exception as error:  # as in resolve_file
-        raise UserError(
-            f"{key}: cannot look for {name} in {model} ({first_line(error)}); check the name and "
-            "your access."
-        ) from error
 
 
 def first_line(error: Exception) -> str:

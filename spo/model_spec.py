@@ -13,7 +13,7 @@ from pathlib import Path
 
 from spo.backbone import Backbone, ModelSource, check_source
 from spo.errors import UserError
-from spo.hub import LOAD_ERRORS, find_file, first_line
+from spo.hub import LOAD_ERRORS, first_line, list_files
 from spo.lora_files import find_lora, read_folded
 
 _NAME = re.compile(r"\w[\w.-]*")
@@ -71,11 +71,12 @@ def _read(text: str, base: ModelSource, family: str, key: str) -> ModelSpec:
         return ModelSpec(name, text, None, images=images)
     if folder.is_dir() or _HUB_ID.fullmatch(location):
         where = str(folder) if folder.is_dir() else location
-        if find_file(where, "model_index.json", key):
+        files = _files(folder) if folder.is_dir() else list_files(location, key)
+        if "model_index.json" in files:
             check_source(source := ModelSource(where), family, key)
             return ModelSpec(name, text, source)
-        if unet := _unet(where, key):
-            return ModelSpec(name, text, replace(base, unet=unet))
+        if "unet/config.json" in files:  # as Diffusion-DPO is published
+            return ModelSpec(name, text, replace(base, unet=where))
     loras = tuple(_read_lora(part, key) for part in location.split("+"))
     return ModelSpec(name, text, base, loras)
 
@@ -87,17 +88,18 @@ def _default_name(location: str) -> str:
     return last.removesuffix(".safetensors")
 
 
+def _files(folder: Path) -> list[str]:
+    """The files in `folder` and in its subfolders, as the Hub names them."""
+    found = (path for pattern in ("*", "*/*") for path in folder.glob(pattern))
+    return [path.relative_to(folder).as_posix() for path in found if path.is_file()]
+
+
 def _image_folder(folder: Path) -> Path | None:
     """`folder` where it holds images and nothing that could be a model."""
     names = [entry.name for entry in folder.iterdir()]
     is_model = any(name.endswith((".safetensors", ".bin")) for name in names)
     has_images = any(name.lower().endswith(IMAGE_SUFFIXES) for name in names)
     return folder if has_images and not is_model and "model_index.json" not in names else None
-
-
-def _unet(where: str, key: str) -> str | None:
-    """`where`, where it holds a UNet in a subfolder `unet`, as Diffusion-DPO is published."""
-    return where if find_file(where, "unet/config.json", key) else None
 
 
 def _read_lora(part: str, key: str) -> LoraFile:

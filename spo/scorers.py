@@ -81,10 +81,10 @@ class CLIPInputs:
     def __init__(self, processor: str, section: str = "preference") -> None:
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(processor)
-            image_processor = CLIPImageProcessor.from_pretrained(processor)
+            self.image_processor = CLIPImageProcessor.from_pretrained(processor)
         except LOAD_ERRORS as error:
             raise _cannot_load(f"{section}.processor", processor, error) from error
-        self.prepare = ImagePreparation.of_processor(image_processor)
+        self.prepare = ImagePreparation.of_processor(self.image_processor)
 
     def tokenize(self, prompts: Sequence[str]) -> Tensor:
         """Token ids (B, L), padded and truncated to the tokenizer's own length L."""
@@ -124,10 +124,14 @@ class PickScoreScorer:
     def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
         return text_features(self._clip, self._inputs.tokenize(prompts).to(self._device))
 
-    @torch.no_grad()
     def score(self, images: Tensor, prompt_features: Tensor, timestep: int) -> Tensor:
-        pixels = self._inputs.prepare(images).to(self._dtype)
-        features = self._clip.visual_projection(self._clip.vision_model(pixels).pooler_output)
+        return self.score_pixels(self._inputs.prepare(images), prompt_features)
+
+    @torch.no_grad()
+    def score_pixels(self, pixels: Tensor, prompt_features: Tensor) -> Tensor:
+        """Scores (n,) of pixels (n, 3, S, S) that are prepared already."""
+        pooled = self._clip.vision_model(pixels.to(self._dtype)).pooler_output
+        features = self._clip.visual_projection(pooled)
         cosine = F.cosine_similarity(features, prompt_features, dim=-1)
         return (self._clip.logit_scale.exp() * cosine).float()
 

@@ -10,12 +10,12 @@ import math
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
 from spo.errors import UserError
+from spo.state_dicts import read_state_dict
 
 _FREQUENCIES = 256  # width of the sinusoidal embedding
 _MAX_PERIOD = 10_000
@@ -143,7 +143,7 @@ def load_step_aware_clip(
     Loads strictly, and .bin files without running their pickle. Raises UserError that names the config
     `key` and the file.
     """
-    weights = _read_state_dict(checkpoint, key)
+    weights = read_state_dict(checkpoint, key)
     # Old transformers saved these constant buffers; today's models do not have them.
     weights = {k: v for k, v in weights.items() if not k.endswith("embeddings.position_ids")}
     with torch.device("meta"):  # no second copy, no time spent on random weights
@@ -151,26 +151,13 @@ def load_step_aware_clip(
     try:
         spm.load_state_dict(weights, strict=True, assign=True)
     except RuntimeError as error:
+        section = key.rpartition(".")[0]
         reason = " ".join(str(error).split())[:300]
         raise UserError(
-            f"{key}: {checkpoint} does not fit preference.backbone as a step-aware "
+            f"{key}: {checkpoint} does not fit {section}.backbone as a step-aware "
             f"preference model: {reason}"
         ) from error
     for embeddings in (spm.model.text_model.embeddings, spm.model.vision_model.embeddings):
         positions = embeddings.position_embedding.num_embeddings
         embeddings.position_ids = torch.arange(positions).expand(1, -1)
     return spm.requires_grad_(False).eval()
-
-
-def _read_state_dict(path: Path, key: str) -> dict[str, Tensor]:
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        weights = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        # Which exception a damaged or malicious file raises depends on where the damage is.
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{key}: {path} cannot be read as a state dict: {reason}") from error
-    if not isinstance(weights, dict) or not all(isinstance(v, Tensor) for v in weights.values()):
-        raise UserError(f"{key}: {path} is not a state dict of tensors.")
-    return weights

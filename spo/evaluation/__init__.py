@@ -1,1 +1,1 @@
-"""What a trained model is worth: statistics of paired scores."""
+"""What a trained model is worth: scorers of finished images, statistics of paired scores."""

@@ -1,0 +1,101 @@
+"""ImageReward: Xu et al., NeurIPS 2023, arXiv 2304.05977."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from spo.errors import UserError
+from spo.evaluation.linear_heads import linear_head
+from spo.hub import LOAD_ERRORS, first_line, resolve_file
+from spo.state_dicts import read_state_dict
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from spo.evaluation.blip import Blip
+
+_SECTION = "scorer_options.imagereward"
+_MEAN, _STD = 0.16717362830052426, 1.0333394966054072  # of the rewards, in the published code
+_TOKENS = 35  # the length of a text, there too
+_USED = ("blip.visual_encoder.", "blip.text_encoder.", "mlp.")
+_UNUSED = ("blip.vision_proj.", "blip.text_proj.")  # in the checkpoint, but no part of the reward
+
+
+class ImageReward:
+    """A reward that a BLIP's multimodal features give, with mean 0 and variance 1 over its data."""
+
+    title, scale = "ImageReward", 1.0
+
+    def __init__(
+        self,
+        blip: Blip,
+        head: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        transform: Callable[[Image.Image], Tensor],
+        device: torch.device,
+    ) -> None:
+        self._blip, self._head, self._device = blip.to(device), head.to(device), device
+        self._tokenizer, self._transform = tokenizer, transform
+
+    @torch.no_grad()
+    def score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
+        pixels = torch.stack([self._transform(image) for image in images]).to(self._device)
+        tokens = self._tokenizer(
+            list(prompts),
+            padding="max_length",
+            truncation=True,
+            max_length=_TOKENS,
+            return_tensors="pt",
+        ).to(self._device)
+        features = self._blip(pixels, tokens.input_ids, tokens.attention_mask)
+        return ((self._head(features)[:, 0] - _MEAN) / _STD).cpu()
+
+
+def load_imagereward(
+    device: torch.device,
+    *,
+    checkpoint: str = "hf://THUDM/ImageReward/ImageReward.pt",
+    tokenizer: str = "google-bert/bert-base-uncased",
+    head_width: int = 64,
+) -> ImageReward:
+    """ImageReward with the published state dict in `checkpoint`, a path or hf://user/repo/file.
+
+    `tokenizer`: a Hub id or folder. `head_width`: width of an attention head in both towers, the one
+    size that the weights do not tell. UserError where something cannot be loaded.
+    """
+    from open_clip.transform import PreprocessCfg, image_transform_v2
+    from transformers import AutoTokenizer
+
+    key = f"{_SECTION}.checkpoint"
+    blip, head = _read(checkpoint, key, head_width)
+    try:
+        tokens = AutoTokenizer.from_pretrained(tokenizer)
+    except LOAD_ERRORS as error:
+        raise UserError(
+            f"{_SECTION}.tokenizer: {tokenizer!r} cannot be loaded ({first_line(error)})."
+        ) from error
+    # Resize, centre crop and normalisation are those of OpenAI's CLIP.
+    transform = image_transform_v2(PreprocessCfg(size=blip.image_size), is_train=False)
+    return ImageReward(blip, head, tokens, transform, device)
+
+
+def _read(checkpoint: str, key: str, head_width: int) -> tuple[Blip, nn.Module]:
+    from spo.evaluation.blip import build_blip
+
+    path = resolve_file(checkpoint, key)
+    weights = read_state_dict(path, key)
+    head = {k.removeprefix("mlp."): v for k, v in weights.items() if k.startswith("mlp.")}
+    unknown = [k for k in weights if not k.startswith(_USED + _UNUSED)]
+    try:
+        if unknown:
+            raise ValueError(f"{unknown[0]} is unknown")
+        blip = build_blip(weights, head_width)
+        return blip, linear_head(head, blip.text.config.hidden_size)
+    except (KeyError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{key}: {path} is not ImageReward: {reason}") from error

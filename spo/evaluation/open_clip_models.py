@@ -1,0 +1,143 @@
+"""CLIPs of open_clip: architecture by name or from a folder, weights from a file.
+
+open_clip is imported on first use, as it takes seconds.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from spo.errors import UserError
+from spo.hub import check_file, resolve_file
+from spo.scorers import ImagePreparation
+from spo.state_dicts import load_strictly, read_state_dict
+
+if TYPE_CHECKING:
+    import open_clip
+
+_CONFIG = "open_clip_config.json"  # as open_clip names it in folders and on the Hub
+_WEIGHTS = "open_clip_model.safetensors"
+_PREPROCESS = ("mean", "std", "interpolation", "resize_mode", "fill_color")
+_OTHER_TEXT = {"hf_model_name", "hf_tokenizer_name", "tokenizer_kwargs"}
+
+
+@dataclass(frozen=True)
+class OpenClip:
+    """A CLIP in fp32 on `device`, with its tokenizer and image preparation."""
+
+    network: open_clip.CLIP
+    tokenizer: Callable[[list[str]], Tensor]  # token ids (n, L), truncated
+    transform: Callable[[Image.Image], Tensor]  # pixels (3, S, S) as open_clip evaluates
+    preparation: ImagePreparation  # the size, mean and std of the pixels
+    width: int  # D of the features
+    quick_gelu: bool  # whether it has OpenAI's approximation of GELU
+    device: torch.device
+
+    @torch.no_grad()
+    def image_features(self, pixels: Sequence[Tensor]) -> Tensor:
+        """Unit-norm features (n, D) of n prepared images (3, S, S)."""
+        features = self.network.encode_image(torch.stack(list(pixels)).to(self.device))
+        return F.normalize(features, dim=-1)
+
+    @torch.no_grad()
+    def text_features(self, prompts: Sequence[str]) -> Tensor:
+        """Unit-norm features (n, D)."""
+        features = self.network.encode_text(self.tokenizer(list(prompts)).to(self.device))
+        return F.normalize(features, dim=-1)
+
+
+@dataclass(frozen=True)
+class _Source:
+    """What `model` and `checkpoint` name, before any weights are loaded."""
+
+    architecture: dict[str, Any]  # arguments of open_clip.CLIP
+    preprocess: dict[str, Any]  # of the image preparation what is not the default
+    weights: str  # path or hf://user/repo/file
+
+
+def load_open_clip(model: str, checkpoint: str, section: str, device: torch.device) -> OpenClip:
+    """The CLIP of architecture `model` with the weights in `checkpoint`.
+
+    `model`: a name that open_clip knows, or a folder with open_clip's own open_clip_config.json.
+    `checkpoint`: a path, hf://user/repo/file, or a tag of open_clip's for that name.
+    Raises UserError that names the option of config `section`.
+    """
+    import open_clip
+    from open_clip.transform import PreprocessCfg, image_transform_v2
+
+    source = _find(model, checkpoint, section)
+    path = resolve_file(source.weights, f"{section}.checkpoint")
+    weights = read_state_dict(path, f"{section}.checkpoint")
+    try:
+        network = open_clip.CLIP(**source.architecture)
+    except (TypeError, ValueError, KeyError, AssertionError) as error:
+        raise UserError(f"{section}.model: {model!r} is no CLIP of open_clip: {error}") from error
+    load_strictly(network, weights, f"{section}.checkpoint", path)
+    size = network.visual.image_size
+    preprocess = PreprocessCfg(
+        **source.preprocess | {"size": size if isinstance(size, int) else size[0]}
+    )
+    return OpenClip(
+        network=network.requires_grad_(False).eval().to(device),
+        tokenizer=open_clip.SimpleTokenizer(context_length=network.context_length),
+        transform=image_transform_v2(preprocess, is_train=False),
+        preparation=ImagePreparation(preprocess.size, preprocess.mean, preprocess.std),
+        width=source.architecture["embed_dim"],
+        quick_gelu=source.architecture.get("quick_gelu", False),
+        device=device,
+    )
+
+
+def check_open_clip(model: str, checkpoint: str, section: str) -> None:
+    """Raise UserError for what is wrong with the two names; nothing is loaded or downloaded."""
+    check_file(_find(model, checkpoint, section).weights, f"{section}.checkpoint")
+
+
+def _find(model: str, checkpoint: str, section: str) -> _Source:
+    import open_clip
+
+    architecture, preprocess = _architecture(model, f"{section}.model")
+    if architecture.pop("custom_text", False) or _OTHER_TEXT & architecture["text_cfg"].keys():
+        raise UserError(f"{section}.model: {model!r} has another text encoder than CLIP's.")
+    tag = open_clip.get_pretrained_cfg(model, checkpoint)
+    if not tag:
+        return _Source(architecture, _known(preprocess), checkpoint)
+    if tag.get("quick_gelu", False) != architecture.get("quick_gelu", False):
+        raise UserError(f"{section}.model: {checkpoint!r} belongs to {model}-quickgelu.")
+    file = tag["hf_hub"]
+    file = file + _WEIGHTS if file.endswith("/") else file
+    return _Source(architecture, _known(tag), f"hf://{file}")
+
+
+def _architecture(model: str, key: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Arguments of open_clip.CLIP, and of its image preparation."""
+    import open_clip
+
+    if not Path(model).is_dir():
+        if model not in open_clip.list_models():
+            raise UserError(
+                f"{key}: {model!r} is neither a folder nor an architecture of open_clip, such as "
+                "ViT-H-14 (open_clip.list_models() has all)."
+            )
+        return open_clip.get_model_config(model), {}
+    path = resolve_file(str(Path(model) / _CONFIG), key)
+    try:
+        config = json.loads(path.read_text())
+        architecture = config["model_cfg"]
+        architecture = architecture | {"text_cfg": dict(architecture["text_cfg"])}
+        return architecture, dict(config.get("preprocess_cfg", {}))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{key}: {path} is not a config of open_clip ({error!r}).") from error
+
+
+def _known(preprocess: dict[str, Any]) -> dict[str, Any]:
+    return {name: preprocess[name] for name in _PREPROCESS if name in preprocess}
