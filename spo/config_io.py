@@ -14,6 +14,7 @@ from spo.errors import UserError
 REPO_ROOT = Path(__file__).resolve().parents[1]
 BASE = "config/base.py"
 SPM_BASE = "config/spm_base.py"
+EVAL_BASE = "config/eval_base.py"
 
 # Numbers by default, but None has a meaning for them too.
 ALSO_NONE = ("train.max_grad_norm", "train.clip_eps", "train.global_batch_size")

@@ -36,7 +36,8 @@ class Script:
     """What the launcher needs to know of a training script."""
 
     config: ConfigDict
-    plan: Callable[[ConfigDict, int], Any]  # for so many processes; describe() is one line
+    # For so many processes; describe() is one line. None where there is nothing to plan.
+    plan: Callable[[ConfigDict, int], Any] | None
     preflight: Callable[[ConfigDict, int], Any]  # raises UserError where a run would
 
 
@@ -46,7 +47,8 @@ def main() -> None:
     with exit_on_user_error():
         script = read_script(options.script, script_args)
         num_processes, launcher = cpu_launcher(options) if options.cpu else gpu_launcher(options)
-        print(script.plan(script.config, num_processes).describe())
+        if script.plan is not None:
+            print(script.plan(script.config, num_processes).describe())
         if num_processes > 1:
             # Several processes would bury a one-line error under reports of their own; and what is
             # downloaded here, they find in the cache.

@@ -1,5 +1,6 @@
 """Scorers that runs in the tests name by their dotted path."""
 
+import numpy as np
 import torch
 
 
@@ -24,3 +25,16 @@ class Brightness:
 
 def brightness(device, sign=1, bad_prompt="", good_calls=0):
     return Brightness(sign, bad_prompt, good_calls)
+
+
+class ImageBrightness:
+    """Mean brightness of finished images, printed in percent."""
+
+    title, scale = "Brightness", 100.0
+
+    def score(self, images, prompts):
+        return torch.tensor([float(np.asarray(image).mean()) / 255 for image in images])
+
+
+def image_brightness(device):
+    return ImageBrightness()

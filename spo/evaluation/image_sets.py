@@ -1,0 +1,167 @@
+"""One image per prompt: drawn into a folder batch by batch, or found in one.
+
+An image is written in one go and says in its PNG text what it was drawn from, so that a killed
+evaluation goes on where it stopped and no image is scored under another prompt or model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from spo.errors import UserError
+from spo.model_spec import IMAGE_SUFFIXES, ModelSpec
+from spo.pictures import write_png
+
+_PROMPTS = "prompts.json"
+_IDENTITY = "model.json"
+
+
+@dataclass(frozen=True)
+class DrawSettings:
+    """What an image depends on besides model, prompt and seed; `config.sample` explains each."""
+
+    num_steps: int
+    guidance_scale: float
+    seed: int
+    batch_size: int  # as rounding depends on what is drawn beside an image
+    mixed_precision: str
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """The images of one model, one file per prompt."""
+
+    name: str
+    files: tuple[Path, ...]
+    identity: str | None  # digest of model and settings; None for images that came as files
+
+    def missing(self, batch_size: int) -> list[range]:
+        """The batches of which an image is not there yet."""
+        return [
+            batch
+            for batch in batches(len(self.files), batch_size)
+            if not all(self.files[i].exists() for i in batch)
+        ]
+
+    def write(self, index: int, image: Image.Image, prompt: str, seed: int) -> None:
+        """Save the image of prompt `index`, whole or not at all."""
+        facts = {"prompt": prompt, "seed": str(seed), "model": self.name, "identity": self.identity}
+        write_png(self.files[index], image, facts)
+
+    def read(self, index: int, prompt: str) -> Image.Image:
+        """The image of prompt `index` in RGB; UserError where it is none, or of something else."""
+        path = self.files[index]
+        try:
+            with Image.open(path) as image:
+                image.load()
+                facts, rgb = dict(getattr(image, "text", {})), image.convert("RGB")
+        except (OSError, SyntaxError, ValueError) as error:
+            raise UserError(
+                f"{path} is missing or is no image ({error}); delete it and run this again to draw "
+                "it anew, or put the right one there."
+            ) from error
+        if facts.get("prompt", prompt) != prompt:
+            raise UserError(
+                f"{path} shows {facts['prompt']!r}, but prompt {index} is {prompt!r}: prompts.source "
+                "does not match the images."
+            )
+        if self.identity and facts.get("identity") != self.identity:
+            raise UserError(
+                f"{path} was not drawn by {self.name} with these settings; delete it and run this "
+                "again to draw it anew."
+            )
+        return rgb
+
+
+def batches(total: int, size: int) -> list[range]:
+    """The numbers up to `total` in batches; the same for any number of processes."""
+    return [range(start, min(start + size, total)) for start in range(0, total, size)]
+
+
+def image_set(
+    folder: Path, spec: ModelSpec, settings: DrawSettings, prompts: Sequence[str]
+) -> ImageSet:
+    """Where the images of `spec` are or will be; UserError where they cannot be those asked for."""
+    if spec.images is not None:
+        return _found(spec, prompts)
+    identity = identity_of(spec, settings)
+    files = tuple(folder / "images" / spec.name / f"{i:05d}.png" for i in range(len(prompts)))
+    return ImageSet(spec.name, files, _digest(identity))
+
+
+def claim_prompts(folder: Path, prompts: Sequence[str]) -> None:
+    """Note the prompts of an evaluation; UserError where it has others already."""
+    file = folder / _PROMPTS
+    if file.exists():
+        if json.loads(file.read_text()) != list(prompts):
+            raise UserError(
+                f"run_name: {folder} is an evaluation of other prompts; choose another run_name."
+            )
+        return
+    write_whole(file, lambda path: path.write_text(json.dumps(prompts, indent=1) + "\n"))
+
+
+def claim(folder: Path, spec: ModelSpec, settings: DrawSettings) -> None:
+    """Note what the images of `spec` are drawn from; UserError where others are there already."""
+    if spec.images is not None:
+        return
+    wanted = identity_of(spec, settings)
+    file = folder / "images" / spec.name / _IDENTITY
+    if file.exists():
+        found = json.loads(file.read_text())
+        changed = [key for key in wanted if wanted[key] != found.get(key)]
+        if changed:
+            raise UserError(
+                f"models: {file.parent} holds images of another {', '.join(changed)}; choose another "
+                "NAME=, another run_name, or delete that folder."
+            )
+        return
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(file, lambda path: path.write_text(json.dumps(wanted, indent=1) + "\n"))
+
+
+def identity_of(spec: ModelSpec, settings: DrawSettings) -> dict[str, Any]:
+    """Everything about a model that its images depend on; LoRA files by their content."""
+    loras = [{"sha256": file_digest(lora.path), "weight": lora.weight} for lora in spec.loras]
+    return {**asdict(spec.source), "loras": loras, **asdict(settings)}
+
+
+def write_whole(path: Path, write) -> None:
+    """Let `write` fill a file that appears at `path` when it is complete."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    write(partial)
+    os.replace(partial, path)
+
+
+def file_digest(path: Path) -> str:
+    """The SHA-256 of a file's content."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _digest(identity: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+
+def _found(spec: ModelSpec, prompts: Sequence[str]) -> ImageSet:
+    paths = [p for p in spec.images.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES]
+    # 2.png comes before 10.png.
+    paths.sort(key=lambda p: [int(part) if part.isdigit() else part for part in _parts(p.name)])
+    if len(paths) != len(prompts):
+        raise UserError(
+            f"models: {spec.images} has {len(paths)} images for {len(prompts)} prompts of "
+            "prompts.source; it takes one for each, in the order of their names."
+        )
+    return ImageSet(spec.name, tuple(paths), None)
+
+
+def _parts(name: str) -> list[str]:
+    return re.split(r"(\d+)", name)

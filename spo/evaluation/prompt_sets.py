@@ -1,0 +1,48 @@
+"""The prompt sets that papers evaluate on, by name; and any file or dataset."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from huggingface_hub import hf_hub_download
+
+from spo.errors import UserError
+from spo.hub import first_line
+from spo.prompt_files import file_rows
+from spo.prompts import PromptSet, collect_prompts, draw_prompts, read_prompts
+
+_KEY = "prompts.source"
+# Name -> dataset, split, column.
+_DATASETS = {
+    "pickapic_v2": ("yuvalkirstain/pickapic_v2", "test_unique", "caption"),
+    "partiprompts": ("nateraw/parti-prompts", "train", "Prompt"),
+}
+_HPDV2 = "zhwang/HPDv2"
+_HPDV2_FILES = ("anime", "concept-art", "paintings", "photo")  # 800 prompts each
+
+
+def read_prompt_set(source: str, split: str, column: str, num: int, seed: int) -> PromptSet:
+    """The prompts of a named set, or what `spo.prompts.read_prompts` reads.
+
+    Raises UserError where they cannot be had.
+    """
+    if source == "hpdv2":
+        return _hpdv2(num, seed)
+    if source in _DATASETS:
+        source, split, column = _DATASETS[source]
+    return read_prompts(source, split=split, column=column, num=num, seed=seed)
+
+
+def _hpdv2(num: int, seed: int) -> PromptSet:
+    """The benchmark prompts of HPDv2 (Wu et al., arXiv 2306.09341), style by style."""
+    rows = []
+    for style in _HPDV2_FILES:
+        name = f"benchmark/{style}.json"
+        try:
+            path = hf_hub_download(_HPDV2, name, repo_type="dataset")
+        except Exception as error:  # the Hub's client changes what a broken line raises
+            raise UserError(
+                f"{_KEY}: cannot download {name} of {_HPDV2} ({first_line(error)})."
+            ) from error
+        rows += file_rows(Path(path), "prompt")
+    return draw_prompts(collect_prompts(_HPDV2, rows), num, seed)

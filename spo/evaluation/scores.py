@@ -1,0 +1,89 @@
+"""Scores of images, kept batch by batch as they are computed."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from spo.errors import RunError, UserError
+from spo.evaluation.image_sets import ImageSet, batches, file_digest, write_whole
+from spo.evaluation.results import ScorerInfo
+from spo.evaluation.scorers import ImageScorer
+
+_SCORER = "scorer.json"
+
+
+@dataclass(frozen=True)
+class ScoreFolder:
+    """The scores of one scorer: a folder per model, a file per batch."""
+
+    path: Path
+    name: str
+    options: Mapping[str, Any]
+
+    def info(self) -> ScorerInfo | None:
+        """What the scorer said of itself; None where it was never loaded.
+
+        UserError where the scores are of a scorer with other options.
+        """
+        file = self.path / _SCORER
+        if not file.exists():
+            return None
+        found = json.loads(file.read_text())
+        if found["options"] != dict(self.options):
+            raise UserError(
+                f"scorer_options.{self.name}: {self.path} holds scores of {found['options']}, not "
+                f"{dict(self.options)}; choose another run_name, or delete that folder."
+            )
+        return ScorerInfo(**found["scorer"])
+
+    def claim(self, scorer: ImageScorer) -> None:
+        """Note whose scores these are."""
+        info = asdict(ScorerInfo(self.name, scorer.title, scorer.scale))
+        content = json.dumps({"scorer": info, "options": dict(self.options)}, indent=1) + "\n"
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_whole(self.path / _SCORER, lambda path: path.write_text(content))
+
+    def missing(self, images: ImageSet, batch_size: int) -> list[range]:
+        """The batches that have no scores yet, or scores of other images."""
+        return [
+            batch
+            for batch in batches(len(images.files), batch_size)
+            if self._read(images, batch) is None
+        ]
+
+    def score(
+        self, scorer: ImageScorer, images: ImageSet, batch: range, prompts: Sequence[str]
+    ) -> None:
+        """Score a batch and keep the result; RunError where a score is not finite."""
+        digests = [file_digest(images.files[i]) for i in batch]
+        pictures = [images.read(i, prompts[i]) for i in batch]
+        scores = scorer.score(pictures, [prompts[i] for i in batch]).tolist()
+        for i, score in zip(batch, scores, strict=True):
+            if not math.isfinite(score):
+                raise RunError(f"{self.name} gives {score} to {images.files[i]} ({prompts[i]!r}).")
+        content = json.dumps({"images": digests, "scores": scores}) + "\n"
+        file = self._file(images, batch)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(file, lambda path: path.write_text(content))
+
+    def read(self, images: ImageSet, batch_size: int) -> tuple[float, ...]:
+        """All scores of a model as papers print them, in the order of the prompts."""
+        scale = self.info().scale
+        parts = [self._read(images, batch) for batch in batches(len(images.files), batch_size)]
+        return tuple(scale * score for part in parts for score in part)
+
+    def _file(self, images: ImageSet, batch: range) -> Path:
+        return self.path / images.name / f"{batch.start:05d}-{batch.stop:05d}.json"
+
+    def _read(self, images: ImageSet, batch: range) -> list[float] | None:
+        file = self._file(images, batch)
+        if not file.exists():
+            return None
+        content = json.loads(file.read_text())
+        same = content["images"] == [file_digest(images.files[i]) for i in batch]
+        return content["scores"] if same else None

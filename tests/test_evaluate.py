@@ -1,0 +1,350 @@
+"""Comparing models: which model a text names, images and scores that survive a kill, the comparison."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import GOLDEN, add_tiny_lora, load_backbone, model_folder, random_weights
+from PIL import Image
+
+from spo.backbone import ModelSource
+from spo.config_io import EVAL_BASE, load_config
+from spo.errors import RunError, UserError
+from spo.evaluation.evaluator import evaluate, preflight
+from spo.evaluation.image_sets import ImageSet
+from spo.evaluation.results import read_results
+from spo.evaluation.scores import ScoreFolder
+from spo.lora import save_lora
+from spo.model_spec import read_specs
+
+ROOT = Path(__file__).resolve().parent.parent
+PROMPTS = [f"a fox number {i} reading a map" for i in range(6)]
+BASE = ModelSource(model_folder("sd15"))
+
+
+def write_lora(path, family="sd15", seed=1):
+    lora = add_tiny_lora(load_backbone(family))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_lora(path, lora, random_weights(lora, seed), {})
+    return path
+
+
+@pytest.fixture
+def config(tmp_path):
+    """Six prompts of the random tiny SD1.5, scored by how bright the images are."""
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    config, _ = load_config(EVAL_BASE, EVAL_BASE)
+    config.update_from_flattened_dict(
+        {
+            "models": ("base", f"lora={write_lora(tmp_path / 'lora.safetensors')}"),
+            "pretrained.model": model_folder("sd15"),
+            "prompts.source": str(tmp_path / "prompts.txt"),
+            "sample.num_steps": 2,
+            "sample.batch_size": 2,
+            "mixed_precision": "no",
+            "scorers": ("scorers_for_tests:image_brightness",),
+            "score_batch_size": 3,
+            "logdir": str(tmp_path / "runs"),
+            "run_name": "evaluation",
+        }
+    )
+    return config
+
+
+def folder_of(config):
+    return Path(config.logdir) / config.run_name
+
+
+def contents(folder):
+    """Everything an evaluation wrote, by name."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def changed(config, **changes):
+    config = config.copy_and_resolve_references()
+    config.update_from_flattened_dict(changes)
+    return config
+
+
+# ---- which model a text names ------------------------------------------------------------------
+
+
+def test_texts_name_models(tmp_path):
+    file = write_lora(tmp_path / "runs" / "one" / "pytorch_lora_weights.safetensors")
+    other = write_lora(tmp_path / "other.safetensors")
+    images = tmp_path / "images"
+    images.mkdir()
+    (images / "0.png").touch()
+    unet = tmp_path / "dpo" / "unet"
+    unet.mkdir(parents=True)
+    (unet / "config.json").write_text("{}")
+    texts = (
+        "base",
+        str(file.parent),
+        f"half={file.parent}:0.5",
+        f"both={file.parent}:-1+{other}:2",
+        f"full={model_folder('sd15')}",
+        f"dpo={unet.parent}",
+        f"there={images}",
+    )
+    base, run, half, both, full, dpo, there = read_specs(texts, BASE, "sd15", "models")
+    assert (base.name, base.source, base.loras) == ("base", BASE, ())
+    assert run.name == "one"
+    assert [(lora.path, lora.weight) for lora in half.loras] == [(file, 0.5)]
+    assert [(lora.path, lora.weight) for lora in both.loras] == [(file, -1.0), (other, 2.0)]
+    assert full.source == ModelSource(model_folder("sd15")) and not full.loras
+    assert dpo.source == ModelSource(BASE.model, unet=str(unet.parent))
+    assert there.source is None and there.images == images
+
+
+@pytest.mark.parametrize(
+    "texts, message",
+    [
+        ((), "there is no model"),
+        (("base", "base"), "two models are called 'base'"),
+        (("a/b=base",), "'a/b' is no name"),
+        (("./nowhere",), "no file './nowhere'"),
+        (("x=base:0.5.5",), "no weight of a LoRA"),
+        ((f"x={GOLDEN / 'models' / 'tiny-sdxl'}",), "family='sd15' needs"),
+    ],
+)
+def test_texts_that_name_no_model(texts, message):
+    with pytest.raises(UserError, match="^models: .*" + message):
+        read_specs(texts, BASE, "sd15", "models")
+
+
+# ---- images and scores -------------------------------------------------------------------------
+
+
+def test_an_image_is_read_only_for_its_own_prompt_and_model(tmp_path):
+    images = ImageSet("base", (tmp_path / "0.png", tmp_path / "1.png"), identity="abc")
+    assert images.missing(1) == [range(0, 1), range(1, 2)]
+    images.write(0, Image.new("RGB", (4, 4), "red"), "a prompt\nwith 🦊", 7)
+    assert images.missing(1) == [range(1, 2)] and images.missing(2) == [range(0, 2)]
+    assert images.read(0, "a prompt\nwith 🦊").getpixel((0, 0)) == (255, 0, 0)
+    with pytest.raises(UserError, match="0.png shows 'a prompt.* but prompt 0 is 'another'"):
+        images.read(0, "another")
+    with pytest.raises(UserError, match="not drawn by base with these settings"):
+        ImageSet("base", images.files, identity="def").read(0, "a prompt\nwith 🦊")
+    whole = images.files[0].read_bytes()
+    images.files[1].write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match="1.png is missing or is no image"):
+        images.read(1, "a prompt\nwith 🦊")
+
+
+class Constant:
+    title, scale = "Constant", 10.0
+
+    def __init__(self, value):
+        self.value = value
+
+    def score(self, images, prompts):
+        return torch.full((len(images),), self.value)
+
+
+def test_scores_of_an_image_that_changed_are_computed_again(tmp_path):
+    images = ImageSet("base", tuple(tmp_path / f"{i}.png" for i in range(2)), identity="abc")
+    for i in range(2):
+        images.write(i, Image.new("RGB", (4, 4)), PROMPTS[i], 0)
+    scores = ScoreFolder(tmp_path / "scores", "constant", {"a": 1})
+    scores.claim(Constant(2.0))
+    for batch in scores.missing(images, 1):
+        scores.score(Constant(2.0), images, batch, PROMPTS)
+    assert scores.missing(images, 1) == []
+    assert scores.read(images, 1) == (20.0, 20.0)
+    images.write(1, Image.new("RGB", (4, 4), "blue"), PROMPTS[1], 0)
+    assert scores.missing(images, 1) == [range(1, 2)]
+    with pytest.raises(RunError, match="constant gives nan to .*1.png"):
+        scores.score(Constant(float("nan")), images, range(1, 2), PROMPTS)
+    with pytest.raises(UserError, match="scorer_options.constant: .*scores of {'a': 1}"):
+        ScoreFolder(tmp_path / "scores", "constant", {"a": 2}).info()
+
+
+# ---- whole evaluations -------------------------------------------------------------------------
+
+
+def test_models_are_compared_on_equal_seeds(config, capsys):
+    copy = config.models[1].removeprefix("lora=")
+    evaluate(changed(config, models=("base", f"zero={copy}:0", f"lora={copy}")))
+    results = read_results(folder_of(config))
+    base, zero, lora = (model.scores[config.scorers[0]] for model in results.models)
+    assert base == pytest.approx(zero, abs=1e-3) and len(set(base)) == len(PROMPTS)
+    assert max(abs(a - b) for a, b in zip(base, lora, strict=True)) > 0.1
+    written = json.loads((folder_of(config) / "results.json").read_text())
+    rows = {row["model"]: row for row in written["summary"]}
+    assert rows["base"]["difference"] is None and rows["base"]["n"] == 6
+    assert rows["zero"]["difference"]["mean"] == pytest.approx(0, abs=1e-3)
+    assert written["prompts"][2]["prompt"] == PROMPTS[2]
+    with Image.open(folder_of(config) / written["prompts"][2]["images"]["lora"]["file"]) as image:
+        assert image.text["prompt"] == PROMPTS[2]
+        assert image.text["seed"] == str(written["prompts"][2]["seed"])
+    table = (folder_of(config) / "table.md").read_text()
+    assert table in capsys.readouterr().out
+    assert "| Brightness x 100 | lora |" in table
+
+
+def test_identical_models_have_difference_zero_and_win_half(config):
+    evaluate(changed(config, models=("base", "again=base")))
+    summary = json.loads((folder_of(config) / "results.json").read_text())["summary"]
+    assert summary[1]["difference"] == {"mean": 0, "low": 0, "high": 0}
+    assert summary[1]["win_rate"] == {"mean": 0.5, "low": 0.5, "high": 0.5}
+    assert summary[1]["ties"] == 6
+
+
+def test_drawing_and_scoring_apart_and_a_folder_of_images(config):
+    evaluate(changed(config, scorers=()))
+    folder = folder_of(config)
+    drawn = contents(folder / "images")
+    assert not (folder / "results.json").exists()
+    # Another evaluation takes the images as files: the scores are the same, and no model is needed.
+    images = tuple(f"{name}={folder / 'images' / name}" for name in ("base", "lora"))
+    evaluate(changed(config, models=images, run_name="scored"))
+    evaluate(config)
+    assert contents(folder / "images") == drawn
+    both = [read_results(Path(config.logdir) / name) for name in ("evaluation", "scored")]
+    assert [m.scores for m in both[0].models] == [m.scores for m in both[1].models]
+    assert both[1].models[0].files[0] == str((folder / "images" / "base" / "00000.png").resolve())
+
+
+def test_two_processes_make_what_one_makes(config, tmp_path):
+    evaluate(config)
+    two = changed(config, logdir=str(tmp_path / "two"))
+    file = tmp_path / "two.json"
+    file.write_text(two.to_json())
+    subprocess.run(
+        [sys.executable, "-m", "spo.launch", "scripts/evaluate.py", "--cpu", "--num_processes=2"]
+        + [f"--config={file}"],
+        check=True,
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": "tests"},
+    )
+    expected, found = contents(folder_of(config)), contents(folder_of(two))
+    for name in ("config.json", "results.json", "report.html"):  # they tell the folder
+        assert expected.pop(name) and found.pop(name)
+    assert expected == found
+    scores = [[m.scores for m in read_results(folder_of(c)).models] for c in (config, two)]
+    assert scores[0] == scores[1]
+
+
+KILLED = """
+import os, sys
+import torch
+torch.set_num_threads(1)
+from spo.config_io import EVAL_BASE, load_config
+from spo.evaluation import evaluator
+config, _ = load_config(sys.argv[1], EVAL_BASE)
+for line in sys.stdin:  # each line is a start of the evaluation, in a process that can be killed
+    child = os.fork()
+    if child == 0:
+        evaluator.evaluate(config)
+        os._exit(0)
+    print("child", child, flush=True)
+    print("status", os.waitpid(child, 0)[1], flush=True)
+"""
+
+
+def test_an_evaluation_killed_ten_times_ends_as_one_that_was_not(config, tmp_path):
+    evaluate(config)
+    folder = folder_of(config)
+    expected = contents(folder)
+    folder.rename(tmp_path / "undisturbed")
+    (tmp_path / "config.json").write_text(config.to_json())
+    starter = subprocess.Popen(
+        [sys.executable, "-c", KILLED, str(tmp_path / "config.json")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
+    )
+    rng, found = random.Random(0), []
+    for _ in range(10):
+        starter.stdin.write("\n")
+        starter.stdin.flush()
+        child = int(next(line for line in starter.stdout if line.startswith("child"))[5:])
+        # Killed when so many more files are there, of images or of scores, or while one is written.
+        wanted = sum(1 for _ in folder.rglob("*.*")) + rng.randint(1, 4)
+        while (
+            sum(1 for _ in folder.rglob("*.*")) < wanted and not (folder / "report.html").exists()
+        ):
+            time.sleep(0.001)
+        os.kill(child, signal.SIGKILL)
+        status = int(next(line for line in starter.stdout if line.startswith("status"))[6:])
+        found.append((status, len(list(folder.rglob("*.png"))), len(list(folder.rglob("*.json")))))
+        if (folder / "results.json").exists():  # nothing is left to do: start anew
+            folder.rename(tmp_path / f"through{len(found)}")
+    starter.stdin.write("\n")
+    starter.stdin.close()
+    starter.stdout.read()
+    starter.wait()
+    assert len(set(found)) > 4 and sum(status == signal.SIGKILL for status, *_ in found) > 4, found
+    assert contents(folder) == expected
+
+
+# ---- bad input ---------------------------------------------------------------------------------
+
+BAD = {
+    "no such prompts": ({"prompts.source": "no.txt"}, "prompts.source: no file"),
+    "unknown scorer": ({"scorers": ("beauty",)}, "scorers: 'beauty' is none of"),
+    "options of no scorer": ({"scorer_options": {"x": {}}}, "scorer_options.x: there is no such"),
+    "a scorer twice": ({"scorers": ("a:b", "a:b")}, "scorers: one stands there twice"),
+    "no steps": ({"sample.num_steps": 0}, "sample.num_steps = 0: must be at least 1"),
+    "no batch": ({"score_batch_size": 0}, "score_batch_size = 0: must be at least 1"),
+    "unknown precision": ({"mixed_precision": "fp8"}, "mixed_precision: 'fp8' is none of"),
+    "base of another family": ({"family": "sdxl"}, "family='sdxl' needs"),
+    "missing LoRA": ({"models": ("base", "./no.safetensors")}, "models: no file"),
+}
+
+
+@pytest.mark.parametrize("changes, message", BAD.values(), ids=BAD.keys())
+def test_bad_input_is_told_before_anything_is_written(config, changes, message):
+    with pytest.raises(UserError, match=message):
+        evaluate(changed(config, **changes))
+    assert not Path(config.logdir).exists()
+
+
+def test_a_folder_with_another_number_of_images(config, tmp_path):
+    folder = tmp_path / "found"
+    folder.mkdir()
+    for i in range(5):
+        Image.new("RGB", (8, 8)).save(folder / f"{i}.png")
+    with pytest.raises(UserError, match="found has 5 images for 6 prompts"):
+        preflight(changed(config, models=(f"found={folder}",)), 1)
+
+
+def test_a_lora_of_another_base_is_one_line(config, tmp_path):
+    lora = write_lora(tmp_path / "xl.safetensors", "sdxl")
+    with pytest.raises(UserError, match="xl.safetensors: the LoRA is of another model"):
+        evaluate(changed(config, models=("base", f"xl={lora}")))
+    # What the base had drawn is there, and the next call takes it up.
+    assert len(list(folder_of(config).rglob("base/*.png"))) == 6
+
+
+def test_an_evaluation_is_not_mixed_with_another(config, tmp_path):
+    evaluate(config)
+    before = contents(folder_of(config))
+    other = write_lora(tmp_path / "other.safetensors", seed=2)
+    with pytest.raises(UserError, match="lora holds images of another loras; choose another NAME="):
+        evaluate(changed(config, models=("base", f"lora={other}")))
+    with pytest.raises(UserError, match="base holds images of another seed"):
+        evaluate(changed(config, **{"sample.seed": 1}))
+    with pytest.raises(UserError, match="is an evaluation of other prompts"):
+        evaluate(changed(config, **{"prompts.num": 3}))
+    assert contents(folder_of(config)) == before
+    # A third model is added, and the others are not drawn again.
+    evaluate(changed(config, models=(*config.models, f"other={other}")))
+    after = contents(folder_of(config))
+    assert all(after[name] == before[name] for name in before if name.startswith("images"))
+    assert len(read_results(folder_of(config)).models) == 3
