@@ -25,6 +25,7 @@ def get_config() -> ConfigDict:
     config.run_name = ""  # name of the run directory; empty: algorithm, family and start time
     config.resume_from = ""  # a checkpoint folder, or "auto": the newest one of run_name
     config.save_interval = 1  # epochs between checkpoints
+    config.save_every_rollouts = 0  # rollouts between further checkpoints; 0: none within an epoch
     config.checkpoint_limit = 3  # checkpoints kept, oldest deleted first; 0 keeps all
     config.eval_interval = 1  # epochs between grids of validation images; 0 draws none
 

@@ -2,162 +2,156 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
-import shutil
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
-from spo.errors import UserError
-from spo.hub import LOAD_ERRORS, first_line
+from spo.batching import BatchPlan
+from spo.checkpoint_folder import new_checkpoint, read_state, reading, write_state
 from spo.learner import Learner
 from spo.lora import FILE_NAME, parameter_names, save_lora
+from spo.progress import (
+    Position,
+    RolloutInProgress,
+    gradient_tensors,
+    gradients_of,
+    load_share,
+    rollout_of,
+)
 
-_STATE = "training_state"
-_FOLDER = "checkpoints"
+OPTIMIZER = "optimizer.safetensors"
 
 
 @dataclass(frozen=True)
-class Position:
-    """How far a run has come."""
+class Progress:
+    """How far a run has come, as one of its processes sees it."""
 
-    epochs: int  # completed
-    rollouts: int  # completed, in all epochs
+    position: Position
+    rollout: RolloutInProgress | None = None  # None: between rollouts
+
+    def name(self) -> str:
+        """The name of the checkpoint that is saved here; `checkpoints` sorts them by progress."""
+        name = f"epoch_{self.position.epochs:04d}"
+        if self.position.prompts or self.rollout:
+            name += f"_rollout_{self.position.rollouts:06d}"
+        return name + (f"_pair_{self.rollout.used:06d}" if self.rollout else "")
 
 
 def save_networks(folder: Path, learner: Learner, metadata: dict[str, str]) -> None:
     """Write the policy LoRA into `folder`, and the EMA LoRA, if any, into `folder`/ema."""
     header = metadata | {"step": str(learner.updates)}
-    folder.mkdir(parents=True, exist_ok=True)
     save_lora(folder / FILE_NAME, learner.lora, learner.lora.parameters, header)
     if learner.ema is not None:
         (folder / "ema").mkdir(exist_ok=True)
         save_lora(folder / "ema" / FILE_NAME, learner.lora, learner.ema, header)
 
 
+def own_tensors(learner: Learner, progress: Progress) -> dict[str, Tensor]:
+    """What each process has for itself: the gradients it accumulated, and its pairs."""
+    pairs = progress.rollout.tensors() if progress.rollout else {}
+    return gradient_tensors(learner.gradients()) | pairs
+
+
 def save_checkpoint(
     run_dir: Path,
     learner: Learner,
-    gradients: Mapping[str, torch.Tensor],
-    position: Position,
+    progress: Progress,
+    shares: Iterable[Mapping[str, Tensor]],
+    facts: Mapping[str, Any],
     metadata: dict[str, str],
     limit: int,
 ) -> None:
     """Write a checkpoint, then delete the oldest beyond `limit` (0 keeps all).
 
-    `gradients` are those accumulated so far, averaged over all processes.
+    `shares` are the `own_tensors` of one process after the other, written as they come; `facts` are
+    those that `resume.compare` knows.
     """
     state = {
-        "epochs": position.epochs,
-        "rollouts": position.rollouts,
-        "minibatches": learner.minibatches,
+        "position": asdict(progress.position),
+        "rollout": progress.rollout and progress.rollout.numbers(),
+        "accumulated": learner.minibatches % learner.settings.accumulation_steps,
         "updates": learner.updates,
         "scaler": learner.scaler.state_dict(),
+        **facts,
     }
-    tensors = {f"gradient:{name}": tensor.contiguous() for name, tensor in gradients.items()}
-    tensors |= optimizer_tensors(learner.optimizer, learner.lora.parameters)
-    with new_checkpoint(run_dir, f"epoch_{position.epochs:04d}", limit) as folder:
+    with new_checkpoint(run_dir, progress.name(), limit) as folder:
         save_networks(folder, learner, metadata)
-        write_state(folder, state, tensors)
+        tensors = optimizer_tensors(learner.optimizer, learner.lora.parameters)
+        save_file(tensors, folder / OPTIMIZER)
+        for rank, share in enumerate(shares):
+            save_file(dict(share), folder / _process_file(rank))
+        write_state(folder, state)
 
 
-@contextlib.contextmanager
-def new_checkpoint(run_dir: Path, name: str, limit: int) -> Iterator[Path]:
-    """A folder to fill, which appears under its name only when it is complete.
+def load_checkpoint(folder: Path, learner: Learner, plan: BatchPlan, rank: int) -> Progress:
+    """Put `learner` into the state that was saved; UserError where a file is missing or unfit.
 
-    Then the oldest checkpoints beyond `limit` are deleted (0 keeps all).
+    Another number of processes, or other minibatches, deal out anew what was not used yet.
     """
-    folder = run_dir / _FOLDER / name
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    yield partial
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
-    if limit:
-        for old in checkpoints(run_dir)[:-limit]:
-            shutil.rmtree(old)
-
-
-def write_state(folder: Path, state: Mapping[str, Any], tensors: dict[str, torch.Tensor]) -> None:
-    """Write what a checkpoint holds besides its networks."""
-    save_file(tensors, folder / f"{_STATE}.safetensors")
-    (folder / f"{_STATE}.json").write_text(json.dumps(state, indent=1))
-
-
-def read_state(folder: Path) -> dict[str, Any]:
-    """The numbers that `write_state` wrote."""
-    return json.loads((folder / f"{_STATE}.json").read_text())
-
-
-def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """The tensors that `write_state` wrote."""
-    return load_file(folder / f"{_STATE}.safetensors")
-
-
-def checkpoints(run_dir: Path) -> list[Path]:
-    """Complete checkpoints of a run, oldest first."""
-    return sorted(p for p in (run_dir / _FOLDER).glob("*_[0-9]*") if p.suffix != ".partial")
-
-
-def load_checkpoint(folder: Path, learner: Learner) -> Position:
-    """Put `learner` into the state that was saved; UserError where a file is missing or unfit."""
-    try:
-        state = read_state(folder)
+    state = read_state(folder)
+    with reading(folder):
         learner.lora.assign(parameter_names(load_file(folder / FILE_NAME)))
         if learner.ema is not None:
             ema = parameter_names(load_file(folder / "ema" / FILE_NAME))
             for name, tensor in learner.ema.items():
                 tensor.copy_(ema[name])
-        restore_tensors(learner.optimizer, learner.lora.parameters, read_tensors(folder))
-        learner.minibatches, learner.updates = state["minibatches"], state["updates"]
-        learner.scaler.load_state_dict(state["scaler"])
-        return Position(state["epochs"], state["rollouts"])
-    except (*LOAD_ERRORS, KeyError) as error:
-        raise unfit(folder, error) from error
+        restore_optimizer(learner.optimizer, learner.lora.parameters, load_file(folder / OPTIMIZER))
+        files = [folder / _process_file(r) for r in range(state["plan"]["num_processes"])]
+        share, left = load_share(files, rank, plan.num_processes)
+        if state["scaler"]:  # empty where the checkpoint is not of fp16
+            learner.scaler.load_state_dict(state["scaler"])
+        _restore_gradients(learner, gradients_of(share), state)
+        learner.updates = state["updates"]
+        position, rollout = Position(**state["position"]), None
+        if state["rollout"]:
+            numbers = state["rollout"] | {"left_over": state["rollout"]["left_over"] + left}
+            rollout = rollout_of(share, numbers, learner.backbone.device)
+        return Progress(position, rollout)
 
 
-def unfit(folder: Path, error: Exception) -> UserError:
-    """The error of a checkpoint that cannot be resumed from."""
-    return UserError(
-        f"resume_from: {folder} is not a checkpoint of this config ({first_line(error)}); choose "
-        "another checkpoint, or start anew."
-    )
+def _restore_gradients(learner: Learner, gradients: Mapping[str, Tensor], state: dict) -> None:
+    """Go on with an accumulated gradient; as much of an update as now can be made of minibatches."""
+    then, now = state["plan"]["accumulation_steps"], learner.settings.accumulation_steps
+    learner.minibatches = state["accumulated"] * now // then
+    if learner.minibatches == 0:
+        return
+    share_of_update = (learner.minibatches * then) / (state["accumulated"] * now)
+    scale = learner.scaler.get_scale() / state["scaler"].get("scale", 1.0) * share_of_update
+    for name, gradient in gradients.items():
+        parameter = learner.lora.parameters[name]
+        parameter.grad = (gradient * scale).to(parameter.device)
 
 
-def is_checkpoint(folder: Path) -> bool:
-    """Whether `folder` looks like a checkpoint that can be resumed from."""
-    return (folder / f"{_STATE}.json").is_file()
+def _process_file(rank: int) -> str:
+    return f"process_{rank:04d}.safetensors"
 
 
 def optimizer_tensors(
     optimizer: torch.optim.Optimizer, parameters: Mapping[str, torch.nn.Parameter]
-) -> dict[str, torch.Tensor]:
+) -> dict[str, Tensor]:
     """Optimizer state by kind and parameter name."""
     return {
-        f"optimizer.{kind}:{name}": torch.as_tensor(value).contiguous()
+        f"{kind}:{name}": torch.as_tensor(value).contiguous()
         for name, parameter in parameters.items()
         for kind, value in optimizer.state[parameter].items()
     }
 
 
-def restore_tensors(
+def restore_optimizer(
     optimizer: torch.optim.Optimizer,
     parameters: Mapping[str, torch.nn.Parameter],
-    tensors: Mapping[str, torch.Tensor],
+    tensors: Mapping[str, Tensor],
 ) -> None:
-    """Put optimizer state and gradients, by kind and parameter name, back in their places."""
+    """Put optimizer state, by kind and parameter name, back in its place."""
     for key, tensor in tensors.items():
         kind, name = key.split(":")
         parameter = parameters[name]
-        # AdamW counts its steps on the CPU.
-        moved = tensor if kind == "optimizer.step" else tensor.to(parameter.device)
-        if kind == "gradient":
-            parameter.grad = moved
-        else:
-            optimizer.state[parameter][kind.removeprefix("optimizer.")] = moved
+        # AdamW counts its steps on the CPU; a copy, since kernels may round otherwise in a mapped file.
+        optimizer.state[parameter][kind] = tensor.to(
+            "cpu" if kind == "step" else parameter.device, copy=True
+        )

@@ -52,12 +52,17 @@ def collect_rollout(
     prompts: Sequence[str],
     prompt_ids: Tensor,
     generator: torch.Generator,
+    before_step: Callable[[], None] = lambda: None,
 ) -> Collected:
-    """Roll out B prompts with the UNet as it stands; score the candidates as they come, keep pairs."""
+    """Roll out B prompts with the UNet as it stands; score the candidates as they come, keep pairs.
+
+    What `before_step` raises ends the rollout between two denoising steps.
+    """
     conditioning = backbone.encode_prompts(prompts)
     prompt_features = scorer.encode_prompts(prompts)
 
     def predict(latents: Tensor, timestep: int, rows: Conditioning) -> Tensor:
+        before_step()
         return backbone.predict(backbone.unet, latents, timestep, rows, settings.guidance_scale)
 
     parts, comparisons = [], []

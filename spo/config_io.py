@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from spo.durable import write_file
 from spo.errors import UserError
 
 REPO_ROOT = Path(__file__).resolve().parents[1]
@@ -52,7 +53,7 @@ def load_config(path: str, *bases: str) -> tuple[ConfigDict, set[str]]:
 
 def save_config(config: ConfigDict, path: Path) -> None:
     """Writes a config as JSON, in its own order; load_config reads it back."""
-    path.write_text(config.to_json(indent=2) + "\n")
+    write_file(path, (config.to_json(indent=2) + "\n").encode())
 
 
 def leaves(config: ConfigDict, prefix: str = "") -> dict[str, object]:

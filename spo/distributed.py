@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -119,3 +120,43 @@ class Workers:
     def close(self) -> None:
         """Leave the process group."""
         self.accelerator.end_training()
+
+    @cached_property
+    def _on_cpu(self) -> dist.ProcessGroup:
+        """All processes, for what must not wait for a GPU."""
+        return dist.new_group(backend="gloo")
+
+    def any(self, flag: bool) -> bool:
+        """Whether `flag` is set in at least one process."""
+        if self.count == 1:
+            return flag
+        found = torch.tensor(int(flag))
+        dist.all_reduce(found, dist.ReduceOp.MAX, group=self._on_cpu)
+        return bool(found)
+
+    @contextlib.contextmanager
+    def to_main(self, tensors: Mapping[str, Tensor]) -> Iterator[Iterator[dict[str, Tensor]]]:
+        """In the main process, within the context: the tensors of each process in turn, on the CPU.
+
+        One process's are held at a time. In the others it is empty.
+        """
+        mine = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        kinds = self.gather([[(name, t.shape, t.dtype) for name, t in mine.items()]])
+
+        def receive(rank: int) -> dict[str, Tensor]:
+            if rank == 0:
+                return mine
+            received = {name: torch.empty(shape, dtype=dtype) for name, shape, dtype in kinds[rank]}
+            for tensor in filter(torch.numel, received.values()):
+                dist.recv(tensor, rank, group=self._on_cpu)
+            return received
+
+        arriving = map(receive, range(self.count) if self.is_main else ())
+        try:
+            yield arriving
+        finally:
+            for _ in arriving:  # those that an error left: their senders wait
+                pass
+            if not self.is_main:
+                for tensor in filter(torch.numel, mine.values()):
+                    dist.send(tensor, 0, group=self._on_cpu)

@@ -55,7 +55,7 @@ def exit_on_user_error() -> Iterator[None]:
         yield
     except UserError as error:
         if os.environ.get("RANK", "0") == "0":  # set where several processes were started
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+            print(f"{error.label}: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(error.exit_status)
 
 

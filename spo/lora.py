@@ -18,6 +18,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from spo.durable import write_file
 from spo.errors import UserError
 
 FILE_NAME = "pytorch_lora_weights.safetensors"
@@ -132,7 +133,7 @@ def save_lora(
         "alpha": str(lora.alpha),
         **metadata,
     }
-    path.write_bytes(safetensors_bytes(file_names(weights), header))
+    write_file(path, safetensors_bytes(file_names(weights), header))
 
 
 def safetensors_bytes(tensors: dict[str, Tensor], metadata: Mapping[str, str]) -> bytes:

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from spo.collect import Comparison
-from spo.learner import Step
+from spo.learner import Learner, Step
 from spo.pairs import preference_gap
+from spo.progress import RolloutInProgress
 
 
 def rollout_sums(
@@ -24,19 +25,22 @@ def rollout_sums(
     """
     device = pair_timesteps.device
     sums = {name: torch.zeros((), device=device) for name in ("score_mean", "score_spread")}
-    sums |= {name: torch.zeros((), device=device) for name in ("win_margin", "comparisons")}
+    sums |= {
+        name: torch.zeros((), device=device) for name in ("win_margin", "comparisons", "images")
+    }
     for comparison in comparisons:
         scores = comparison.scores
         sums["score_mean"] += scores.mean(dim=0).sum()
         sums["score_spread"] += scores.std(dim=0).sum()
         sums["win_margin"] += preference_gap(scores).sum()
         sums["comparisons"] += scores.shape[1]
-    return sums | {f"t{t}": (pair_timesteps == t).sum() for t in timesteps}
+        sums["images"] += scores.numel()
+    return sums | {f"t={t}": (pair_timesteps == t).sum() for t in timesteps}
 
 
-def rollout_metrics(sums: dict[str, float], timesteps: Sequence[int]) -> dict:
+def rollout_metrics(sums: dict[str, float]) -> dict:
     """Metrics of a rollout from its sums over all processes."""
-    pairs_at = {str(t): int(sums[f"t{t}"]) for t in timesteps}
+    pairs_at = {name[2:]: int(count) for name, count in sums.items() if name.startswith("t=")}
     count = sums["comparisons"]
     return {
         "score_mean": sums["score_mean"] / count,
@@ -48,25 +52,23 @@ def rollout_metrics(sums: dict[str, float], timesteps: Sequence[int]) -> dict:
     }
 
 
-def training_sums(steps: Sequence[Step], device: torch.device) -> dict[str, Tensor]:
-    """Sums over minibatches and updates; scalars."""
-    total = {
-        "loss": [step.output.loss for step in steps],
-        "win_ratio": [step.output.win_ratio.mean() for step in steps],
-        "lose_ratio": [step.output.lose_ratio.mean() for step in steps],
-        "clipped": [step.output.clipped.mean() for step in steps],
-        "grad_norm": [
-            step.grad_norm for step in steps if step.grad_norm is not None and not step.skipped
-        ],
-    }
-    sums = {
-        name: torch.stack(values).sum() if values else torch.zeros((), device=device)
-        for name, values in total.items()
-    }
-    sums["minibatches"] = torch.tensor(float(len(steps)), device=device)
-    sums["updates"] = torch.tensor(float(len(total["grad_norm"])), device=device)
-    sums["skipped_updates"] = torch.tensor(float(sum(s.skipped for s in steps)), device=device)
-    return sums
+_STEP = ("loss", "win_ratio", "lose_ratio", "clipped", "grad_norm", "updates", "skipped_updates")
+
+
+def step_row(step: Step) -> Tensor:
+    """What metrics need of a minibatch, (7,): it outlives the minibatch, in checkpoints, too."""
+    output, zero = step.output, step.output.loss.new_zeros(())
+    updates = step.grad_norm is not None and not step.skipped
+    means = (output.win_ratio.mean(), output.lose_ratio.mean(), output.clipped.mean())
+    norm = step.grad_norm if updates else zero
+    return torch.stack([output.loss, *means, norm, zero + updates, zero + step.skipped])
+
+
+def training_sums(rows: Sequence[Tensor], device: torch.device) -> dict[str, Tensor]:
+    """Sums over the minibatches whose `step_row`s these are; scalars."""
+    table = torch.stack(tuple(rows)) if rows else torch.zeros(0, len(_STEP), device=device)
+    sums = dict(zip(_STEP, table.sum(dim=0), strict=True))
+    return sums | {"minibatches": torch.tensor(float(len(rows)), device=device)}
 
 
 def training_metrics(sums: dict[str, float], processes: int) -> dict:
@@ -84,6 +86,23 @@ def training_metrics(sums: dict[str, float], processes: int) -> dict:
         "minibatches": int(sums["minibatches"]) // processes,
         "updates": int(sums["updates"]) // processes,
         "skipped_updates": int(sums["skipped_updates"]) // processes,
+    }
+
+
+def state_metrics(learner: Learner) -> dict:
+    """Metrics of the networks and the optimizer as they stand."""
+    return {
+        "ema_distance": learner.ema_distance(),
+        "learning_rate": learner.optimizer.param_groups[0]["lr"],
+    }
+
+
+def speed_metrics(rollout: RolloutInProgress) -> dict:
+    """How long a rollout and its training took; `images_per_second` are those that were scored."""
+    return {
+        "seconds_rollout": rollout.seconds_rollout,
+        "seconds_train": rollout.seconds_train,
+        "images_per_second": rollout.sums["images"] / rollout.seconds_rollout,
     }
 
 

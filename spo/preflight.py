@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ml_collections import ConfigDict
 
 from spo import backbone, scorers, settings, tracking
 from spo.batching import BatchPlan, plan_batches
+from spo.checkpoint_folder import read_state, reading
+from spo.errors import UserError
 from spo.lora_files import find_lora
 from spo.prompts import PromptSet, read_prompts
-from spo.run_dir import find_checkpoint, run_name
+from spo.resume import Resume, compare, facts, find_checkpoint
+from spo.run_dir import run_name
 
 
 @dataclass(frozen=True)
@@ -22,7 +29,8 @@ class Preflight:
     prompts: PromptSet
     validation_prompts: tuple[str, ...]
     run_dir: Path
-    checkpoint: Path | None  # to resume from
+    resume: Resume
+    changes: tuple[str, ...]  # since the checkpoint to resume from, a line each
 
 
 def read_training_prompts(config: ConfigDict) -> PromptSet:
@@ -47,11 +55,79 @@ def preflight(config: ConfigDict, num_processes: int) -> Preflight:
     tracking.check_tracker(config.tracker.name)
     plan = plan_batches(config, num_processes)
     run_dir = Path(config.logdir).expanduser() / run_name(config, config.algorithm)
-    checkpoint = find_checkpoint(config, run_dir)
+    resume = find_checkpoint(config, run_dir)
     backbone.check_source(settings.model_source(config), config.family)
     scorers.check_source(settings.scorer_source(config))
     if config.lora.init_from:
         find_lora(config.lora.init_from, "lora.init_from")
     validation_prompts = read_validation_prompts(config) if config.eval_interval else ()
     prompts = read_training_prompts(config)
-    return Preflight(plan, prompts, validation_prompts, run_dir, checkpoint)
+    changes = changes_since(resume.checkpoint, config, plan, prompts.prompts)
+    return Preflight(plan, prompts, validation_prompts, run_dir, resume, tuple(changes))
+
+
+def run_facts(config: ConfigDict, plan: BatchPlan, prompts: Sequence[str]) -> dict[str, Any]:
+    """What a checkpoint tells of its run, for `changes_since`."""
+    digest = hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest()
+    return facts(config, plan) | {"prompts_sha256": digest}
+
+
+def changes_since(
+    checkpoint: Path | None, config: ConfigDict, plan: BatchPlan, prompts: Sequence[str]
+) -> list[str]:
+    """What has changed since a checkpoint, a line each; UserError for what makes nonsense of it."""
+    if checkpoint is None:
+        return []
+    state = read_state(checkpoint)
+    with reading(checkpoint):
+        lines = compare(state, config, plan, _refused(state, config))
+        epoch, accumulated = state["position"]["epochs"] + 1, state["accumulated"]
+        if run_facts(config, plan, prompts)["prompts_sha256"] != state["prompts_sha256"]:
+            if _is_inside_epoch(state):
+                raise UserError(
+                    f"prompts.source: not the prompts of epoch {epoch} of {checkpoint}, which has "
+                    "begun; give it the same prompts, or resume from the end of an epoch."
+                )
+            lines.append("resume: the prompts are not those before")
+        if (
+            accumulated
+            and not accumulated * plan.accumulation_steps // state["plan"]["accumulation_steps"]
+        ):
+            lines.append("resume: the gradient of less than a minibatch is dropped")
+        return lines
+
+
+def _is_inside_epoch(state: Mapping[str, Any]) -> bool:
+    return bool(state["position"]["prompts"] or state["rollout"])
+
+
+def _refused(state: Mapping[str, Any], config: ConfigDict) -> dict[str, str]:
+    """Keys and sections that may not change since `state`, and why."""
+    weights = "its weights, EMA and optimizer state mean nothing to another"
+    shape = ("lora.rank", "lora.alpha", "lora.target_modules")
+    refused = dict.fromkeys(("algorithm", "family", "pretrained.model", *shape), weights)
+    refused["lora.reference"] = "the loss compares with it"
+    if config.lora.reference == "init":
+        refused["lora.init_from"] = "the loss compares with it"
+    if _is_inside_epoch(state):
+        # Which prompts of the epoch are left, and their noise, follow from it.
+        refused["seed"] = "an epoch has begun with it: resume from the end of one"
+    if state["rollout"]:
+        # Its pairs were drawn with these, and the loss looks at them in the same way.
+        drawn = "a rollout is in progress: resume from the end of one"
+        refused |= dict.fromkeys(("mixed_precision", *_DRAWN_WITH), drawn)
+    return refused
+
+
+# Of `sample`, all but what decides how much is done at once, and which pairs are kept.
+_DRAWN_WITH = (
+    "sample.num_steps",
+    "sample.eta",
+    "sample.guidance_scale",
+    "sample.num_candidates",
+    "sample.branch_from",
+    "sample.num_inner_steps",
+    "sample.final_step",
+    "sample.final_score_timestep",
+    "sample.final_direction",
+)

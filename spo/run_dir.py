@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import json
-import platform
+import math
 import sys
 import time
-from importlib.metadata import version
+from collections.abc import Iterable
 from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from spo.checkpoint import checkpoints, is_checkpoint
+from spo.checkpoint_folder import set_aside
 from spo.config_io import save_config
+from spo.durable import whole_lines, write_lines, writing
 from spo.errors import UserError
+from spo.resume import versions
 from spo.tracking import METRICS
 
 CONFIG = "config.json"
 STARTS = "starts.jsonl"
-_PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft")
 
 
 def run_name(config: ConfigDict, method: str) -> str:
@@ -28,72 +29,43 @@ def run_name(config: ConfigDict, method: str) -> str:
     return f"{method.rpartition(':')[2]}_{config.family}_{time.strftime('%Y%m%d_%H%M%S')}"
 
 
-def find_checkpoint(config: ConfigDict, run_dir: Path) -> Path | None:
-    """The checkpoint to resume from; None to start anew.
+def open_run_dir(run_dir: Path, config: ConfigDict, damaged: Iterable[Path] = ()) -> None:
+    """Make the directory, save the resolved config in it, put `damaged` checkpoints out of the way.
 
-    Raises UserError where there is none, and rather than write over what a run has computed.
+    UserError where it can't be written.
     """
-    own = checkpoints(run_dir)
-    if config.resume_from == "auto":
-        if not config.run_name:
-            raise UserError("resume_from: auto goes on with a run; say which one by run_name.")
-        return own[-1] if own else None
-    if config.resume_from:
-        folder = Path(config.resume_from).expanduser()
-        if not is_checkpoint(folder):
-            raise UserError(
-                f"resume_from: {folder} is not a checkpoint; name a folder of "
-                "runs/NAME/checkpoints, or run_name=NAME and resume_from=auto."
-            )
-        if own and folder.resolve() == own[-1].resolve():
-            return folder
-        if not (own or (run_dir / METRICS).exists()):
-            return folder
-        raise UserError(
-            f"run_name: {run_dir} already went on from another point than {folder}; choose another "
-            "run_name to branch off there, or resume_from=auto."
-        )
-    if own or (run_dir / METRICS).exists():
-        raise UserError(
-            f"run_name: {run_dir} already holds a run; choose another run_name, or go on with it "
-            "by resume_from=auto."
-        )
-    return None
-
-
-def open_run_dir(run_dir: Path, config: ConfigDict) -> None:
-    """Make the directory and save the resolved config in it; UserError where it can't be written."""
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         save_config(config, run_dir / CONFIG)
+        set_aside(damaged)
     except OSError as error:
         raise UserError(f"logdir: cannot write to {run_dir} ({error.strerror}).") from error
 
 
 def record_start(run_dir: Path, facts: dict) -> None:
-    """Append to starts.jsonl how the run was started: command, versions, and `facts`."""
+    """Add to starts.jsonl how the run was started: command, versions, and `facts`."""
     start = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": sys.argv,
-        "python": platform.python_version(),
-        "versions": {name: version(name) for name in _PACKAGES},
+        "versions": versions(),
         **facts,
     }
-    with (run_dir / STARTS).open("a") as file:
-        file.write(json.dumps(start) + "\n")
+    path = run_dir / STARTS
+    with writing(path):
+        write_lines(path, [*whole_lines(path), json.dumps(start)])
 
 
 def drop_metrics_after(run_dir: Path, last: int, counter: str = "rollout") -> None:
     """Keep the metrics of up to `last` of `counter`: a resumed run writes the others again."""
     path = run_dir / METRICS
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text().splitlines(keepends=True):
-        # A run that was killed may have left half a line, which is the last.
-        if not line.endswith("\n") or json.loads(line)[counter] > last:
-            break
-        kept.append(line)
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(kept))
-    partial.replace(path)
+    kept = [line for line in whole_lines(path) if _counted(line, counter) <= last]
+    if path.exists():
+        with writing(path):
+            write_lines(path, kept)
+
+
+def _counted(line: str, counter: str) -> float:
+    try:
+        return json.loads(line)[counter]
+    except ValueError:  # what a machine that stopped may leave behind
+        return math.inf

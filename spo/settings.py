@@ -208,7 +208,7 @@ _RULES = (
     (
         "0 or more",
         lambda v: v >= 0,
-        "checkpoint_limit eval_interval prompts.num sample.guidance_scale "
+        "checkpoint_limit save_every_rollouts eval_interval prompts.num sample.guidance_scale "
         "train.adam_weight_decay eval.guidance_scale",
     ),
     (

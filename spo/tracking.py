@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import netrc
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -12,8 +15,11 @@ from urllib.parse import urlparse
 import numpy as np
 from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
 from PIL import Image
+from tqdm import tqdm
 
+from spo.durable import append_line, write_file, writing
 from spo.errors import UserError
+from spo.hub import first_line
 
 TRACKERS = ("wandb", "tensorboard", "none")
 METRICS = "metrics.jsonl"
@@ -57,38 +63,64 @@ def _start_tracker(name: str, project: str, run_dir: Path) -> GeneralTracker:
 
 
 class Tracking:
-    """Metrics and pictures of a run; used on the main process alone."""
+    """Metrics and pictures of a run; used on the main process alone.
+
+    The run directory has to take them: RunError where it does not. A tracker that fails is left out
+    from then on, with one warning.
+    """
 
     def __init__(self, run_dir: Path, tracker: str, project: str, config: dict[str, Any]) -> None:
         self._run_dir = run_dir
-        self._tracker = None if tracker == "none" else _start_tracker(tracker, project, run_dir)
-        if self._tracker is not None:
-            self._tracker.store_init_configuration(_flat(config))
+        self._tracker: GeneralTracker | None = None
+        if tracker != "none":
+            with self._tracker_may_fail():
+                self._tracker = _start_tracker(tracker, project, run_dir)
+                self._tracker.store_init_configuration(_flat(config))
 
     def log(self, metrics: dict[str, Any], step: int) -> None:
         """Append a line to metrics.jsonl and tell the tracker."""
-        with (self._run_dir / METRICS).open("a") as file:
-            file.write(json.dumps(metrics) + "\n")
+        path = self._run_dir / METRICS
+        with writing(path):
+            append_line(path, json.dumps(metrics))
         if self._tracker is not None:
-            self._tracker.log(_flat(metrics), step=step)
+            with self._tracker_may_fail():
+                self._tracker.log(_flat(metrics), step=step)
 
     def picture(self, name: str, image: Image.Image, step: int) -> Path:
         """Save a picture as `name`.png in the run directory and show it to the tracker."""
         path = self._run_dir / f"{name}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        image.save(path)
-        tag = path.parent.name
+        with writing(path), io.BytesIO() as png:
+            path.parent.mkdir(exist_ok=True)
+            image.save(png, "png")
+            write_file(path, png.getvalue())
+        if self._tracker is not None:
+            with self._tracker_may_fail():
+                self._show(path.parent.name, image, step)
+        return path
+
+    def _show(self, tag: str, image: Image.Image, step: int) -> None:
         if isinstance(self._tracker, TensorBoardTracker):
             pixels = np.asarray(image)[None]
             self._tracker.log_images({tag: pixels}, step=step, dataformats="NHWC")
-        elif self._tracker is not None:
+        else:
             self._tracker.log_images({tag: [image]}, step=step)
-        return path
 
     def close(self) -> None:
         """Finish the tracker's run."""
         if self._tracker is not None:
-            self._tracker.finish()
+            with self._tracker_may_fail():
+                self._tracker.finish()
+
+    @contextlib.contextmanager
+    def _tracker_may_fail(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # whatever the tracker's network, service and files raise
+            self._tracker = None
+            tqdm.write(
+                f"tracker: it failed ({type(error).__name__}: {first_line(error)}); going on "
+                f"without it, {self._run_dir / METRICS} has every number"
+            )
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

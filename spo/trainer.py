@@ -4,28 +4,32 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from itertools import pairwise
+from pathlib import Path
 
-import numpy as np
-import torch
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from spo import metrics, settings
 from spo.backbone import Backbone
-from spo.checkpoint import Position, load_checkpoint, save_checkpoint, save_networks
-from spo.collect import Collected, check_scores, collect_rollout
+from spo.checkpoint import Progress, load_checkpoint, own_tensors, save_checkpoint, save_networks
+from spo.checkpoint_folder import FOLDER
 from spo.distributed import Workers
-from spo.errors import RunError
+from spo.durable import writing
+from spo.errors import RunError, Stopped
+from spo.interrupt import StopSignals
 from spo.learner import Step
 from spo.lora import FILE_NAME, Lora
 from spo.lora_files import find_lora, read_lora
-from spo.pairs import concatenate_pairs, no_pairs
-from spo.preflight import Preflight, preflight
+from spo.preflight import Preflight, preflight, run_facts
+from spo.progress import Position
 from spo.prompts import epoch_order
+from spo.resume import stopped_at
 from spo.run_dir import drop_metrics_after, open_run_dir, record_start
 from spo.scorers import load_scorer
 from spo.seeding import derive_seed
+from spo.shared_rollout import SharedRollout
 from spo.tracking import METRICS, Tracking
 from spo.types import PreferencePairs
 from spo.validation import draw_cells, validation_grid
@@ -34,7 +38,8 @@ from spo.validation import draw_cells, validation_grid
 def train(config: ConfigDict) -> None:
     """Train as `config` says, in one process or as one of several that accelerate started.
 
-    Raises UserError for bad input before any model loads, and RunError where a run cannot go on.
+    Raises UserError for bad input before any model loads, RunError where a run cannot go on, and
+    Stopped after a signal.
     """
     workers = Workers()
     try:
@@ -42,7 +47,7 @@ def train(config: ConfigDict) -> None:
         with workers.together():
             if workers.is_main:
                 ready = preflight(config, workers.count)
-                open_run_dir(ready.run_dir, config)
+                open_run_dir(ready.run_dir, config, ready.resume.damaged)
         Trainer(config, workers.from_main(ready), workers).run()
     finally:
         workers.close()
@@ -70,12 +75,27 @@ class Trainer:
             lora,
             self.plan.accumulation_steps,
         )
-        self.position = Position(epochs=0, rollouts=0)
-        if ready.checkpoint is not None:
+        self.signals = StopSignals()
+        self.source = SharedRollout(
+            self.backbone,
+            self.scorer,
+            self.learner,
+            settings.collect_settings(config),
+            self.plan,
+            self.prompts,
+            config.seed,
+            workers,
+            before_step=self.signals.check,
+        )
+        self.position, self.rollout = Position(), None
+        self.saved = ready.resume.checkpoint
+        if self.saved is not None:
             with workers.together():
-                self.position = load_checkpoint(ready.checkpoint, self.learner)
-            self.say(f"resumed from {ready.checkpoint}")
-        self.tracking = self._start_tracking() if workers.is_main else None
+                progress = load_checkpoint(self.saved, self.learner, self.plan, workers.rank)
+            self.position, self.rollout = progress.position, progress.rollout
+            self.say("\n".join([*ready.resume.describe(), *ready.changes]))
+        with workers.together():
+            self.tracking = self._start_tracking() if workers.is_main else None
 
     def _make_lora(self) -> Lora:
         config, unet = self.config, self.backbone.unet
@@ -89,136 +109,109 @@ class Trainer:
         return lora
 
     def _start_tracking(self) -> Tracking:
+        facts = {"plan": asdict(self.plan), "prompts": self.ready.prompts.describe()}
+        resumed_from = {"resumed_from": str(self.saved or "")}
         drop_metrics_after(self.run_dir, self.position.rollouts)
-        record_start(
-            self.run_dir,
-            {
-                "plan": asdict(self.plan),
-                "prompts": self.ready.prompts.describe(),
-                "resumed_from": str(self.ready.checkpoint or ""),
-            },
-        )
+        record_start(self.run_dir, facts | resumed_from)
         tracker = self.config.tracker
         return Tracking(self.run_dir, tracker.name, tracker.project, self.config.to_dict())
 
     def run(self) -> None:
-        """Train the epochs that are left, then write the final LoRA."""
-        config = self.config
-        if self.position.epochs == 0:
-            self.draw_validation_images()
-        for epoch in self.progress(range(self.position.epochs, config.num_epochs), "epochs"):
-            self.train_epoch(epoch)
-            done = epoch + 1
-            if done % config.save_interval == 0 or done == config.num_epochs:
-                self.save_checkpoint()
-            if config.eval_interval and done % config.eval_interval == 0:
-                self.draw_validation_images()
-        if self.tracking is not None:
-            save_networks(self.run_dir, self.learner, settings.lora_metadata(config))
-            self.tracking.close()
-            self.say_where()
+        """Train what is left, then write the final LoRA.
 
-    def train_epoch(self, epoch: int) -> None:
-        """Roll out every prompt once, and after each rollout train on its pairs."""
+        Raises Stopped, with everything saved, after SIGTERM or SIGINT.
+        """
+        with self.signals:
+            try:
+                self.train_epochs()
+            except Stopped as stopped:
+                self.save_and_stop(stopped)
+        with self.workers.together():
+            if self.tracking is not None:
+                with writing(self.run_dir):
+                    save_networks(self.run_dir, self.learner, settings.lora_metadata(self.config))
+                self.tracking.close()
+                self.say_where()
+
+    def train_epochs(self) -> None:
+        """Train the epochs that are left; before, between and after them, draw validation images."""
+        for _ in self.progress(range(self.position.epochs, self.config.num_epochs), "epochs"):
+            self.draw_validation_images()
+            self.train_epoch()
+        self.draw_validation_images()
+
+    def train_epoch(self) -> None:
+        """Roll out every prompt that is left, and after each rollout train on its pairs."""
+        epoch, start = self.position.epochs, self.position.prompts
         order = epoch_order(len(self.prompts), self.config.seed, epoch)
         size = self.plan.prompts_per_rollout
-        chunks = [order[start : start + size] for start in range(0, len(order), size)]
-        for index, chunk in enumerate(self.progress(chunks, f"epoch {epoch + 1}: rollouts")):
-            self.iterate(epoch, index, chunk)
-        self.position = Position(epoch + 1, self.position.rollouts)
+        first = start + (self.rollout.prompts if self.rollout else size)
+        starts = [start, *range(first, len(order), size)]
+        chunks = [order[a:b] for a, b in pairwise([*starts, len(order)])]
+        for chunk in self.progress(chunks, f"epoch {epoch + 1}: rollouts"):
+            if self.rollout is None:
+                self.rollout = self.source.draw(chunk, self.position)
+            self.train_on_pairs()
+            line = self.metrics_line()
+            self.position, self.rollout = self.position.after(len(chunk), len(order)), None
+            self.log(line)
+            if self.is_checkpoint_due():
+                self.save_checkpoint()
 
-    def iterate(self, epoch: int, index: int, chunk: Sequence[int]) -> None:
-        """One rollout of the prompts `chunk` on all processes, and the training on its pairs."""
-        started = time.perf_counter()
-        collected, generator = self.roll_out(epoch, index, chunk)
-        timesteps = self.learner.schedule.timesteps[self.config.sample.branch_from :]
-        rollout_sums = metrics.rollout_sums(
-            collected.comparisons, collected.pairs.timesteps, timesteps
-        )
-        pairs, left_over = self.workers.deal(collected.pairs, generator)
-        rolled_out = time.perf_counter()
-        steps = self.train_on(pairs)
-        sums = self.workers.sum(rollout_sums | metrics.training_sums(steps, self.workers.device))
-        trained = time.perf_counter()
-        self.position = Position(epoch, self.position.rollouts + 1)
-        rollout = metrics.rollout_metrics(sums, timesteps)
-        images = rollout["comparisons"] * self.config.sample.num_candidates
-        self.log(
-            {
-                "epoch": epoch + 1,
-                "rollout": self.position.rollouts,
-                "step": self.learner.updates,
-                **metrics.training_metrics(sums, self.workers.count),
-                **rollout,
-                "pairs_left_over": left_over,
-                "ema_distance": self.learner.ema_distance(),
-                "learning_rate": self.learner.optimizer.param_groups[0]["lr"],
-                "seconds_rollout": rolled_out - started,
-                "seconds_train": trained - rolled_out,
-                "images_per_second": images / (rolled_out - started),
-                "peak_memory_gib": metrics.peak_memory_gib(self.workers.device),
-            }
-        )
+    def is_checkpoint_due(self) -> bool:
+        """Whether one is to be saved between these two rollouts."""
+        config, position = self.config, self.position
+        every = config.save_every_rollouts
+        if every and position.rollouts % every == 0:
+            return True
+        last = position.epochs == config.num_epochs
+        return position.prompts == 0 and (last or position.epochs % config.save_interval == 0)
 
-    def roll_out(
-        self, epoch: int, index: int, chunk: Sequence[int]
-    ) -> tuple[Collected, torch.Generator]:
-        """This process's share of a rollout, and the generator that shuffles the pairs of all.
+    def metrics_line(self) -> dict:
+        """Metrics of the rollout whose pairs are used up."""
+        rollout, device = self.rollout, self.workers.device
+        sums = rollout.sums | self.workers.sum(metrics.training_sums(rollout.steps, device))
+        return {
+            "epoch": self.position.epochs + 1,
+            "rollout": self.position.rollouts + 1,
+            "step": self.learner.updates,
+            **metrics.training_metrics(sums, self.workers.count),
+            **metrics.rollout_metrics(sums),
+            "pairs_left_over": rollout.left_over,
+            **metrics.state_metrics(self.learner),
+            **metrics.speed_metrics(rollout),
+            "peak_memory_gib": metrics.peak_memory_gib(device),
+        }
 
-        The chunk is split into slices, process by process. A slice is seeded by its place in the
-        chunk, so that one process with four slices draws what four processes with one slice draw.
+    def train_on_pairs(self) -> None:
+        """Use every pair that is left of the rollout once, minibatch by minibatch.
+
+        RunError on every process where a loss or gradient is not finite; Stopped between minibatches.
         """
-        count = self.plan.slices
-        slices = np.array_split(np.asarray(chunk), count * self.workers.count)
-        first = self.workers.rank * count
-        seeds = [
-            derive_seed(self.config.seed, "rollout", epoch, index, place)
-            for place in range(first, first + count)
-        ]
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        mine = zip(slices[first : first + count], generators, strict=True)
-        with self.workers.together():
-            collected = [self.collect(ids.tolist(), g) for ids, g in mine if len(ids)]
-        if collected:
-            pairs = concatenate_pairs([part.pairs for part in collected])
-        else:
-            pairs = no_pairs(
-                self.backbone.encode_prompts([""]),
-                self.backbone.latent_shape,
-                settings.pair_settings(self.config),
+        size, done = self.plan.minibatch_size, []
+        started, before = time.perf_counter(), self.rollout.seconds_train
+        stopped = False
+        for _ in self.progress(range(0, len(self.rollout.pairs), size), "minibatches"):
+            stopped = self.workers.any(self.signals.requested)
+            if stopped:
+                break
+            batch = self.rollout.pairs.select(slice(size))
+            index = self.rollout.used // (size * self.workers.count)
+            step = self.learner.train_minibatch(batch, index)
+            done.append((batch, step))
+            self.rollout = replace(
+                self.rollout,
+                pairs=self.rollout.pairs.select(slice(size, None)),
+                steps=(*self.rollout.steps, metrics.step_row(step)),
+                used=self.rollout.used + len(batch) * self.workers.count,
             )
-        comparisons = tuple(c for part in collected for c in part.comparisons)
-        return Collected(pairs, comparisons), generators[0]
-
-    def collect(self, prompt_ids: list[int], generator: torch.Generator) -> Collected:
-        """Roll out one slice with the sampler; RunError where a score is not finite."""
-        prompts = [self.prompts[i] for i in prompt_ids]
-        with self.learner.sampler():
-            collected = collect_rollout(
-                self.backbone,
-                self.scorer,
-                self.learner.schedule,
-                settings.collect_settings(self.config),
-                prompts,
-                torch.tensor(prompt_ids, device=self.workers.device),
-                generator,
-            )
-        check_scores(collected.comparisons, prompts)
-        return collected
-
-    def train_on(self, pairs: PreferencePairs) -> list[Step]:
-        """Use every pair once; RunError on every process where a loss or gradient is not finite."""
-        size = self.plan.minibatch_size
-        starts = range(0, len(pairs), size)
-        batches = [pairs.select(slice(start, start + size)) for start in starts]
-        steps = [
-            self.learner.train_minibatch(batch, index)
-            for index, batch in enumerate(self.progress(batches, "minibatches"))
-        ]
+        # Not after each minibatch: to look at a number waits for the GPU.
         with self.workers.together():
-            for batch, step in zip(batches, steps, strict=True):
+            for batch, step in done:
                 self.check_finite(batch, step)
-        return steps
+            if stopped:
+                raise Stopped("by a signal.")
+        self.rollout = replace(self.rollout, seconds_train=before + time.perf_counter() - started)
 
     def check_finite(self, batch: PreferencePairs, step: Step) -> None:
         """RunError that says where, unless loss and gradient of a minibatch are finite."""
@@ -232,44 +225,62 @@ class Trainer:
             )
 
     def draw_validation_images(self) -> None:
-        """Draw the validation prompts, shared out over the processes, as one grid."""
+        """Draw the validation prompts as one grid, where these are due and no epoch has begun.
+
+        A run that was interrupted here draws them again.
+        """
         prompts, which = self.ready.validation_prompts, self.config.eval.weights
-        if not prompts:
+        epochs, has_begun = self.position.epochs, self.position.prompts or self.rollout
+        if not prompts or has_begun or epochs % self.config.eval_interval:
             return
         mine = range(self.workers.rank, len(prompts), self.workers.count)
-        with self.learner.network(which):
+        with self.workers.together(), self.learner.network(which):
             cells = draw_cells(
                 self.backbone,
                 prompts,
-                self.progress(mine, "validation images"),
+                self.signals.watch(self.progress(mine, "validation images")),
                 settings.image_settings(self.config),
             )
         cells = self.workers.gather(cells)
-        if self.tracking is not None:
-            epochs = self.position.epochs
-            self.tracking.picture(
-                f"validation/epoch_{epochs:04d}_{which}",
-                validation_grid(cells, f"{which} LoRA after epoch {epochs}"),
-                step=self.position.rollouts,
-            )
+        with self.workers.together():
+            if self.tracking is not None:
+                name, title = f"validation/epoch_{epochs:04d}_{which}", f"{which} LoRA after epoch "
+                picture = validation_grid(cells, title + str(epochs))
+                self.tracking.picture(name, picture, step=self.position.rollouts)
 
-    def save_checkpoint(self) -> None:
-        """Save, on the main process, everything that a resumed run needs."""
-        gradients = self.workers.mean(self.learner.gradients())
-        if self.workers.is_main:
-            save_checkpoint(
-                self.run_dir,
-                self.learner,
-                gradients,
-                self.position,
-                settings.lora_metadata(self.config),
-                self.config.checkpoint_limit,
-            )
+    def save_checkpoint(self) -> Path:
+        """Save, on the main process, everything that a resumed run needs, unless that is done."""
+        progress = Progress(self.position, self.rollout)
+        folder = self.run_dir / FOLDER / progress.name()
+        if folder == self.saved:
+            return folder
+        mine = own_tensors(self.learner, progress)
+        with self.workers.together(), self.workers.to_main(mine) as shares:
+            if self.workers.is_main:
+                save_checkpoint(
+                    self.run_dir,
+                    self.learner,
+                    progress,
+                    shares,
+                    run_facts(self.config, self.plan, self.prompts),
+                    settings.lora_metadata(self.config),
+                    self.config.checkpoint_limit,
+                )
+        self.saved = folder
+        return folder
+
+    def save_and_stop(self, stopped: Stopped) -> None:
+        """Save everything, and raise a Stopped that says how to go on."""
+        folder = self.save_checkpoint()
+        if self.tracking is not None:
+            self.tracking.close()
+        raise stopped_at(folder) from stopped
 
     def log(self, line: dict) -> None:
         """Write a line of metrics, on the main process."""
-        if self.tracking is not None:
-            self.tracking.log(line, step=self.position.rollouts)
+        with self.workers.together():
+            if self.tracking is not None:
+                self.tracking.log(line, step=self.position.rollouts)
 
     def say_where(self) -> None:
         """Print where the results are."""

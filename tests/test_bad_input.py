@@ -7,12 +7,15 @@ from pathlib import Path
 import pytest
 
 from config import tiny
+from spo.batching import plan_batches
+from spo.checkpoint_folder import new_checkpoint, write_state
 from spo.errors import UserError
-from spo.preflight import preflight
+from spo.preflight import preflight, run_facts
 from spo.run_dir import open_run_dir
 
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = "tests/data/golden/models"
+STATE = {"position": {"epochs": 1, "prompts": 0}, "rollout": None, "accumulated": 0}
 
 CASES = {
     "missing checkpoint": ({"preference.checkpoint": "no.bin"}, "preference.checkpoint: .*no.bin"),
@@ -57,6 +60,10 @@ CASES = {
     "unknown tracker": ({"tracker.name": "paper"}, "tracker.name: 'paper' is none of"),
     "reference without LoRA": ({"lora.reference": "init"}, "lora.reference: 'init' needs"),
     "missing LoRA": ({"lora.init_from": "./no.safetensors"}, "lora.init_from: no file"),
+    "checkpoints among rollouts": (
+        {"save_every_rollouts": -1},
+        "save_every_rollouts: -1 must be 0 or more",
+    ),
     "missing resume": ({"resume_from": "nowhere"}, "resume_from: nowhere is not a checkpoint"),
     "resume of no run": ({"resume_from": "auto"}, "resume_from: auto .* run_name"),
     "loss that is no objective": (
@@ -101,18 +108,17 @@ def test_what_a_run_computed_is_not_written_over(tmp_path, monkeypatch):
     open_run_dir(run_dir, config)
     preflight(config, 1)  # nothing was computed yet
     for epoch in (1, 2):
-        folder = run_dir / "checkpoints" / f"epoch_{epoch:04d}"
-        folder.mkdir(parents=True)
-        (folder / "training_state.json").write_text("{}")
+        with new_checkpoint(run_dir, f"epoch_{epoch:04d}", limit=0) as folder:
+            write_state(folder, STATE | run_facts(config, plan_batches(config, 1), ()))
     with pytest.raises(UserError, match="already holds a run"):
         preflight(config, 1)
     config.resume_from = "auto"
-    assert preflight(config, 1).checkpoint == run_dir / "checkpoints" / "epoch_0002"
+    assert preflight(config, 1).resume.checkpoint == run_dir / "checkpoints" / "epoch_0002"
     config.resume_from = str(run_dir / "checkpoints" / "epoch_0001")
     with pytest.raises(UserError, match="choose another run_name to branch off"):
         preflight(config, 1)
     config.run_name = "branch"
-    assert preflight(config, 1).checkpoint == run_dir / "checkpoints" / "epoch_0001"
+    assert preflight(config, 1).resume.checkpoint == run_dir / "checkpoints" / "epoch_0001"
 
 
 def test_the_command_line_says_it_in_one_line_with_status_2(tmp_path):

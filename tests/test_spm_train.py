@@ -4,6 +4,7 @@ import json
 import os
 import runpy
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ from labelled_pairs import make_row, write_splits
 from safetensors.torch import load_file
 
 from config import spm_tiny
-from spo.errors import RunError, UserError
+from spo.errors import RunError, Stopped, UserError
 from spo.launch import read_script
 from spo.preference import learner as learner_module
 from spo.preference import preparation
@@ -113,7 +114,7 @@ def files_of(run_dir):
 
 
 RUN_FILES = {SPM, "accuracy.png", "config.json", "metrics.jsonl", "starts.jsonl"}
-STATE_FILES = (SPM, "training_state.json", "training_state.safetensors")
+STATE_FILES = (SPM, "training_state.json", "optimizer.safetensors", "manifest.json")
 
 
 def checkpoint_files(*steps):
@@ -160,7 +161,7 @@ def test_resumed_run_is_the_run_that_was_not_interrupted(config, whole, tmp_path
     assert checkpoint_files(4) <= files_of(resumed) and not checkpoint_files(2) & files_of(resumed)
     assert read_metrics(whole) == read_metrics(resumed)
     states = [
-        load_file(folder / "checkpoints/step_0000004/training_state.safetensors")
+        load_file(folder / "checkpoints/step_0000004/optimizer.safetensors")
         for folder in (whole, resumed)
     ]
     assert states[0].keys() == states[1].keys() and len(states[0]) > 0
@@ -172,6 +173,54 @@ def test_resumed_run_is_the_run_that_was_not_interrupted(config, whole, tmp_path
     assert not equal_weights(whole, whole / "checkpoints" / "step_0000002")
     other = run(config, run_name="other", seed=43, eval_steps=0)
     assert not equal_weights(whole, other) and not (other / "accuracy.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("where", "call", "step"),
+    [("pair_losses", 5, 3), ("features", 4, 0), ("features", 18, 4)],
+    ids=["training", "first validation", "last validation"],
+)
+def test_a_signal_loses_nothing(config, whole, monkeypatch, where, call, step):
+    """Neither what was summed up for the next line nor an accuracy that was being measured."""
+    owner = learner_module if where == "pair_losses" else learner_module.PreferenceLearner
+    own, calls = getattr(owner, where), []
+
+    def signalled(*arguments):
+        calls.append(arguments)
+        if len(calls) == call:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return own(*arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(Stopped, match=f"step_000000{step}:"):
+        patch.setattr(owner, where, signalled)
+        run(config, save_steps=4)
+    resumed = run(config, save_steps=4, resume_from="auto")
+    assert equal_weights(whole, resumed)
+    # `whole` has a line where it saved, too.
+    lines = [line for line in read_metrics(resumed) if line["step"] != 3]
+    wanted = [line for line in read_metrics(whole) if line["step"] not in (2, 3)]
+    assert lines == wanted
+    both = [line for line in read_metrics(whole) if line["step"] in (2, 3)]
+    (line,) = (line for line in read_metrics(resumed) if line["step"] == 3)
+    assert line["pairs"] == sum(part["pairs"] for part in both)
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_a_changed_key_told(
+    config, whole, tmp_path, capsys
+):
+    damaged = shutil.copytree(whole, tmp_path / "damaged")
+    os.truncate(damaged / "checkpoints" / "step_0000004" / SPM, 100)
+    run(config, run_name="damaged", resume_from="auto", save_steps=1)
+    assert equal_weights(whole, damaged)
+    out = capsys.readouterr().out
+    assert f"step_0000004 is damaged ({SPM} has 100 of" in out
+    assert "resume: save_steps was 2, and is 1 from here on" in out
+    for key, value in (("preference.backbone", "laion/other"), ("seed", 7)):
+        changed = config.copy_and_resolve_references()
+        own = {"run_name": "damaged", "resume_from": "auto", key: value}
+        changed.update_from_flattened_dict(own)
+        with pytest.raises(UserError, match=f"^{key}: .*, but the checkpoint was trained with"):
+            preflight(changed, 1)
 
 
 def test_a_run_that_stopped_before_its_first_checkpoint_starts_anew(config, whole, tmp_path):

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 
-from spo.checkpoint import (
-    new_checkpoint,
-    optimizer_tensors,
-    read_state,
-    read_tensors,
-    restore_tensors,
-    unfit,
-    write_state,
-)
-from spo.hub import LOAD_ERRORS
+from spo.checkpoint import OPTIMIZER, optimizer_tensors, restore_optimizer
+from spo.checkpoint_folder import new_checkpoint, read_state, reading, write_state
+from spo.durable import replacing
 from spo.preference.learner import PreferenceLearner
 from spo.step_aware_clip import StepAwareCLIP
 
@@ -26,27 +23,51 @@ FILE_NAME = "step_aware_preference_model.safetensors"
 def save_spm(folder: Path, spm: StepAwareCLIP, as_bin: bool = False) -> None:
     """Write the state dict, as `preference.checkpoint` takes it; with `as_bin` as a .bin, too."""
     weights = {name: t.detach().cpu().contiguous() for name, t in spm.state_dict().items()}
-    save_file(weights, folder / FILE_NAME, metadata={"format": "pt"})
+    with replacing(folder / FILE_NAME) as path:
+        save_file(weights, path, metadata={"format": "pt"})
     if as_bin:
-        torch.save(weights, (folder / FILE_NAME).with_suffix(".bin"))
+        with replacing((folder / FILE_NAME).with_suffix(".bin")) as path:
+            torch.save(weights, path)
 
 
-def save_checkpoint(run_dir: Path, learner: PreferenceLearner, limit: int) -> None:
-    """Write a checkpoint, then delete the oldest beyond `limit` (0 keeps all)."""
+@dataclass
+class Tally:
+    """What of a run is not in its learner."""
+
+    totals: Counter = field(default_factory=Counter)  # metrics since the last line
+    left_out: Counter = field(default_factory=Counter)  # rows, by their faults
+    line_is_due: bool = False  # the step is made, and its evaluation and line are not
+
+
+def checkpoint_name(learner: PreferenceLearner) -> str:
+    """The name of the checkpoint that is saved here."""
+    return f"step_{learner.step:07d}"
+
+
+def save_checkpoint(
+    run_dir: Path, learner: PreferenceLearner, tally: Tally, facts: Mapping[str, Any], limit: int
+) -> None:
+    """Write a checkpoint, then delete the oldest beyond `limit` (0 keeps all).
+
+    `facts` are those that `resume.compare` knows.
+    """
+    state = {"step": learner.step, "scaler": learner.scaler.state_dict(), **vars(tally), **facts}
     tensors = optimizer_tensors(learner.optimizer, dict(learner.spm.named_parameters()))
-    with new_checkpoint(run_dir, f"step_{learner.step:07d}", limit) as folder:
+    with new_checkpoint(run_dir, checkpoint_name(learner), limit) as folder:
         save_spm(folder, learner.spm)
-        write_state(folder, {"step": learner.step, "scaler": learner.scaler.state_dict()}, tensors)
+        save_file(tensors, folder / OPTIMIZER)
+        write_state(folder, state)
 
 
-def load_checkpoint(folder: Path, learner: PreferenceLearner) -> None:
+def load_checkpoint(folder: Path, learner: PreferenceLearner) -> Tally:
     """Put `learner` into the state that was saved; UserError where a file is missing or unfit."""
-    try:
-        state = read_state(folder)
+    state = read_state(folder)
+    with reading(folder):
         learner.spm.load_state_dict(load_file(folder / FILE_NAME), strict=True)
         parameters = dict(learner.spm.named_parameters())
-        restore_tensors(learner.optimizer, parameters, read_tensors(folder))
-        learner.scaler.load_state_dict(state["scaler"])
+        restore_optimizer(learner.optimizer, parameters, load_file(folder / OPTIMIZER))
+        if state["scaler"]:  # empty where the checkpoint is not of fp16
+            learner.scaler.load_state_dict(state["scaler"])
         learner.step = state["step"]
-    except (*LOAD_ERRORS, KeyError) as error:
-        raise unfit(folder, error) from error
+        totals, left_out = Counter(state["totals"]), Counter(state["left_out"])
+        return Tally(totals, left_out, state["line_is_due"])

@@ -11,13 +11,15 @@ from ml_collections import ConfigDict
 
 from spo import backbone, scorers, tracking
 from spo.batching import UpdatePlan, plan_updates
+from spo.checkpoint_folder import read_state, reading
 from spo.errors import UserError
 from spo.hub import resolve_file
 from spo.preference import settings
 from spo.preference.batches import decode_pair
 from spo.preference.rows import fault_of, pick, usable_rows
 from spo.preference.source import open_split
-from spo.run_dir import find_checkpoint, run_name
+from spo.resume import Resume, compare, find_checkpoint
+from spo.run_dir import run_name
 from spo.settings import model_source
 
 _FIRST_ROWS = 10_000  # of a stream, to look at before a run starts
@@ -40,7 +42,8 @@ class Preflight:
     train: Rows
     validation: Rows | None
     run_dir: Path
-    checkpoint: Path | None  # to resume from
+    resume: Resume
+    changes: tuple[str, ...]  # since the checkpoint to resume from, a line each
 
 
 def preflight(config: ConfigDict, num_processes: int) -> Preflight:
@@ -49,7 +52,8 @@ def preflight(config: ConfigDict, num_processes: int) -> Preflight:
     tracking.check_tracker(config.tracker.name)
     plan = plan_updates(config, num_processes)
     run_dir = Path(config.logdir).expanduser() / run_name(config, "spm")
-    checkpoint = find_checkpoint(config, run_dir)
+    resume = find_checkpoint(config, run_dir)
+    changes = changes_since(resume.checkpoint, config, plan)
     backbone.check_source(model_source(config), config.family)
     scorers.check_clip(config.preference.backbone, config.preference.processor)
     if config.preference.init_from:
@@ -60,7 +64,32 @@ def preflight(config: ConfigDict, num_processes: int) -> Preflight:
     validation = None
     if config.eval_steps and config.data.validation_split:
         validation = read_rows(config, config.data.validation_split, need_has_label=True)
-    return Preflight(plan, train, validation, run_dir, checkpoint)
+    return Preflight(plan, train, validation, run_dir, resume, changes)
+
+
+_REFUSED = dict.fromkeys(
+    ("family", "pretrained.model", "preference.backbone"),
+    "its weights and optimizer state mean nothing to another",
+) | dict.fromkeys(
+    ("seed", "data.train_split", "data.streaming", "data.shuffle_buffer"),
+    "which rows come next follows from it",
+)
+
+
+def changes_since(checkpoint: Path | None, config: ConfigDict, plan: UpdatePlan) -> tuple[str, ...]:
+    """What has changed since a checkpoint, a line each; UserError for what makes nonsense of it."""
+    if checkpoint is None:
+        return ()
+    state = read_state(checkpoint)
+    with reading(checkpoint):
+        lines = compare(state, config, plan, _REFUSED)
+        before = UpdatePlan(**state["plan"]).pairs_per_update
+    if before != plan.pairs_per_update:
+        lines.append(
+            f"resume: {before} pairs per update before, {plan.pairs_per_update} from here on: rows "
+            "are counted by updates, so that some come again or never"
+        )
+    return tuple(lines)
 
 
 def read_rows(config: ConfigDict, split: str, need_has_label: bool = False) -> Rows:

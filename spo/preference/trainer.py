@@ -8,24 +8,36 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
+from pathlib import Path
 
 import torch
 from ml_collections import ConfigDict
 from torch import Tensor
 from tqdm import tqdm
 
+from spo.checkpoint_folder import FOLDER
 from spo.distributed import Workers
-from spo.errors import RunError
+from spo.durable import writing
+from spo.errors import RunError, Stopped
 from spo.evaluation.curves import draw_accuracy
+from spo.interrupt import StopSignals
 from spo.metrics import peak_memory_gib
 from spo.preference import settings
 from spo.preference.batches import PairBatch, decoded
-from spo.preference.checkpoint import FILE_NAME, load_checkpoint, save_checkpoint, save_spm
+from spo.preference.checkpoint import (
+    FILE_NAME,
+    Tally,
+    checkpoint_name,
+    load_checkpoint,
+    save_checkpoint,
+    save_spm,
+)
 from spo.preference.metrics import Seen, minibatch_sums, step_metrics
 from spo.preference.preflight import Preflight, describe_faults, preflight
 from spo.preference.rows import FAULTS, Share, stream_batches, table_batches, validation_batches
 from spo.preference.source import open_split
 from spo.preference.validation import accuracy, count_correct
+from spo.resume import facts, stopped_at
 from spo.run_dir import drop_metrics_after, open_run_dir, record_start
 from spo.tracking import METRICS, Tracking
 
@@ -35,7 +47,8 @@ _NAMED = 4  # pairs that an error names
 def train(config: ConfigDict) -> None:
     """Train as `config` says, in one process or as one of several that accelerate started.
 
-    Raises UserError for bad input before any model loads, and RunError where a run cannot go on.
+    Raises UserError for bad input before any model loads, RunError where a run cannot go on, and
+    Stopped after a signal.
     """
     workers = Workers()
     try:
@@ -43,7 +56,7 @@ def train(config: ConfigDict) -> None:
         with workers.together():
             if workers.is_main:
                 ready = preflight(config, workers.count)
-                open_run_dir(ready.run_dir, config)
+                open_run_dir(ready.run_dir, config, ready.resume.damaged)
         PreferenceTrainer(config, workers.from_main(ready), workers).run()
     finally:
         workers.close()
@@ -68,46 +81,69 @@ class PreferenceTrainer:
             self.preparation = settings.build_preparation(config, workers.device)
             spm = settings.load_spm(config)
         self.learner = settings.build_learner(config, spm, workers)
-        if ready.checkpoint is not None:
+        self.signals = StopSignals()
+        self.tally = Tally(left_out=Counter(ready.train.faults))
+        self.saved = ready.resume.checkpoint
+        if self.saved is not None:
             with workers.together():
-                load_checkpoint(ready.checkpoint, self.learner)
-            self.say(f"resumed from {ready.checkpoint}")
-        self.totals, self.left_out = Counter(), Counter(ready.train.faults)
-        self.tracking = self._start_tracking() if workers.is_main else None
+                self.tally = load_checkpoint(self.saved, self.learner)
+            self.say("\n".join([*ready.resume.describe(), *ready.changes]))
+        with workers.together():
+            self.tracking = self._start_tracking() if workers.is_main else None
 
     def _start_tracking(self) -> Tracking:
+        step = self.learner.step
         # A run that starts anew writes the line of step 0 itself.
-        drop_metrics_after(self.run_dir, self.learner.step or -1, counter="step")
+        last = step - self.tally.line_is_due if step else -1
+        drop_metrics_after(self.run_dir, last, counter="step")
         splits = {"train": self.ready.train, "validation": self.ready.validation}
         record_start(
             self.run_dir,
             {
                 "plan": asdict(self.plan),
                 "data": {name: rows and rows.description for name, rows in splits.items()},
-                "resumed_from": str(self.ready.checkpoint or ""),
+                "resumed_from": str(self.saved or ""),
             },
         )
         tracker = self.config.tracker
         return Tracking(self.run_dir, tracker.name, tracker.project, self.config.to_dict())
 
     def run(self) -> None:
-        """Make the optimizer steps that are left, then write the SPM."""
+        """Make the optimizer steps that are left, then write the SPM.
+
+        Raises Stopped, with everything saved, after SIGTERM or SIGINT.
+        """
+        with self.signals:
+            try:
+                self.train_steps()
+            except Stopped as stopped:
+                self.save_and_stop(stopped)
+        with self.workers.together():
+            if self.tracking is not None:
+                with writing(self.run_dir):
+                    save_spm(self.run_dir, self.learner.spm, as_bin=self.config.export.bin)
+                self.tracking.close()
+        self.say(f"preference model: {self.run_dir / FILE_NAME}")
+        self.say(f"metrics:          {self.run_dir / METRICS}")
+        self.say(f"rows left out:    {describe_faults(self.tally.left_out) or 'none'}")
+
+    def train_steps(self) -> None:
+        """Make the optimizer steps that are left."""
         config, first = self.config, self.learner.step
+        self.started = time.perf_counter()
+        if self.tally.line_is_due:
+            self.after_step()
         if first == 0 and self.ready.validation is not None:
             self.log({"step": 0, **self.evaluate()})
-        self.started = time.perf_counter()
+            self.started = time.perf_counter()
         with contextlib.closing(self.training_batches()) as batches:
             for _ in self.progress(range(first, config.max_train_steps), "steps"):
+                if self.workers.any(self.signals.requested):
+                    raise Stopped("by a signal.")
                 with self.workers.together():  # a stream may fail in one process alone
                     update = [next(batches) for _ in range(self.plan.accumulation_steps)]
                 self.train_step(update)
                 self.after_step()
-        if self.tracking is not None:
-            save_spm(self.run_dir, self.learner.spm, as_bin=config.export.bin)
-            self.tracking.close()
-        self.say(f"preference model: {self.run_dir / FILE_NAME}")
-        self.say(f"metrics:          {self.run_dir / METRICS}")
-        self.say(f"rows left out:    {describe_faults(self.left_out) or 'none'}")
 
     def training_batches(self) -> Iterator[PairBatch]:
         """This process's minibatches, from the position of the run on."""
@@ -132,7 +168,7 @@ class PreferenceTrainer:
             sums.append(minibatch_sums(batch, pairs, judged, self.preparation.num_timesteps))
             seen.append(Seen(batch.captions, pairs.timesteps, pairs.weights, judged.losses))
         summed = self.workers.sum({name: sum(part[name] for part in sums) for name in sums[0]})
-        self.totals.update(summed, steps=total > 0)
+        self.tally.totals.update(summed, steps=total > 0)
         if total == 0:
             self.learner.skip_update()
             return
@@ -141,7 +177,7 @@ class PreferenceTrainer:
             self.stop(seen)
         norm = 0.0 if update.skipped else update.grad_norm.item()
         counts = {"skipped_updates": update.skipped, "updates": not update.skipped}
-        self.totals.update(counts, grad_norm=norm)
+        self.tally.totals.update(counts, grad_norm=norm)
 
     def stop(self, seen: Sequence[Seen]) -> None:
         """Raise the RunError of a loss or gradient that is not finite."""
@@ -157,25 +193,47 @@ class PreferenceTrainer:
 
     def after_step(self) -> None:
         """Evaluate, log and save where these are due."""
-        config, step = self.config, self.learner.step
+        config, step, self.tally.line_is_due = self.config, self.learner.step, True
         last = step == config.max_train_steps
         saves = last or step % config.save_steps == 0
         evaluates = bool(config.eval_steps) and (last or step % config.eval_steps == 0)
-        # A line ends where a checkpoint is saved: a resumed run writes the same lines.
+        measured = {}
+        if evaluates and self.ready.validation is not None:
+            measured = self.evaluate()
+        # A line ends where a checkpoint is saved.
         if saves or evaluates or step % config.log_steps == 0:
-            line = self.metrics_line()
-            if evaluates and self.ready.validation is not None:
-                line |= self.evaluate()
-            self.log(line)
+            self.log(self.metrics_line() | measured)
             self.started = time.perf_counter()
-        if saves and self.workers.is_main:
-            save_checkpoint(self.run_dir, self.learner, config.checkpoint_limit)
+        self.tally.line_is_due = False
+        if saves:
+            self.save_checkpoint()
+
+    def save_checkpoint(self) -> Path:
+        """Save, on the main process, everything that a resumed run needs, unless that is done."""
+        folder = self.run_dir / FOLDER / checkpoint_name(self.learner)
+        if folder == self.saved:
+            return folder
+        with self.workers.together():
+            if self.workers.is_main:
+                facts_of_run = facts(self.config, self.plan)
+                limit = self.config.checkpoint_limit
+                save_checkpoint(self.run_dir, self.learner, self.tally, facts_of_run, limit)
+        self.saved = folder
+        return folder
+
+    def save_and_stop(self, stopped: Stopped) -> None:
+        """Save everything, and raise a Stopped that says how to go on."""
+        folder = self.save_checkpoint()
+        if self.tracking is not None:
+            self.tracking.close()
+        raise stopped_at(folder) from stopped
 
     def metrics_line(self) -> dict:
         """Metrics of the steps since the last line."""
-        totals, self.totals = self.totals, Counter()
+        totals, self.tally.totals = self.tally.totals, Counter()
         seconds = time.perf_counter() - self.started
-        self.left_out.update({name: int(totals[name]) for name in FAULTS if totals[name]})
+        left_out = {name: int(totals[name]) for name in FAULTS if totals[name]}
+        self.tally.left_out.update(left_out)
         return {
             "step": self.learner.step,
             **step_metrics(totals, self.preparation.num_timesteps),
@@ -192,7 +250,7 @@ class PreferenceTrainer:
         batches = decoded(raw, data.image_size, data.num_workers)
         with self.workers.together():  # a stream may fail in one process alone
             sums = count_correct(
-                self.progress(batches, "validation: minibatches"),
+                self.signals.watch(self.progress(batches, "validation: minibatches")),
                 self.scores_at,
                 preparation.labels,
                 self.workers.device,
@@ -207,10 +265,12 @@ class PreferenceTrainer:
 
     def log(self, line: dict) -> None:
         """Write a line of metrics, on the main process, and where it tells accuracy, draw that."""
-        if self.tracking is not None:
-            self.tracking.log(line, step=line["step"])
-            if "accuracy" in line:
-                draw_accuracy(self.run_dir)
+        with self.workers.together():
+            if self.tracking is not None:
+                self.tracking.log(line, step=line["step"])
+                if "accuracy" in line:
+                    with writing(self.run_dir):
+                        draw_accuracy(self.run_dir)
 
     def say(self, text: str) -> None:
         """Print a line, on the main process, without breaking the progress bar."""

@@ -1,0 +1,94 @@
+"""Files that are there whole or not at all, whenever the process is killed or the machine stops."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from spo.errors import RunError
+
+PARTIAL = ".partial"  # ends the names of what is not complete
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Whatever the disk refuses within is a RunError of one line that names `path` and the disk."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:  # safetensors wraps what its own writing meets
+        raise RunError(
+            f"cannot write {path}: {_reason(path, error)}; mend that, then go on from the last "
+            "checkpoint by resume_from=auto."
+        ) from error
+
+
+def _reason(path: Path, error: Exception) -> str:
+    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+    if not (full or "No space left" in str(error)):
+        return getattr(error, "strerror", None) or str(error)
+    disk = path.absolute()
+    while not os.path.ismount(disk):
+        disk = disk.parent
+    return f"no space left on {disk} ({shutil.disk_usage(disk).free / 2**20:,.1f} MiB free)"
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Where to write what takes the place of `path` at the end: whoever reads finds a whole file."""
+    partial = path.with_name(path.name + PARTIAL)
+    try:
+        yield partial
+        sync_file(partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Put `data` at `path` in one go."""
+    with replacing(path) as partial:
+        partial.write_bytes(data)
+
+
+def append_line(path: Path, line: str) -> None:
+    """Add a line to a file by one write."""
+    with path.open("ab") as file:
+        file.write(line.encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def whole_lines(path: Path) -> list[str]:
+    """The lines of a file, where there is one, without a last one that a kill cut off."""
+    data = path.read_bytes() if path.exists() else b""
+    return data[: data.rfind(b"\n") + 1].decode(errors="replace").splitlines()
+
+
+def write_lines(path: Path, lines: list[str]) -> None:
+    """Put `lines` at `path` in place of what is there."""
+    write_file(path, "".join(f"{line}\n" for line in lines).encode())
+
+
+def sync_file(path: Path) -> None:
+    """Return once the contents of a file are on the disk."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def sync_folder(path: Path) -> None:
+    """Return once the names in a folder are on the disk, where its file system can promise that."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,102 @@
+"""One rollout of all processes: each draws its slices, then all share the pairs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from spo import metrics
+from spo.backbone import Backbone
+from spo.batching import BatchPlan
+from spo.collect import Collected, CollectSettings, check_scores, collect_rollout
+from spo.distributed import Workers
+from spo.learner import Learner
+from spo.pairs import concatenate_pairs, no_pairs
+from spo.progress import Position, RolloutInProgress
+from spo.scorers import Scorer
+from spo.seeding import derive_seed
+
+
+@dataclass(frozen=True)
+class SharedRollout:
+    """What rollouts are drawn with; `before_step` may raise, before each denoising step."""
+
+    backbone: Backbone
+    scorer: Scorer
+    learner: Learner
+    settings: CollectSettings
+    plan: BatchPlan
+    prompts: Sequence[str]
+    seed: int
+    workers: Workers
+    before_step: Callable[[], None]
+
+    def draw(self, chunk: Sequence[int], position: Position) -> RolloutInProgress:
+        """Roll out the prompts `chunk` on all processes, shuffle their pairs and deal them out.
+
+        RunError on every process where a score is not finite, and likewise what `before_step` raises.
+        """
+        started = time.perf_counter()
+        collected, generator = self._draw_slices(chunk, position)
+        timesteps = self.learner.schedule.timesteps[self.settings.rollout.branch_from :]
+        sums = metrics.rollout_sums(collected.comparisons, collected.pairs.timesteps, timesteps)
+        pairs, left_over = self.workers.deal(collected.pairs, generator)
+        return RolloutInProgress(
+            pairs=pairs,
+            steps=(),
+            sums=self.workers.sum(sums),
+            prompts=len(chunk),
+            used=0,
+            left_over=left_over,
+            seconds_rollout=time.perf_counter() - started,
+            seconds_train=0.0,
+        )
+
+    def _draw_slices(
+        self, chunk: Sequence[int], position: Position
+    ) -> tuple[Collected, torch.Generator]:
+        """This process's share of a rollout, and the generator that shuffles the pairs of all.
+
+        The chunk is split into slices, process by process. A slice is seeded by its place in the
+        chunk, so that one process with four slices draws what four processes with one slice draw.
+        """
+        count, rollout = self.plan.slices, (position.epochs, position.rollouts_in_epoch)
+        slices = np.array_split(np.asarray(chunk), count * self.workers.count)
+        first = self.workers.rank * count
+        seeds = [
+            derive_seed(self.seed, "rollout", *rollout, place)
+            for place in range(first, first + count)
+        ]
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        mine = zip(slices[first : first + count], generators, strict=True)
+        with self.workers.together():
+            collected = [self._collect(ids.tolist(), g) for ids, g in mine if len(ids)]
+        if collected:
+            pairs = concatenate_pairs([part.pairs for part in collected])
+        else:
+            pairs = no_pairs(
+                self.backbone.encode_prompts([""]), self.backbone.latent_shape, self.settings.pairs
+            )
+        comparisons = tuple(c for part in collected for c in part.comparisons)
+        return Collected(pairs, comparisons), generators[0]
+
+    def _collect(self, prompt_ids: list[int], generator: torch.Generator) -> Collected:
+        """Roll out one slice with the sampler; RunError where a score is not finite."""
+        prompts = [self.prompts[i] for i in prompt_ids]
+        with self.learner.sampler():
+            collected = collect_rollout(
+                self.backbone,
+                self.scorer,
+                self.learner.schedule,
+                self.settings,
+                prompts,
+                torch.tensor(prompt_ids, device=self.workers.device),
+                generator,
+                self.before_step,
+            )
+        check_scores(collected.comparisons, prompts)
+        return collected

@@ -1,0 +1,301 @@
+"""A run that was stopped goes on as if it had not been; what would make nonsense is refused."""
+
+import json
+import os
+import shutil
+import signal
+
+import pytest
+import torch
+
+from spo import shared_rollout, validation
+from spo.checkpoint_folder import _seal, checkpoints, find_fault
+from spo.errors import Stopped, UserError
+from spo.preflight import preflight
+from tests import small_runs
+from tests.small_runs import (
+    LORA,
+    ROOT,
+    differences,
+    read_metrics,
+    run,
+    run_in_processes,
+    small_config,
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def surroundings():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        patch.setenv("ACCELERATE_USE_CPU", "true")
+        yield
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run that nothing disturbed; not to be changed."""
+    return run(tmp_path_factory.mktemp("whole") / "run")
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+    """A run that was stopped between two minibatches of its third rollout; not to be changed."""
+    folder = tmp_path_factory.mktemp("stopped") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        stop_before(patch, 10)
+        with pytest.raises(Stopped) as caught:
+            run(folder)
+    folder.with_suffix(".message").write_text(str(caught.value))
+    return folder
+
+
+def stop_before(patch, minibatch, number=signal.SIGTERM):
+    patch.setattr(small_runs, "minibatches", 0)
+    patch.setenv("SIGNAL_AT", str(minibatch))
+    patch.setenv("SIGNAL", str(int(number)))
+
+
+def copy_of(folder, tmp_path):
+    return shutil.copytree(folder, tmp_path / folder.name)
+
+
+def test_a_signal_between_minibatches_loses_nothing(whole, stopped, tmp_path):
+    names = [folder.name for folder in checkpoints(stopped)]
+    # 8 minibatches in the first epoch, 2 in the second, the last of them after the signal.
+    assert names == ["epoch_0001", "epoch_0001_rollout_000002_pair_000002"]
+    message = stopped.with_suffix(".message").read_text()
+    assert names[-1] in message and "--config.run_name=run --config.resume_from=auto" in message
+    handlers = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
+    assert handlers == [signal.SIG_DFL, signal.default_int_handler]
+    resumed = run(copy_of(stopped, tmp_path))
+    assert differences(whole, resumed) == []
+    assert len((resumed / "starts.jsonl").read_text().splitlines()) == 2
+    # The second epoch's line counts its minibatches before and after the signal.
+    assert [line["minibatches"] for line in read_metrics(resumed)] == [4, 4, 4, 4]
+
+
+def test_a_signal_in_a_rollout_draws_it_again(whole, tmp_path, monkeypatch):
+    own, calls = shared_rollout.collect_rollout, []
+
+    def signalled(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return own(*arguments)
+
+    monkeypatch.setattr(shared_rollout, "collect_rollout", signalled)
+    folder = tmp_path / "run"
+    with pytest.raises(Stopped, match="epoch_0000_rollout_000001:"):
+        run(folder)
+    assert differences(whole, run(folder)) == []
+
+
+def test_a_signal_between_validation_images(whole, tmp_path, monkeypatch):
+    own, calls = validation.sample_images, []
+
+    def signalled(*arguments):
+        calls.append(arguments)
+        if len(calls) == 3:  # the first image after the first epoch
+            os.kill(os.getpid(), signal.SIGTERM)
+        return own(*arguments)
+
+    monkeypatch.setattr(validation, "sample_images", signalled)
+    folder = tmp_path / "run"
+    with pytest.raises(Stopped, match="epoch_0001:"):
+        run(folder)
+    assert not (folder / "validation" / "epoch_0001_policy.png").exists()
+    assert differences(whole, run(folder)) == []
+
+
+def test_checkpoints_between_rollouts_and_their_limit(whole, tmp_path):
+    folder = run(tmp_path / "run", save_every_rollouts=1, checkpoint_limit=3)
+    names = [folder.name for folder in checkpoints(folder)]
+    assert names == ["epoch_0001", "epoch_0001_rollout_000003", "epoch_0002"]
+    assert [p.name for p in (folder / "checkpoints").iterdir() if p.suffix] == []
+    assert differences(whole, folder) == []
+
+
+def test_names_sort_by_progress(tmp_path):
+    names = ["epoch_0003", "epoch_0003_rollout_000012", "epoch_0003_rollout_000012_pair_000040"]
+    names += ["epoch_0003_rollout_000013", "epoch_0004", "epoch_10000"]
+    for name in [*reversed(names), "epoch_0009.damaged", "epoch_0005.partial"]:
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    assert [folder.name for folder in checkpoints(tmp_path)] == names
+
+
+def truncate(folder):
+    os.truncate(folder / "optimizer.safetensors", 1000)
+
+
+def flip(folder):
+    path = folder / "ema" / LORA
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+def lose(folder):
+    (folder / "process_0000.safetensors").unlink()
+
+
+def tear_manifest(folder):
+    os.truncate(folder / "manifest.json", 20)
+
+
+DAMAGES = {
+    truncate: r"optimizer.safetensors has 1,000 of [\d,]+ bytes",
+    flip: f"ema/{LORA} has another checksum",
+    lose: "process_0000.safetensors is missing",
+    tear_manifest: "manifest.json cannot be used",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_passed_over(whole, stopped, tmp_path, damage):
+    folder = copy_of(stopped, tmp_path)
+    first, newest = checkpoints(folder)
+    damage(newest)
+    ready = preflight(small_config(folder), 1)
+    assert ready.resume.checkpoint == first
+    damaged, resumed = ready.resume.describe()
+    pytest.raises(UserError, preflight, small_config(folder, resume_from=str(newest)), 1).match(
+        DAMAGES[damage]
+    )
+    assert str(newest) in damaged and str(first) in resumed
+    damage(first)
+    with pytest.raises(UserError, match=f"no checkpoint of .* is whole .*{DAMAGES[damage]}"):
+        preflight(small_config(folder), 1)
+
+
+def test_a_run_goes_on_from_the_checkpoint_before_the_damaged_one(whole, stopped, tmp_path, capsys):
+    folder = copy_of(stopped, tmp_path)
+    truncate(checkpoints(folder)[-1])
+    # The damaged one would be the only one left, if it counted.
+    assert differences(whole, run(folder, checkpoint_limit=1)) == []
+    assert "_pair_000002 is damaged (optimizer.safetensors has" in capsys.readouterr().out
+    (left,) = checkpoints(folder)
+    assert left.name == "epoch_0002" and find_fault(left) is None
+
+
+REFUSED = {
+    "algorithm": "gradspo",
+    "lora.rank": 8,
+    "lora.alpha": 2,
+    "lora.target_modules": ("to_q",),
+    "lora.init_from": "checkpoints/epoch_0001",
+    "seed": 7,
+    "mixed_precision": "bf16",
+    "sample.num_steps": 5,
+    "sample.guidance_scale": 2.0,
+    "sample.eta": 0.5,
+}
+
+
+@pytest.mark.parametrize("key", REFUSED)
+def test_a_key_that_makes_nonsense_is_refused(stopped, key):
+    changes = {key: REFUSED[key]}
+    if key == "lora.init_from":
+        changes = {key: str(stopped / REFUSED[key]), "lora.reference": "init"}
+    with pytest.raises(UserError, match=f"^{key}: .*, but the checkpoint was trained with "):
+        preflight(small_config(stopped, **changes), 1)
+
+
+def test_prompts_may_move_but_not_change_inside_an_epoch(stopped, tmp_path):
+    lines = (ROOT / "assets" / "prompts" / "tiny.txt").read_text()
+    moved = tmp_path / "moved.txt"
+    moved.write_text(lines)
+    (line,) = preflight(small_config(stopped, prompts__source=str(moved)), 1).changes
+    assert line.startswith("resume: prompts.source was 'assets/prompts/tiny.txt', and is '/")
+    moved.write_text("another\n" + lines)
+    with pytest.raises(UserError, match="^prompts.source: not the prompts of epoch 2 "):
+        preflight(small_config(stopped, prompts__source=str(moved)), 1)
+
+
+def test_between_epochs_other_things_may_change_and_are_listed(whole, tmp_path):
+    before = str(checkpoints(whole)[0])
+    changes = {"seed": 7, "sample__num_steps": 5, "train__learning_rate": 2e-3}
+    config = small_config(tmp_path / "branch", resume_from=before, **changes)
+    assert [line.split(" was ")[0] for line in preflight(config, 1).changes] == [
+        "resume: logdir",
+        "resume: run_name",
+        "resume: sample.num_steps",
+        "resume: seed",
+        "resume: train.learning_rate",
+    ]
+
+
+def test_other_processes_and_versions_are_told(stopped, tmp_path):
+    folder = copy_of(stopped, tmp_path)
+    newest = checkpoints(folder)[-1]
+    state = json.loads((newest / "training_state.json").read_text())
+    state["versions"]["torch"] = "1.0"
+    (newest / "training_state.json").write_text(json.dumps(state))
+    reseal(newest)
+    lines = preflight(small_config(folder), 2).changes
+    assert [line[:44] for line in lines] == [
+        "resume: logdir was " + repr(str(stopped.parent))[:25],
+        "resume: 1 processes before, 2 from here on: ",
+        "resume: other versions than before: torch 1.",
+    ]
+
+
+def reseal(folder):
+    """Make the manifest agree with files that a test has changed."""
+    (folder / "manifest.json").unlink()
+    _seal(folder)
+
+
+class Malicious:
+    def __reduce__(self):
+        return os.mkdir, ("executed",)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [LORA, f"ema/{LORA}", "optimizer.safetensors", "process_0000.safetensors", "manifest.json"],
+)
+@pytest.mark.parametrize("sealed", [False, True])
+def test_a_pickle_executes_nothing(stopped, tmp_path, monkeypatch, name, sealed):
+    folder = copy_of(stopped, tmp_path)
+    newest = checkpoints(folder)[-1]
+    torch.save(Malicious(), newest / name)
+    if sealed and name != "manifest.json":
+        reseal(newest)
+        with pytest.raises(UserError, match="is not a checkpoint of this config"):
+            run(folder)
+    else:
+        assert preflight(small_config(folder), 1).resume.damaged
+    assert not (ROOT / "executed").exists()
+
+
+def test_two_processes_stop_together_and_go_on(tmp_path):
+    """Only one of them gets the signal; half an update is accumulated, differently on each."""
+    whole, folder = tmp_path / "whole", tmp_path / "run"
+    assert run_in_processes(whole, 2) == [0, 0]
+    signalled = {1: {"SIGNAL": str(int(signal.SIGTERM)), "SIGNAL_AT": "5"}}
+    # 8 pairs of one rollout an epoch: 4 minibatches on each process.
+    assert run_in_processes(folder, 2, signalled) == [75, 75]
+    newest = checkpoints(folder)[-1]
+    assert newest.name == "epoch_0001_rollout_000001_pair_000002"
+    alone = shutil.copytree(folder, tmp_path / "alone")
+    assert run_in_processes(folder, 2) == [0, 0]
+    assert differences(whole, folder) == []
+
+    # The other 6 pairs are dealt to one process.
+    assert run_in_processes(alone, 1) == [0]
+    assert "resume: 2 processes before, 1 from here on" in alone.with_suffix(".log").read_text()
+    lines = read_metrics(alone)
+    assert [line["rollout"] for line in lines] == [1, 2]
+    assert [line["pairs"] for line in lines] == [8, 8]
+    assert [line["minibatches"] for line in lines] == [4, 1 + 6]
+
+
+def test_one_process_goes_on_as_two(stopped, tmp_path):
+    folder = copy_of(stopped, tmp_path)
+    assert run_in_processes(folder, 2) == [0, 0]
+    line = read_metrics(folder)[2]
+    # Two minibatches of one process, then the last two pairs on two; then one rollout of the rest.
+    assert line["minibatches"] == 2 + 1 and line["pairs_left_over"] == 0
+    assert [line["epoch"] for line in read_metrics(folder)] == [1, 1, 2, 2]
+    assert read_metrics(folder)[3]["comparisons"] == 4
