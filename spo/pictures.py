@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +10,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from torch import Tensor
+
+from spo.durable import replacing
 
 _MARGIN = 6  # pixels between cells
 _CAPTION_LINES = 2
@@ -37,9 +38,8 @@ def write_png(path: Path, image: Image.Image, text: Mapping[str, str]) -> None:
     for key, value in text.items():
         chunks.add_itxt(key, value)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    image.save(partial, format="PNG", pnginfo=chunks)
-    os.replace(partial, path)
+    with replacing(path) as partial:
+        image.save(partial, format="PNG", pnginfo=chunks)
 
 
 def grid(

@@ -15,6 +15,7 @@ from spo import settings
 from spo.backbone import DTYPES, Backbone, ModelSource, check_source
 from spo.config_io import save_config
 from spo.distributed import Workers
+from spo.durable import PARTIAL
 from spo.errors import UserError
 from spo.evaluation.image_sets import DrawSettings, ImageSet, claim, claim_prompts, image_set
 from spo.evaluation.prompt_sets import read_prompt_set
@@ -106,7 +107,7 @@ def _open_folder(ready: Preflight, config: ConfigDict) -> None:
     """Make the folder, with the config in it; UserError where it cannot be written."""
     try:
         ready.folder.mkdir(parents=True, exist_ok=True)
-        for left in ready.folder.rglob("*.partial"):  # of an evaluation that was killed
+        for left in ready.folder.rglob(f"*{PARTIAL}"):  # of an evaluation that was killed
             left.unlink()
         claim_prompts(ready.folder, ready.prompts.prompts)
         for spec in ready.models:

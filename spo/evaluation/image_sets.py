@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -17,6 +16,7 @@ from typing import Any
 
 from PIL import Image
 
+from spo.durable import write_file
 from spo.errors import UserError
 from spo.model_spec import IMAGE_SUFFIXES, ModelSpec
 from spo.pictures import write_png
@@ -107,7 +107,7 @@ def claim_prompts(folder: Path, prompts: Sequence[str]) -> None:
                 f"run_name: {folder} is an evaluation of other prompts; choose another run_name."
             )
         return
-    write_whole(file, lambda path: path.write_text(json.dumps(prompts, indent=1) + "\n"))
+    write_json(file, prompts)
 
 
 def claim(folder: Path, spec: ModelSpec, settings: DrawSettings) -> None:
@@ -126,7 +126,7 @@ def claim(folder: Path, spec: ModelSpec, settings: DrawSettings) -> None:
             )
         return
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(file, lambda path: path.write_text(json.dumps(wanted, indent=1) + "\n"))
+    write_json(file, wanted)
 
 
 def identity_of(spec: ModelSpec, settings: DrawSettings) -> dict[str, Any]:
@@ -135,11 +135,9 @@ def identity_of(spec: ModelSpec, settings: DrawSettings) -> dict[str, Any]:
     return {**asdict(spec.source), "loras": loras, **asdict(settings)}
 
 
-def write_whole(path: Path, write) -> None:
-    """Let `write` fill a file that appears at `path` when it is complete."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    write(partial)
-    os.replace(partial, path)
+def write_json(path: Path, content: Any) -> None:
+    """Write `content` as a file that is there whole or not at all."""
+    write_file(path, (json.dumps(content, indent=1) + "\n").encode())
 
 
 def file_digest(path: Path) -> str:

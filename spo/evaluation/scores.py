@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from spo.errors import RunError, UserError
-from spo.evaluation.image_sets import ImageSet, batches, file_digest, write_whole
+from spo.evaluation.image_sets import ImageSet, batches, file_digest, write_json
 from spo.evaluation.results import ScorerInfo
 from spo.evaluation.scorers import ImageScorer
 
@@ -44,9 +44,8 @@ class ScoreFolder:
     def claim(self, scorer: ImageScorer) -> None:
         """Note whose scores these are."""
         info = asdict(ScorerInfo(self.name, scorer.title, scorer.scale))
-        content = json.dumps({"scorer": info, "options": dict(self.options)}, indent=1) + "\n"
         self.path.mkdir(parents=True, exist_ok=True)
-        write_whole(self.path / _SCORER, lambda path: path.write_text(content))
+        write_json(self.path / _SCORER, {"scorer": info, "options": dict(self.options)})
 
     def missing(self, images: ImageSet, batch_size: int) -> list[range]:
         """The batches that have no scores yet, or scores of other images."""
@@ -66,10 +65,9 @@ class ScoreFolder:
         for i, score in zip(batch, scores, strict=True):
             if not math.isfinite(score):
                 raise RunError(f"{self.name} gives {score} to {images.files[i]} ({prompts[i]!r}).")
-        content = json.dumps({"images": digests, "scores": scores}) + "\n"
         file = self._file(images, batch)
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(file, lambda path: path.write_text(content))
+        write_json(file, {"images": digests, "scores": scores})
 
     def read(self, images: ImageSet, batch_size: int) -> tuple[float, ...]:
         """All scores of a model as papers print them, in the order of the prompts."""
