@@ -36,16 +36,13 @@ def train(config: ConfigDict) -> None:
 
     Raises UserError for bad input before any model loads, and RunError where a run cannot go on.
     """
-    workers = Workers()
-    try:
+    with Workers(config.rank_timeout) as workers:
         ready = None
         with workers.together():
             if workers.is_main:
                 ready = preflight(config, workers.count)
                 open_run_dir(ready.run_dir, config)
         Trainer(config, workers.from_main(ready), workers).run()
-    finally:
-        workers.close()
 
 
 class Trainer:
@@ -244,7 +241,7 @@ class Trainer:
                 self.progress(mine, "validation images"),
                 settings.image_settings(self.config),
             )
-        cells = self.workers.gather(cells)
+        cells = self.workers.gather_to_main(cells)
         if self.tracking is not None:
             epochs = self.position.epochs
             self.tracking.picture(
@@ -255,6 +252,8 @@ class Trainer:
 
     def save_checkpoint(self) -> None:
         """Save, on the main process, everything that a resumed run needs."""
+        ema = {f"ema.{name}": tensor for name, tensor in (self.learner.ema or {}).items()}
+        self.workers.check_equal("LoRA or EMA", self.learner.lora.parameters | ema)
         gradients = self.workers.mean(self.learner.gradients())
         if self.workers.is_main:
             save_checkpoint(
