@@ -65,5 +65,6 @@ def get_config() -> ConfigDict:
         ""  # folder there; empty: eval, family and time. One that exists is completed.
     )
     config.report_prompts = 500  # prompts whose images report.html shows
+    config.rank_timeout = 120  # seconds of silence after which the others take a process for dead
 
     return config

@@ -6,6 +6,7 @@ Everything here works in one process as well, where it does nothing but its loca
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from functools import cached_property
@@ -22,7 +23,10 @@ from accelerate.utils import (
 )
 from torch import Tensor, nn
 
-from spo.errors import UserError
+from spo.errors import RunError, UserError
+from spo.exit_status import STOPPED, keep_status
+from spo.liveness import Liveness
+from spo.peers import connect_peers, own_name
 from spo.types import PreferencePairs
 
 
@@ -30,10 +34,14 @@ class Workers:
     """The processes of a run, seen from one of them.
 
     Precision and gradient accumulation are the learner's affair; accelerate starts the processes and
-    wraps the UNet.
+    wraps the UNet. Where one process fails, dies, or is silent for `rank_timeout` seconds, the others
+    stop; a context manager, so that the end of its block tells them how this one ended.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, rank_timeout: int) -> None:
+        if rank_timeout < 1:
+            raise UserError(f"rank_timeout: {rank_timeout} must be a whole number from 1.")
+        _refuse_sharding()
         ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
         # The main process may have to download before the others can go on.
         group = InitProcessGroupKwargs(timeout=timedelta(minutes=30))
@@ -42,6 +50,25 @@ class Workers:
         self.rank = self.accelerator.process_index
         self.count = self.accelerator.num_processes
         self.is_main = self.accelerator.is_main_process
+        self._shared_error: UserError | None = None  # that all processes raise
+        self._liveness = None
+        if self.count > 1:
+            with self.together():
+                peers = connect_peers(self.rank, self.count, self.from_main)
+            self._liveness = Liveness(self.rank, peers, rank_timeout)
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
+        """Leave the process group, or tell the others what went wrong here."""
+        if self._liveness is not None:
+            if error is None or error is self._shared_error or _is_stop(error):
+                self._liveness.leave()
+            else:
+                keep_status()
+                self._liveness.fail(" ".join(f"{kind.__name__}: {error}".split()))
+        self.accelerator.end_training()
 
     def wrap(self, unet: nn.Module) -> nn.Module:
         """The UNet for the pass with gradients: its DDP wrapper, or itself in one process."""
@@ -55,6 +82,17 @@ class Workers:
         """The items of all processes' lists, in the order of their ranks."""
         return gather_object(values)
 
+    def gather_to_main(self, values: list) -> list:
+        """The items of all processes' lists on the main process, in the order of their ranks.
+
+        On the others, nothing: for what is too large to be sent to every process.
+        """
+        if self.count == 1:
+            return values
+        gathered = [None] * self.count if self.is_main else None
+        dist.gather_object(values, gathered)
+        return [value for part in gathered or () for value in part]
+
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
         """A UserError that any process meets within is raised on all at the end; none waits forever."""
@@ -65,7 +103,23 @@ class Workers:
             error = caught
         met = [e for e in self.gather([error]) if e is not None]
         if met:
+            self._shared_error = met[0]
             raise met[0]
+
+    def check_equal(self, what: str, tensors: Mapping[str, Tensor]) -> None:
+        """RunError on every process unless the fp32 `tensors` are the same on all, bit for bit.
+
+        Compares a sum of the bits of each tensor.
+        """
+        sums = [tensor.detach().view(torch.int32).sum() for tensor in tensors.values()]
+        (_, first), *others = self.gather([(own_name(self.rank), torch.stack(sums).tolist())])
+        different = [name for name, own in others if own != first]
+        with self.together():
+            if different:
+                raise RunError(
+                    f"{what} of {', '.join(different)} differs from that of rank 0, so this run is "
+                    "none of one model; go on from an earlier checkpoint, on GPUs of one kind."
+                )
 
     def sum(self, values: dict[str, Tensor]) -> dict[str, float]:
         """Sums of scalars over all processes; every process passes the same keys."""
@@ -117,10 +171,6 @@ class Workers:
         in_order = torch.argsort(slot[to_me]).to(self.device)
         return arrived.select(in_order), total - share * self.count
 
-    def close(self) -> None:
-        """Leave the process group."""
-        self.accelerator.end_training()
-
     @cached_property
     def _on_cpu(self) -> dist.ProcessGroup:
         """All processes, for what must not wait for a GPU."""
@@ -160,3 +210,20 @@ class Workers:
             if not self.is_main:
                 for tensor in filter(torch.numel, mine.values()):
                     dist.send(tensor, 0, group=self._on_cpu)
+
+
+def _is_stop(error: BaseException) -> bool:
+    """Whether it ends a run that was asked to stop, which the processes agree on."""
+    status = error.code if isinstance(error, SystemExit) else getattr(error, "exit_status", None)
+    return status == STOPPED
+
+
+def _refuse_sharding() -> None:
+    """UserError where accelerate was told to split the model over the processes."""
+    for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true":
+            raise UserError(
+                f"distributed_type {name} in the accelerate config: every process holds the whole "
+                "model here; use MULTI_GPU (config/accelerate), and gradient checkpointing or a "
+                "smaller train.batch_size to save memory."
+            )

@@ -1,5 +1,7 @@
 """Errors that are told in one line; every other exception is a bug and shows its traceback."""
 
+from spo.exit_status import STOPPED
+
 
 class UserError(Exception):
     """Bad config, file or data; the message names the key or file and says what to do."""
@@ -17,5 +19,5 @@ class RunError(UserError):
 class Stopped(UserError):
     """A run that a signal stopped; no fault, but its line and exit status are told the same way."""
 
-    exit_status = 75  # EX_TEMPFAIL of sysexits.h: try again
+    exit_status = STOPPED
     label = "stopped"

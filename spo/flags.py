@@ -15,6 +15,7 @@ from ml_collections import config_flags
 
 from spo.config_io import leaves, load_config, suggest
 from spo.errors import UserError
+from spo.exit_status import hand_over
 
 # absl lists a flag under the module that defines it: let that be the script, not this file.
 flags.disclaim_key_flags()
@@ -50,13 +51,18 @@ config_flags.register_flag_parser_for_type(str, _OrNone(flags.ArgumentParser(), 
 
 @contextmanager
 def exit_on_user_error() -> Iterator[None]:
-    """Turns a UserError into one line on stderr, of the first process, and its exit status."""
+    """Turns a UserError into one line on stderr, of a machine's first process, and its exit status.
+
+    A status other than 0, of SystemExit too, reaches spo.launch past torchrun.
+    """
     try:
         yield
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":  # set where several processes were started
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # set where several processes were started
             print(f"{error.label}: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(error.exit_status)
+        sys.exit(hand_over(error.exit_status))
+    except SystemExit as end:
+        sys.exit(hand_over(end.code) if isinstance(end.code, int) else end.code)
 
 
 def define_config(default: str, *bases: str) -> flags.FlagHolder:

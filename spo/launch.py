@@ -1,6 +1,8 @@
 """Starts a training script on all GPUs of the machine, after checking its command line.
 
 python -m spo.launch train_sd15.py [--num_processes N] [--config=FILE] [--config.key=value ...]
+
+Stays until the end, passes signals on, and ends with the status of spo.exit_status.
 """
 
 import argparse
@@ -20,6 +22,7 @@ try:
     from spo.dotted import find
     from spo.errors import UserError
     from spo.flags import exit_on_user_error, parse_flags
+    from spo.supervise import run_to_end
 except ModuleNotFoundError as error:  # a machine where nothing is installed yet
     print(
         f"error: {sys.executable} has no {error.name}: run `bash scripts/setup_env.sh` first, or, "
@@ -28,6 +31,7 @@ except ModuleNotFoundError as error:  # a machine where nothing is installed yet
     )
     sys.exit(2)
 
+PORT = 29500  # of the first machine, as everywhere in torch
 ACCELERATE_CONFIGS = Path(__file__).resolve().parents[1] / "config" / "accelerate"
 
 
@@ -41,22 +45,30 @@ class Script:
     preflight: Callable[[ConfigDict, int], Any]  # raises UserError where a run would
 
 
+@dataclass(frozen=True)
+class Launcher:
+    """What starts the processes."""
+
+    processes: int  # on all machines
+    here: int  # on this one
+    arguments: list[str]  # of Python, before the script
+
+
 def main() -> None:
-    """Checks, prints and becomes the command that trains; bad input is one line and status 2."""
+    """Checks, prints and runs the command that trains; bad input is one line and status 2."""
     options, script_args = parse_options()
     with exit_on_user_error():
         script = read_script(options.script, script_args)
-        num_processes, launcher = cpu_launcher(options) if options.cpu else gpu_launcher(options)
+        launcher = cpu_launcher(options) if options.cpu else gpu_launcher(options)
         if script.plan is not None:
-            print(script.plan(script.config, num_processes).describe())
-        if num_processes > 1:
-            # Several processes would bury a one-line error under reports of their own; and what is
-            # downloaded here, they find in the cache.
-            script.preflight(script.config, num_processes)
-    command = [sys.executable, *launcher, options.script, *script_args]
+            print(script.plan(script.config, launcher.processes).describe())
+        if launcher.processes > 1:
+            # Sooner than in the processes; and what is downloaded here, they find in the cache.
+            script.preflight(script.config, launcher.processes)
+    command = [sys.executable, *launcher.arguments, options.script, *script_args]
     print("$", shlex.join(command), flush=True)
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, num_cores() // num_processes)))
-    os.execv(sys.executable, command)
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, num_cores() // launcher.here)))
+    sys.exit(run_to_end(command, options.script))
 
 
 def parse_options() -> tuple[argparse.Namespace, list[str]]:
@@ -68,15 +80,18 @@ def parse_options() -> tuple[argparse.Namespace, list[str]]:
         allow_abbrev=False,
     )
     parser.add_argument("script", help="training script, e.g. train_sd15.py")
-    parser.add_argument("--num_processes", type=int, help="GPUs to use (default: all)")
+    parser.add_argument("--num_processes", type=int, help="GPUs to use over all machines")
     parser.add_argument("--cpu", action="store_true", help="run on the CPU, in one process or more")
+    parser.add_argument("--num_machines", type=int, help="machines that train (default: 1)")
     parser.add_argument("--accelerate_config", help="accelerate YAML file to use instead of ours")
     parser.add_argument("--machine_rank", type=int, help="several machines: number of this one")
     parser.add_argument("--main_process_ip", help="several machines: address of the first")
     parser.add_argument("--main_process_port", type=int, help="several machines: port of the first")
     options, script_args = parser.parse_known_args()
-    if options.num_processes is not None and options.num_processes < 1:
-        parser.error("--num_processes must be at least 1")
+    for name in ("num_processes", "num_machines"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name} must be at least 1")
     return options, script_args
 
 
@@ -94,21 +109,34 @@ def read_script(script: str, script_args: list[str]) -> Script:
     return Script(found["CONFIG"].value, found.get("PLAN", plan_batches), preflight)
 
 
-def cpu_launcher(options: argparse.Namespace) -> tuple[int, list[str]]:
-    """The number of processes, and the arguments of Python that start a script in them."""
+def cpu_launcher(options: argparse.Namespace) -> Launcher:
+    """Python itself for one process, torchrun for more: `accelerate launch --cpu` would need MPI.
+
+    Raises UserError where several machines lack an address or cannot share the processes.
+    """
     os.environ["ACCELERATE_USE_CPU"] = "true"
-    num_processes = options.num_processes or 1
-    if num_processes == 1:
-        return 1, []
-    # `accelerate launch --cpu` starts more than one process under MPI only.
-    torchrun = ["-m", "torch.distributed.run", "--standalone"]
-    return num_processes, [*torchrun, f"--nproc_per_node={num_processes}"]
+    machines = options.num_machines or 1
+    processes = options.num_processes or machines
+    here = share_of_machine(processes, machines)
+    if processes == 1:
+        return Launcher(1, 1, [])
+    torchrun = ["-m", "torch.distributed.run", f"--nproc_per_node={here}"]
+    if machines == 1:
+        return Launcher(processes, here, [*torchrun, "--standalone"])
+    for name in ("machine_rank", "main_process_ip"):
+        if getattr(options, name) is None:
+            raise UserError(f"--num_machines={machines}: --{name} is missing")
+    torchrun += [f"--nnodes={machines}", f"--node_rank={options.machine_rank}"]
+    torchrun += [f"--master_addr={options.main_process_ip}"]
+    torchrun += [f"--master_port={options.main_process_port or PORT}"]
+    return Launcher(processes, here, torchrun)
 
 
-def gpu_launcher(options: argparse.Namespace) -> tuple[int, list[str]]:
-    """The number of processes on all machines, and the arguments of Python that start this one's.
+def gpu_launcher(options: argparse.Namespace) -> Launcher:
+    """accelerate, with one of our config files or the one that was given.
 
-    Raises UserError where GPUs, the accelerate file or the first machine's address are missing.
+    Raises UserError where GPUs, the accelerate file or the first machine's address are missing, and
+    where the file asks for more than data parallel training.
     """
     import torch  # slow, and not needed to find a mistake on the command line
     from accelerate.commands.config import load_config_from_file
@@ -124,22 +152,45 @@ def gpu_launcher(options: argparse.Namespace) -> tuple[int, list[str]]:
     if not file.is_file():
         raise UserError(f"--accelerate_config: no such file: {file}")
     settings = load_config_from_file(str(file))
-    default = settings.num_processes if options.accelerate_config else num_gpus
-    num_processes = options.num_processes or default
-    if num_processes > num_gpus * settings.num_machines:
+    check_distributed_type(file, settings.distributed_type)
+    machines = options.num_machines or settings.num_machines
+    default = settings.num_processes if options.accelerate_config else num_gpus * machines
+    processes = options.num_processes or default
+    here = share_of_machine(processes, machines)
+    if here > num_gpus:
         raise UserError(
-            f"{num_processes} processes on {settings.num_machines} machine(s) of {num_gpus} "
-            "GPU(s): a process needs a GPU; see --num_processes"
+            f"{processes} processes on {machines} machine(s) of {num_gpus} GPU(s): a process needs "
+            "a GPU; see --num_processes"
         )
-    if settings.num_machines > 1 and not (options.main_process_ip or settings.main_process_ip):
-        raise UserError(f"{file} is for several machines: --main_process_ip is missing")
+    if machines > 1 and not (options.main_process_ip or settings.main_process_ip):
+        raise UserError(f"{machines} machines: --main_process_ip is missing")
 
     launcher = ["-m", "accelerate.commands.launch", "--quiet", f"--config_file={file}"]
-    launcher.append(f"--num_processes={num_processes}")
-    for name in ("machine_rank", "main_process_ip", "main_process_port"):
+    launcher.append(f"--num_processes={processes}")
+    if machines > 1 and not settings.main_process_port and options.main_process_port is None:
+        launcher.append(f"--main_process_port={PORT}")
+    for name in ("num_machines", "machine_rank", "main_process_ip", "main_process_port"):
         if getattr(options, name) is not None:
             launcher.append(f"--{name}={getattr(options, name)}")
-    return num_processes, launcher
+    return Launcher(processes, here, launcher)
+
+
+def check_distributed_type(file: Path, distributed_type: str) -> None:
+    """Raises UserError for what splits the model over the processes."""
+    if distributed_type not in ("NO", "MULTI_GPU"):
+        raise UserError(
+            f"{file}: distributed_type {distributed_type} is not supported: every process holds the "
+            "whole model here; use MULTI_GPU, see docs/distributed.md"
+        )
+
+
+def share_of_machine(processes: int, machines: int) -> int:
+    """Processes of one machine; raises UserError unless all machines have as many."""
+    if processes % machines:
+        raise UserError(
+            f"--num_processes={processes} counts those of all machines: a multiple of {machines}"
+        )
+    return processes // machines
 
 
 def num_cores() -> int:

@@ -41,16 +41,13 @@ def train(config: ConfigDict) -> None:
     Raises UserError for bad input before any model loads, RunError where a run cannot go on, and
     Stopped after a signal.
     """
-    workers = Workers()
-    try:
+    with Workers(config.rank_timeout) as workers:
         ready = None
         with workers.together():
             if workers.is_main:
                 ready = preflight(config, workers.count)
                 open_run_dir(ready.run_dir, config, ready.resume.damaged)
         Trainer(config, workers.from_main(ready), workers).run()
-    finally:
-        workers.close()
 
 
 class Trainer:
@@ -241,7 +238,7 @@ class Trainer:
                 self.signals.watch(self.progress(mine, "validation images")),
                 settings.image_settings(self.config),
             )
-        cells = self.workers.gather(cells)
+        cells = self.workers.gather_to_main(cells)
         with self.workers.together():
             if self.tracking is not None:
                 name, title = f"validation/epoch_{epochs:04d}_{which}", f"{which} LoRA after epoch "
@@ -254,6 +251,8 @@ class Trainer:
         folder = self.run_dir / FOLDER / progress.name()
         if folder == self.saved:
             return folder
+        ema = {f"ema.{name}": tensor for name, tensor in (self.learner.ema or {}).items()}
+        self.workers.check_equal("LoRA or EMA", self.learner.lora.parameters | ema)
         mine = own_tensors(self.learner, progress)
         with self.workers.together(), self.workers.to_main(mine) as shares:
             if self.workers.is_main:

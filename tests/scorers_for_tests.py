@@ -1,7 +1,12 @@
 """Scorers that runs in the tests name by their dotted path."""
 
+import os
+import signal
+
 import numpy as np
 import torch
+
+from spo.errors import UserError
 
 
 class Brightness:
@@ -38,3 +43,37 @@ class ImageBrightness:
 
 def image_brightness(device):
     return ImageBrightness()
+
+
+class OnRanks(Brightness):
+    """Brightness that notes the prompts it was asked for, and goes wrong on some ranks.
+
+    From its call `ties[rank]` on it scores all candidates alike; at call `at` of rank `rank` it
+    does what `event` says.
+    """
+
+    def __init__(self, notes, ties, event, rank, at):
+        super().__init__(sign=1, bad_prompt="", good_calls=0)
+        self.rank = int(os.environ.get("RANK", "0"))
+        self.notes = notes
+        self.ties_at = ties[self.rank] if ties else float("inf")
+        self.event, self.event_at = event, at if rank == self.rank else -1
+
+    def encode_prompts(self, prompts):
+        with open(f"{self.notes}/prompts_{self.rank}.txt", "a") as file:
+            file.writelines(f"{prompt}\n" for prompt in prompts)
+        return super().encode_prompts(prompts)
+
+    def score(self, images, is_bad, timestep):
+        scores = super().score(images, is_bad, timestep)
+        if self.calls == self.event_at and self.event == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if self.calls == self.event_at and self.event == "raise":
+            raise RuntimeError("out of luck")
+        if self.calls == self.event_at and self.event == "refuse":
+            raise UserError("data: of no use")
+        return torch.zeros_like(scores) if self.calls >= self.ties_at else scores
+
+
+def on_ranks(device, notes, ties=(), event="", rank=0, at=0):
+    return OnRanks(notes, ties, event, rank, at)

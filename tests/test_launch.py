@@ -10,8 +10,9 @@ import pytest
 import torch
 from accelerate.commands.config import load_config_from_file
 
+from spo.distributed import Workers
 from spo.errors import UserError
-from spo.launch import ACCELERATE_CONFIGS, gpu_launcher
+from spo.launch import ACCELERATE_CONFIGS, cpu_launcher, gpu_launcher
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -52,7 +53,8 @@ def start(*arguments, cwd=ROOT):
 
 
 def options(**given):
-    names = "num_processes accelerate_config machine_rank main_process_ip main_process_port"
+    names = "num_processes num_machines accelerate_config"
+    names += " machine_rank main_process_ip main_process_port"
     return Namespace(**(dict.fromkeys(names.split()) | given))
 
 
@@ -124,9 +126,9 @@ def test_one_cpu_process_keeps_the_exit_status_of_the_script(tmp_path):
 )
 def test_gpus_choose_the_accelerate_file(monkeypatch, gpus, given, processes, file):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-    num_processes, launcher = gpu_launcher(options(**given))
-    assert num_processes == processes
-    assert launcher[-2:] == [
+    launcher = gpu_launcher(options(**given))
+    assert launcher.processes == launcher.here == processes
+    assert launcher.arguments[-2:] == [
         f"--config_file={ACCELERATE_CONFIGS / file}",
         f"--num_processes={processes}",
     ]
@@ -136,9 +138,9 @@ def test_two_machines(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     file = str(ACCELERATE_CONFIGS / "two_nodes_of_four.yaml")
     address = {"machine_rank": 1, "main_process_ip": "10.0.0.1"}
-    num_processes, launcher = gpu_launcher(options(accelerate_config=file, **address))
-    assert num_processes == 8
-    assert launcher[-3:] == [
+    launcher = gpu_launcher(options(accelerate_config=file, **address))
+    assert (launcher.processes, launcher.here) == (8, 4)
+    assert launcher.arguments[-3:] == [
         "--num_processes=8",
         "--machine_rank=1",
         "--main_process_ip=10.0.0.1",
@@ -166,3 +168,46 @@ def test_accelerate_reads_its_files():
         for file in ACCELERATE_CONFIGS.glob("*.yaml")
     }
     assert processes == {"one_gpu.yaml": 1, "four_gpus.yaml": 4, "two_nodes_of_four.yaml": 8}
+
+
+@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED", "MEGATRON_LM"])
+def test_what_splits_the_model_is_refused(monkeypatch, tmp_path, kind):
+    file = tmp_path / "accelerate.yaml"
+    text = (ACCELERATE_CONFIGS / "four_gpus.yaml").read_text()
+    file.write_text(text.replace("MULTI_GPU", kind))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    with pytest.raises(UserError, match=f"distributed_type {kind} is not supported"):
+        gpu_launcher(options(accelerate_config=str(file)))
+    # By `accelerate launch` itself, without this launcher.
+    monkeypatch.setenv(f"ACCELERATE_USE_{kind}", "true")
+    with pytest.raises(UserError, match=f"distributed_type {kind} in the accelerate config"):
+        Workers(rank_timeout=120)
+
+
+def test_a_timeout_that_cannot_be_is_refused():
+    with pytest.raises(UserError, match="rank_timeout: 0 must be"):
+        Workers(rank_timeout=0)
+
+
+def test_two_machines_of_our_own_files_and_on_the_cpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "")  # cpu_launcher sets it
+    place = {"num_machines": 2, "machine_rank": 1, "main_process_ip": "10.0.0.1"}
+    launcher = gpu_launcher(options(**place))
+    assert (launcher.processes, launcher.here) == (8, 4)
+    assert "--main_process_port=29500" in launcher.arguments
+    assert "--num_machines=2" in launcher.arguments
+    launcher = cpu_launcher(options(**place, num_processes=4))
+    assert (launcher.processes, launcher.here) == (4, 2)
+    assert launcher.arguments[1:] == [
+        "torch.distributed.run",
+        "--nproc_per_node=2",
+        "--nnodes=2",
+        "--node_rank=1",
+        "--master_addr=10.0.0.1",
+        "--master_port=29500",
+    ]
+    with pytest.raises(UserError, match="--num_processes=3 counts those of all machines"):
+        cpu_launcher(options(**place, num_processes=3))
+    with pytest.raises(UserError, match="--main_process_ip is missing"):
+        cpu_launcher(options(num_machines=2, machine_rank=0))

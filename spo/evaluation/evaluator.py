@@ -91,16 +91,13 @@ def evaluate(config: ConfigDict) -> None:
 
     Raises UserError for bad input, before any model loads where that can be told.
     """
-    workers = Workers()
-    try:
+    with Workers(config.rank_timeout) as workers:
         ready = None
         with workers.together():
             if workers.is_main:
                 ready = preflight(config, workers.count)
                 _open_folder(ready, config)
         Evaluation(config, workers.from_main(ready), workers).run()
-    finally:
-        workers.close()
 
 
 def _open_folder(ready: Preflight, config: ConfigDict) -> None:

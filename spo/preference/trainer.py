@@ -50,16 +50,13 @@ def train(config: ConfigDict) -> None:
     Raises UserError for bad input before any model loads, RunError where a run cannot go on, and
     Stopped after a signal.
     """
-    workers = Workers()
-    try:
+    with Workers(config.rank_timeout) as workers:
         ready = None
         with workers.together():
             if workers.is_main:
                 ready = preflight(config, workers.count)
                 open_run_dir(ready.run_dir, config, ready.resume.damaged)
         PreferenceTrainer(config, workers.from_main(ready), workers).run()
-    finally:
-        workers.close()
 
 
 class PreferenceTrainer:
@@ -185,11 +182,12 @@ class PreferenceTrainer:
         places = "; ".join(found[:_NAMED]) or "no pair by itself"
         if len(found) > _NAMED:
             places += f"; and {len(found) - _NAMED} more"
-        raise RunError(
-            f"loss or gradient is not finite at step {self.learner.step} ({places}); the last "
-            "checkpoint is good: resume from it with a lower train.learning_rate or "
-            "mixed_precision=bf16."
-        )
+        with self.workers.together():
+            raise RunError(
+                f"loss or gradient is not finite at step {self.learner.step} ({places}); the last "
+                "checkpoint is good: resume from it with a lower train.learning_rate or "
+                "mixed_precision=bf16."
+            )
 
     def after_step(self) -> None:
         """Evaluate, log and save where these are due."""
