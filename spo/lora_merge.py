@@ -63,11 +63,12 @@ def merged_pipeline(
 def _layer(network: nn.Module, name: str, module: LoraModule) -> nn.Module:
     """The layer that `module` changes."""
     path = name.removeprefix(f"{network_of(name)}.")
-    layers = dict(network.named_modules())
-    # transformers moved CLIP's layers out of text_model.
-    layer = layers.get(path) or layers.get(path.removeprefix("text_model."))
-    if layer is None:
-        raise UserError(f"--base: the LoRA is of another model: this one has no {name}.")
+    if not hasattr(network, "text_model"):  # which newer versions of transformers do without
+        path = path.removeprefix("text_model.")
+    try:
+        layer = network.get_submodule(path)
+    except AttributeError as error:
+        raise UserError(f"--base: the LoRA is of another model: this one has no {name}.") from error
     wanted = (module.up.shape[0], *module.down.shape[1:])
     if layer.weight.shape != wanted:
         raise UserError(
