@@ -88,11 +88,12 @@ def read_folded(path: Path, backbone: Backbone, key: str) -> dict[str, Tensor]:
 def layer_of(network: nn.Module, name: str, module: LoraModule, where: str) -> nn.Module:
     """The layer of `network` that `module` changes; UserError, beginning with `where`, without one."""
     path = name.removeprefix(f"{network_of(name)}.")
-    layers = dict(network.named_modules())
-    # transformers moved CLIP's layers out of text_model.
-    layer = layers.get(path) or layers.get(path.removeprefix("text_model."))
-    if layer is None:
-        raise UserError(f"{where}: the LoRA is of another model: this one has no {name}.")
+    if not hasattr(network, "text_model"):  # which newer versions of transformers do without
+        path = path.removeprefix("text_model.")
+    try:
+        layer = network.get_submodule(path)
+    except AttributeError as error:
+        raise UserError(f"{where}: the LoRA is of another model: this one has no {name}.") from error
     wanted = (module.up.shape[0], *module.down.shape[1:])
     if layer.weight.shape != wanted:
         raise UserError(

@@ -8,12 +8,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import (
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from diffusers.utils import convert_state_dict_to_kohya, convert_unet_state_dict_to_peft
 from helpers import load_backbone, model_folder, unet_output
 from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from spo.errors import UserError
 from spo.lora_formats import WRITERS, LoraModule, LoraWeights
@@ -155,9 +160,40 @@ def test_diffusers_reads_and_writes_the_same_kohya_names(family):
     assert theirs == {row[0] for row in rows.values()}
 
 
-def test_diffusers_reads_the_same_names_of_other_modules():
-    ours = {f"unet.{module}": f"lora_unet_{sgm}" for module, sgm in OTHERS.items()}
-    assert diffusers_reading(ours.values()) == ours
+SDXL_UNET = {
+    "block_out_channels": (320, 640, 1280),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": (1, 2, 10),
+    "attention_head_dim": (5, 10, 20),
+    "cross_attention_dim": 2048,
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "config"), [("sd15", {"cross_attention_dim": 768}), ("sdxl", SDXL_UNET)]
+)
+def test_every_layer_of_the_full_size_unet(family, config):
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**config)
+    layers = {
+        f"unet.{name}": tuple(layer.weight.shape)
+        for name, layer in unet.named_modules()
+        if isinstance(layer, (nn.Linear, nn.Conv2d))
+    }
+    assert all(map(is_module, layers))
+    for sdxl in (False, True):
+        names = {name: to_kohya(name, sdxl) for name in layers}
+        assert len(set(names.values())) == len(layers)
+        assert all(from_kohya(flat) == name for name, flat in names.items())
+    if family == "sdxl":
+        assert diffusers_reading(names.values()) == names
+    attention = {n: shape for n, shape in layers.items() if n.endswith(ATTENTION)}
+    assert attention == {f"unet.{n}": row[2] for n, row in projections(family).items()}
 
 
 @pytest.mark.parametrize(
