@@ -55,6 +55,28 @@ def record_start(run_dir: Path, facts: dict) -> None:
         write_lines(path, [*whole_lines(path), json.dumps(start)])
 
 
+def read_metrics(run_dir: Path) -> list[dict]:
+    """The lines of metrics.jsonl; UserError where there are none, or where one is damaged."""
+    path = run_dir / METRICS
+    try:
+        text = path.read_text()
+    except OSError as error:
+        raise UserError(
+            f"{path}: {error.strerror}; name the directory of a training run."
+        ) from error
+    lines = []
+    for number, line in enumerate(text.splitlines(keepends=True), start=1):
+        if not line.endswith("\n"):
+            break  # half a line, the last of a run that is writing it or was killed
+        try:
+            lines.append(json.loads(line))
+        except ValueError as error:
+            raise UserError(f"{path}, line {number}: not JSON: {error}") from error
+    if not lines:
+        raise UserError(f"{path} is empty: the run has not got as far as its first metrics.")
+    return lines
+
+
 def drop_metrics_after(run_dir: Path, last: int, counter: str = "rollout") -> None:
     """Keep the metrics of up to `last` of `counter`: a resumed run writes the others again."""
     path = run_dir / METRICS

@@ -1,0 +1,51 @@
+"""Write report.html, one file to look at and to send round, of a training run or an evaluation.
+
+    python scripts/report.py runs/NAME
+
+A training run (of the method, or of a preference model): curves, validation images, config. An
+evaluation, that is a folder with results.json: comparison, figures, images side by side.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+REPO = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(REPO))
+
+from spo.errors import UserError
+from spo.flags import exit_on_user_error
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("dir", type=Path)
+    parser.add_argument(
+        "--max_prompts",
+        type=int,
+        default=500,
+        help="of an evaluation; of more prompts, those with the largest gains and losses are shown "
+        "(%(default)s)",
+    )
+    options = parser.parse_args()
+    with exit_on_user_error():
+        print(report(options.dir, options.max_prompts))
+
+
+def report(folder: Path, max_prompts: int) -> Path:
+    """Write the report of the evaluation or the run in `folder`."""
+    from spo.evaluation import results
+    from spo.evaluation.report import write_report
+    from spo.evaluation.run_report import write_run_report
+
+    if max_prompts < 1:
+        raise UserError(f"--max_prompts: {max_prompts} is less than 1.")
+    if (folder / results.FILE_NAME).exists():
+        return write_report(folder, results.read_results(folder), max_prompts)
+    return write_run_report(folder)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+"""How every figure looks: one style, one colour per model, PNG files or inline SVG."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from io import StringIO
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+# Legible on white and on black. The first is the model that others are compared with.
+COLOURS = ("#808893", "#3b7dd8", "#d9822b", "#2a9d6f", "#b5589c", "#a08a1f", "#4aa3b5", "#c5524c")
+INK = "#2b2f36"  # text and lines: in SVG replaced by the colour of the page's text
+_STYLE = {
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.formatter.useoffset": False,
+    "axes.prop_cycle": matplotlib.cycler(color=COLOURS[1:]),
+    "grid.alpha": 0.15,
+    "legend.frameon": False,
+    "legend.fontsize": 8,
+    "lines.linewidth": 1.3,
+    "text.parse_math": False,  # a model's name may hold a dollar sign
+    "svg.fonttype": "none",  # text that can be selected, in the page's font
+    **dict.fromkeys(
+        ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK
+    ),
+    "grid.color": INK,
+}
+_SIZE = (3.9, 2.4)  # inches of one panel
+
+
+def style(**changes: object) -> AbstractContextManager:
+    """Figures made or saved inside have the common style."""
+    return matplotlib.rc_context(_STYLE | changes)
+
+
+def panel(height: float = _SIZE[1]) -> tuple[Figure, Axes]:
+    """A figure of one panel, `height` in inches, to be made inside `style()`."""
+    figure = Figure(figsize=(_SIZE[0], height), layout="constrained")
+    return figure, figure.subplots()
+
+
+def colour(index: int) -> str:
+    """The colour of model `index` of an evaluation."""
+    return COLOURS[index % len(COLOURS)]
+
+
+def to_svg(figure: Figure, name: str) -> str:
+    """`figure` as an SVG element for an HTML page, in which no other figure has this `name`."""
+    file = StringIO()
+    nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    # The salt keeps the ids of two figures of a page apart.
+    with style(**{"svg.hashsalt": name}), warnings.catch_warnings():
+        # A browser has the characters that matplotlib's font lacks.
+        warnings.filterwarnings("ignore", message="Glyph")
+        figure.savefig(file, format="svg", transparent=True, metadata=nothing)
+    svg = file.getvalue()
+    svg = re.sub(r'<g id="[^"]*"', "<g", svg[svg.index("<svg") :])
+    return svg.replace(INK, "currentColor")
+
+
+def shortened(names: Sequence[str], length: int = 18) -> list[str]:
+    """Names that fit beside a plot."""
+    return [name if len(name) <= length else name[: length - 1] + "…" for name in names]
