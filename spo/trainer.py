@@ -28,7 +28,7 @@ from spo.scorers import load_scorer
 from spo.seeding import derive_seed
 from spo.tracking import METRICS, Tracking
 from spo.types import PreferencePairs
-from spo.validation import draw_cells, validation_grid
+from spo.validation import draw_cells, save_samples, validation_grid
 
 
 def train(config: ConfigDict) -> None:
@@ -252,6 +252,7 @@ class Trainer:
                 validation_grid(cells, f"{which} LoRA after epoch {epochs}"),
                 step=self.position.rollouts,
             )
+            save_samples(self.run_dir, cells, which, epochs)
 
     def save_checkpoint(self) -> None:
         """Save, on the main process, everything that a resumed run needs."""
