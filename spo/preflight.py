@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from spo import backbone, scorers, settings, tracking
+from spo import backbone, publish, scorers, settings, tracking
 from spo.batching import BatchPlan, plan_batches
 from spo.lora_files import find_lora
 from spo.prompts import PromptSet, read_prompts
@@ -45,6 +45,8 @@ def preflight(config: ConfigDict, num_processes: int) -> Preflight:
     """Check config and files and read the prompts; nothing is written. UserError in one line."""
     settings.check(config)
     tracking.check_tracker(config.tracker.name)
+    if config.hub.repo_id:
+        publish.check_access(settings.destination(config))
     plan = plan_batches(config, num_processes)
     run_dir = Path(config.logdir).expanduser() / run_name(config, config.algorithm)
     checkpoint = find_checkpoint(config, run_dir)

@@ -23,6 +23,7 @@ from spo.lora_files import find_lora, read_lora
 from spo.pairs import concatenate_pairs, no_pairs
 from spo.preflight import Preflight, preflight
 from spo.prompts import epoch_order
+from spo.publish import Publishing
 from spo.run_dir import drop_metrics_after, open_run_dir, record_start
 from spo.scorers import load_scorer
 from spo.seeding import derive_seed
@@ -76,6 +77,7 @@ class Trainer:
                 self.position = load_checkpoint(ready.checkpoint, self.learner)
             self.say(f"resumed from {ready.checkpoint}")
         self.tracking = self._start_tracking() if workers.is_main else None
+        self.publishing = self._start_publishing() if workers.is_main else None
 
     def _make_lora(self) -> Lora:
         config, unet = self.config, self.backbone.unet
@@ -96,10 +98,15 @@ class Trainer:
                 "plan": asdict(self.plan),
                 "prompts": self.ready.prompts.describe(),
                 "resumed_from": str(self.ready.checkpoint or ""),
+                "device": self.workers.device.type,
             },
         )
         tracker = self.config.tracker
         return Tracking(self.run_dir, tracker.name, tracker.project, self.config.to_dict())
+
+    def _start_publishing(self) -> Publishing | None:
+        target, every = settings.destination(self.config), self.config.hub.push_every
+        return Publishing(self.run_dir, target, every, self.say) if target.repo_id else None
 
     def run(self) -> None:
         """Train the epochs that are left, then write the final LoRA."""
@@ -113,10 +120,15 @@ class Trainer:
                 self.save_checkpoint()
             if config.eval_interval and done % config.eval_interval == 0:
                 self.draw_validation_images()
+            if self.publishing is not None and self.publishing.due(done, config.num_epochs):
+                self.save_networks()
+                self.publishing.push()
         if self.tracking is not None:
-            save_networks(self.run_dir, self.learner, settings.lora_metadata(config))
+            self.save_networks()
             self.tracking.close()
             self.say_where()
+        if self.publishing is not None:
+            self.publishing.finish()
 
     def train_epoch(self, epoch: int) -> None:
         """Roll out every prompt once, and after each rollout train on its pairs."""
@@ -253,6 +265,10 @@ class Trainer:
                 step=self.position.rollouts,
             )
             save_samples(self.run_dir, cells, which, epochs)
+
+    def save_networks(self) -> None:
+        """Write the LoRAs as they are into the run directory."""
+        save_networks(self.run_dir, self.learner, settings.lora_metadata(self.config))
 
     def save_checkpoint(self) -> None:
         """Save, on the main process, everything that a resumed run needs."""
