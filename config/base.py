@@ -129,4 +129,16 @@ def get_config() -> ConfigDict:
     tracker.name = "wandb"  # "wandb" (offline where no key is set), "tensorboard" or "none"
     tracker.project = "spo"  # name of the project there
 
+    # ---- publishing ----------------------------------------------------------------------------
+    config.hub = hub = ConfigDict()
+    hub.repo_id = ""  # Hub repo that the LoRA is pushed to, "user/name"; empty: none
+    hub.subfolder = ""  # folder in it, e.g. "sd1_5": several runs can share a repo; empty: its root
+    hub.weights = "policy"  # LoRA that is pushed: "policy" (as officially) or "ema"
+    hub.private = False  # make the repo private where it is made
+    hub.branch = ""  # branch that is pushed to, made where it is missing; empty: main
+    # Licence in the model card, by the Hub's identifier; empty: that of SD1.5 or SDXL 1.0, and none
+    # for another base model.
+    hub.license = ""
+    hub.push_every = 0  # epochs between pushes in the background; 0: at the end alone
+
     return config

@@ -1,8 +1,9 @@
-"""Files named by a path or by hf://user/repo/file."""
+"""Names on the Hugging Face Hub: files to read by a path or hf://user/repo/file, repos to write to."""
 
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download
@@ -19,6 +20,22 @@ _SCHEME = "hf://"
 PREFETCH = "python scripts/prefetch.py --config=..."
 # What from_pretrained raises for files that are missing, damaged or of another shape.
 LOAD_ERRORS = (OSError, ValueError, RuntimeError, SafetensorError)
+
+
+@dataclass(frozen=True)
+class Destination:
+    """Where on the Hub a run goes, and what of it; the keys of config.hub."""
+
+    repo_id: str
+    subfolder: str = ""
+    weights: str = "policy"
+    private: bool = False
+    branch: str = ""
+    license: str = ""
+
+    def path(self, name: str) -> str:
+        """The path in the repo of a file of the run."""
+        return f"{self.subfolder}/{name}" if self.subfolder else name
 
 
 def resolve_file(spec: str, key: str, revision: str | None = None) -> Path:
@@ -86,9 +103,21 @@ def model_file(model: str, name: str, key: str, revision: str | None = None) -> 
     """
     if Path(model).is_dir():
         return resolve_file(str(Path(model) / name), key)
-    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model):
+    if is_hub_id(model):
         return resolve_file(f"hf://{model}/{name}", key, revision)
     raise UserError(f"{key}: {model!r} is neither a folder nor a Hub id user/name.")
+
+
+def is_hub_id(model: str) -> bool:
+    """Whether `model` is the Hub id user/name, and not a folder here."""
+    is_folder = Path(model).expanduser().is_dir()
+    return not is_folder and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model) is not None
+
+
+def public_name(spec: str) -> str:
+    """What others may see of `spec`: a path that tells of this machine is cut to its last name."""
+    tells = Path(spec).is_absolute() or spec.startswith(("~", ".."))
+    return Path(spec).name if tells else spec
 
 
 def first_line(error: Exception) -> str:

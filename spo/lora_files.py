@@ -93,7 +93,9 @@ def layer_of(network: nn.Module, name: str, module: LoraModule, where: str) -> n
     try:
         layer = network.get_submodule(path)
     except AttributeError as error:
-        raise UserError(f"{where}: the LoRA is of another model: this one has no {name}.") from error
+        raise UserError(
+            f"{where}: the LoRA is of another model: this one has no {name}."
+        ) from error
     wanted = (module.up.shape[0], *module.down.shape[1:])
     if layer.weight.shape != wanted:
         raise UserError(

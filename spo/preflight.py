@@ -11,7 +11,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from spo import backbone, scorers, settings, tracking
+from spo import backbone, publish, scorers, settings, tracking
 from spo.batching import BatchPlan, plan_batches
 from spo.checkpoint_folder import read_state, reading
 from spo.errors import UserError
@@ -53,6 +53,8 @@ def preflight(config: ConfigDict, num_processes: int) -> Preflight:
     """Check config and files and read the prompts; nothing is written. UserError in one line."""
     settings.check(config)
     tracking.check_tracker(config.tracker.name)
+    if config.hub.repo_id:
+        publish.check_access(settings.destination(config))
     plan = plan_batches(config, num_processes)
     run_dir = Path(config.logdir).expanduser() / run_name(config, config.algorithm)
     resume = find_checkpoint(config, run_dir)

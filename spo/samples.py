@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import re
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,6 +22,7 @@ from spo.lora_files import find_lora
 from spo.model_spec import ModelSpec, read_specs, use_loras
 from spo.pictures import Cell, grid, to_pil, write_png
 from spo.prompts import read_prompts
+from spo.run_dir import CONFIG
 
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 
@@ -72,12 +75,13 @@ def default_base(texts: Iterable[str]) -> str:
         path = Path(text.rpartition("=")[2].partition("+")[0].partition(":")[0]).expanduser()
         if not path.exists() or (path / "model_index.json").exists():
             continue
-        try:
+        # The config of the run tells the whole path of a local model, the file its last name alone.
+        for folder in (path, *path.parents[:3]):
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+                return json.loads((folder / CONFIG).read_text())["pretrained"]["model"]
+        with contextlib.suppress(OSError, SafetensorError, UserError, KeyError):
             with safe_open(find_lora(str(path), "--models"), framework="pt") as file:
-                if base := (file.metadata() or {}).get("base_model"):
-                    return base
-        except (OSError, SafetensorError, UserError):
-            continue  # no LoRA, or a damaged one: reading the models says so
+                return file.metadata()["base_model"]
     return SD15
 
 

@@ -18,6 +18,7 @@ from spo.backbone import DTYPES, Backbone, ModelSource
 from spo.collect import CollectSettings
 from spo.dotted import find
 from spo.errors import UserError
+from spo.hub import Destination, public_name
 from spo.learner import Learner, UpdateSettings
 from spo.lora import Lora, add_lora
 from spo.losses import LOSSES, LossSettings, Objective
@@ -139,6 +140,18 @@ def image_settings(config: ConfigDict) -> ImageSettings:
     return ImageSettings(evaluation.num_steps, evaluation.guidance_scale, evaluation.seed)
 
 
+def destination(config: ConfigDict) -> Destination:
+    hub = config.hub
+    return Destination(
+        repo_id=hub.repo_id,
+        subfolder=hub.subfolder,
+        weights=hub.weights,
+        private=hub.private,
+        branch=hub.branch,
+        license=hub.license,
+    )
+
+
 def lora_metadata(config: ConfigDict) -> dict[str, str]:
     """What a LoRA file says of its origin; the same for equal training, wherever it ran."""
     sections = ("pretrained", "lora", "prompts", "preference", "sample", "train")
@@ -146,7 +159,7 @@ def lora_metadata(config: ConfigDict) -> dict[str, str]:
     recipe |= {name: config[name] for name in ("seed", "num_epochs", "mixed_precision")}
     text = json.dumps(recipe, sort_keys=True, default=list)
     return {
-        "base_model": config.pretrained.model,
+        "base_model": public_name(config.pretrained.model),
         "algorithm": config.algorithm,
         "config_sha256": hashlib.sha256(text.encode()).hexdigest(),
     }
@@ -179,6 +192,7 @@ _CHOICES = {
     "train.ema_every": ("optimizer_step", "window"),
     "eval.weights": ("policy", "ema"),
     "lora.reference": ("base", "init"),
+    "hub.weights": ("policy", "ema"),
 }
 
 
@@ -187,8 +201,9 @@ def _check_choices(config: ConfigDict) -> None:
         value = _get(config, key)
         if value not in choices:
             raise UserError(f"{key}: {value!r} is none of {', '.join(choices)}.")
-    if config.eval.weights == "ema" and not objective(config).uses_ema:
-        raise UserError(f"eval.weights: {config.algorithm} has no EMA; use policy.")
+    for key in ("eval.weights", "hub.weights"):
+        if _get(config, key) == "ema" and not objective(config).uses_ema:
+            raise UserError(f"{key}: {config.algorithm} has no EMA; use policy.")
 
 
 # What each number must be; None in the config stands for "off" or "derived" and passes.
@@ -209,7 +224,7 @@ _RULES = (
         "0 or more",
         lambda v: v >= 0,
         "checkpoint_limit save_every_rollouts eval_interval prompts.num sample.guidance_scale "
-        "train.adam_weight_decay eval.guidance_scale",
+        "train.adam_weight_decay eval.guidance_scale hub.push_every",
     ),
     (
         "above 0",

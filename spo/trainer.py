@@ -25,6 +25,7 @@ from spo.lora_files import find_lora, read_lora
 from spo.preflight import Preflight, preflight, run_facts
 from spo.progress import Position
 from spo.prompts import epoch_order
+from spo.publish import Publishing
 from spo.resume import stopped_at
 from spo.run_dir import drop_metrics_after, open_run_dir, record_start
 from spo.scorers import load_scorer
@@ -32,7 +33,7 @@ from spo.seeding import derive_seed
 from spo.shared_rollout import SharedRollout
 from spo.tracking import METRICS, Tracking
 from spo.types import PreferencePairs
-from spo.validation import draw_cells, validation_grid
+from spo.validation import draw_cells, save_samples, validation_grid
 
 
 def train(config: ConfigDict) -> None:
@@ -93,6 +94,7 @@ class Trainer:
             self.say("\n".join([*ready.resume.describe(), *ready.changes]))
         with workers.together():
             self.tracking = self._start_tracking() if workers.is_main else None
+        self.publishing = self._start_publishing() if workers.is_main else None
 
     def _make_lora(self) -> Lora:
         config, unet = self.config, self.backbone.unet
@@ -106,12 +108,20 @@ class Trainer:
         return lora
 
     def _start_tracking(self) -> Tracking:
-        facts = {"plan": asdict(self.plan), "prompts": self.ready.prompts.describe()}
-        resumed_from = {"resumed_from": str(self.saved or "")}
+        facts = {
+            "plan": asdict(self.plan),
+            "prompts": self.ready.prompts.describe(),
+            "resumed_from": str(self.saved or ""),
+            "device": self.workers.device.type,
+        }
         drop_metrics_after(self.run_dir, self.position.rollouts)
-        record_start(self.run_dir, facts | resumed_from)
+        record_start(self.run_dir, facts)
         tracker = self.config.tracker
         return Tracking(self.run_dir, tracker.name, tracker.project, self.config.to_dict())
+
+    def _start_publishing(self) -> Publishing | None:
+        target, every = settings.destination(self.config), self.config.hub.push_every
+        return Publishing(self.run_dir, target, every, self.say) if target.repo_id else None
 
     def run(self) -> None:
         """Train what is left, then write the final LoRA.
@@ -125,15 +135,18 @@ class Trainer:
                 self.save_and_stop(stopped)
         with self.workers.together():
             if self.tracking is not None:
-                with writing(self.run_dir):
-                    save_networks(self.run_dir, self.learner, settings.lora_metadata(self.config))
+                self.save_networks()
                 self.tracking.close()
                 self.say_where()
+        if self.publishing is not None:
+            self.publishing.finish()
 
     def train_epochs(self) -> None:
         """Train the epochs that are left; before, between and after them, draw validation images."""
         for _ in self.progress(range(self.position.epochs, self.config.num_epochs), "epochs"):
             self.draw_validation_images()
+            with self.workers.together():
+                self.publish()
             self.train_epoch()
         self.draw_validation_images()
 
@@ -244,6 +257,19 @@ class Trainer:
                 name, title = f"validation/epoch_{epochs:04d}_{which}", f"{which} LoRA after epoch "
                 picture = validation_grid(cells, title + str(epochs))
                 self.tracking.picture(name, picture, step=self.position.rollouts)
+                save_samples(self.run_dir, cells, which, epochs)
+
+    def publish(self) -> None:
+        """Push the LoRAs as they are to the Hub, in the background, where that is due."""
+        epochs, has_begun = self.position.epochs, self.position.prompts or self.rollout
+        if self.publishing is not None and not has_begun and self.publishing.due(epochs):
+            self.save_networks()
+            self.publishing.push()
+
+    def save_networks(self) -> None:
+        """Write the LoRAs as they are into the run directory."""
+        with writing(self.run_dir):
+            save_networks(self.run_dir, self.learner, settings.lora_metadata(self.config))
 
     def save_checkpoint(self) -> Path:
         """Save, on the main process, everything that a resumed run needs, unless that is done."""

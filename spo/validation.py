@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 from PIL import Image
 
@@ -10,6 +12,8 @@ from spo.backbone import Backbone
 from spo.pictures import Cell, grid, to_pil
 from spo.sampling import ImageSettings, sample_images
 
+SAMPLES = "samples"
+SAMPLES_INDEX = "samples.json"
 _COLUMNS = 4
 
 
@@ -31,3 +35,18 @@ def validation_grid(cells: Iterable[tuple[int, Cell]], title: str) -> Image.Imag
     row = [cell for _, cell in sorted(cells, key=lambda numbered: numbered[0])]
     rows = [row[start : start + _COLUMNS] for start in range(0, len(row), _COLUMNS)]
     return grid(rows, title)
+
+
+def save_samples(
+    run_dir: Path, cells: Iterable[tuple[int, Cell]], weights: str, epochs: int
+) -> None:
+    """Write the images themselves, those of an earlier epoch replaced, and the prompt of each."""
+    folder = run_dir / SAMPLES
+    folder.mkdir(exist_ok=True)
+    prompts = {}
+    for i, cell in cells:
+        name = f"{i:02d}.png"
+        cell.image.save(folder / name)
+        prompts[name] = cell.caption
+    index = {"weights": weights, "epochs": epochs, "prompts": dict(sorted(prompts.items()))}
+    (folder / SAMPLES_INDEX).write_text(json.dumps(index, indent=1) + "\n")

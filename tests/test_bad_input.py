@@ -59,6 +59,13 @@ CASES = {
     "EMA of SPO": ({"algorithm": "spo", "eval.weights": "ema"}, "eval.weights: spo has no EMA"),
     "unknown tracker": ({"tracker.name": "paper"}, "tracker.name: 'paper' is none of"),
     "reference without LoRA": ({"lora.reference": "init"}, "lora.reference: 'init' needs"),
+    "pushed EMA of SPO": (
+        {"algorithm": "spo", "hub.weights": "ema"},
+        "hub.weights: spo has no EMA",
+    ),
+    "pushed weights": ({"hub.weights": "best"}, "hub.weights: 'best' is none of policy, ema"),
+    "pushed every -1": ({"hub.push_every": -1}, "hub.push_every: -1 must be 0 or more"),
+    "repo without a user": ({"hub.repo_id": "name"}, "hub.repo_id: 'name' must be user/name"),
     "missing LoRA": ({"lora.init_from": "./no.safetensors"}, "lora.init_from: no file"),
     "checkpoints among rollouts": (
         {"save_every_rollouts": -1},

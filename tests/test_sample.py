@@ -95,6 +95,9 @@ def test_every_scheduler_repeats_whatever_is_drawn_beside(scheduler, tmp_path):
 def test_the_base_is_what_the_lora_was_trained_on(lora):
     assert samples.default_base(["base", f"fox={lora}:0.5"]) == model_folder("sd15")
     assert samples.default_base(["base", "user/repo"]) == samples.SD15
+    (lora.parent / "config.json").write_text('{"pretrained": {"model": "of/the-run"}}')
+    assert samples.default_base([str(lora)]) == "of/the-run"
+    (lora.parent / "config.json").unlink()
 
 
 @pytest.mark.parametrize(

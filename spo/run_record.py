@@ -1,0 +1,145 @@
+"""What a run recorded of itself, without the paths of the machine it ran on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+from safetensors import SafetensorError, safe_open
+
+from spo.config_io import load_config
+from spo.errors import UserError
+from spo.evaluation import results
+from spo.hub import first_line, public_name
+from spo.lora import FILE_NAME
+from spo.run_dir import CONFIG, STARTS
+from spo.tracking import METRICS
+from spo.validation import SAMPLES, SAMPLES_INDEX
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """A run directory, as far as others may see it."""
+
+    run_dir: Path
+    config: ConfigDict  # without paths of this machine
+    weights: str  # the LoRA that counts here: "policy" or "ema"
+    lora: Path
+    updates: int  # optimizer steps that the LoRA has seen
+    reached: Mapping[str, Any]  # the last line of metrics of that LoRA; empty: none was written
+    starts: tuple[Mapping[str, Any], ...]  # how it was started: plan, prompts, versions, device
+    samples: Mapping[Path, str]  # prompts of the last validation images
+    grid: Path | None  # the last validation grid
+    evaluations: Mapping[str, results.Results]  # by the name of their folder
+
+    @property
+    def epochs(self) -> int | None:
+        """Epochs that the LoRA was trained for, the last one perhaps not to its end."""
+        return self.reached.get("epoch")
+
+
+def read_config(run_dir: Path) -> ConfigDict:
+    """The config of a run; UserError where `run_dir` holds none."""
+    if not (run_dir / CONFIG).is_file():
+        raise UserError(f"{run_dir}: no {CONFIG} in it; name the directory of a run.")
+    return load_config(str(run_dir / CONFIG))[0]
+
+
+def read_record(run_dir: Path, weights: str, evaluation: Path | None = None) -> RunRecord:
+    """The record of the run in `run_dir`, evaluated in the folder `evaluation`, else in its own ones.
+
+    Raises UserError where config or LoRA is missing, or a file cannot be read.
+    """
+    config = read_config(run_dir)
+    lora = run_dir / FILE_NAME if weights == "policy" else run_dir / weights / FILE_NAME
+    updates = _updates(lora)
+    lines = [line for line in _read_lines(run_dir / METRICS) if line["step"] <= updates]
+    reached = lines[-1] if lines else {}
+    epochs = reached.get("epoch", 0)
+    return RunRecord(
+        run_dir=run_dir,
+        config=public_values(config),
+        weights=weights,
+        lora=lora,
+        updates=updates,
+        reached=reached,
+        starts=tuple(
+            _public_start(line, config.prompts.source) for line in _read_lines(run_dir / STARTS)
+        ),
+        samples=_samples(run_dir / SAMPLES, weights, epochs),
+        grid=_last_grid(run_dir / "validation", weights, epochs),
+        evaluations=_evaluations(run_dir, evaluation),
+    )
+
+
+def public_values(values: Any) -> Any:
+    """Nested settings of any kind, every text in them as `public_name` gives it."""
+    if isinstance(values, ConfigDict):
+        return ConfigDict(public_values(values.to_dict()))
+    if isinstance(values, Mapping):
+        return {key: public_values(value) for key, value in values.items()}
+    if isinstance(values, list | tuple):
+        return type(values)(public_values(value) for value in values)
+    return public_name(values) if isinstance(values, str) else values
+
+
+def _updates(lora: Path) -> int:
+    if not lora.is_file():
+        raise UserError(
+            f"{lora}: no such LoRA; finish or resume the run first, or choose other weights."
+        )
+    try:
+        with safe_open(lora, framework="pt") as file:
+            return int((file.metadata() or {})["step"])
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise UserError(f"{lora} is not a LoRA of a run ({first_line(error)}).") from error
+
+
+def _read_lines(path: Path) -> tuple[dict[str, Any], ...]:
+    """The lines of a .jsonl file, without the half line of a run that was killed; none if missing."""
+    text = path.read_text() if path.is_file() else ""
+    return tuple(json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n"))
+
+
+def _public_start(start: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """What the card tells of a start; its prompts are described with their `source`."""
+    told = {key: start[key] for key in ("plan", "prompts", "versions", "device") if key in start}
+    if source and "prompts" in told:
+        told["prompts"] = told["prompts"].replace(source, public_name(source))
+    return told
+
+
+def _evaluations(run_dir: Path, evaluation: Path | None) -> dict[str, results.Results]:
+    own = sorted(path.parent for path in run_dir.glob(f"evaluation*/{results.FILE_NAME}"))
+    folders = (
+        {path.name: path for path in own} if evaluation is None else {"evaluation": evaluation}
+    )
+    return {name: _public_results(results.read_results(path)) for name, path in folders.items()}
+
+
+def _public_results(found: results.Results) -> results.Results:
+    models = tuple(replace(model, spec=public_name(model.spec)) for model in found.models)
+    return replace(found, models=models, settings=public_values(found.settings))
+
+
+def _samples(folder: Path, weights: str, epochs: int) -> dict[Path, str]:
+    """Images of this LoRA or an earlier state of it, with their prompts; none of the base model."""
+    index = folder / SAMPLES_INDEX
+    if not index.is_file():
+        return {}
+    drawn = json.loads(index.read_text())
+    if drawn["weights"] != weights or not 0 < drawn["epochs"] <= epochs:
+        return {}
+    return {folder / name: prompt for name, prompt in drawn["prompts"].items()}
+
+
+def _last_grid(folder: Path, weights: str, epochs: int) -> Path | None:
+    numbered = {
+        int(path.stem.split("_")[1]): path for path in folder.glob(f"epoch_[0-9]*_{weights}.png")
+    }
+    drawn = [epoch for epoch in numbered if 0 < epoch <= epochs]
+    return numbered[max(drawn)] if drawn else None

@@ -1,0 +1,506 @@
+"""Publishing: what is uploaded, the model card, errors, and pushes while a run trains."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import torch
+import yaml
+from fake_hub import TOKEN, serve
+from helpers import ATTENTION, random_weights
+from PIL import Image
+
+from config import tiny
+from scripts import push_to_hub
+from spo import publish
+from spo.backbone import Backbone, ModelSource
+from spo.config_io import load_config, save_config
+from spo.errors import UserError
+from spo.evaluation.results import ModelInfo, Results, ScorerInfo, write_results
+from spo.hub import Destination, is_hub_id
+from spo.lora import add_lora, save_lora
+from spo.model_card import merge_cards
+from spo.pictures import Cell
+from spo.run_dir import record_start
+from spo.settings import lora_metadata
+from spo.staging import stage
+from spo.validation import save_samples
+
+ROOT = Path(__file__).resolve().parent.parent
+LORA = "pytorch_lora_weights.safetensors"
+HOME = "/home/somebody"  # folders that nobody else needs to know
+PLAN = {"num_processes": 4, "minibatch_size": 10, "accumulation_steps": 1}
+UPLOADED = {
+    "README.md",
+    "config.json",
+    "metrics.jsonl",
+    "validation.png",
+    LORA,
+    *(f"samples/{i:02d}.png" for i in range(4)),
+}
+
+
+@pytest.fixture(scope="module")
+def made_run(tmp_path_factory):
+    """A run directory written by hand: six epochs planned, two trained, on the tiny world's model."""
+    run_dir = tmp_path_factory.mktemp("runs") / "run"
+    config = tiny.get_config()
+    config.logdir, config.num_epochs = f"{HOME}/runs", 6
+    config.prompts.source = f"{HOME}/data/prompts.txt"
+    run_dir.mkdir()
+    save_config(config, run_dir / "config.json")
+    source = ModelSource(str(ROOT / "assets" / "tiny" / "sd15"))
+    unet = Backbone(source, "sd15", "no", torch.device("cpu")).unet
+    lora = add_lora(unet, 4, 4, ATTENTION, seed=0)
+    header = lora_metadata(config) | {"step": "30"}
+    (run_dir / "ema").mkdir()
+    save_lora(run_dir / LORA, lora, random_weights(lora, 1), header)
+    save_lora(run_dir / "ema" / LORA, lora, random_weights(lora, 2), header)
+    lines = [{"epoch": 1 + i // 5, "rollout": i + 1, "step": 3 * (i + 1)} for i in range(12)]
+    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    prompts = f"4 prompts from {HOME}/data/prompts.txt (4 rows)"
+    record_start(run_dir, {"plan": PLAN, "prompts": prompts, "device": "cuda"})
+    (run_dir / "validation").mkdir()
+    cells = []
+    for i in range(5):
+        image = Image.new("RGB", (8, 8), (50 * i, 0, 0))
+        cells.append((i, Cell(image, f"a <!-- {i} --> of 'clubs'")))
+        image.resize((16, 16)).save(run_dir / "validation" / f"epoch_{i:04d}_policy.png")
+    save_samples(run_dir, cells, "policy", 2)
+    return run_dir
+
+
+@pytest.fixture
+def run_dir(made_run, tmp_path):
+    shutil.copytree(made_run, tmp_path / "run")
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A Hub of our own, which this process takes for the real one."""
+    constants = huggingface_hub.constants
+    with serve() as hub:
+        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+        template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no_token"))
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        monkeypatch.setattr(publish, "_WAITS", (0, 0, 0))
+        yield hub
+
+
+def push(run_dir, *arguments):
+    push_to_hub.main([str(run_dir), "--repo_id=user/name", *arguments])
+
+
+def refused(capsys, *arguments):
+    """The exit status and the one line of a push that fails."""
+    with pytest.raises(SystemExit) as caught:
+        push(*arguments)
+    (line,) = capsys.readouterr().err.splitlines()
+    return caught.value.code, line
+
+
+def metadata(card):
+    return yaml.safe_load(card.split("---\n")[1])
+
+
+def add_evaluation(folder):
+    """Results of two models by one scorer on three prompts."""
+    models = [
+        ModelInfo(name, spec, ("a.png", "b.png", "c.png"), {"pickscore": scores})
+        for name, spec, scores in (
+            ("base", f"{HOME}/models/base", (20.0, 21.0, 22.0)),
+            ("GradSPO", f"{HOME}/runs/run", (21.0, 23.0, 22.0)),
+        )
+    ]
+    results = Results(
+        title="500 prompts of a test set",
+        settings={"prompts": f"{HOME}/prompts.txt", "steps": 20},
+        versions={"torch": "2"},
+        scorers=(ScorerInfo("pickscore", "PickScore", 100.0),),
+        prompts=("/a", "b", "c"),
+        seeds=(0, 1, 2),
+        models=tuple(models),
+    )
+    folder.mkdir()
+    write_results(results, folder)
+
+
+def test_what_is_uploaded_is_what_the_run_holds(hub, run_dir, capsys):
+    add_evaluation(run_dir / "evaluation")
+    config, _ = load_config(str(run_dir / "config.json"))
+    config.pretrained.model = f"{HOME}/models/mine"
+    assert lora_metadata(config)["base_model"] == "mine"
+    save_config(config, run_dir / "config.json")
+    push(run_dir, "--message=mine")
+    assert f"pushed to {hub.url}/user/name" in capsys.readouterr().out
+    files = hub.files("user/name")
+    expected = UPLOADED | {"evaluation/results.json", "evaluation/table.md", ".gitattributes"}
+    assert files.keys() == expected and hub.commits("user/name") == ["mine"]
+    for name in (LORA, "metrics.jsonl"):
+        assert files[name] == (run_dir / name).read_bytes()
+    # The LoRA is of epoch 2: the grids of later epochs are not its own, that of epoch 0 nobody's.
+    assert files["validation.png"] == (run_dir / "validation/epoch_0002_policy.png").read_bytes()
+    assert files["samples/03.png"] == (run_dir / "samples/03.png").read_bytes()
+    assert not hub.repos["user/name"].private
+    (run_dir / "config.json").write_bytes(files["config.json"])
+    published, _ = load_config(str(run_dir / "config.json"))
+    assert published.prompts.source == "prompts.txt" and published.logdir == "runs"
+    assert all(HOME.encode() not in content for content in files.values())
+
+
+def test_ema_branch_and_private(hub, run_dir):
+    push(run_dir, "--weights=ema", "--branch=try", "--private", "--subfolder=sd1_5")
+    files = hub.files("user/name", "try")
+    assert files[f"sd1_5/{LORA}"] == (run_dir / "ema" / LORA).read_bytes()
+    assert hub.repos["user/name"].private and hub.files("user/name").keys() == {".gitattributes"}
+    card = files["README.md"].decode()
+    # Images that the policy drew are none of the EMA's.
+    assert "EMA weights" in card and "widget" not in metadata(card) and "![" not in card
+    assert 'subfolder="sd1_5",\n    revision="try",' in card
+
+
+def test_a_second_push_uploads_what_changed_and_commits_nothing_for_nothing(hub, run_dir, capsys):
+    push(run_dir)
+    assert len([line for line in hub.asked if line.startswith("PUT")]) == 6  # LoRA and images
+    hub.asked.clear()
+    push(run_dir)
+    assert capsys.readouterr().out.splitlines()[-1] == f"nothing new for {hub.url}/user/name"
+    with (run_dir / "metrics.jsonl").open("a") as file:
+        file.write('{"epoch": 3, "rollout": 13, "step": 40}\n')
+    before = hub.files("user/name")
+    push(run_dir)
+    after = hub.files("user/name")
+    assert [name for name in after if after[name] != before[name]] == ["metrics.jsonl"]
+    assert len(hub.commits("user/name")) == 2
+    assert not any(line.startswith("PUT") for line in hub.asked)
+
+
+def test_the_card_says_what_the_run_recorded(run_dir):
+    add_evaluation(run_dir / "evaluation_pickapic")
+    to = Destination("user/name", subfolder="sd1_5")
+    card = (stage(run_dir, to).folder / "README.md").read_text()
+    for row in (
+        "| algorithm | GradSPO |",
+        "| epochs | 2 of 6 |",
+        "| rollouts | 10 |",
+        "| updates | 30 |",
+        "| pairs per update | 40 |",
+        "| processes | 4 x GPU |",
+        "| prompts | 4 prompts from prompts.txt (4 rows) |",
+        "| learning rate | 0.0005 |",
+        "| grad_scale | 0.5 |",
+        "| EMA decay | 0.9 |",
+        f"diffusers {__import__('diffusers').__version__}",
+        "| PickScore x 100 | GradSPO | 22.000 [",
+        "@inproceedings{tee2025gradspo",
+        "2406.04314",
+    ):
+        assert row in card
+    # Nothing was measured, nothing is claimed.
+    shutil.rmtree(run_dir / "evaluation_pickapic")
+    assert "Results" not in (stage(run_dir, to).folder / "README.md").read_text()
+
+
+def test_metadata_are_the_hubs(run_dir, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    config, _ = load_config(str(run_dir / "config.json"))
+    card = stage(run_dir, Destination("user/name", "sd1_5")).folder / "README.md"
+    found = metadata(card.read_text())
+    # A folder is no base model that the Hub could know.
+    assert is_hub_id("user/tiny") and not is_hub_id("assets/tiny") and not is_hub_id("a/b/c")
+    assert "base_model" not in found and "license" not in found
+    assert "the terms of the base model" in card.read_text()
+    config.pretrained.model = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+    save_config(config, run_dir / "config.json")
+    stage(run_dir, Destination("user/name", "sd1_5"))
+    data = huggingface_hub.ModelCard.load(card).data
+    assert isinstance(data, huggingface_hub.ModelCardData)
+    assert data.base_model == "stable-diffusion-v1-5/stable-diffusion-v1-5"
+    assert (data.license, data["base_model_relation"]) == ("creativeml-openrail-m", "adapter")
+    assert (data.library_name, data.pipeline_tag) == ("diffusers", "text-to-image")
+    assert {"lora", "gradspo"} <= set(data.tags)
+    assert data["widget"][1] == {
+        "text": "a <!-- 1 --> of 'clubs'",
+        "output": {"url": "sd1_5/samples/01.png"},
+    }
+    assert len(data["widget"]) == 4
+    (comment,) = re.findall("<!-- spo:run .*", card.read_text())
+    assert comment.index("-->") == len(comment) - 3
+    assert data["widget"][0]["text"] == re.search(r"pipe\(\n    (.*),\n", card.read_text())[
+        1
+    ].strip('"')
+    stage(run_dir, Destination("user/name", license="mit"))
+    assert huggingface_hub.ModelCard.load(card).data.license == "mit"
+
+
+def test_sdxl_with_a_vae_of_its_own_and_another_scorer(run_dir):
+    config, _ = load_config("config/spo_sdxl.py")
+    config.preference.scorer, config.pretrained.variant = "pickscore", "fp16"
+    save_config(config, run_dir / "config.json")
+    shutil.rmtree(run_dir / "ema")
+    card = (stage(run_dir, Destination("user/name")).folder / "README.md").read_text()
+    code = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]
+    compile(code, "snippet", "exec")
+    for line in ("= StableDiffusionXLPipeline.from_pretrained(", "vae=vae,", 'variant="fp16",'):
+        assert line in code
+    assert "| preference model | yuvalkirstain/PickScore_v1 |" in card
+    assert metadata(card)["license"] == "openrail++" and "spo" in metadata(card)["tags"]
+    assert "GradSPO" not in card and "grad_scale" not in card and "EMA decay" not in card
+
+
+def test_runs_share_a_card_and_keep_each_others_sections(hub, run_dir):
+    config, _ = load_config(str(run_dir / "config.json"))
+    bases = {
+        "sd1_5": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+        "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
+    }
+    hub.create("user/name", files={"README.md": b"---\nlanguage: en\n---\n# Mine\n\nBy hand.\n"})
+    for subfolder, base in bases.items():
+        config.pretrained.model = base
+        save_config(config, run_dir / "config.json")
+        push(run_dir, f"--subfolder={subfolder}")
+    card = hub.files("user/name")["README.md"].decode()
+    assert metadata(card)["base_model"] == list(bases.values())
+    assert metadata(card)["license"] == "other" and metadata(card)["language"] == "en"
+    assert len(metadata(card)["widget"]) == 8
+    config.train.beta = 77.0
+    save_config(config, run_dir / "config.json")
+    push(run_dir, "--subfolder=sdxl")
+    again = hub.files("user/name")["README.md"].decode()
+    assert again.count("## ") == card.count("## ") and "| beta | 77 |" in again
+    first = again[: again.index("<!-- spo:run", again.index("<!-- spo:run") + 1)]
+    assert first in card and "By hand." in first and "sd1_5/pytorch_lora" in first
+
+
+def test_a_push_between_reading_the_card_and_committing_is_not_overwritten(
+    hub, run_dir, monkeypatch
+):
+    push(run_dir, "--subfolder=one")
+    merge, merged = publish.merge_cards, []
+
+    def while_another_pushes(published, own):
+        if not merged:
+            other = str(merge(published, own.replace("two", "three")))
+            files = hub.files("user/name") | {"README.md": other.encode()}
+            hub.commit("user/name", "main", files, "another run")
+        merged.append(published)
+        return merge(published, own)
+
+    monkeypatch.setattr(publish, "merge_cards", while_another_pushes)
+    push(run_dir, "--subfolder=two")
+    card = hub.files("user/name")["README.md"].decode()
+    assert len(merged) == 2 and re.findall(r'"subfolder": "(\w+)"', card) == ["one", "three", "two"]
+
+
+def test_the_snippet_of_the_card_runs(hub, run_dir, tmp_path, monkeypatch):
+    push(run_dir, "--subfolder=sd1_5")
+    card = hub.files("user/name")["README.md"].decode()
+    code = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]
+    (tmp_path / "assets").symlink_to(ROOT / "assets")
+    monkeypatch.chdir(tmp_path)
+    drawn, plain = {}, {}
+    exec(code, drawn)
+    load = re.search(r"pipe\.load_lora_weights\(.*?\n\)\n", code, re.DOTALL)[0]
+    exec(code.replace(load, ""), plain)
+    assert Image.open("image.png").size == (32, 32)
+    assert drawn["image"].tobytes() != plain["image"].tobytes()
+
+
+def test_a_dry_run_asks_nobody(hub, run_dir, capsys, monkeypatch):
+    monkeypatch.delenv("HF_TOKEN")
+    push(run_dir, "--dry_run", "--subfolder=a/b")
+    assert hub.asked == []
+    folder = run_dir / "hub"
+    assert (folder / "README.md").read_text() in capsys.readouterr().out
+    found = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
+    assert found == {"README.md"} | {f"a/b/{name}" for name in UPLOADED - {"README.md"}}
+
+
+@pytest.mark.parametrize("place", ["repos/create", "/preupload/", "/lfs/", "/commit/"])
+def test_a_server_that_fails_twice_is_asked_again(hub, run_dir, place, monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # the client has waits of its own
+    hub.faults = [(place, 503), (place, 500)]
+    push(run_dir)
+    assert not hub.faults and hub.files("user/name").keys() == UPLOADED | {".gitattributes"}
+
+
+def test_refusals_are_one_line_each(hub, run_dir, capsys, monkeypatch):
+    monkeypatch.setattr(hub, "token", "hf_another")
+    status, line = refused(capsys, run_dir)
+    assert status == 2 and line.startswith("error: --repo_id: the Hub does not accept the token")
+    monkeypatch.setattr(hub, "token", TOKEN)
+    monkeypatch.setattr(hub, "role", "read")
+    status, line = refused(capsys, run_dir)
+    assert status == 2 and "the token may not write to user/name (403)" in line
+    monkeypatch.setattr(hub, "role", "write")
+    status, line = refused(capsys, run_dir, "--repo_id=usr/name")
+    assert status == 2 and "the Hub has no usr/name, and no usr to make it for (404)" in line
+    hub.datasets.add("user/data")
+    status, line = refused(capsys, run_dir, "--repo_id=user/data")
+    assert status == 2 and "user/data is a dataset" in line
+    hub.create("user/public")
+    status, line = refused(capsys, run_dir, "--repo_id=user/public", "--private")
+    assert status == 2 and "user/public is there already, and public" in line
+    hub.create("user/odd", files={"README.md": b"---\n[\n---\n"})
+    status, line = refused(capsys, run_dir, "--repo_id=user/odd")
+    assert status == 2 and "README.md of user/odd cannot be read" in line
+    hub.faults = [("/branch/", 400)]
+    status, line = refused(capsys, run_dir, "--branch=refs")
+    assert status == 2 and "the Hub refuses the push to user/name (" in line
+    monkeypatch.delenv("HF_TOKEN")
+    status, line = refused(capsys, run_dir)
+    assert status == 2 and "needs a token: `hf auth login`" in line
+
+
+def test_no_network_is_one_line_and_status_1(hub, run_dir, capsys, monkeypatch):
+    hub.dies_after = 0
+    status, line = refused(capsys, run_dir)
+    assert status == 1 and line.startswith("error: --repo_id: cannot push to user/name (")
+    assert len(hub.asked) == 4
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    status, line = refused(capsys, run_dir)
+    assert status == 1 and "HF_HUB_OFFLINE is set" in line
+
+
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [
+        (lambda run: (run / LORA).unlink(), f"{LORA}: no such LoRA"),
+        (lambda run: (run / LORA).write_bytes(b"no"), "is not a LoRA of a run"),
+        (lambda run: (run / "config.json").unlink(), "no config.json in it"),
+        (lambda run: (run / "evaluation").mkdir(), None),
+        (lambda run: shutil.rmtree(run), "no config.json in it"),
+    ],
+)
+def test_a_folder_that_is_no_run_is_one_line(hub, run_dir, capsys, break_it, message):
+    break_it(run_dir)
+    if message is None:  # an evaluation that has not finished is left out
+        push(run_dir)
+        return
+    status, line = refused(capsys, run_dir)
+    assert status == 2 and message in line and hub.asked == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"repo_id": "user/na me"}, "hub.repo_id: Repo id must use"),
+        ({"repo_id": "datasets/user/name"}, "hub.repo_id: Repo id must be in the form"),
+        ({"repo_id": "name"}, "hub.repo_id: 'name' must be user/name"),
+        ({"subfolder": "../up"}, "hub.subfolder: '../up' must be"),
+    ],
+)
+def test_malformed_destinations_are_found_before_training(hub, changes, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        publish.check_access(replace(Destination("user/name"), **changes))
+    assert hub.asked == []
+
+
+def test_access_is_checked_before_training(hub, monkeypatch, capsys):
+    to = Destination("user/name")
+    publish.check_access(to)
+    assert hub.asked == ["GET /api/whoami-v2"]
+    hub.role = "read"
+    with pytest.raises(UserError, match="hub.repo_id: the token may only read"):
+        publish.check_access(to)
+    hub.token = "hf_another"
+    with pytest.raises(UserError, match="hub.repo_id: the Hub does not accept the token"):
+        publish.check_access(to)
+    assert capsys.readouterr().out == ""
+    hub.dies_after = 0
+    publish.check_access(to)
+    assert capsys.readouterr().out.startswith("warning: hub.repo_id: the Hub cannot be asked now")
+    monkeypatch.delenv("HF_TOKEN")
+    with pytest.raises(UserError, match="needs a token"):
+        publish.check_access(to)
+
+
+def test_a_push_that_hangs_is_left_alone_at_the_end(hub, run_dir, monkeypatch):
+    import threading
+
+    released, said = threading.Event(), []
+    monkeypatch.setattr(publish, "push", lambda *_: released.wait(20))
+    monkeypatch.setattr(publish, "_LAST_PUSH", 0.2)
+    publishing = publish.Publishing(run_dir, Destination("user/name"), 2, said.append)
+    assert [epoch for epoch in range(1, 7) if publishing.due(epoch, 6)] == [2, 4]
+    publishing.push()
+    publishing.finish()
+    released.set()
+    assert said[0] == "hub: pushing to user/name, for at most 0.2 s"
+    assert "still goes on" in said[1] and said[2].startswith("warning: not pushed: still not done")
+    assert said[2].endswith(f"python scripts/push_to_hub.py {run_dir}")
+
+
+def test_a_run_that_cannot_be_staged_goes_on(hub, run_dir):
+    said = []
+    (run_dir / LORA).unlink()
+    publish.Publishing(run_dir, Destination("user/name"), 1, said.append).push()
+    assert len(said) == 1 and said[0].startswith("warning: not pushed: ") and LORA in said[0]
+
+
+def test_a_card_without_sections_of_ours_gets_one_at_the_end(run_dir):
+    own = (stage(run_dir, Destination("user/name")).folder / "README.md").read_text()
+    merged = merge_cards("# Mine\n\n\\1 stays\n", own)
+    assert merged.text.startswith("# Mine\n\n\\1 stays\n\n<!-- spo:run")
+    assert str(merge_cards(str(merged), own)) == str(merged)
+
+
+def test_training_pushes_and_outlives_the_hub(tmp_path):
+    """One run: pushed after its first epoch, and the Hub is gone when it ends."""
+    program = "from spo import publish; publish._WAITS = (0,); import runpy; "
+    program += "runpy.run_path('train_sd15.py', run_name='__main__')"
+    settings = {
+        "logdir": tmp_path / "runs",
+        "run_name": "run",
+        "prompts.num": 2,
+        "num_epochs": 2,
+        "save_interval": 2,
+        "eval.num_images": 1,
+        "eval.num_steps": 2,
+        "sample.batch_size": 2,
+        "sample.num_steps": 4,
+        "sample.branch_from": 2,
+        "sample.threshold": 0.0,
+        "hub.repo_id": "user/name",
+        "hub.push_every": 1,
+        "hub.subfolder": "tiny",
+    }
+    with serve() as hub:
+        hub.dies_after = 1
+        environment = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home")}
+        environment |= {"HF_HUB_DISABLE_XET": "1", "HF_TOKEN": TOKEN, "OMP_NUM_THREADS": "1"}
+        result = subprocess.run(
+            [sys.executable, "-c", program, "--config=tests/data/random_models.py"]
+            + [f"--config.{key}={value}" for key, value in settings.items()],
+            cwd=ROOT,
+            env=os.environ | environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+    assert result.returncode == 0, result.stderr[-2000:]
+    said = (result.stdout + result.stderr).splitlines()
+    assert hub.commits("user/name") == ["gradspo LoRA, policy weights after epoch 1"]
+    files = hub.files("user/name")
+    assert files.keys() >= {"README.md", f"tiny/{LORA}", "tiny/samples/00.png"}
+    run_dir = tmp_path / "runs" / "run"
+    assert files[f"tiny/{LORA}"] != (run_dir / LORA).read_bytes()  # of the second epoch
+    (warning,) = [line for line in said if "warning: not pushed" in line]
+    assert warning.endswith(f"To push it: python scripts/push_to_hub.py {run_dir}")
+    assert not any(re.search("Retrying|LFS files|HTTP Request: (POST|PUT)", line) for line in said)
+    written = [p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()] + list(files.values())
+    assert len(written) > 20
+    assert not any(TOKEN.encode() in text for text in [*written, "\n".join(said).encode()])
+    assert all(str(tmp_path).encode() not in content for content in files.values())
