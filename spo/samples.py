@@ -79,9 +79,11 @@ def default_base(texts: Iterable[str]) -> str:
         for folder in (path, *path.parents[:3]):
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
                 return json.loads((folder / CONFIG).read_text())["pretrained"]["model"]
-        with contextlib.suppress(OSError, SafetensorError, UserError, KeyError):
-            with safe_open(find_lora(str(path), "--models"), framework="pt") as file:
-                return file.metadata()["base_model"]
+        with (
+            contextlib.suppress(OSError, SafetensorError, UserError, KeyError, TypeError),
+            safe_open(find_lora(str(path), "--models"), framework="pt") as file,
+        ):
+            return file.metadata()["base_model"]
     return SD15
 
 
