@@ -106,8 +106,8 @@
       element("bdi", {}, row.prompt),
     );
     const figures = data.models.map((_, model) => {
-      const button = element("button", { type: "button", className: "picture" }, picture(row, model));
-      button.title = "enlarge";
+      const properties = { type: "button", className: "picture", title: "enlarge" };
+      const button = element("button", properties, picture(row, model));
       button.addEventListener("click", () => enlarge(row, model));
       return element("figure", {}, button, modelName(model), scoreTable(row, model));
     });
@@ -123,7 +123,8 @@
     const turn = (by) => enlarge(row, (model + by + data.models.length) % data.models.length);
     const hint = compared ? element("span", { className: "quiet" }, "← → other models") : "";
     const caption = element("p", {}, modelName(model), hint);
-    dialog.replaceChildren(picture(row, model), caption, element("p", {}, element("bdi", {}, row.prompt)));
+    const prompt = element("p", {}, element("bdi", {}, row.prompt));
+    dialog.replaceChildren(picture(row, model), caption, prompt);
     dialog.onkeydown = (event) => {
       if (event.key === "ArrowRight") turn(1);
       if (event.key === "ArrowLeft") turn(-1);
