@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from safetensors import SafetensorError, safe_open
 
 from spo.config_io import load_config
+from spo.durable import whole_lines
 from spo.errors import UserError
 from spo.evaluation import results
 from spo.hub import first_line, public_name
@@ -100,9 +101,8 @@ def _updates(lora: Path) -> int:
 
 
 def _read_lines(path: Path) -> tuple[dict[str, Any], ...]:
-    """The lines of a .jsonl file, without the half line of a run that was killed; none if missing."""
-    text = path.read_text() if path.is_file() else ""
-    return tuple(json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n"))
+    """The lines of a .jsonl file; none where it is missing."""
+    return tuple(json.loads(line) for line in whole_lines(path))
 
 
 def _public_start(start: Mapping[str, Any], source: str) -> dict[str, Any]:

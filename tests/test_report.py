@@ -120,7 +120,7 @@ def make_results(folder, scores, prompts, title="Title", side=32):
         versions={"torch": "2.0"},
         scorers=scorers,
         prompts=tuple(prompts),
-        seeds=tuple(range(len(prompts))),
+        seeds=tuple(2**62 + i for i in range(len(prompts))),  # more than JavaScript can count
         models=tuple(models),
     )
 
@@ -148,7 +148,7 @@ def test_every_prompt_image_and_score_is_in_the_page(tmp_path):
     assert page.all("h1") == page.all("title") == ["<Title> & more"]
     data = page.data()
     assert [row["prompt"] for row in data["prompts"]] == list(results.prompts)
-    assert [row["seed"] for row in data["prompts"]] == list(results.seeds)
+    assert [row["seed"] for row in data["prompts"]] == [str(seed) for seed in results.seeds]
     for i, row in enumerate(data["prompts"]):
         for model, scores in zip(results.models, row["scores"], strict=True):
             assert scores == [model.scores["pickscore"][i], model.scores["aesthetic"][i]]

@@ -179,7 +179,8 @@ def _gallery(folder: Path, results: Results, shown: Sequence[int]) -> str:
             {
                 "number": i + 1,
                 "prompt": results.prompts[i],
-                "seed": results.seeds[i],
+                # As text: numbers of 63 bits are rounded in JavaScript.
+                "seed": None if results.seeds[i] is None else str(results.seeds[i]),
                 "images": row,
                 "scores": [[m.scores[s.name][i] for s in results.scorers] for m in results.models],
             }

@@ -68,7 +68,7 @@ def compare(results: Results) -> list[Comparison]:
             scores = model.scores[scorer.name]
             paired = (None, None, None)
             if model is not results.models[0]:
-                ties = sum(a == b for a, b in zip(first, scores, strict=True))
+                ties = sum(int(a == b) for a, b in zip(first, scores, strict=True))
                 paired = (paired_difference(first, scores), win_rate(first, scores), ties)
             comparisons.append(
                 Comparison(scorer, model.name, bootstrap_mean(scores), *paired, n=len(scores))
