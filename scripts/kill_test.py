@@ -140,7 +140,9 @@ class Run:
 
     def partial(self) -> list[str]:
         """What lies there incomplete."""
-        return sorted(p.name for p in self.folder.rglob(f"*{PARTIAL}"))
+        # os.walk, since what it walks over comes and goes.
+        names = {name for _, *found in os.walk(self.folder) for name in sum(found, [])}
+        return sorted(name for name in names if name.endswith(PARTIAL))
 
     def wait(self, until=lambda: False, seconds: float = LIMIT) -> bool:
         """Wait for the end, `until`, or so many seconds; whether it still runs."""

@@ -190,7 +190,10 @@ class Workers:
 
         One process's are held at a time. In the others it is empty.
         """
-        mine = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        mine = {
+            name: tensor.detach().to("cpu", copy=True).contiguous()
+            for name, tensor in tensors.items()
+        }
         kinds = self.gather([[(name, t.shape, t.dtype) for name, t in mine.items()]])
 
         def receive(rank: int) -> dict[str, Tensor]:

@@ -83,7 +83,7 @@ def changes_since(
     state = read_state(checkpoint)
     with reading(checkpoint):
         lines = compare(state, config, plan, _refused(state, config))
-        epoch, accumulated = state["position"]["epochs"] + 1, state["accumulated"]
+        epoch = state["position"]["epochs"] + 1
         if run_facts(config, plan, prompts)["prompts_sha256"] != state["prompts_sha256"]:
             if _is_inside_epoch(state):
                 raise UserError(
@@ -91,11 +91,9 @@ def changes_since(
                     "begun; give it the same prompts, or resume from the end of an epoch."
                 )
             lines.append("resume: the prompts are not those before")
-        if (
-            accumulated
-            and not accumulated * plan.accumulation_steps // state["plan"]["accumulation_steps"]
-        ):
-            lines.append("resume: the gradient of less than a minibatch is dropped")
+        kept = state["accumulated"] * plan.accumulation_steps // state["plan"]["accumulation_steps"]
+        if state["accumulated"] and not kept:
+            lines.append("resume: what was accumulated is less than a minibatch now, and dropped")
         return lines
 
 
@@ -104,7 +102,7 @@ def _is_inside_epoch(state: Mapping[str, Any]) -> bool:
 
 
 def _refused(state: Mapping[str, Any], config: ConfigDict) -> dict[str, str]:
-    """Keys and sections that may not change since `state`, and why."""
+    """Keys that may not change since `state`, and why."""
     weights = "its weights, EMA and optimizer state mean nothing to another"
     shape = ("lora.rank", "lora.alpha", "lora.target_modules")
     refused = dict.fromkeys(("algorithm", "family", "pretrained.model", *shape), weights)

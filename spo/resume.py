@@ -20,7 +20,6 @@ from spo.errors import Stopped, UserError
 from spo.tracking import METRICS
 
 _PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft")
-_ALWAYS_CHANGES = ("resume_from",)
 
 
 @dataclass(frozen=True)
@@ -100,19 +99,18 @@ def compare(
 ) -> list[str]:
     """What is different from the run that saved `state`, a line each.
 
-    Raises UserError for a changed key that is `refused` (key, or the section it is in, and why).
+    Raises UserError for a changed key that is `refused` (each with the reason).
     """
     then = leaves(ConfigDict(state["config"]))
     now = leaves(ConfigDict(json.loads(config.to_json())))
     lines = []
-    for key in sorted({*then, *now} - {*_ALWAYS_CHANGES}):
+    for key in sorted({*then, *now} - {"resume_from"}):
         before, after = then.get(key, "unknown"), now.get(key, "unknown")
         if before == after:
             continue
-        why = refused.get(key) or refused.get(key.partition(".")[0])
-        if why:
+        if key in refused:
             raise UserError(
-                f"{key}: {after!r}, but the checkpoint was trained with {before!r}; {why}."
+                f"{key}: {after!r}, but the checkpoint was trained with {before!r}; {refused[key]}."
             )
         lines.append(f"resume: {key} was {before!r}, and is {after!r} from here on")
     processes = state["plan"]["num_processes"]

@@ -2,16 +2,28 @@
 
 import json
 import os
+import re
 import shutil
 import signal
+import subprocess
+import sys
 
 import pytest
 import torch
+from helpers import make_pairs
+from safetensors.torch import save_file
 
 from spo import shared_rollout, validation
 from spo.checkpoint_folder import _seal, checkpoints, find_fault
 from spo.errors import Stopped, UserError
 from spo.preflight import preflight
+from spo.progress import (
+    RolloutInProgress,
+    gradient_tensors,
+    gradients_of,
+    load_share,
+    rollout_of,
+)
 from tests import small_runs
 from tests.small_runs import (
     LORA,
@@ -299,3 +311,65 @@ def test_one_process_goes_on_as_two(stopped, tmp_path):
     assert line["minibatches"] == 2 + 1 and line["pairs_left_over"] == 0
     assert [line["epoch"] for line in read_metrics(folder)] == [1, 1, 2, 2]
     assert read_metrics(folder)[3]["comparisons"] == 4
+
+
+def test_two_processes_end_together_where_a_checkpoint_cannot_be_written(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "checkpoints").write_text("in the way")
+    assert run_in_processes(folder, 2, eval_interval=0) == [1, 1]
+    told = re.findall(
+        "error: cannot write .*/epoch_0001: File", folder.with_suffix(".log").read_text()
+    )
+    assert len(told) == 2
+
+
+def write_shares(folder, count, each):
+    """One file per process, with the pairs as `Workers.deal` deals them out: place p to p % count."""
+    files = []
+    for rank in range(count):
+        places = torch.arange(each) * count + rank
+        values = places.float().reshape(-1, 1, 1, 1, 1)
+        pairs = make_pairs(values, values.clone(), values.clone(), places.tolist())
+        rows = tuple(torch.full((2,), float(rank)) for _ in range(3))
+        rollout = RolloutInProgress(pairs, rows, {}, 4, 6, 0, 1.0, 1.0)
+        gradients = gradient_tensors({"w": torch.full((2,), float(rank))})
+        files.append(folder / f"{rank}.safetensors")
+        tensors = {name: t.contiguous() for name, t in rollout.tensors().items()}
+        save_file(tensors | gradients, files[-1])
+    return files
+
+
+@pytest.mark.parametrize(("then", "now", "each"), [(2, 1, 3), (1, 2, 5), (2, 3, 4), (3, 2, 1)])
+def test_what_is_left_is_dealt_out_anew_in_its_order(tmp_path, then, now, each):
+    files = write_shares(tmp_path, then, each)
+    total = then * each
+    for rank in range(now):
+        share, left = load_share(files, rank, now)
+        assert left == total % now
+        places = list(range(rank, total - left, now))
+        numbers = {"sums": {}, "prompts": 4, "used": 6, "left_over": 0}
+        numbers |= {"seconds_rollout": 1.0, "seconds_train": 1.0}
+        rollout = rollout_of(share, numbers, torch.device("cpu"))
+        assert rollout.pairs.timesteps.tolist() == places
+        assert rollout.pairs.latents.flatten().tolist() == places
+        assert len(rollout.pairs.conditioning) == len(places)
+        assert rollout.pairs.conditioning.negative_prompt_embeds.shape == (1, 1, 1)
+        mean = (then - 1) / 2
+        assert [row.tolist() for row in rollout.steps] == [[mean, mean]] * 3
+        assert gradients_of(share)["w"].tolist() == [mean, mean]
+
+
+def test_the_same_processes_go_on_with_their_own(tmp_path):
+    files = write_shares(tmp_path, 2, 3)
+    share, left = load_share(files, 1, 2)
+    assert left == 0 and gradients_of(share)["w"].tolist() == [1.0, 1.0]
+    assert share["pairs.timesteps"].tolist() == [1, 3, 5]
+
+
+def test_kills_at_random_moments():
+    """The short form of what scripts/kill_test.py is for."""
+    command = [sys.executable, "scripts/kill_test.py", "--kills=4", "--seed=3"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert re.search(r"^4 kills, \d+ runs, 0 of them different", result.stdout, re.M)

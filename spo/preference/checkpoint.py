@@ -51,7 +51,9 @@ def save_checkpoint(
 
     `facts` are those that `resume.compare` knows.
     """
+    (group,) = learner.optimizer.param_groups
     state = {"step": learner.step, "scaler": learner.scaler.state_dict(), **vars(tally), **facts}
+    state["learning_rate"] = group["lr"]  # of this step: its line may be due
     tensors = optimizer_tensors(learner.optimizer, dict(learner.spm.named_parameters()))
     with new_checkpoint(run_dir, checkpoint_name(learner), limit) as folder:
         save_spm(folder, learner.spm)
@@ -69,5 +71,7 @@ def load_checkpoint(folder: Path, learner: PreferenceLearner) -> Tally:
         if state["scaler"]:  # empty where the checkpoint is not of fp16
             learner.scaler.load_state_dict(state["scaler"])
         learner.step = state["step"]
+        (group,) = learner.optimizer.param_groups
+        group["lr"] = state["learning_rate"]
         totals, left_out = Counter(state["totals"]), Counter(state["left_out"])
         return Tally(totals, left_out, state["line_is_due"])
