@@ -120,11 +120,11 @@ class Liveness:
 
 
 def _stop(cause: str) -> None:
-    """End this process, whatever its main thread waits for."""
+    """End this process, whatever its main thread waits for, with a line below its progress bars."""
     time.sleep(_TICK)  # its end breaks the connections: what was said must have arrived
     try:
         print(
-            f"error: {cause}; this run stops, and goes on from its last checkpoint by "
+            f"\nerror: {cause}; this run stops, and goes on from its last checkpoint by "
             "--config.run_name=NAME --config.resume_from=auto",
             file=sys.stderr,
             flush=True,

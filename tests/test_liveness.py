@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-TIMEOUT = 2  # seconds of silence
-SOON = 3.0  # seconds in which a death or failure has ended all others; no silence to wait for
+TIMEOUT = 3  # seconds of silence
+SOON = 6.0  # seconds in which a death or failure has ended all others, on a busy machine, too
 
 
 @pytest.fixture
@@ -46,8 +46,8 @@ def assert_stopped(ranks, within, cause):
     end = time.monotonic() + within
     for rank in ranks:
         assert rank.wait(timeout=max(0.01, end - time.monotonic())) == 1
-        error = rank.stderr.read()
-        assert error.startswith(f"error: {cause}") and error.count("\n") == 1
+        error = rank.stderr.read().strip()
+        assert error.startswith(f"error: {cause}") and "\n" not in error
         assert "resume_from=auto" in error
 
 
@@ -63,10 +63,10 @@ def test_a_killed_rank_ends_the_others_at_once(group, dead):
 def test_a_rank_that_hangs_ends_the_others_after_the_timeout(group, silent):
     stopped = group.pop(silent)
     stopped.send_signal(signal.SIGSTOP)
-    time.sleep(TIMEOUT - 1)
+    time.sleep(TIMEOUT / 2)
     assert all(rank.poll() is None for rank in group)
     cause = (
-        f"rank {silent} ({os.uname().nodename}, pid {stopped.pid}) has not been heard of for 2 s"
+        f"rank {silent} ({os.uname().nodename}, pid {stopped.pid}) has not been heard of for 3 s"
     )
     assert_stopped(group, 1 + SOON, cause)
 
@@ -86,6 +86,7 @@ def test_a_death_is_named_and_not_the_errors_that_it_causes(group, dead):
     killed = group.pop(dead)
     for rank in group:
         say(rank, "fail RuntimeError: connection closed by peer")
+    time.sleep(0.5)  # the errors arrive first
     killed.kill()
     assert_stopped(group, SOON, f"rank {dead} ({os.uname().nodename}, pid {killed.pid}) ended")
 
