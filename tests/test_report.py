@@ -274,7 +274,7 @@ def metrics_line(rollout, updates_per_rollout=2):
         "rollout": rollout,
         "step": rollout * updates_per_rollout,
         **metrics.training_metrics(sums, 1),
-        **metrics.rollout_metrics(sums, TIMESTEPS_OF_RUN),
+        **metrics.rollout_metrics(sums),
         "seconds_rollout": 61.0,
         "seconds_train": 1.0,
         "peak_memory_gib": metrics.peak_memory_gib(torch.device("cpu")),
