@@ -152,7 +152,7 @@ def gpu_launcher(options: argparse.Namespace) -> Launcher:
     if not file.is_file():
         raise UserError(f"--accelerate_config: no such file: {file}")
     settings = load_config_from_file(str(file))
-    check_distributed_type(file, settings.distributed_type)
+    check_distributed_type(file, settings.distributed_type.value)
     machines = options.num_machines or settings.num_machines
     default = settings.num_processes if options.accelerate_config else num_gpus * machines
     processes = options.num_processes or default

@@ -11,7 +11,7 @@ import torch
 from accelerate.commands.config import load_config_from_file
 
 from spo.distributed import Workers
-from spo.errors import UserError
+from spo.errors import RunError, UserError
 from spo.launch import ACCELERATE_CONFIGS, cpu_launcher, gpu_launcher
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -211,3 +211,18 @@ def test_two_machines_of_our_own_files_and_on_the_cpu(monkeypatch):
         cpu_launcher(options(**place, num_processes=3))
     with pytest.raises(UserError, match="--main_process_ip is missing"):
         cpu_launcher(options(num_machines=2, machine_rank=0))
+
+
+def test_weights_that_differ_from_those_of_rank_0_stop_the_run(monkeypatch):
+    workers = Workers(rank_timeout=120)
+    weights = {"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([3.0])}
+    workers.check_equal("LoRA", weights)
+    other = {"a": weights["a"], "b": torch.nextafter(weights["b"], torch.tensor([4.0]))}
+    found = []
+    monkeypatch.setattr(workers, "gather", lambda values: found.append(values[0]) or values)
+    workers.check_equal("LoRA", other)
+    second = ("rank 1 (host, pid 5)", found[0][1])
+    monkeypatch.setattr(workers, "gather", lambda v: [*v, second] if isinstance(v[0], tuple) else v)
+    workers.check_equal("LoRA", other)
+    with pytest.raises(RunError, match=r"LoRA of rank 1 \(host, pid 5\) differs"):
+        workers.check_equal("LoRA", weights)
