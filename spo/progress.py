@@ -30,6 +30,13 @@ class Position:
             return Position(self.epochs + 1, self.rollouts + 1)
         return Position(self.epochs, self.rollouts + 1, self.rollouts_in_epoch + 1, done)
 
+    def is_checkpoint_due(self, every_rollouts: int, every_epochs: int, num_epochs: int) -> bool:
+        """Whether a checkpoint is saved here; `every_rollouts` 0 saves none within an epoch."""
+        if every_rollouts and self.rollouts % every_rollouts == 0:
+            return True
+        is_last = self.epochs == num_epochs
+        return self.prompts == 0 and (is_last or self.epochs % every_epochs == 0)
+
 
 @dataclass(frozen=True)
 class RolloutInProgress:

@@ -165,17 +165,11 @@ class Trainer:
             line = self.metrics_line()
             self.position, self.rollout = self.position.after(len(chunk), len(order)), None
             self.log(line)
-            if self.is_checkpoint_due():
+            config = self.config
+            if self.position.is_checkpoint_due(
+                config.save_every_rollouts, config.save_interval, config.num_epochs
+            ):
                 self.save_checkpoint()
-
-    def is_checkpoint_due(self) -> bool:
-        """Whether one is to be saved between these two rollouts."""
-        config, position = self.config, self.position
-        every = config.save_every_rollouts
-        if every and position.rollouts % every == 0:
-            return True
-        last = position.epochs == config.num_epochs
-        return position.prompts == 0 and (last or position.epochs % config.save_interval == 0)
 
     def metrics_line(self) -> dict:
         """Metrics of the rollout whose pairs are used up."""
