@@ -3,9 +3,9 @@
 #   bash scripts/test.sh [arguments of pytest]
 set -uo pipefail
 cd "$(dirname "$0")/.."
-PYTHON=$(bash scripts/setup_env.sh pytest hypothesis ruff) || exit
+PYTHON=$(bash scripts/setup_env.sh pytest xdist hypothesis ruff) || exit
 status=0
 "$PYTHON" -m ruff check . || status=1
 "$PYTHON" -m ruff format --check . || status=1
-"$PYTHON" -m pytest -q "$@" || status=1
+"$PYTHON" -m pytest -q -n auto --dist worksteal "$@" || status=1
 exit $status
