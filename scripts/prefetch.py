@@ -2,6 +2,7 @@
 
     python scripts/prefetch.py --config=config/sdxl.py
     python scripts/prefetch.py --config=config/spm_sdxl.py
+    python scripts/prefetch.py --config=config/eval_sdxl.py
 
 Afterwards the run works offline (HF_HUB_OFFLINE=1).
 """
@@ -13,16 +14,21 @@ from absl import app
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from spo.config_io import BASE, SPM_BASE
+from spo.config_io import BASE, EVAL_BASE, SPM_BASE
 from spo.flags import define_config, exit_on_user_error, parse_flags
 
-CONFIG = define_config("config/sd15.py", BASE, SPM_BASE)
+CONFIG = define_config("config/sd15.py", BASE, SPM_BASE, EVAL_BASE)
 
 
 def main(_) -> None:
     with exit_on_user_error():
         config = CONFIG.value
-        prefetch_preference_model(config) if "data" in config else prefetch(config)
+        if "models" in config:
+            prefetch_evaluation(config)
+        elif "data" in config:
+            prefetch_preference_model(config)
+        else:
+            prefetch(config)
         print("Everything is there.")
 
 
@@ -36,7 +42,7 @@ def prefetch(config) -> None:
     settings.check(config)
     print(preflight.read_training_prompts(config).describe())
     print(f"{len(preflight.read_validation_prompts(config))} validation prompts")
-    load_base_model(config)
+    load_base_model(settings.model_source(config), config)
     scorers.load_scorer(settings.scorer_source(config), torch.device("cpu"))
     print(f"preference model: {config.preference.scorer}")
     if config.lora.init_from:
@@ -57,7 +63,7 @@ def prefetch_preference_model(config) -> None:
         load_clip(config.labels.backbone, "labels")
         CLIPInputs(config.labels.processor, "labels")
         print(f"labels: {config.labels.backbone}")
-    load_base_model(config)
+    load_base_model(settings.model_source(config), config)
     # Last, as Pick-a-Pic is by far the largest.
     print(read_rows(config, config.data.train_split).description)
     if config.eval_steps and config.data.validation_split:
@@ -66,11 +72,26 @@ def prefetch_preference_model(config) -> None:
         print("The rows are not kept: data.streaming reads them from their source in training.")
 
 
-def load_base_model(config) -> None:
-    """Load the base model, and say how large it is."""
-    from spo import backbone, settings
+def prefetch_evaluation(config) -> None:
+    """Load what an evaluation needs: the prompts, the models with their LoRAs, the scorers."""
+    import torch
 
-    source = settings.model_source(config)
+    from spo.evaluation.evaluator import preflight
+    from spo.evaluation.scorers import load_image_scorer
+
+    ready = preflight(config, num_processes=1)
+    print(ready.prompts.describe())
+    for source in {spec.source for spec in ready.models if spec.source is not None}:
+        load_base_model(source, config)
+    for scorer in ready.scorers:
+        loaded = load_image_scorer(scorer.name, scorer.options, torch.device("cpu"))
+        print(f"scorer: {loaded.title}")
+
+
+def load_base_model(source, config) -> None:
+    """Load a base model, and say how large it is."""
+    from spo import backbone
+
     backbone.check_source(source, config.family)
     pipe = backbone.load_pipeline(source, config.family, backbone.DTYPES[config.mixed_precision])
     size = sum(p.numel() for p in pipe.unet.parameters())

@@ -7,6 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers import add_tiny_lora, load_backbone, random_weights
+
+from spo.evaluation.results import read_results
+from spo.lora import save_lora
 
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = ROOT / "tests" / "data" / "golden" / "models"
@@ -64,3 +68,27 @@ def test_what_is_missing_is_one_line_with_repo_file_and_command(cache):
     message = result.stderr.splitlines()[-1]
     assert message.startswith("error: preference.checkpoint: tiny-spm.bin of user/spm is not in")
     assert message.endswith("python scripts/prefetch.py --config=...")
+
+
+def test_an_evaluation_takes_loras_and_models_from_the_cache(cache):
+    lora = add_tiny_lora(load_backbone("sd15"))
+    snapshot = cache / "hub" / "models--user--loras" / "snapshots" / ("0" * 40)
+    (snapshot / "sd1_5").mkdir(parents=True)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("0" * 40)
+    save_lora(snapshot / "sd1_5" / "any_name.safetensors", lora, random_weights(lora, 1), {})
+    (cache / "prompts.txt").write_text("a fox\na whale\n")
+    command = [sys.executable, "scripts/evaluate.py", "--config=config/eval_base.py"]
+    for model in ("base", "lora=user/loras/sd1_5", "full=user/tiny-sd15"):
+        command.append(f"--config.models={model}")
+    command += ["--config.pretrained.model=user/tiny-sd15", "--config.mixed_precision=no"]
+    command += [f"--config.prompts.source={cache / 'prompts.txt'}", "--config.sample.num_steps=2"]
+    command += [f"--config.logdir={cache}", "--config.run_name=evaluation"]
+    command += ["--config.scorers=scorers_for_tests:image_brightness"]
+    environment = {"HF_HOME": str(cache), "HF_HUB_OFFLINE": "1", "PYTHONPATH": "tests"}
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    base, lora, full = (m.scores for m in read_results(cache / "evaluation").models)
+    assert base == full != lora
