@@ -51,7 +51,13 @@ def save_checkpoint(
 
     `facts` are those that `resume.compare` knows.
     """
-    state = {"step": learner.step, "scaler": learner.scaler.state_dict(), **vars(tally), **facts}
+    state = {
+        "step": learner.step,
+        "skipped_in_a_row": learner.skipped_in_a_row,
+        "scaler": learner.scaler.state_dict(),
+        **vars(tally),
+        **facts,
+    }
     tensors = optimizer_tensors(learner.optimizer, dict(learner.spm.named_parameters()))
     with new_checkpoint(run_dir, checkpoint_name(learner), limit) as folder:
         save_spm(folder, learner.spm)
@@ -69,5 +75,6 @@ def load_checkpoint(folder: Path, learner: PreferenceLearner) -> Tally:
         if state["scaler"]:  # empty where the checkpoint is not of fp16
             learner.scaler.load_state_dict(state["scaler"])
         learner.step = state["step"]
+        learner.skipped_in_a_row = state["skipped_in_a_row"]
         totals, left_out = Counter(state["totals"]), Counter(state["left_out"])
         return Tally(totals, left_out, state["line_is_due"])
