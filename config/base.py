@@ -107,6 +107,8 @@ def get_config() -> ConfigDict:
     train.adam_weight_decay = 1e-4
     train.adam_epsilon = 1e-8
     train.max_grad_norm = 1.0  # clip the global gradient norm; None: no clipping
+    # fp16: updates in a row that are skipped, as their gradients overflow, before the run stops.
+    train.max_skipped_updates = 50
     train.beta = 10.0  # inverse temperature of the preference loss (paper, SPO)
     train.clip_eps = 0.1  # likelihood ratios are clipped to 1 +- clip_eps; None: no clipping
     train.grad_scale = 0.5  # gamma, strength of the gradient guidance (paper: 0.5); GradSPO only

@@ -82,6 +82,8 @@ def get_config() -> ConfigDict:
     train.adam_epsilon = 1e-8
     train.adam_weight_decay = 0.3  # on all weights (SPO)
     train.max_grad_norm = 1.0  # clip the global gradient norm; None: no clipping
+    # fp16: updates in a row that are skipped, as their gradients overflow, before the run stops.
+    train.max_skipped_updates = 50
 
     # ---- result --------------------------------------------------------------------------------
     config.export = export = ConfigDict()

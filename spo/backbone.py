@@ -25,10 +25,12 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from spo.ddim import DDIMSchedule, make_schedule
 from spo.errors import UserError
 from spo.hub import LOAD_ERRORS, PREFETCH, first_line, model_file
+from spo.prompt_text import readable
 from spo.types import Conditioning
 
 _PIPELINES = {"sd15": StableDiffusionPipeline, "sdxl": StableDiffusionXLPipeline}
@@ -156,6 +158,14 @@ class Backbone:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, self.dtype)
 
+    @property
+    def tokenizers(self) -> dict[str, PreTrainedTokenizerBase]:
+        """Those of the text encoders, by what messages call these."""
+        found = {"text encoder": self._pipe.tokenizer}
+        if self.family == "sdxl":
+            found["second text encoder"] = self._pipe.tokenizer_2
+        return found
+
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
         """Conditioning of B prompts, each truncated to its tokenizer's length.
@@ -164,7 +174,7 @@ class Backbone:
         empty prompt, or zeros where an SDXL pipeline has `force_zeros_for_empty_prompt`.
         """
         encoded = self._pipe.encode_prompt(
-            prompt=list(prompts),
+            prompt=readable(prompts),
             device=self.device,
             num_images_per_prompt=1,
             do_classifier_free_guidance=True,
@@ -253,7 +263,7 @@ class Backbone:
                 {"clip_sample": False, **own.config}
             )
             latents = self._pipe(
-                list(prompts),
+                readable(prompts),
                 height=height,
                 width=width,
                 latents=noise.to(self.device, self.dtype),

@@ -76,6 +76,7 @@ def save_checkpoint(
         "rollout": progress.rollout and progress.rollout.numbers(),
         "accumulated": learner.minibatches % learner.settings.accumulation_steps,
         "updates": learner.updates,
+        "skipped_in_a_row": learner.skipped_in_a_row,
         "scaler": learner.scaler.state_dict(),
         **facts,
     }
@@ -107,6 +108,7 @@ def load_checkpoint(folder: Path, learner: Learner, plan: BatchPlan, rank: int) 
             learner.scaler.load_state_dict(state["scaler"])
         _restore_gradients(learner, gradients_of(share), state)
         learner.updates = state["updates"]
+        learner.skipped_in_a_row = state["skipped_in_a_row"]
         position, rollout = Position(**state["position"]), None
         if state["rollout"]:
             numbers = state["rollout"] | {"left_over": state["rollout"]["left_over"] + left}

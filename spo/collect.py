@@ -10,7 +10,6 @@ from torch import Tensor
 
 from spo.backbone import Backbone
 from spo.ddim import DDIMSchedule
-from spo.errors import RunError
 from spo.pairs import PairSettings, concatenate_pairs, select_pairs
 from spo.rollout import RolloutSettings, stepwise_rollout
 from spo.scorers import Scorer
@@ -85,25 +84,18 @@ def score_candidates(
     prompt_features: Tensor,
     batch_size: int,
 ) -> Tensor:
-    """Scores (K, B) of the candidates' images, decoded and scored `batch_size` at a time."""
+    """Scores (K, B) of the candidates' images, decoded and scored `batch_size` at a time.
+
+    That of an image that is not finite is NaN, whatever the scorer makes of it.
+    """
     k, b = candidates.latents.shape[:2]
     latents = candidates.latents.flatten(0, 1)
     of_row = torch.arange(b, device=latents.device).repeat(k)
-    scores = [
-        scorer.score(decode(part), prompt_features[rows], candidates.score_timestep)
-        for part, rows in zip(latents.split(batch_size), of_row.split(batch_size), strict=True)
-    ]
-    return torch.cat(scores).float().reshape(k, b)
-
-
-def check_scores(comparisons: Sequence[Comparison], prompts: Sequence[str]) -> None:
-    """Raise RunError that names timestep and prompts where a score is not finite."""
-    for comparison in comparisons:
-        bad = ~comparison.scores.isfinite().all(dim=0)
-        if bad.any():
-            named = [prompts[i] for i in bad.nonzero().flatten().tolist()]
-            raise RunError(
-                f"scores are not finite at t = {comparison.score_timestep} for the prompts {named}; "
-                "the scorer or the sampler overflowed: try mixed_precision=bf16 or "
-                "preference.dtype=float32, or lower train.learning_rate."
-            )
+    scores = []
+    for part, rows in zip(latents.split(batch_size), of_row.split(batch_size), strict=True):
+        images = decode(part)
+        found = scorer.score(images, prompt_features[rows], candidates.score_timestep).float()
+        # Not looked at here, which would wait for the GPU.
+        overflowed = ~images.isfinite().flatten(1).all(dim=1)
+        scores.append(found.masked_fill(overflowed.to(found.device), torch.nan))
+    return torch.cat(scores).reshape(k, b)

@@ -67,6 +67,25 @@ def leaves(config: ConfigDict, prefix: str = "") -> dict[str, object]:
     return found
 
 
+def check_leaves(config: ConfigDict) -> None:
+    """Raise UserError for a number or text that no setting can have, whatever it means."""
+    for key, value in leaves(config).items():
+        for item in value if isinstance(value, tuple | list) else (value,):
+            if isinstance(item, int) and abs(item) >= 2**63:
+                raise UserError(f"{key}: the number is too large.")
+            if isinstance(item, str):
+                _check_text(key, item)
+
+
+def _check_text(key: str, text: str) -> None:
+    """UserError for what cannot be asked whether it is a path: most text may be one."""
+    try:
+        Path(text).expanduser().exists()
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{key}: {text[:100]!r} cannot be a path ({reason}).") from error
+
+
 def suggest(key: str, known: list[str]) -> str:
     """The end of a message about an unknown key: the one that may have been meant."""
     close = [name for name in known if name.endswith(f".{key}")] or get_close_matches(key, known)
@@ -78,6 +97,7 @@ def _is_section(value: object) -> bool:
 
 
 def _find(path: str) -> Path:
+    _check_text("config", path)
     for file in (Path(path), REPO_ROOT / path):
         if file.suffix in (".py", ".json") and file.is_file():
             return file.resolve()
@@ -87,7 +107,7 @@ def _find(path: str) -> Path:
 def _read_json(file: Path) -> dict:
     try:
         values = json.loads(file.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{file}: not a JSON file: {error}") from error
     if not isinstance(values, dict):
         raise UserError(f"{file}: a config is a JSON object, as save_config writes it")
@@ -127,6 +147,6 @@ def _overlay(config: ConfigDict, values: dict, nullable: set[str], source: str, 
             if (value is None and key not in nullable) or (type(value) is bool is not expected):
                 raise TypeError
             config[name] = value
-        except TypeError as error:
+        except (TypeError, ValueError, OverflowError) as error:
             message = f"{source}: {key} = {value!r}: expected {expected.__name__}"
             raise UserError(message) from error

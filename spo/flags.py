@@ -21,6 +21,7 @@ from spo.exit_status import hand_over
 flags.disclaim_key_flags()
 
 FLAGS = flags.FLAGS
+_LINE = 1500  # characters of an error; at its end it says what to do
 OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]+)")
 
 
@@ -59,10 +60,16 @@ def exit_on_user_error() -> Iterator[None]:
         yield
     except UserError as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # set where several processes were started
-            print(f"{error.label}: {' '.join(str(error).split())}", file=sys.stderr)
+            print(f"{error.label}: {one_line(str(error))}", file=sys.stderr)
         sys.exit(hand_over(error.exit_status))
     except SystemExit as end:
         sys.exit(hand_over(end.code) if isinstance(end.code, int) else end.code)
+
+
+def one_line(text: str) -> str:
+    """`text` without line breaks and control characters, and without the middle of very long ones."""
+    shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(text.split()))
+    return shown if len(shown) <= _LINE else f"{shown[: _LINE - 400]} … {shown[-400:]}"
 
 
 def define_config(default: str, *bases: str) -> flags.FlagHolder:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
@@ -19,7 +20,7 @@ from spo.errors import UserError
 _SCHEME = "hf://"
 PREFETCH = "python scripts/prefetch.py --config=..."
 # What from_pretrained raises for files that are missing, damaged or of another shape.
-LOAD_ERRORS = (OSError, ValueError, RuntimeError, SafetensorError)
+LOAD_ERRORS = (OSError, ValueError, RuntimeError, EOFError, UnpicklingError, SafetensorError)
 
 
 @dataclass(frozen=True)

@@ -35,11 +35,6 @@ class Step:
     grad_norm: Tensor | None  # () before clipping, where the minibatch completed an update
     skipped: bool = False  # the fp16 gradients overflowed and the update was left out
 
-    def is_finite(self) -> bool:
-        """Whether loss and gradient, where it was used, are finite numbers."""
-        used = self.grad_norm is not None and not self.skipped
-        return bool(self.output.loss.isfinite() and (not used or self.grad_norm.isfinite()))
-
 
 class Learner:
     """Policy, EMA and reference on one UNet, and the optimizer that moves the policy.
@@ -71,6 +66,7 @@ class Learner:
         )
         self.minibatches = 0  # since the start of training; accumulation runs across rollouts
         self.updates = 0
+        self.skipped_in_a_row = 0  # updates left out, as their fp16 gradients overflowed
 
     def sampler(self) -> contextlib.AbstractContextManager:
         """Within the context the UNet is the network that draws candidates."""
@@ -143,4 +139,5 @@ class Learner:
         self.optimizer.zero_grad(set_to_none=True)
         skipped = self.scaler.get_scale() < scale  # the scaler backs off where gradients overflowed
         self.updates += not skipped
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
         return replace(step, grad_norm=norm, skipped=skipped)

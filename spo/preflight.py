@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from spo import backbone, publish, scorers, settings, tracking
 from spo.batching import BatchPlan, plan_batches
 from spo.checkpoint_folder import read_state, reading
+from spo.config_io import check_leaves
 from spo.errors import UserError
 from spo.lora_files import find_lora
 from spo.prompts import PromptSet, read_prompts
@@ -51,6 +52,7 @@ def read_validation_prompts(config: ConfigDict) -> tuple[str, ...]:
 
 def preflight(config: ConfigDict, num_processes: int) -> Preflight:
     """Check config and files and read the prompts; nothing is written. UserError in one line."""
+    check_leaves(config)
     settings.check(config)
     tracking.check_tracker(config.tracker.name)
     if config.hub.repo_id:

@@ -14,11 +14,18 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AutoTokenizer, CLIPConfig, CLIPImageProcessor, CLIPModel
+from transformers import (
+    AutoTokenizer,
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    PreTrainedTokenizerBase,
+)
 
 from spo.dotted import find
 from spo.errors import UserError
 from spo.hub import LOAD_ERRORS, PREFETCH, first_line, model_file, resolve_file
+from spo.prompt_text import readable
 from spo.step_aware_clip import StepAwareCLIP, load_step_aware_clip, text_features
 
 
@@ -80,7 +87,7 @@ class CLIPInputs:
 
     def __init__(self, processor: str, section: str = "preference") -> None:
         try:
-            self._tokenizer = AutoTokenizer.from_pretrained(processor)
+            self.tokenizer = AutoTokenizer.from_pretrained(processor)
             self.image_processor = CLIPImageProcessor.from_pretrained(processor)
         except LOAD_ERRORS as error:
             raise _cannot_load(f"{section}.processor", processor, error) from error
@@ -88,8 +95,8 @@ class CLIPInputs:
 
     def tokenize(self, prompts: Sequence[str]) -> Tensor:
         """Token ids (B, L), padded and truncated to the tokenizer's own length L."""
-        encoded = self._tokenizer(
-            list(prompts), padding="max_length", truncation=True, return_tensors="pt"
+        encoded = self.tokenizer(
+            readable(prompts), padding="max_length", truncation=True, return_tensors="pt"
         )
         return encoded.input_ids
 
@@ -98,16 +105,16 @@ class StepAwareScorer:
     """The step-aware preference model."""
 
     def __init__(self, spm: StepAwareCLIP, inputs: CLIPInputs, device: torch.device) -> None:
-        self._spm, self._inputs, self._device = spm.to(device), inputs, device
+        self._spm, self.inputs, self._device = spm.to(device), inputs, device
         self._dtype = spm.model.visual_projection.weight.dtype
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
-        return self._spm.text_features(self._inputs.tokenize(prompts).to(self._device))
+        return self._spm.text_features(self.inputs.tokenize(prompts).to(self._device))
 
     @torch.no_grad()
     def score(self, images: Tensor, prompt_features: Tensor, timestep: int) -> Tensor:
-        pixels = self._inputs.prepare(images).to(self._dtype)
+        pixels = self.inputs.prepare(images).to(self._dtype)
         timesteps = torch.full((len(images),), timestep, device=images.device)
         return self._spm.score(pixels, timesteps, prompt_features).float()
 
@@ -117,15 +124,15 @@ class PickScoreScorer:
 
     def __init__(self, clip: CLIPModel, inputs: CLIPInputs, device: torch.device) -> None:
         self._clip = clip.requires_grad_(False).eval().to(device)
-        self._inputs, self._device = inputs, device
+        self.inputs, self._device = inputs, device
         self._dtype = clip.visual_projection.weight.dtype
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
-        return text_features(self._clip, self._inputs.tokenize(prompts).to(self._device))
+        return text_features(self._clip, self.inputs.tokenize(prompts).to(self._device))
 
     def score(self, images: Tensor, prompt_features: Tensor, timestep: int) -> Tensor:
-        return self.score_pixels(self._inputs.prepare(images), prompt_features)
+        return self.score_pixels(self.inputs.prepare(images), prompt_features)
 
     @torch.no_grad()
     def score_pixels(self, pixels: Tensor, prompt_features: Tensor) -> Tensor:
@@ -204,6 +211,12 @@ def load_scorer(source: ScorerSource, device: torch.device) -> Scorer:
     except TypeError as error:
         raise UserError(f"preference.kwargs: {source.scorer} takes other ones: {error}") from error
     return factory(device=device, **source.kwargs)
+
+
+def tokenizers_of(scorer: Scorer) -> dict[str, PreTrainedTokenizerBase]:
+    """The tokenizer of a scorer that is a CLIP, by what messages call the scorer."""
+    inputs = getattr(scorer, "inputs", None)
+    return {"preference model": inputs.tokenizer} if isinstance(inputs, CLIPInputs) else {}
 
 
 def clip_config(backbone: str, section: str = "preference") -> CLIPConfig:

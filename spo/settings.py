@@ -179,8 +179,9 @@ def check(config: ConfigDict) -> None:
             f"sample.num_inner_steps: {config.algorithm} compares candidates of one shared x_t and "
             "cannot use inner steps; set it to 0, or algorithm=spo."
         )
-    if not config.lora.target_modules:
-        raise UserError("lora.target_modules: name at least one layer.")
+    modules = config.lora.target_modules
+    if not modules or not all(isinstance(name, str) for name in modules):
+        raise UserError("lora.target_modules: name at least one layer, and nothing but layers.")
     if config.lora.reference == "init" and not config.lora.init_from:
         raise UserError("lora.reference: 'init' needs lora.init_from to name a LoRA.")
 
@@ -213,7 +214,8 @@ _RULES = (
         lambda v: v >= 1,
         "num_epochs save_interval lora.rank lora.alpha sample.batch_size "
         "sample.global_batch_size sample.decode_batch_size train.batch_size "
-        "train.global_batch_size train.gradient_accumulation_steps eval.num_images",
+        "train.global_batch_size train.gradient_accumulation_steps train.max_skipped_updates "
+        "eval.num_images",
     ),
     (
         "a whole number from 1 to 1000, the timesteps that models are trained with",

@@ -12,8 +12,9 @@ import torch
 from spo import metrics
 from spo.backbone import Backbone
 from spo.batching import BatchPlan
-from spo.collect import Collected, CollectSettings, check_scores, collect_rollout
+from spo.collect import Collected, CollectSettings, collect_rollout
 from spo.distributed import Workers
+from spo.finite import check_scores
 from spo.learner import Learner
 from spo.pairs import concatenate_pairs, no_pairs
 from spo.progress import Position, RolloutInProgress

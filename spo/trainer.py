@@ -18,17 +18,19 @@ from spo.checkpoint_folder import FOLDER
 from spo.distributed import Workers
 from spo.durable import writing
 from spo.errors import RunError, Stopped
+from spo.finite import check_skipped, find_faults
 from spo.interrupt import StopSignals
 from spo.learner import Step
 from spo.lora import FILE_NAME, Lora
 from spo.lora_files import find_lora, read_lora
 from spo.preflight import Preflight, preflight, run_facts
 from spo.progress import Position
+from spo.prompt_text import describe_lengths
 from spo.prompts import epoch_order
 from spo.publish import Publishing
 from spo.resume import stopped_at
 from spo.run_dir import drop_metrics_after, open_run_dir, record_start
-from spo.scorers import load_scorer
+from spo.scorers import load_scorer, tokenizers_of
 from spo.seeding import derive_seed
 from spo.shared_rollout import SharedRollout
 from spo.tracking import METRICS, Tracking
@@ -108,9 +110,12 @@ class Trainer:
         return lora
 
     def _start_tracking(self) -> Tracking:
+        tokenizers = self.backbone.tokenizers | tokenizers_of(self.scorer)
+        self.say(lengths := describe_lengths(self.prompts, tokenizers))
         facts = {
             "plan": asdict(self.plan),
             "prompts": self.ready.prompts.describe(),
+            "prompt_lengths": lengths,
             "resumed_from": str(self.saved or ""),
             "device": self.workers.device.type,
         }
@@ -190,7 +195,8 @@ class Trainer:
     def train_on_pairs(self) -> None:
         """Use every pair that is left of the rollout once, minibatch by minibatch.
 
-        RunError on every process where a loss or gradient is not finite; Stopped between minibatches.
+        RunError on every process where a number is not finite, or too many updates were skipped;
+        Stopped between minibatches.
         """
         size, done = self.plan.minibatch_size, []
         started, before = time.perf_counter(), self.rollout.seconds_train
@@ -210,23 +216,23 @@ class Trainer:
                 used=self.rollout.used + len(batch) * self.workers.count,
             )
         # Not after each minibatch: to look at a number waits for the GPU.
-        with self.workers.together():
-            for batch, step in done:
-                self.check_finite(batch, step)
-            if stopped:
-                raise Stopped("by a signal.")
+        self.check_finite(done)
+        if stopped:
+            raise Stopped("by a signal.")
         self.rollout = replace(self.rollout, seconds_train=before + time.perf_counter() - started)
 
-    def check_finite(self, batch: PreferencePairs, step: Step) -> None:
-        """RunError that says where, unless loss and gradient of a minibatch are finite."""
-        if not step.is_finite():
-            prompts = [self.prompts[i] for i in batch.prompt_ids.tolist()]
-            raise RunError(
-                f"loss or gradient is not finite in rollout {self.position.rollouts + 1}, about "
-                f"step {self.learner.updates}, at t = {batch.timesteps.tolist()} for the prompts "
-                f"{prompts}; the last checkpoint is good: resume from it with a lower "
-                "train.learning_rate or mixed_precision=bf16."
-            )
+    def check_finite(self, done: Sequence[tuple[PreferencePairs, Step]]) -> None:
+        """RunError on every process unless all numbers of these minibatches are finite."""
+        found = self.workers.gather(find_faults(done, self.prompts))
+        with self.workers.together():
+            if found:
+                raise RunError(
+                    f"{min(found).text}, in rollout {self.position.rollouts + 1}, about step "
+                    f"{self.learner.updates}; the last checkpoint is good: resume from it with a "
+                    "lower train.learning_rate or mixed_precision=bf16."
+                )
+            limit = self.config.train.max_skipped_updates
+            check_skipped(self.learner.skipped_in_a_row, limit)
 
     def draw_validation_images(self) -> None:
         """Draw the validation prompts as one grid, where these are due and no epoch has begun.

@@ -7,7 +7,10 @@ import multiprocessing
 import os
 import socket
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+
+import torch
 
 from spo.config_io import load_config
 from spo.errors import UserError
@@ -37,12 +40,18 @@ minibatches = 0
 
 
 def _loss(*arguments):
-    """GradSPO's, which sends this process the signal of SIGNAL before the minibatch of SIGNAL_AT."""
+    """GradSPO's, which sends this process the signal of SIGNAL before the minibatch of SIGNAL_AT.
+
+    That of minibatch NAN_AT is not a number.
+    """
     global minibatches
     minibatches += 1
     if minibatches == int(os.environ.get("SIGNAL_AT", 0)):
         os.kill(os.getpid(), int(os.environ["SIGNAL"]))
-    return LOSSES["gradspo"].loss(*arguments)
+    output = LOSSES["gradspo"].loss(*arguments)
+    if minibatches == int(os.environ.get("NAN_AT", 0)):
+        output = replace(output, loss=output.loss * torch.nan)
+    return output
 
 
 objective = Objective(_loss, uses_ema=True, shares_latents=True)

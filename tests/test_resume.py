@@ -265,7 +265,10 @@ class Malicious:
 
 @pytest.mark.parametrize(
     "name",
-    [LORA, f"ema/{LORA}", "optimizer.safetensors", "process_0000.safetensors", "manifest.json"],
+    [
+        *(LORA, f"ema/{LORA}", "optimizer.safetensors", "process_0000.safetensors"),
+        *("training_state.json", "manifest.json"),
+    ],
 )
 @pytest.mark.parametrize("sealed", [False, True])
 def test_a_pickle_executes_nothing(stopped, tmp_path, monkeypatch, name, sealed):

@@ -1,5 +1,6 @@
 """Whole trainings of the SPM: what they leave behind, that they resume, and agree over processes."""
 
+import functools
 import json
 import os
 import runpy
@@ -18,6 +19,7 @@ from labelled_pairs import make_row, write_splits
 from safetensors.torch import load_file
 
 from config import spm_tiny
+from spo.checkpoint_folder import _seal, checkpoints, read_state
 from spo.errors import RunError, Stopped, UserError
 from spo.launch import read_script
 from spo.preference import learner as learner_module
@@ -352,6 +354,35 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_says_where(config, monkeypa
         run(config)
     checkpoints = Path(config.logdir) / "run" / "checkpoints"
     assert not checkpoints.exists()
+
+
+class Malicious:
+    def __reduce__(self):
+        return os.mkdir, ("executed",)
+
+
+@pytest.mark.parametrize("name", [SPM, "optimizer.safetensors", "training_state.json"])
+def test_a_pickle_in_a_checkpoint_executes_nothing(config, whole, tmp_path, name):
+    shutil.copytree(whole, tmp_path / "run")
+    newest = checkpoints(tmp_path / "run")[-1]
+    torch.save(Malicious(), newest / name)
+    (newest / "manifest.json").unlink()
+    _seal(newest)
+    with pytest.raises(UserError, match="is not a checkpoint of this config"):
+        run(config, resume_from="auto")
+    assert not (ROOT / "executed").exists()
+
+
+def test_many_skipped_updates_in_a_row_stop_a_run(config, monkeypatch):
+    scaler = functools.partial(torch.amp.GradScaler, init_scale=2.0**120)
+    monkeypatch.setattr(torch.amp, "GradScaler", scaler)
+    changes = {"mixed_precision": "fp16", "train__max_skipped_updates": 3, "eval_steps": 0}
+    for _ in range(2):  # from the start, then from the checkpoint
+        with pytest.raises(RunError, match="gradients of 3 updates in a row overflowed"):
+            run(config, **changes)
+        (checkpoint,) = checkpoints(Path(config.logdir) / "run")
+        assert read_state(checkpoint)["skipped_in_a_row"] == 2
+        config.resume_from = "auto"
 
 
 def test_an_update_without_a_sound_pair_is_left_out(config, tmp_path):

@@ -182,6 +182,7 @@ def test_two_processes_train_what_one_trains(tmp_path):
     assert [line["updates"] for line in lines[0]] == [line["updates"] for line in lines[1]]
     (start,) = (tmp_path / "2" / "starts.jsonl").read_text().splitlines()
     assert json.loads(start)["plan"]["num_processes"] == 2
+    assert json.loads(start)["prompt_lengths"].startswith("none of 5 prompts is longer than the 77")
 
 
 def test_two_processes_resume_in_the_middle_of_an_accumulated_gradient(tmp_path):
@@ -289,5 +290,5 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_prompts(conf
     monkeypatch.setitem(
         losses.LOSSES, "gradspo", losses.Objective(broken, uses_ema=True, shares_latents=True)
     )
-    with pytest.raises(RunError, match=r"not finite in rollout 1, .* t = \["):
+    with pytest.raises(RunError, match=r"the loss is not finite at t = \[.* rollout 1, "):
         train(config)

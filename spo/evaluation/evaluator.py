@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from spo import settings
 from spo.backbone import DTYPES, Backbone, ModelSource, check_source
-from spo.config_io import save_config
+from spo.config_io import check_leaves, save_config
 from spo.distributed import Workers
 from spo.durable import PARTIAL
 from spo.errors import UserError
@@ -23,8 +23,10 @@ from spo.evaluation.report import write_report
 from spo.evaluation.results import ModelInfo, Results, table, write_results
 from spo.evaluation.scorers import check_image_scorer, load_image_scorer
 from spo.evaluation.scores import ScoreFolder
+from spo.finite import check_images
 from spo.model_spec import ModelSpec, read_specs, use_loras
 from spo.pictures import to_pil
+from spo.prompt_text import describe_lengths
 from spo.prompts import PromptSet
 from spo.sampling import ImageSettings, sample_images
 
@@ -44,6 +46,7 @@ class Preflight:
 
 def preflight(config: ConfigDict, num_processes: int) -> Preflight:
     """Check config and files and read the prompts; nothing is written. UserError in one line."""
+    check_leaves(config)
     check_values(config)
     name = config.run_name or f"eval_{config.family}_{time.strftime('%Y%m%d_%H%M%S')}"
     folder = Path(config.logdir).expanduser() / name
@@ -66,6 +69,9 @@ def preflight(config: ConfigDict, num_processes: int) -> Preflight:
 
 def check_values(config: ConfigDict) -> None:
     """Raise UserError for settings that cannot work."""
+    for key in ("models", "scorers"):
+        if not all(isinstance(name, str) for name in config[key]):
+            raise UserError(f"{key}: {tuple(config[key])}: expected text alone.")
     for section, key in (("sample", "num_steps"), ("sample", "batch_size")):
         if config[section][key] < 1:
             raise UserError(f"{section}.{key} = {config[section][key]}: must be at least 1.")
@@ -155,13 +161,16 @@ class Evaluation:
                     self._draw(loaded[1], images, batch)
 
     def _load(self, source: ModelSource) -> Backbone:
-        return Backbone(
-            source, self.config.family, self.config.mixed_precision, self.workers.device
-        )
+        config, workers = self.config, self.workers
+        backbone = Backbone(source, config.family, config.mixed_precision, workers.device)
+        if workers.is_main:
+            self.say(describe_lengths(self.prompts, backbone.tokenizers))
+        return backbone
 
     def _draw(self, backbone: Backbone, images: ImageSet, batch: range) -> None:
         prompts = self.prompts[batch.start : batch.stop]
         pixels = sample_images(backbone, prompts, batch, self.image_settings)
+        check_images(pixels, prompts, images.name)
         for i, prompt, image in zip(batch, prompts, to_pil(pixels), strict=True):
             images.write(i, image, prompt, self.image_settings.image_seed(i))
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from spo.errors import UserError
 from spo.evaluation.linear_heads import linear_head
 from spo.hub import LOAD_ERRORS, first_line, resolve_file
+from spo.prompt_text import readable
 from spo.state_dicts import read_state_dict
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ class ImageReward:
     def score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
         pixels = torch.stack([self._transform(image) for image in images]).to(self._device)
         tokens = self._tokenizer(
-            list(prompts),
+            readable(prompts),
             padding="max_length",
             truncation=True,
             max_length=_TOKENS,

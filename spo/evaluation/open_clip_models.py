@@ -18,6 +18,7 @@ from torch import Tensor
 
 from spo.errors import UserError
 from spo.hub import check_file, resolve_file
+from spo.prompt_text import readable
 from spo.scorers import ImagePreparation
 from spo.state_dicts import load_strictly, read_state_dict
 
@@ -51,7 +52,7 @@ class OpenClip:
     @torch.no_grad()
     def text_features(self, prompts: Sequence[str]) -> Tensor:
         """Unit-norm features (n, D)."""
-        features = self.network.encode_text(self.tokenizer(list(prompts)).to(self.device))
+        features = self.network.encode_text(self.tokenizer(readable(prompts)).to(self.device))
         return F.normalize(features, dim=-1)
 
 

@@ -85,5 +85,11 @@ def _bind(
         bound = inspect.signature(factory).bind(device=device, **options)
     except TypeError as error:
         raise UserError(f"scorer_options.{name}: it takes other options: {error}") from error
+    if name in SCORERS:
+        for option, default in factory.__kwdefaults__.items():
+            if type(options.get(option, default)) is not type(default):
+                raise UserError(
+                    f"scorer_options.{name}.{option}: {options[option]!r} is none like {default!r}."
+                )
     bound.apply_defaults()
     return factory, bound.arguments

@@ -52,8 +52,14 @@ def save_checkpoint(
     `facts` are those that `resume.compare` knows.
     """
     (group,) = learner.optimizer.param_groups
-    state = {"step": learner.step, "scaler": learner.scaler.state_dict(), **vars(tally), **facts}
-    state["learning_rate"] = group["lr"]  # of this step: its line may be due
+    state = {
+        "step": learner.step,
+        "skipped_in_a_row": learner.skipped_in_a_row,
+        "learning_rate": group["lr"],  # of this step: its line may be due
+        "scaler": learner.scaler.state_dict(),
+        **vars(tally),
+        **facts,
+    }
     tensors = optimizer_tensors(learner.optimizer, dict(learner.spm.named_parameters()))
     with new_checkpoint(run_dir, checkpoint_name(learner), limit) as folder:
         save_spm(folder, learner.spm)
@@ -73,5 +79,6 @@ def load_checkpoint(folder: Path, learner: PreferenceLearner) -> Tally:
         learner.step = state["step"]
         (group,) = learner.optimizer.param_groups
         group["lr"] = state["learning_rate"]
+        learner.skipped_in_a_row = state["skipped_in_a_row"]
         totals, left_out = Counter(state["totals"]), Counter(state["left_out"])
         return Tally(totals, left_out, state["line_is_due"])

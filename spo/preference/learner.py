@@ -84,6 +84,7 @@ class PreferenceLearner:
         self.processes, self.rank = processes, rank
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         self.step = 0  # optimizer steps planned so far, those that were skipped included
+        self.skipped_in_a_row = 0  # of them, as their fp16 gradients overflowed
 
     def learning_rate(self) -> float:
         """That of the next optimizer step."""
@@ -149,7 +150,9 @@ class PreferenceLearner:
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         # The scaler backs off where gradients overflowed.
-        return Update(norm, skipped=self.scaler.get_scale() < scale)
+        skipped = self.scaler.get_scale() < scale
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
+        return Update(norm, skipped)
 
     def skip_update(self) -> None:
         """Count an optimizer step that had nothing to learn from."""

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from spo import backbone, scorers, tracking
 from spo.batching import UpdatePlan, plan_updates
 from spo.checkpoint_folder import read_state, reading
+from spo.config_io import check_leaves
 from spo.errors import UserError
 from spo.hub import resolve_file
 from spo.preference import settings
@@ -48,6 +49,7 @@ class Preflight:
 
 def preflight(config: ConfigDict, num_processes: int) -> Preflight:
     """Check config, files and rows; nothing is written. UserError in one line."""
+    check_leaves(config)
     settings.check(config)
     tracking.check_tracker(config.tracker.name)
     plan = plan_updates(config, num_processes)

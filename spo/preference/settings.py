@@ -32,6 +32,7 @@ _AT_LEAST = {
     "data.max_validation": 0,
     "train.predict_batch_size": 1,
     "train.warmup_steps": 0,
+    "train.max_skipped_updates": 1,
 }
 _FROM_0_TO_1 = ("labels.margin", "train.adam_beta1", "train.adam_beta2")
 

@@ -20,6 +20,7 @@ from spo.distributed import Workers
 from spo.durable import writing
 from spo.errors import RunError, Stopped
 from spo.evaluation.curves import draw_accuracy
+from spo.finite import check_skipped
 from spo.interrupt import StopSignals
 from spo.metrics import peak_memory_gib
 from spo.preference import settings
@@ -172,6 +173,10 @@ class PreferenceTrainer:
         update = self.learner.update()
         if not (math.isfinite(summed["loss"]) and update.is_finite()):
             self.stop(seen)
+        if update.skipped:  # on every process, or on none
+            with self.workers.together():
+                limit = self.config.train.max_skipped_updates
+                check_skipped(self.learner.skipped_in_a_row, limit)
         norm = 0.0 if update.skipped else update.grad_norm.item()
         counts = {"skipped_updates": update.skipped, "updates": not update.skipped}
         self.tally.totals.update(counts, grad_norm=norm)
