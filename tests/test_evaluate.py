@@ -16,7 +16,7 @@ from PIL import Image
 
 from spo.backbone import ModelSource
 from spo.config_io import EVAL_BASE, load_config
-from spo.errors import RunError, UserError
+from spo.errors import RunError, Stopped, UserError
 from spo.evaluation.evaluator import evaluate, preflight
 from spo.evaluation.image_sets import ImageSet
 from spo.evaluation.results import read_results
@@ -291,6 +291,32 @@ def test_an_evaluation_killed_ten_times_ends_as_one_that_was_not(config, tmp_pat
     starter.wait()
     assert len(set(found)) > 4 and sum(status == signal.SIGKILL for status, *_ in found) > 4, found
     assert contents(folder) == expected
+
+
+class StopAfter:
+    """Brightness, and SIGTERM to this process after so many batches."""
+
+    title, scale, batches = "Brightness", 100.0, 0
+
+    def score(self, images, prompts):
+        self.batches += 1
+        if self.batches == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return torch.tensor([float(image.getpixel((0, 0))[0]) for image in images])
+
+
+def stop_after(device):
+    return StopAfter()
+
+
+def test_a_signal_keeps_every_whole_batch_and_the_next_call_goes_on(config):
+    config = changed(config, scorers=("test_evaluate:stop_after",))
+    with pytest.raises(Stopped, match="--config.run_name=evaluation goes on") as stopped:
+        evaluate(config)
+    assert stopped.value.exit_status == 75
+    assert len(list(folder_of(config).glob("scores/*/*/*.json"))) == 3  # of 2 x 2
+    evaluate(config)
+    assert (folder_of(config) / "table.md").exists()
 
 
 # ---- bad input ---------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from spo.backbone import DTYPES, Backbone, ModelSource, check_source
 from spo.config_io import check_leaves, save_config
 from spo.distributed import Workers
 from spo.durable import PARTIAL
-from spo.errors import UserError
+from spo.errors import Stopped, UserError
 from spo.evaluation.image_sets import DrawSettings, ImageSet, claim, claim_prompts, image_set
 from spo.evaluation.prompt_sets import read_prompt_set
 from spo.evaluation.report import write_report
@@ -24,6 +24,7 @@ from spo.evaluation.results import ModelInfo, Results, table, write_results
 from spo.evaluation.scorers import check_image_scorer, load_image_scorer
 from spo.evaluation.scores import ScoreFolder
 from spo.finite import check_images
+from spo.interrupt import StopSignals
 from spo.model_spec import ModelSpec, read_specs, use_loras
 from spo.pictures import to_pil
 from spo.prompt_text import describe_lengths
@@ -125,7 +126,7 @@ class Evaluation:
 
     def __init__(self, config: ConfigDict, ready: Preflight, workers: Workers) -> None:
         self.config, self.ready, self.workers = config, ready, workers
-        self.prompts = ready.prompts.prompts
+        self.prompts, self.signals = ready.prompts.prompts, StopSignals()
         sample = config.sample
         self.image_settings = ImageSettings(sample.num_steps, sample.guidance_scale, sample.seed)
         self.images = [
@@ -134,11 +135,22 @@ class Evaluation:
         ]
 
     def run(self) -> None:
-        """Draw what is missing, score what has no scores, and write the comparison."""
+        """Draw what is missing, score what has no scores, and write the comparison.
+
+        Raises Stopped after SIGTERM or SIGINT.
+        """
         self.say(self.ready.prompts.describe())
-        self.draw_images()
-        for scores in self.ready.scorers:
-            self.score_images(scores)
+        try:
+            with self.signals:
+                self.draw_images()
+                for scores in self.ready.scorers:
+                    self.score_images(scores)
+        except Stopped as stopped:
+            name = self.ready.folder.name
+            raise Stopped(
+                "by a signal; every whole batch is kept: the same command with "
+                f"--config.run_name={name} goes on."
+            ) from stopped
         if not self.ready.scorers:
             self.say(f"images: {self.ready.folder / 'images'}")
         elif self.workers.is_main:
@@ -224,7 +236,7 @@ class Evaluation:
         mine = batches[self.workers.rank :: self.workers.count]
         hidden = not (self.workers.is_main and mine)
         with tqdm(total=sum(map(len, mine)), desc=name, unit=" images", disable=hidden) as bar:
-            for batch in mine:
+            for batch in self.signals.watch(mine):
                 yield batch
                 bar.update(len(batch))
 
