@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from config import base, spm_base
-from spo.config_io import BASE, SPM_BASE, leaves, load_config
+from spo.config_io import BASE, EVAL_BASE, SPM_BASE, leaves, load_config
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "data" / "golden"
@@ -150,7 +150,8 @@ def test_every_overlay_is_tested():
         if path.name != "__init__.py"
     }
     overlays = set(DIFFERENCES) | set(SPM_DIFFERENCES)
-    assert found == overlays | {"base", "tiny", "spm_base", "spm_tiny"}
+    evaluations = {"eval_base", "eval_sdxl", "eval_tiny"}
+    assert found == overlays | evaluations | {"base", "tiny", "spm_base", "spm_tiny"}
 
 
 @pytest.mark.parametrize("name", DIFFERENCES)
@@ -198,3 +199,14 @@ def test_every_key_of_a_base_is_commented(file, last_constants):
             undocumented.append(line.strip())
     # Only AdamW's constants share one comment.
     assert [line.split()[0] for line in undocumented] == last_constants
+
+
+def test_evaluation_overlays_fit_their_base():
+    default = leaves(load_config(EVAL_BASE, EVAL_BASE)[0])
+    sdxl, tiny = (
+        leaves(load_config(f"config/eval_{name}.py", EVAL_BASE)[0]) for name in ("sdxl", "tiny")
+    )
+    changed = {key for key in default if sdxl[key] != default[key]}
+    assert changed == {"family", "pretrained.model", "pretrained.vae", "sample.batch_size"}
+    assert sdxl["pretrained.vae"] == "madebyollin/sdxl-vae-fp16-fix"
+    assert tiny["pretrained.model"] == "assets/tiny/sd15" and len(tiny["scorers"]) == 4

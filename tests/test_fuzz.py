@@ -175,7 +175,7 @@ def test_settings_in_a_file(configs, tell, kind, tmp_path):
         tell[outcome(lambda: start(kind, file, [], 1))] += 1
 
     case()
-    assert tell["valid"] > 2 and tell["refused"] > 40
+    assert tell["valid"] > 0 and tell["refused"] > 40
 
 
 def test_config_files_that_are_none(configs, tell):
@@ -229,11 +229,11 @@ def test_prompt_files(tmp_path, tell):
 SIZES = {
     "algorithm": st.sampled_from(["gradspo", "spo"]),
     "eval_interval": st.sampled_from([0, 1]),
-    "eval.weights": st.sampled_from(["policy", "ema"]),
+    "eval.weights": st.sampled_from(["policy", "policy", "ema"]),
     "mixed_precision": st.sampled_from(["no", "bf16"]),
-    "sample.num_steps": st.integers(1, 4),
-    "sample.branch_from": st.integers(0, 2),
-    "sample.num_inner_steps": st.integers(0, 1),
+    "sample.num_steps": st.integers(2, 4),
+    "sample.branch_from": st.integers(0, 1),
+    "sample.num_inner_steps": st.sampled_from([0, 0, 0, 1]),
     "sample.num_candidates": st.integers(2, 3),
     "sample.eta": st.sampled_from([0.1, 1.0]),
     "sample.guidance_scale": st.sampled_from([0.0, 1.0, 5.0]),
