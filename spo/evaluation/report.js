@@ -28,7 +28,8 @@
   }
 
   function number(value, signed) {
-    const text = Math.abs(value).toFixed(3);
+    const size = Math.abs(value);
+    const text = size.toFixed(size < 10 ? 3 : size < 100 ? 2 : 1);
     const sign = Number(text) === 0 ? "" : value < 0 ? "\u2212" : "+";
     return (signed ? sign : sign.replace("+", "")) + text;
   }
