@@ -80,7 +80,7 @@ class CLIPInputs:
 
     def __init__(self, processor: str, section: str = "preference") -> None:
         try:
-            self._tokenizer = AutoTokenizer.from_pretrained(processor)
+            self.tokenizer = AutoTokenizer.from_pretrained(processor)
             self.image_processor = CLIPImageProcessor.from_pretrained(processor)
         except LOAD_ERRORS as error:
             raise _cannot_load(f"{section}.processor", processor, error) from error
@@ -88,7 +88,7 @@ class CLIPInputs:
 
     def tokenize(self, prompts: Sequence[str]) -> Tensor:
         """Token ids (B, L), padded and truncated to the tokenizer's own length L."""
-        encoded = self._tokenizer(
+        encoded = self.tokenizer(
             list(prompts), padding="max_length", truncation=True, return_tensors="pt"
         )
         return encoded.input_ids
@@ -151,23 +151,23 @@ class ScorerSource:
 def _step_aware_clip(source: ScorerSource, device: torch.device) -> Scorer:
     checkpoint = resolve_file(source.checkpoint, "preference.checkpoint")
     spm = load_step_aware_clip(checkpoint, clip_config(source.backbone))
-    return StepAwareScorer(spm.to(_DTYPES[source.dtype]), CLIPInputs(source.processor), device)
+    return StepAwareScorer(spm.to(DTYPES[source.dtype]), CLIPInputs(source.processor), device)
 
 
 def _pickscore(source: ScorerSource, device: torch.device) -> Scorer:
-    clip = load_clip(source.backbone).to(_DTYPES[source.dtype])
+    clip = load_clip(source.backbone).to(DTYPES[source.dtype])
     return PickScoreScorer(clip, CLIPInputs(source.processor), device)
 
 
 SCORERS = {"step_aware_clip": _step_aware_clip, "pickscore": _pickscore}
-_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 def check_source(source: ScorerSource) -> None:
     """Raise UserError for what is wrong with `source` as far as its small files tell."""
     find(source.scorer, SCORERS, "preference.scorer")
-    if source.dtype not in _DTYPES:
-        raise UserError(f"preference.dtype: {source.dtype!r} is none of {', '.join(_DTYPES)}.")
+    if source.dtype not in DTYPES:
+        raise UserError(f"preference.dtype: {source.dtype!r} is none of {', '.join(DTYPES)}.")
     if source.scorer == "step_aware_clip":
         resolve_file(source.checkpoint, "preference.checkpoint")
     if source.scorer in SCORERS:
