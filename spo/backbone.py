@@ -16,6 +16,7 @@ import torch
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
+    DiffusionPipeline,
     DPMSolverMultistepScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
@@ -122,6 +123,11 @@ def load_pipeline(
             f"pretrained: {source.model!r} (vae {source.vae!r}, unet {source.unet!r}) cannot be loaded "
             f"({first_line(error)}); to download and check it: {PREFETCH}"
         ) from error
+    return freeze(pipe, family, dtype)
+
+
+def freeze(pipe: DiffusionPipeline, family: str, dtype: torch.dtype) -> DiffusionPipeline:
+    """`pipe` frozen, and with a VAE in fp32 where its own dtype would overflow."""
     # SDXL's own VAE overflows in fp16 and its config says so; SD1.5's does not and has the same flag.
     if family == "sdxl" and dtype == torch.float16 and pipe.vae.config.force_upcast:
         pipe.vae.to(torch.float32)
@@ -140,13 +146,16 @@ class Backbone:
         self.family = family
         self.device = device
         self.dtype = DTYPES[mixed_precision]
-        self._pipe = load_pipeline(source, family, self.dtype).to(device)
+        self._pipe = self._load(source).to(device)
         self._pipe.set_progress_bar_config(disable=True)
         self.unet = self._pipe.unet
         self.vae = self._pipe.vae
         size = self.unet.config.sample_size
         self.latent_shape: tuple[int, int, int] = (self.unet.config.in_channels, size, size)
         self.vae_scale_factor: int = self._pipe.vae_scale_factor  # pixels per latent, along a side
+
+    def _load(self, source: ModelSource) -> DiffusionPipeline:
+        return load_pipeline(source, self.family, self.dtype)
 
     def schedule(self, num_steps: int) -> DDIMSchedule:
         """The DDIM schedule made from this model's scheduler config."""

@@ -158,23 +158,23 @@ class ScorerSource:
 def _step_aware_clip(source: ScorerSource, device: torch.device) -> Scorer:
     checkpoint = resolve_file(source.checkpoint, "preference.checkpoint")
     spm = load_step_aware_clip(checkpoint, clip_config(source.backbone))
-    return StepAwareScorer(spm.to(_DTYPES[source.dtype]), CLIPInputs(source.processor), device)
+    return StepAwareScorer(spm.to(DTYPES[source.dtype]), CLIPInputs(source.processor), device)
 
 
 def _pickscore(source: ScorerSource, device: torch.device) -> Scorer:
-    clip = load_clip(source.backbone).to(_DTYPES[source.dtype])
+    clip = load_clip(source.backbone).to(DTYPES[source.dtype])
     return PickScoreScorer(clip, CLIPInputs(source.processor), device)
 
 
 SCORERS = {"step_aware_clip": _step_aware_clip, "pickscore": _pickscore}
-_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 def check_source(source: ScorerSource) -> None:
     """Raise UserError for what is wrong with `source` as far as its small files tell."""
     find(source.scorer, SCORERS, "preference.scorer")
-    if source.dtype not in _DTYPES:
-        raise UserError(f"preference.dtype: {source.dtype!r} is none of {', '.join(_DTYPES)}.")
+    if source.dtype not in DTYPES:
+        raise UserError(f"preference.dtype: {source.dtype!r} is none of {', '.join(DTYPES)}.")
     if source.scorer == "step_aware_clip":
         resolve_file(source.checkpoint, "preference.checkpoint")
     if source.scorer in SCORERS:

@@ -1,0 +1,200 @@
+"""The models of a config without their weights, on the meta device, where tensors have shapes alone.
+
+What runs on them is training's own code. What differs is said at `_TOKENIZER`, `build_models`,
+`meta_kernels` and `_autocast`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import torch.nn.functional as F
+import transformers
+from diffusers import DiffusionPipeline
+from ml_collections import ConfigDict
+from torch import Tensor, nn
+from transformers import CLIPConfig, CLIPTokenizer
+
+from spo import backbone, settings
+from spo.backbone import Backbone, ModelSource
+from spo.config_io import REPO_ROOT
+from spo.costs import Models, replaced, with_every_pair
+from spo.dotted import find
+from spo.errors import UserError
+from spo.hub import LOAD_ERRORS, first_line, is_hub_id
+from spo.scorers import DTYPES, CLIPInputs, StepAwareScorer, clip_config
+from spo.step_aware_clip import StepAwareCLIP
+
+ARCHITECTURES = REPO_ROOT / "assets" / "architectures"
+# It pads to the length that a model wants: which tokens these are costs nothing.
+_TOKENIZER = str(REPO_ROOT / "assets" / "tiny" / "clip")
+_META = torch.device("meta")
+
+
+@dataclass(frozen=True)
+class MetaModels(Models):
+    """Models, and the networks whose weights would be in memory, by their names."""
+
+    networks: Mapping[str, nn.Module]
+
+
+def build_models(config: ConfigDict) -> MetaModels:
+    """Base model, step-aware scorer and learner of `config`; nothing is downloaded.
+
+    A base model or CLIP that is no folder here has the architecture of the published one: SD1.5's or
+    SDXL's by its family, PickScore's. Every comparison makes a pair. To be used within `meta_kernels`.
+    Raises UserError for what is wrong with the config.
+    """
+    settings.check(config)
+    source = settings.model_source(config)
+    folder = _folder(source.model, config.family, "pretrained.model")
+    vae = source.vae and _folder(source.vae, f"{config.family}/vae", "pretrained.vae")
+    source = ModelSource(folder, vae=vae)
+    backbone.check_source(source, config.family)
+    model = MetaBackbone(source, config.family, config.mixed_precision, _META)
+    lora = settings.build_lora(config, model.unet, seed=0)
+    learner = settings.build_learner(config, model, model.unet, lora, accumulation_steps=1)
+    spm = _preference_model(config)
+    scorer = StepAwareScorer(spm, _inputs(spm.model.config), _META)
+    # It decides by numbers, and there are none; what it costs is one pass over the gradients.
+    learner.scaler = torch.amp.GradScaler(enabled=False)
+    # Images are independent: one after the other they cost what they cost at once.
+    collect = replace(settings.collect_settings(config), decode_batch_size=1)
+    networks = model.networks() | {"scorer": spm}
+    return MetaModels(model, scorer, learner, with_every_pair(collect), networks)
+
+
+def _folder(name: str, published: str, key: str) -> str:
+    """`name` where it is a folder; for a Hub id that of the published architecture."""
+    if Path(name).is_dir():
+        return name
+    if not is_hub_id(name):
+        raise UserError(f"{key}: {name!r} is neither a folder nor a Hub id user/name.")
+    return str(ARCHITECTURES / published)
+
+
+def _preference_model(config: ConfigDict) -> StepAwareCLIP:
+    source = settings.scorer_source(config)
+    if source.scorer != "step_aware_clip":
+        raise UserError(
+            f"preference.scorer: --meta knows step_aware_clip alone, not {source.scorer!r}."
+        )
+    clip = clip_config(_folder(source.backbone, "clip_h", "preference.backbone"))
+    with _META:
+        spm = StepAwareCLIP(clip)
+    return spm.to(find(source.dtype, DTYPES, "preference.dtype")).requires_grad_(False).eval()
+
+
+def _inputs(clip: CLIPConfig) -> CLIPInputs:
+    inputs = CLIPInputs(_TOKENIZER)
+    inputs.tokenizer.model_max_length = clip.text_config.max_position_embeddings
+    inputs.prepare = replace(inputs.prepare, size=clip.vision_config.image_size)
+    return inputs
+
+
+class MetaBackbone(Backbone):
+    """A base model from the config files of a diffusers folder."""
+
+    def _load(self, source: ModelSource) -> DiffusionPipeline:
+        folder = Path(source.model)
+        index = json.loads((folder / "model_index.json").read_text())
+        options = {k: v for k, v in index.items() if not isinstance(v, list) and k[0] != "_"}
+        classes = {k: v for k, v in index.items() if isinstance(v, list)}
+        try:
+            parts = {name: self._part(folder / name, *of) for name, of in classes.items()}
+            if source.vae is not None:
+                parts["vae"] = self._part(Path(source.vae), "diffusers", "AutoencoderKL")
+        except LOAD_ERRORS as error:
+            raise UserError(
+                f"pretrained: a config file of {source.model!r} (vae {source.vae!r}) cannot be read "
+                f"({first_line(error)})."
+            ) from error
+        for name in [name for name in parts if name.startswith("tokenizer")]:
+            encoder = parts[name.replace("tokenizer", "text_encoder")]
+            parts[name] = CLIPTokenizer.from_pretrained(
+                _TOKENIZER, model_max_length=encoder.config.max_position_embeddings
+            )
+        pipe = getattr(diffusers, index["_class_name"])(**parts, **options)
+        return backbone.freeze(pipe, self.family, self.dtype)
+
+    def _part(self, folder: Path, library: str | None, name: str | None):
+        """The module or scheduler that a class of diffusers or transformers makes of a config file."""
+        with _META:
+            if library == "diffusers":
+                kind = getattr(diffusers, name)
+                part = kind.from_config(kind.load_config(folder))
+            elif library == "transformers" and (folder / "config.json").is_file():
+                kind = getattr(transformers, name)
+                part = kind(kind.config_class.from_pretrained(folder))
+            else:
+                return None  # tokenizers, and what training does without
+        # Not diffusers' own `to`, which warns of weights that are rounded.
+        return nn.Module.to(part, self.dtype) if isinstance(part, nn.Module) else part
+
+    def networks(self) -> dict[str, nn.Module]:
+        """The networks of the pipeline, by their names there."""
+        return {k: v for k, v in self._pipe.components.items() if isinstance(v, nn.Module)}
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        is_low = self.dtype != torch.float32
+        return _autocast(self.dtype) if is_low else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def meta_kernels() -> Iterator[None]:
+    """Within the context the meta device has what real ones have.
+
+    Fused attention, which keeps no matrix of all tokens by all tokens; and a `nonzero` by which no
+    element is zero, so that every prompt of a comparison makes a pair.
+    """
+    nonzero = Tensor.nonzero
+
+    def every_index(tensor: Tensor) -> Tensor:
+        if not tensor.is_meta:
+            return nonzero(tensor)
+        return torch.ones(tensor.shape).nonzero().to(_META)
+
+    with (
+        replaced(F, "scaled_dot_product_attention", _fused_attention),
+        replaced(Tensor, "nonzero", every_index),
+    ):
+        yield
+
+
+def _fused_attention(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **options: Any
+) -> Tensor:
+    options.pop("enable_gqa", None)
+    attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    return attention(query, key, value, attn_mask=attn_mask, **options)[0]
+
+
+@contextlib.contextmanager
+def _autocast(dtype: torch.dtype) -> Iterator[None]:
+    """torch.autocast as on CUDA, for the functions that a UNet calls; it does not know this device."""
+    low = dict.fromkeys(("linear", "conv2d", "scaled_dot_product_attention"), dtype)
+    full = dict.fromkeys(("group_norm", "layer_norm"), torch.float32)
+    with contextlib.ExitStack() as stack:
+        for name, of_inputs in (low | full).items():
+            stack.enter_context(replaced(F, name, _casting(getattr(F, name), of_inputs)))
+        yield
+
+
+def _casting(function: Callable, dtype: torch.dtype) -> Callable:
+    """`function` on inputs of `dtype`."""
+
+    def cast(value: Any) -> Any:
+        is_float = isinstance(value, Tensor) and value.is_floating_point()
+        return value.to(dtype) if is_float else value
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return function(*map(cast, args), **{name: cast(value) for name, value in kwargs.items()})
+
+    return call

@@ -1,0 +1,298 @@
+"""What an iteration costs: counted on real models, on shapes alone, and by hand."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import MODELS
+from torch import nn
+
+from spo import estimate, meta_models, timing
+from spo.backbone import ModelSource
+from spo.batching import plan_batches
+from spo.config_io import load_config
+from spo.costs import (
+    DECODING,
+    DENOISING,
+    EMA,
+    ROLLOUT,
+    SCORING,
+    TRAINING,
+    Meter,
+    draw_pairs,
+    flop_counter,
+    train_on_pairs,
+)
+from spo.errors import UserError
+from spo.estimate import CHECKPOINTED, Costs, LiveMemory, MetaMeter, count_costs
+
+ROOT = Path(__file__).resolve().parent.parent
+CPU, META = torch.device("cpu"), torch.device("meta")
+SIZES = {"sample.num_steps": 4, "sample.branch_from": 2, "sample.num_candidates": 3}
+
+
+def small_config(family="sd15", **changes):
+    config, _ = load_config(str(ROOT / "tests" / "data" / "random_models.py"))
+    own = {"family": family, "pretrained.model": str(MODELS / f"tiny-{family}"), **SIZES}
+    config.update_from_flattened_dict(own | changes)
+    return config
+
+
+def test_flops_of_parts_within_parts_by_hand():
+    linear, x = nn.Linear(8, 4), torch.ones(3, 8, requires_grad=True)
+    query = torch.ones(1, 2, 5, 8)
+    with flop_counter() as counter:
+        meter = Meter(CPU, counter)
+        with meter.part("all"):
+            with meter.part("forward"):
+                output = linear(x)
+            with meter.part("backward"):
+                output.sum().backward()
+            with meter.part("attention"):
+                F.scaled_dot_product_attention(query, query, query)
+    product = 2 * 3 * 8 * 4
+    attention = 2 * 2 * 2 * 5 * 5 * 8  # two products of 2 heads
+    # One product gives the gradient of x, one that of the weight.
+    assert meter.flops == {
+        "forward": product,
+        "backward": 2 * product,
+        "attention": attention,
+        "all": 3 * product + attention,
+    }
+    assert meter.seconds["all"] >= sum(meter.seconds.values()) / 2 > 0
+
+
+@pytest.mark.parametrize(
+    ("family", "copies", "changes"),
+    [
+        ("sd15", 5, {}),
+        ("sdxl", 5, {}),
+        ("sdxl", 4, {"algorithm": "spo", "sample.num_inner_steps": 1}),
+    ],
+)
+def test_shapes_alone_cost_what_real_models_cost(family, copies, changes):
+    config = small_config(family, **changes)
+    models = timing.load_models(config, 1, CPU)
+    with flop_counter() as counter:
+        meter, again = Meter(CPU, counter), Meter(CPU, counter)
+        pairs = draw_pairs(models, ["a fox"], meter, apart=True)
+        train_on_pairs(models, pairs.select(slice(1)), 1, meter)
+        models.backbone.unet.enable_gradient_checkpointing()
+        train_on_pairs(models, pairs.select(slice(1)), 1, again)
+    costs = count_costs(config)
+    assert costs.pairs == len(pairs) == 2
+    measured = {name: meter.flops[name] for name in costs.flops if name != CHECKPOINTED}
+    assert costs.flops == measured | {CHECKPOINTED: again.flops[TRAINING]}
+    assert all(costs.flops.values())
+    # The rest encodes the prompt.
+    inner = sum(costs.flops[name] for name in (DENOISING, DECODING, SCORING))
+    assert 0.5 * costs.flops[ROLLOUT] < inner < costs.flops[ROLLOUT]
+    weights = sum(p.numel() * 4 for p in models.backbone.vae.parameters())
+    assert costs.resident_bytes["vae"] == weights
+    lora = sum(p.numel() * 4 for p in models.learner.lora.parameters.values())
+    assert costs.resident_bytes["LoRAs, gradient, optimizer"] == copies * lora
+    unet = sum(p.numel() * 4 for p in models.backbone.unet.parameters())
+    assert costs.resident_bytes["unet"] == unet - lora
+
+
+def test_live_memory_by_hand():
+    weight = torch.ones(1000, device=META)  # was there before: 4,000 bytes that do not count
+    with LiveMemory(META) as memory:
+        a = weight * 2
+        b = (a.view(10, 100) + 1).t()  # a view makes nothing
+        assert memory.live == 8000
+        del a
+        b.mul_(2)  # nor does a change in place
+        assert (memory.live, memory.peak) == (4000, 8000)
+        torch.ones(5000)  # on another device
+        del b
+        assert (memory.live, memory.peak) == (0, 8000)
+
+
+def test_a_part_needs_what_lives_on_top_of_its_beginning():
+    with flop_counter() as counter, LiveMemory(META) as memory:
+        meter = MetaMeter(META, counter, memory)
+        x = torch.ones(1000, device=META)
+        with meter.part("outer"):
+            y = x + 1
+            with meter.part("inner"):
+                z = (y + 1) + 1
+            del y, z
+    assert meter.peak_bytes == {"inner": 8000, "outer": 12000}
+
+
+def test_a_call_of_known_shapes_counts_without_running():
+    calls = []
+
+    class Model:
+        def predict(self, x):
+            calls.append(x.shape)
+            return x @ x
+
+    model = Model()
+    with flop_counter() as counter, LiveMemory(META) as memory:
+        meter = MetaMeter(META, counter, memory)
+        with meter.part("all"), meter.each_call({"product": (model, "predict")}):
+            for side in (2, 3, 2, 2):
+                model.predict(torch.ones(side, side, device=META))
+    assert [len(shape) and shape[0] for shape in calls] == [2, 3]
+    assert meter.flops == {"product": 3 * 2 * 2**3 + 2 * 3**3, "all": 3 * 2 * 2**3 + 2 * 3**3}
+    model.predict(torch.ones(2, 2))  # its own again
+    assert len(calls) == 3
+
+
+def test_a_pair_is_the_unit_of_training_memory():
+    models = meta_models.build_models(small_config())
+    with meta_models.meta_kernels(), flop_counter() as counter, LiveMemory(META) as memory:
+        pairs = draw_pairs(models, ["a fox"] * 2, MetaMeter(META, counter, memory), apart=True)
+        peaks = {}
+        for count in (1, 2, 4):
+            meter = MetaMeter(META, counter, memory)
+            train_on_pairs(models, pairs.select(slice(count)), count, meter)
+            peaks[count] = meter.peak_bytes[TRAINING]
+    assert peaks[4] - peaks[2] == pytest.approx(2 * (peaks[2] - peaks[1]), rel=0.02)
+    # What does not grow is small beside it, and makes the estimate a little too large.
+    assert 3.5 * peaks[1] < peaks[4] <= 4 * peaks[1]
+
+
+def test_low_precision_is_autocast_on_these_models():
+    models = meta_models.build_models(small_config(mixed_precision="fp16"))
+    unet, seen = models.backbone.unet, {}
+
+    def hook(name):
+        return lambda module, args, output: seen.update({name: output.dtype})
+
+    unet.conv_in.register_forward_hook(hook("convolution"))
+    unet.conv_norm_out.register_forward_hook(hook("norm"))
+    unet.time_embedding.linear_1.register_forward_hook(hook("linear"))
+    with meta_models.meta_kernels():
+        draw_pairs(models, ["a fox"], Meter(META), apart=False)
+    half = torch.float16
+    assert seen == {"convolution": half, "norm": torch.float32, "linear": half}
+    assert torch.Tensor.nonzero(torch.tensor([0, 1])).tolist() == [[1]]
+
+
+@pytest.mark.parametrize(
+    ("family", "unet", "unet_teraflops", "vae_teraflops"),
+    [("sd15", 859_520_964, 0.803, 2.515), ("sdxl", 2_567_463_684, 6.761, 10.470)],
+)
+def test_full_size_models_are_the_published_ones(family, unet, unet_teraflops, vae_teraflops):
+    source = ModelSource(str(meta_models.ARCHITECTURES / family))
+    model = meta_models.MetaBackbone(source, family, "fp16", META)
+    sizes = {k: sum(p.numel() for p in v.parameters()) for k, v in model.networks().items()}
+    text = {"sd15": {}, "sdxl": {"text_encoder_2": 694_659_840}}[family]
+    expected = {"unet": unet, "vae": 83_653_863, "text_encoder": 123_060_480}
+    assert sizes == expected | text
+    with meta_models.meta_kernels(), torch.no_grad():
+        conditioning = model.encode_prompts(["a fox"])
+        latents = torch.ones(1, *model.latent_shape, device=META)
+        with flop_counter() as counter:
+            model.predict(model.unet, latents, 1, conditioning, 1.0)
+        assert counter.get_total_flops() / 1e12 == pytest.approx(unet_teraflops, rel=1e-3)
+        with flop_counter() as counter:
+            model.decode(latents)
+        assert counter.get_total_flops() / 1e12 == pytest.approx(vae_teraflops, rel=1e-3)
+
+
+def test_what_fits_and_what_a_run_costs_by_hand():
+    costs = Costs(
+        flops={ROLLOUT: 100, TRAINING: 5, CHECKPOINTED: 7},
+        pairs=16,
+        resident_bytes={"unet": 40, "vae": 20},
+        peak_bytes={TRAINING: 10, CHECKPOINTED: 3},
+    )
+    # 90 of 100 bytes are free, less 60.
+    assert (costs.largest_batch(TRAINING, 100), costs.largest_batch(CHECKPOINTED, 100)) == (3, 10)
+    assert costs.largest_batch(TRAINING, 50) == 0
+    assert costs.run_flops(2, 0.5, TRAINING) == 2 * (100 + 8 * 5)
+    config = small_config()
+    assert estimate.training_part(config) == TRAINING
+    config.train.gradient_checkpointing = True
+    assert estimate.training_part(config) == CHECKPOINTED
+
+
+def test_an_iteration_is_timed_and_counted():
+    config = small_config(**{"sample.batch_size": 2, "train.batch_size": 3})
+    plan = plan_batches(config, 1)
+    models = timing.load_models(config, plan.accumulation_steps, CPU)
+    parts = timing.measure_parts(models, plan, repeats=2)
+    assert set(parts) == {ROLLOUT, DENOISING, DECODING, SCORING, TRAINING, EMA}
+    assert all(len(part.seconds) == 2 and min(part.seconds) > 0 for part in parts.values())
+    assert models.learner.updates == 3 * 2  # warmed up once, and 4 pairs are two minibatches
+    peak = timing.DevicePeak(flops=1e12, copied_bytes=1e9)
+    lora = sum(p.numel() for p in models.learner.lora.parameters.values())
+    assert parts[EMA].share_of(peak) == 12 * lora / 1e9 / parts[EMA].median
+    assert parts[TRAINING].share_of(peak) == parts[TRAINING].flops / 1e12 / parts[TRAINING].median
+
+
+def test_a_peak_is_positive():
+    peak = timing.measure_peak(CPU, torch.float32)
+    assert peak.flops > 1e8 and peak.copied_bytes > 1e7
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"preference.scorer": "pickscore"}, "preference.scorer: --meta .* not 'pickscore'"),
+        ({"preference.dtype": "int8"}, "preference.dtype: 'int8' is none of"),
+        ({"preference.backbone": "./no"}, "preference.backbone: './no' is neither a folder"),
+        ({"pretrained.model": "./no"}, "pretrained.model: './no' is neither a folder"),
+        ({"pretrained.vae": str(MODELS)}, "pretrained.vae: no file .*config.json"),
+        ({"pretrained.model": "user/name", "family": "sd3"}, "family: 'sd3' is none of"),
+    ],
+)
+def test_what_cannot_be_built_without_weights(changes, message):
+    with pytest.raises(UserError, match=message):
+        meta_models.build_models(small_config(**changes))
+
+
+def test_a_model_folder_without_configs(tmp_path):
+    index = MODELS / "tiny-sd15" / "model_index.json"
+    (tmp_path / index.name).write_bytes(index.read_bytes())
+    with pytest.raises(UserError, match="pretrained: a config file of .* cannot be read"):
+        meta_models.build_models(small_config(**{"pretrained.model": str(tmp_path)}))
+
+
+def run_script(*arguments):
+    command = [sys.executable, "scripts/benchmark.py", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+def test_command_line(tmp_path):
+    sizes = [f"--config.{key}={value}" for key, value in SIZES.items()]
+    common = ["--config=tests/data/random_models.py", *sizes, "--config.prompts.num=100"]
+    file = tmp_path / "meta.json"
+    result = run_script(*common, "--meta", f"--json={file}", "--tflops=1e-6", "--num_gpus=2")
+    assert result.returncode == 0, result.stderr
+    figures = json.loads(file.read_text())
+    flops, pairs = figures["tflop"], figures["pairs_of_a_prompt"] * 0.8
+    per_prompt = flops[ROLLOUT] + pairs * flops[TRAINING]
+    assert figures["hours"] == pytest.approx(100 * per_prompt / 1e-6 / 2 / 3600)
+    assert (
+        "largest that fits on a card of" in result.stdout
+        and " hours for 100 prompts" in result.stdout
+    )
+    file = tmp_path / "measured.json"
+    result = run_script(*common, "--repeats=1", f"--json={file}", "--config.sample.batch_size=1")
+    assert result.returncode == 0, result.stderr
+    figures = json.loads(file.read_text())
+    assert figures["parts"][ROLLOUT]["tflop"] == pytest.approx(flops[ROLLOUT])
+    assert f"peak memory: {figures['peak_memory_gib']:.4g} GiB" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--repeats=0"], "error: --repeats: 0 must be above 0."),
+        (["--meta", "--tflops=0"], "error: --tflops: 0.0 must be above 0."),
+        (["--pair_share=2"], "error: --pair_share: 2.0 must be from 0 to 1."),
+        (["--json=no/such.json"], "error: --json: there is no folder no; make it first."),
+    ],
+)
+def test_bad_input_is_one_line(arguments, message):
+    result = run_script("--config=config/tiny.py", *arguments)
+    assert (result.returncode, result.stderr) == (2, message + "\n")
