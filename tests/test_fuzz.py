@@ -223,7 +223,7 @@ def test_prompt_files(tmp_path, tell):
         tell[outcome(lambda: read_prompts(str(path)))] += 1
 
     case()
-    assert tell["valid"] > 50 and tell["refused"] > 50
+    assert tell["valid"] > 20 and tell["refused"] > 50
 
 
 SIZES = {
