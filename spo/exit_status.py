@@ -31,6 +31,21 @@ def keep_status() -> None:
     os.environ.pop(FILE_VARIABLE, None)
 
 
+def note_handlers() -> None:
+    """Tell spo.launch that from here on a signal lets this process save and end by itself."""
+    if path := os.environ.get(FILE_VARIABLE):
+        _handlers(Path(path)).touch()
+
+
+def has_handlers(path: Path) -> bool:
+    """Whether a process of the run, whose statuses go to the file `path`, came as far as that."""
+    return _handlers(path).exists()
+
+
+def _handlers(path: Path) -> Path:
+    return path.with_name(f"{path.name}.handlers")
+
+
 def handed_over(path: Path) -> int:
     """The status that the processes of a run left in the file `path`; 0 where they left none."""
     lines = path.read_text().splitlines() if path.exists() else []

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
 from spo.errors import Stopped
+from spo.exit_status import note_handlers
 
 Item = TypeVar("Item")
 
@@ -26,6 +27,7 @@ class StopSignals:
         if threading.current_thread() is threading.main_thread():  # Python refuses it elsewhere
             for number in (signal.SIGTERM, signal.SIGINT):
                 self._before[number] = signal.signal(number, self._note)
+            note_handlers()
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 
-from spo.exit_status import FAILED, FILE_VARIABLE, STOPPED, handed_over
+from spo.exit_status import FAILED, FILE_VARIABLE, STOPPED, handed_over, has_handlers
 
 AT_ONCE = 128 + signal.SIGINT  # a second Ctrl-C, as shells say it
 _PR_SET_PDEATHSIG = 1  # of linux/prctl.h
@@ -91,7 +91,8 @@ class _Supervisor:
         if self.signals.count(signal.SIGINT) > 1:
             print("error: killed by the second interrupt; nothing was saved", file=sys.stderr)
             return AT_ONCE
-        if self.stopped_before_start or (self.signals and status == -signal.SIGTERM):
+        ended_early = status and self.signals and not has_handlers(self.status_file)
+        if self.stopped_before_start or ended_early:
             print("stopped before training began", file=sys.stderr)
             return STOPPED
         if status < 0:

@@ -17,6 +17,7 @@ SCRIPT = """
 import os, signal, sys, time
 from absl import app
 from spo.errors import UserError
+from spo.exit_status import note_handlers
 from spo.flags import define_config, exit_on_user_error, parse_flags
 
 CONFIG = define_config("tests/data/random_models.py")
@@ -25,8 +26,13 @@ signals = []
 
 def main(_):
     seed = CONFIG.value.seed
+    if seed == 8:  # still loads its models
+        sys.stdout.write(f"training {os.getpid()}\\n")
+        sys.stdout.flush()
+        time.sleep(60)
     signal.signal(signal.SIGTERM, lambda *_: signals.append("SIGTERM"))
     signal.signal(signal.SIGINT, lambda *_: signals.append("SIGINT"))
+    note_handlers()
     with exit_on_user_error():
         sys.stdout.write(f"training {os.getpid()}\\n")  # in one piece: torchrun unbuffers it
         sys.stdout.flush()
@@ -126,6 +132,15 @@ def test_a_signal_before_anything_trains_ends_all_of_it(launch):
     out, err = process.communicate(timeout=20)
     assert process.returncode == 75 and out == ""
     assert err == "stopped before training began\n"
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_signal_while_models_load_is_a_stop_too(launch, processes):
+    process = launch(processes, seed=8)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 75
+    assert err.endswith("stopped before training began\n")
 
 
 @pytest.mark.parametrize("processes", [1, 2])
