@@ -93,7 +93,14 @@ def make_learner(backbone: Backbone) -> Learner:
         objective=LOSSES["gradspo"],
         schedule=backbone.schedule(20),
         loss_settings=LossSettings(beta=10.0, clip_eps=0.1, grad_scale=0.5, eta=1.0),
-        settings=UpdateSettings(1, max_grad_norm=1.0, ema_decay=0.9, ema_every="optimizer_step"),
+        settings=UpdateSettings(
+            accumulation_steps=1,
+            max_grad_norm=1.0,
+            ema_decay=0.9,
+            ema_every="optimizer_step",
+            merge_lora=True,
+            skip_ema_pass=False,
+        ),
         guidance_scale=5.0,
     )
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from spo.backbone import Backbone
 from spo.ddim import DDIMSchedule
-from spo.pairs import PairSettings, concatenate_pairs, select_pairs
+from spo.pairs import PairSettings, best_against_worst, concatenate_pairs
 from spo.rollout import RolloutSettings, stepwise_rollout
 from spo.scorers import Scorer
 from spo.types import Candidates, Conditioning, PreferencePairs
@@ -40,6 +40,7 @@ class CollectSettings:
     pairs: PairSettings
     guidance_scale: float
     decode_batch_size: int
+    autocast: bool  # Backbone.predict's: needed unless the sampler's LoRA is merged
 
 
 @torch.no_grad()
@@ -62,9 +63,11 @@ def collect_rollout(
 
     def predict(latents: Tensor, timestep: int, rows: Conditioning) -> Tensor:
         before_step()
-        return backbone.predict(backbone.unet, latents, timestep, rows, settings.guidance_scale)
+        return backbone.predict(
+            backbone.unet, latents, timestep, rows, settings.guidance_scale, settings.autocast
+        )
 
-    parts, comparisons = [], []
+    parts, keep, comparisons = [], [], []
     for candidates in stepwise_rollout(
         predict, schedule, settings.rollout, conditioning, backbone.latent_shape, generator
     ):
@@ -72,8 +75,13 @@ def collect_rollout(
             candidates, backbone.decode, scorer, prompt_features, settings.decode_batch_size
         )
         comparisons.append(Comparison(candidates.score_timestep, scores))
-        parts.append(select_pairs(candidates, scores, conditioning, prompt_ids, settings.pairs))
-    return Collected(concatenate_pairs(parts), tuple(comparisons))
+        pairs, differ = best_against_worst(
+            candidates, scores, conditioning, prompt_ids, settings.pairs
+        )
+        parts.append(pairs)
+        keep.append(differ)
+    kept = torch.cat(keep).nonzero().flatten()
+    return Collected(concatenate_pairs(parts).select(kept), tuple(comparisons))
 
 
 @torch.no_grad()

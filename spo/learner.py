@@ -14,6 +14,7 @@ from spo.ddim import DDIMSchedule
 from spo.ema import distance, update_ema
 from spo.lora import Lora
 from spo.losses import LossSettings, Objective
+from spo.merged_lora import MergedLora
 from spo.types import LossOutput, NoisePredictions, PreferencePairs
 
 
@@ -25,6 +26,8 @@ class UpdateSettings:
     max_grad_norm: float | None
     ema_decay: float
     ema_every: str  # "optimizer_step" or "window"
+    merge_lora: bool  # lora.merge
+    skip_ema_pass: bool  # train.ema_prediction == "none"
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,7 @@ class Learner:
         self.loss_settings, self.settings = loss_settings, settings
         self.guidance_scale, self.reference = guidance_scale, reference
         self.ema = lora.snapshot() if objective.uses_ema else None
+        self.merged = MergedLora(lora) if settings.merge_lora else None
         self.scaler = torch.amp.GradScaler(
             backbone.device.type, enabled=backbone.dtype == torch.float16
         )
@@ -69,11 +73,14 @@ class Learner:
         self.skipped_in_a_row = 0  # updates left out, as their fp16 gradients overflowed
 
     def sampler(self) -> contextlib.AbstractContextManager:
-        """Within the context the UNet is the network that draws candidates."""
+        """Within the context the UNet is the network that draws candidates, without gradients."""
         return self.network("policy" if self.ema is None else "ema")
 
     def network(self, name: str) -> contextlib.AbstractContextManager:
-        """Within the context the UNet is the "policy" or the "ema"."""
+        """Within the context the UNet is the "policy" or the "ema", for passes without gradients."""
+        weights = self.ema if name == "ema" else self.lora.parameters
+        if self.merged is not None:
+            return self.merged.using(weights)
         return self.lora.using(self.ema) if name == "ema" else contextlib.nullcontext()
 
     def gradients(self) -> dict[str, Tensor]:
@@ -89,12 +96,19 @@ class Learner:
         """Guided epsilon predictions of all networks at the pairs' x_t; the policy's with gradients."""
         with torch.no_grad(), self.lora.using(self.reference):
             reference = self._epsilon(self.backbone.unet, pairs)
-        ema = None
-        if self.ema is not None:
-            with torch.no_grad(), self.lora.using(self.ema):
-                ema = self._epsilon(self.backbone.unet, pairs)
+        ema = self._ema_epsilon(pairs, reference)
         # Last, so that a backward pass that recomputes activations finds the policy in place.
         return NoisePredictions(self._epsilon(self.unet, pairs), reference, ema)
+
+    def _ema_epsilon(self, pairs: PreferencePairs, reference: Tensor) -> Tensor | None:
+        if self.ema is None:
+            return None
+        if pairs.sampler_epsilon is not None:
+            return pairs.sampler_epsilon
+        if self.settings.skip_ema_pass:
+            return reference  # without clips it cancels out of the loss, whatever it is
+        with torch.no_grad(), self.network("ema"):
+            return self._epsilon(self.backbone.unet, pairs)
 
     def _epsilon(self, unet: nn.Module, pairs: PreferencePairs) -> Tensor:
         n, latents_each = pairs.latents.shape[:2]

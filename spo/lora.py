@@ -30,7 +30,7 @@ class Lora:
     """The LoRA of a UNet: its parameters are the policy."""
 
     parameters: Mapping[str, nn.Parameter]  # fp32, by their names inside the UNet
-    layers: tuple[BaseTunerLayer, ...]
+    layers: Mapping[str, BaseTunerLayer]  # that they change, by their names inside the UNet
     rank: int
     alpha: int
     target_modules: tuple[str, ...]
@@ -49,7 +49,7 @@ class Lora:
     def using(self, weights: Mapping[str, Tensor] | None) -> Iterator[None]:
         """Within the context the UNet runs with `weights` (not copied); None: as the base model."""
         own = {name: parameter.data for name, parameter in self.parameters.items()}
-        was_enabled = not self.layers[0].disable_adapters
+        was_enabled = not any(layer.disable_adapters for layer in self.layers.values())
         try:
             self._point_to(own if weights is None else weights, enabled=weights is not None)
             yield
@@ -57,7 +57,7 @@ class Lora:
             self._point_to(own, was_enabled)
 
     def _point_to(self, weights: Mapping[str, Tensor], enabled: bool) -> None:
-        for layer in self.layers:
+        for layer in self.layers.values():
             if layer.disable_adapters == enabled:
                 layer.enable_adapters(enabled)
         for name, parameter in self.parameters.items():
@@ -93,7 +93,11 @@ def add_lora(
         parameter.data = parameter.data.float()
         if "lora_A" in name:
             parameter.data.copy_(torch.randn(parameter.shape, generator=generator) / rank)
-    layers = tuple(module for module in unet.modules() if isinstance(module, BaseTunerLayer))
+    layers = {n: layer for n, layer in unet.named_modules() if isinstance(layer, BaseTunerLayer)}
+    for layer in layers.values():
+        # Under autocast peft would take its input to fp32 and autocast back again: two copies for
+        # nothing. Without autocast input and LoRA are both in fp32.
+        layer.cast_input_dtype_enabled = False
     return Lora(parameters, layers, rank, alpha, tuple(target_modules))
 
 

@@ -22,6 +22,7 @@ class PairSettings:
         bool  # only the window's first transition makes a pair (Objective.shares_latents)
     )
     one_x_t: bool  # win and lose of every pair share x_t, which is then kept once
+    keep_predictions: bool  # the sampler's at x_t (train.ema_prediction == "rollout")
 
 
 def preference_gap(scores: Tensor) -> Tensor:
@@ -30,44 +31,48 @@ def preference_gap(scores: Tensor) -> Tensor:
     return best_and_worst[0] - best_and_worst[1]
 
 
-def select_pairs(
+def best_against_worst(
     candidates: Candidates,
     scores: Tensor,
     conditioning: Conditioning,
     prompt_ids: Tensor,
     settings: PairSettings,
-) -> PreferencePairs:
-    """Best against worst candidate of each of B prompts, where the scores (K, B) differ enough.
+) -> tuple[PreferencePairs, Tensor]:
+    """The pairs of best and worst candidate of B prompts, and which of them differ enough, (n,) bool.
 
-    Pairs come transition by transition of the window, within a transition prompt by prompt.
+    Pairs come transition by transition of the window, within a transition prompt by prompt; scores
+    are (K, B). All are returned, as to pick out some would wait for a GPU.
     """
     keep = preference_gap(scores) > settings.threshold
     if candidates.is_final and settings.keep_all_final:
         keep = torch.ones_like(keep)
-    rows = keep.nonzero().flatten()  # (n,) prompts with a pair
-    ranked = torch.stack([scores.argmax(dim=0), scores.argmin(dim=0)], dim=1)[rows]  # (n, 2)
+    ranked = torch.stack([scores.argmax(dim=0), scores.argmin(dim=0)], dim=1)  # (B, 2)
+    prompts = torch.arange(len(ranked), device=ranked.device)[:, None]
 
-    def of_win_and_lose(values: Tensor) -> Tensor:  # (K, B, ...) -> (n, 2, ...)
-        return values[ranked, rows[:, None]]
+    def of_win_and_lose(values: Tensor) -> Tensor:  # (K, B, ...) -> (B, 2, ...)
+        return values[ranked, prompts]
 
-    def start(transition: Transition) -> Tensor:
+    def at_start(transition: Transition, values: Tensor) -> Tensor:
         if settings.one_x_t:
-            return transition.latents[0, rows].unsqueeze(1)
-        return of_win_and_lose(transition.latents.expand_as(transition.noise))
+            return values[0].unsqueeze(1)
+        return of_win_and_lose(values.expand_as(transition.noise))
 
-    return concatenate_pairs(
-        [
-            PreferencePairs(
-                timesteps=torch.full_like(rows, transition.timestep),
-                latents=start(transition),
-                noises=of_win_and_lose(transition.noise),
-                next_latents=of_win_and_lose(transition.next_latents),
-                prompt_ids=prompt_ids[rows],
-                conditioning=conditioning.select(rows),
-            )
-            for transition in _transitions_used(candidates.window, settings)
-        ]
-    )
+    transitions = _transitions_used(candidates.window, settings)
+    pairs = [
+        PreferencePairs(
+            timesteps=torch.full_like(prompt_ids, transition.timestep),
+            latents=at_start(transition, transition.latents),
+            noises=of_win_and_lose(transition.noise),
+            next_latents=of_win_and_lose(transition.next_latents),
+            prompt_ids=prompt_ids,
+            conditioning=conditioning,
+            sampler_epsilon=(
+                at_start(transition, transition.epsilon) if settings.keep_predictions else None
+            ),
+        )
+        for transition in transitions
+    ]
+    return concatenate_pairs(pairs), keep.repeat(len(transitions))
 
 
 def _transitions_used(
@@ -103,15 +108,17 @@ def concatenate_pairs(parts: Sequence[PreferencePairs]) -> PreferencePairs:
 def no_pairs(
     conditioning: Conditioning, latent_shape: tuple[int, int, int], settings: PairSettings
 ) -> PreferencePairs:
-    """No pairs, in the shapes that `select_pairs` gives: what a process without prompts deals in."""
+    """No pairs, in the shapes of `best_against_worst`: what a process without prompts deals in."""
     device = conditioning.prompt_embeds.device
     none = torch.zeros(0, dtype=torch.int64, device=device)
     two = torch.zeros(0, 2, *latent_shape, device=device)
+    start = two[:, :1] if settings.one_x_t else two
     return PreferencePairs(
         timesteps=none,
-        latents=two[:, :1] if settings.one_x_t else two,
+        latents=start,
         noises=two,
         next_latents=two,
         prompt_ids=none,
         conditioning=conditioning.select(slice(0)),
+        sampler_epsilon=start if settings.keep_predictions else None,
     )

@@ -117,7 +117,7 @@ def stepwise_rollout(
     denoiser = _Denoiser(network, schedule, settings.eta)
 
     def draw(*rows: int) -> Tensor:
-        return torch.randn(*rows, *latent_shape, generator=generator).to(device)
+        return _to(device, torch.randn(*rows, *latent_shape, generator=generator))
 
     latents = draw(b)
     for timestep in schedule.timesteps[: settings.branch_from]:
@@ -137,14 +137,22 @@ def stepwise_rollout(
             if not is_full or (timestep == last and settings.extend_final):
                 noise = draw(k * b).unflatten(0, (k, b))
                 next_latents = denoiser.step(candidates, timestep, noise)
-                window += (Transition(timestep, ends, noise, next_latents),)
+                window += (Transition(timestep, ends, noise, next_latents, candidates.epsilon),)
                 continue
             yield Candidates(window, candidates.x0, timestep, is_final=False)
-            goes_on = torch.randint(0, k, (b,), generator=generator).to(device)
+            goes_on = _to(device, torch.randint(0, k, (b,), generator=generator))
             latents, prediction = ends[goes_on, prompts], candidates.select(goes_on, prompts)
         noise = draw(k, b)
         next_latents = denoiser.step(prediction, timestep, noise)
-        window = (Transition(timestep, latents.unsqueeze(0), noise, next_latents),)
+        shared, epsilon = latents.unsqueeze(0), prediction.epsilon.unsqueeze(0)
+        window = (Transition(timestep, shared, noise, next_latents, epsilon),)
 
     score_timestep = last if settings.final_score_timestep == "t" else 0
     yield Candidates(window, window[-1].next_latents, score_timestep, is_final=True)
+
+
+def _to(device: torch.device, drawn: Tensor) -> Tensor:
+    """`drawn` on `device`, without waiting until a GPU has done all that it was given before."""
+    if device.type == "cuda":
+        drawn = drawn.pin_memory()
+    return drawn.to(device, non_blocking=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Protocol
 
 import torch
@@ -78,8 +79,13 @@ class ImagePreparation:
 
     def normalise(self, images: Tensor) -> Tensor:
         """Images in [0, 1] to zero mean and unit variance over CLIP's training data."""
-        mean, std = (images.new_tensor(v).view(3, 1, 1) for v in (self.mean, self.std))
+        mean, std = (_per_channel(v, images.device, images.dtype) for v in (self.mean, self.std))
         return (images - mean) / std
+
+
+@cache  # to make a tensor of numbers on a GPU waits for it
+def _per_channel(values: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    return torch.tensor(values, device=device, dtype=dtype).view(-1, 1, 1)
 
 
 class CLIPInputs:

@@ -58,6 +58,7 @@ def pair_settings(config: ConfigDict) -> PairSettings:
         direction_from_last=sample.final_direction == "last",
         branching_only=shares_latents,
         one_x_t=shares_latents or one_transition,
+        keep_predictions=objective(config).uses_ema and config.train.ema_prediction == "rollout",
     )
 
 
@@ -67,6 +68,7 @@ def collect_settings(config: ConfigDict) -> CollectSettings:
         pairs=pair_settings(config),
         guidance_scale=config.sample.guidance_scale,
         decode_batch_size=config.sample.decode_batch_size,
+        autocast=not config.lora.merge,
     )
 
 
@@ -110,6 +112,8 @@ def build_learner(
             max_grad_norm=train.max_grad_norm,
             ema_decay=train.ema_decay,
             ema_every=train.ema_every,
+            merge_lora=config.lora.merge,
+            skip_ema_pass=config.train.ema_prediction == "none",
         ),
         guidance_scale=config.sample.guidance_scale,
         reference=lora.snapshot() if config.lora.reference == "init" else None,
@@ -179,6 +183,11 @@ def check(config: ConfigDict) -> None:
             f"sample.num_inner_steps: {config.algorithm} compares candidates of one shared x_t and "
             "cannot use inner steps; set it to 0, or algorithm=spo."
         )
+    if config.train.ema_prediction == "none" and config.train.clip_eps is not None:
+        raise UserError(
+            "train.ema_prediction: without the EMA's prediction the clips cannot be computed; set "
+            "train.clip_eps=None with 'none', or use 'fresh' or 'rollout'."
+        )
     modules = config.lora.target_modules
     if not modules or not all(isinstance(name, str) for name in modules):
         raise UserError("lora.target_modules: name at least one layer, and nothing but layers.")
@@ -191,6 +200,7 @@ _CHOICES = {
     "sample.final_score_timestep": ("zero", "t"),
     "sample.final_direction": ("window", "last"),
     "train.ema_every": ("optimizer_step", "window"),
+    "train.ema_prediction": ("fresh", "rollout", "none"),
     "eval.weights": ("policy", "ema"),
     "lora.reference": ("base", "init"),
     "hub.weights": ("policy", "ema"),

@@ -40,7 +40,8 @@ class Conditioning:
 
     def repeat(self, times: int) -> Conditioning:
         """All prompts, `times` over: row k B + b is prompt b."""
-        return self.select(torch.arange(len(self)).repeat(times))
+        rows = torch.arange(len(self), device=self.prompt_embeds.device)
+        return self.select(rows.repeat(times))
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ class Transition:
     latents: Tensor  # x_t: (K, B, C, h, w), or (1, B, C, h, w) where the candidates share it
     noise: Tensor  # z: (K, B, C, h, w)
     next_latents: Tensor  # x_t': (K, B, C, h, w)
+    epsilon: Tensor  # the sampler's guided prediction at x_t, shaped as `latents`
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,8 @@ class PreferencePairs:
     next_latents: Tensor  # x_t' of win and lose: (n, 2, C, h, w)
     prompt_ids: Tensor  # (n,) int64, index of the prompt in the training set
     conditioning: Conditioning  # of n rows
+    # The sampler's guided prediction at x_t, shaped as `latents`; None where it was not kept.
+    sampler_epsilon: Tensor | None = None
 
     def __len__(self) -> int:
         return self.timesteps.shape[0]
@@ -88,7 +92,8 @@ class PreferencePairs:
 
     def tensors(self) -> dict[str, Tensor]:
         """The fields with one row per pair, without the conditioning."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "conditioning"}
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
 
 @dataclass(frozen=True)

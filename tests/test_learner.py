@@ -5,6 +5,7 @@ import hashlib
 import json
 import math
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -41,6 +42,8 @@ def make_learner(
         "max_grad_norm": 1.0,
         "ema_decay": 0.9,
         "ema_every": "optimizer_step",
+        "merge_lora": True,
+        "skip_ema_pass": False,
     }
     return Learner(
         backbone=backbone,
@@ -113,9 +116,10 @@ def test_training_lowers_the_loss(own_backbone, algorithm):
     assert losses == sorted(losses, reverse=True) and losses[-1] < losses[0] - 1e-4
 
 
-def test_the_sampler_is_the_ema_or_the_policy(own_backbone):
+@pytest.mark.parametrize("merge_lora", [False, True])
+def test_the_sampler_is_the_ema_or_the_policy(own_backbone, merge_lora):
     for algorithm in LOSSES:
-        learner = make_learner(own_backbone("sd15"), algorithm)
+        learner = make_learner(own_backbone("sd15"), algorithm, merge_lora=merge_lora)
         policy = random_weights(learner.lora, seed=1)
         learner.lora.assign(policy)
         if learner.ema is not None:
@@ -123,7 +127,47 @@ def test_the_sampler_is_the_ema_or_the_policy(own_backbone):
         with learner.sampler():
             sampled = unet_output(learner.backbone)
         learner.lora.assign(policy if algorithm == "spo" else learner.ema)
-        assert torch.equal(sampled, unet_output(learner.backbone))
+        expected = unet_output(learner.backbone)
+        assert torch.equal(sampled, expected) != merge_lora  # merged, it rounds otherwise
+        torch.testing.assert_close(sampled, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_sampler_moves_with_the_updates(own_backbone):
+    """What was merged once must not be drawn with for ever."""
+    for algorithm in LOSSES:
+        learner = make_learner(own_backbone("sd15"), algorithm, learning_rate=1e-1)
+        pairs = random_pairs(learner.backbone, TIMESTEPS, seed=0)
+        for index in range(3):
+            learner.train_minibatch(pairs, index)
+            with learner.sampler():
+                sampled = unet_output(learner.backbone)
+            with learner.lora.using(learner.ema or learner.lora.snapshot()):
+                expected = unet_output(learner.backbone)
+            torch.testing.assert_close(sampled, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_where_the_ema_prediction_comes_from(own_backbone):
+    """A fresh pass, the rollout, or nowhere, where nothing is clipped and it makes no difference."""
+    results = {}
+    for name in ("fresh", "rollout", "none"):
+        backbone = own_backbone("sd15")
+        learner = make_learner(backbone, clip_eps=None, skip_ema_pass=name == "none")
+        learner.lora.assign(random_weights(learner.lora, seed=1))
+        pairs = random_pairs(backbone, TIMESTEPS, seed=0)
+        calls = []
+        backbone.unet.register_forward_hook(lambda *_, calls=calls: calls.append(0))
+        if name == "rollout":
+            # Another one than the EMA would make now.
+            pairs = replace(pairs, sampler_epsilon=pairs.latents.clone())
+        predictions = learner.predict(pairs)
+        assert len(calls) == (3 if name == "fresh" else 2)
+        if name == "rollout":
+            assert torch.equal(predictions.ema, pairs.sampler_epsilon)
+        learner.train_minibatch(pairs, 0)
+        results[name] = learner.lora.snapshot()
+    for name in ("rollout", "none"):
+        for key, value in results["fresh"].items():
+            torch.testing.assert_close(results[name][key], value, rtol=0, atol=1e-4)
 
 
 def test_a_lora_as_the_reference(own_backbone):

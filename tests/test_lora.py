@@ -165,7 +165,7 @@ from pathlib import Path
 from spo.lora import Lora, save_lora
 names = [f"{layer}.lora_{factor}.default.weight" for layer in "qkvo" for factor in "AB"]
 weights = {name: torch.arange(6.0).view(2, 3) for name in names}
-lora = Lora({}, (), 4, 2, ("to_q", "to_k", "to_v"))
+lora = Lora({}, {}, 4, 2, ("to_q", "to_k", "to_v"))
 metadata = {name: name * 3 for name in ("base_model", "algorithm", "config_sha256", "run")}
 save_lora(Path(sys.argv[1]), lora, weights, metadata)
 """

@@ -5,7 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from spo.pairs import PairSettings, concatenate_pairs, no_pairs, preference_gap, select_pairs
+from spo.pairs import (
+    PairSettings,
+    best_against_worst,
+    concatenate_pairs,
+    no_pairs,
+    preference_gap,
+)
 from spo.types import Candidates, Conditioning, Transition
 
 SHAPE = (1, 2, 2)
@@ -15,6 +21,7 @@ PLAIN = PairSettings(
     direction_from_last=False,
     branching_only=True,
     one_x_t=True,
+    keep_predictions=False,
 )
 # Three candidates (rows) of four prompts (columns). Gaps of softmax([best, worst]) = tanh((b - w) / 2):
 # 2 - 0 = 2: 0.76; a tie: 0; 0.5 - 0 = 0.5: 0.245; 3 - -1 = 4: 0.96.
@@ -26,7 +33,7 @@ SCORES = torch.tensor(
     ]
 )
 PROMPT_IDS = torch.tensor([70, 71, 72, 73])
-X, Z, NEXT = 1000, 2000, 3000  # what a number is of; plus 100 j + 10 k + b
+X, Z, NEXT, EPSILON = 1000, 2000, 3000, 4000  # what a number is of; plus 100 j + 10 k + b
 
 
 def numbered(kind, j, k=3, b=4):
@@ -38,7 +45,11 @@ def window(length):
     """The branching transition, whose x_t is shared, and inner steps at t = 201, 101, ..."""
     return tuple(
         Transition(
-            201 - 100 * j, numbered(X, j, k=3 if j else 1), numbered(Z, j), numbered(NEXT, j)
+            201 - 100 * j,
+            numbered(X, j, k=3 if j else 1),
+            numbered(Z, j),
+            numbered(NEXT, j),
+            numbered(EPSILON, j, k=3 if j else 1),
         )
         for j in range(length)
     )
@@ -57,7 +68,10 @@ def conditioning(pooled=False):
 def select(length=1, scores=SCORES, is_final=False, pooled=False, **changes):
     candidates = Candidates(window(length), numbered(0, 0), 0, is_final)
     settings = replace(PLAIN, **changes)
-    return select_pairs(candidates, scores, conditioning(pooled), PROMPT_IDS, settings)
+    pairs, differ = best_against_worst(
+        candidates, scores, conditioning(pooled), PROMPT_IDS, settings
+    )
+    return pairs.select(differ)
 
 
 def numbers(latents):
@@ -123,10 +137,21 @@ def test_direction_of_an_extended_window(from_last, noise):
     assert numbers(pairs.next_latents) == [[3010, 3000], [3003, 3023]]
 
 
+@pytest.mark.parametrize("from_last", [False, True])
+def test_predictions_are_those_at_x_t(from_last):
+    assert select().sampler_epsilon is None
+    kept = select(length=2, keep_predictions=True, direction_from_last=from_last)
+    assert numbers(kept.latents) == [[1000], [1003]]
+    assert numbers(kept.sampler_epsilon) == [[4000], [4003]]
+    own = select(length=2, branching_only=False, one_x_t=False, keep_predictions=True)
+    assert numbers(own.sampler_epsilon) == [[4000, 4000], [4003, 4003], [4110, 4100], [4103, 4123]]
+
+
+@pytest.mark.parametrize("keep_predictions", [False, True])
 @pytest.mark.parametrize("pooled", [False, True])
 @pytest.mark.parametrize("one_x_t", [False, True])
-def test_joining_choosing_and_none(pooled, one_x_t):
-    layout = {"one_x_t": one_x_t, "branching_only": one_x_t}
+def test_joining_choosing_and_none(pooled, one_x_t, keep_predictions):
+    layout = {"one_x_t": one_x_t, "branching_only": one_x_t, "keep_predictions": keep_predictions}
     settings = replace(PLAIN, **layout)
     parts = [
         no_pairs(conditioning(pooled), SHAPE, settings),
@@ -143,6 +168,9 @@ def test_joining_choosing_and_none(pooled, one_x_t):
         n = len(pairs)
         assert pairs.latents.shape == (n, 1 if one_x_t else 2, *SHAPE)
         assert pairs.noises.shape == pairs.next_latents.shape == (n, 2, *SHAPE)
+        assert ("sampler_epsilon" in pairs.tensors()) == keep_predictions
+        if keep_predictions:
+            assert pairs.sampler_epsilon.shape == pairs.latents.shape
         assert (pairs.timesteps.dtype, pairs.prompt_ids.dtype) == (torch.int64, torch.int64)
         assert pairs.conditioning.prompt_embeds.shape == (n, 2, 3)
         assert pairs.conditioning.negative_prompt_embeds.shape == (1, 2, 3)
