@@ -30,6 +30,15 @@ def get_config() -> ConfigDict:
     config.eval_interval = 1  # epochs between grids of validation images; 0 draws none
     config.rank_timeout = 120  # seconds of silence after which the others take a process for dead
 
+    # ---- speed, without another result but for rounding (docs/performance.md) ---------------------
+    config.allow_tf32 = True  # GPUs round fp32 products, the scorer's above all, to 10 bits inside
+    config.channels_last = False  # memory layout of UNet and VAE; measure it on your GPU
+    # torch.compile, at the first call: minutes that a long run gets back.
+    config.compile = ConfigDict()
+    config.compile.unet = False
+    config.compile.vae = False
+    config.compile.scorer = False
+
     # ---- the base model ------------------------------------------------------------------------
     config.pretrained = pretrained = ConfigDict()
     pretrained.model = "stable-diffusion-v1-5/stable-diffusion-v1-5"  # Hub id or diffusers folder

@@ -114,6 +114,11 @@ class StepAwareScorer:
         self._spm, self.inputs, self._device = spm.to(device), inputs, device
         self._dtype = spm.model.visual_projection.weight.dtype
 
+    def compile(self) -> None:
+        """Compile the vision tower, layer by layer: they share their code, so one is compiled."""
+        for layer in self._spm.model.vision_model.encoder.layers:
+            layer.compile()
+
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
         return self._spm.text_features(self.inputs.tokenize(prompts).to(self._device))
@@ -132,6 +137,11 @@ class PickScoreScorer:
         self._clip = clip.requires_grad_(False).eval().to(device)
         self.inputs, self._device = inputs, device
         self._dtype = clip.visual_projection.weight.dtype
+
+    def compile(self) -> None:
+        """Compile the vision tower, layer by layer."""
+        for layer in self._clip.vision_model.encoder.layers:
+            layer.compile()
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Tensor:

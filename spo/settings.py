@@ -26,6 +26,7 @@ from spo.pairs import PairSettings
 from spo.rollout import RolloutSettings
 from spo.sampling import ImageSettings
 from spo.scorers import ScorerSource
+from spo.speed import SpeedSettings
 
 
 def objective(config: ConfigDict) -> Objective:
@@ -137,6 +138,16 @@ def build_lora(config: ConfigDict, unet: nn.Module, seed: int) -> Lora:
     lora = config.lora
     alpha = lora.rank if lora.alpha is None else lora.alpha
     return add_lora(unet, lora.rank, alpha, lora.target_modules, seed)
+
+
+def speed_settings(config: ConfigDict) -> SpeedSettings:
+    return SpeedSettings(
+        allow_tf32=config.allow_tf32,
+        channels_last=config.channels_last,
+        compile_unet=config.compile.unet,
+        compile_vae=config.compile.vae,
+        compile_scorer=config.compile.scorer,
+    )
 
 
 def image_settings(config: ConfigDict) -> ImageSettings:

@@ -33,6 +33,7 @@ from spo.run_dir import drop_metrics_after, open_run_dir, record_start
 from spo.scorers import load_scorer, tokenizers_of
 from spo.seeding import derive_seed
 from spo.shared_rollout import SharedRollout
+from spo.speed import set_up_device, speed_up
 from spo.tracking import METRICS, Tracking
 from spo.types import PreferencePairs
 from spo.validation import draw_cells, save_samples, validation_grid
@@ -62,12 +63,14 @@ class Trainer:
         self.prompts = ready.prompts.prompts
         self.say(ready.prompts.describe())
         self.say(ready.plan.describe())
+        set_up_device(workers.device, config.allow_tf32)
         with workers.together():
             self.backbone = Backbone(
                 settings.model_source(config), config.family, config.mixed_precision, workers.device
             )
             self.scorer = load_scorer(settings.scorer_source(config), workers.device)
             lora = self._make_lora()
+            speed_up(self.backbone, self.scorer, settings.speed_settings(config))
         self.learner = settings.build_learner(
             config,
             self.backbone,

@@ -1,0 +1,66 @@
+"""What makes the same arithmetic faster; `config.compile` and its neighbours explain each."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+
+import torch
+
+from spo.backbone import Backbone
+from spo.errors import UserError
+from spo.scorers import Scorer
+
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h of glibc
+
+
+@dataclass(frozen=True)
+class SpeedSettings:
+    """How models run."""
+
+    allow_tf32: bool
+    channels_last: bool
+    compile_unet: bool
+    compile_vae: bool
+    compile_scorer: bool
+
+
+def set_up_device(device: torch.device, allow_tf32: bool) -> None:
+    """TF32 or not on a GPU; on a CPU, memory that is kept for the next activation."""
+    if device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = allow_tf32
+        torch.backends.cudnn.allow_tf32 = allow_tf32
+    elif device.type == "cpu":
+        _keep_freed_memory()
+
+
+def _keep_freed_memory() -> None:
+    """Keep freed memory in the process, where its allocator is glibc's.
+
+    Otherwise each activation over 32 MiB is mapped and zeroed by the kernel, page by page, and
+    unmapped when it is freed.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, -1)
+
+
+def speed_up(backbone: Backbone, scorer: Scorer, settings: SpeedSettings) -> None:
+    """Lay out and compile the models as `settings` say; what is compiled, is so at its first call.
+
+    Raises UserError for a scorer that cannot be compiled.
+    """
+    if settings.channels_last:
+        backbone.unet.to(memory_format=torch.channels_last)
+        backbone.vae.to(memory_format=torch.channels_last)
+    if settings.compile_unet:
+        backbone.unet.compile()
+    if settings.compile_vae:
+        backbone.vae.decoder.compile()
+    if settings.compile_scorer:
+        if not hasattr(scorer, "compile"):
+            raise UserError(
+                f"compile.scorer: a {type(scorer).__name__} has no method `compile`; set it to False."
+            )
+        scorer.compile()
