@@ -27,7 +27,7 @@ from spo.costs import (
     flop_counter,
     train_on_pairs,
 )
-from spo.meta_models import MetaModels, build_models, meta_kernels
+from spo.meta_models import UnloadedModels, count_models, meta_kernels
 
 CHECKPOINTED = "training, gradient checkpointing"
 # What says how many are done at once.
@@ -72,11 +72,11 @@ def count_costs(config: ConfigDict) -> Costs:
 
     Raises UserError for what is wrong with `config`.
     """
-    models = build_models(config)
+    models = count_models(config)
     device = models.backbone.device
     with meta_kernels(), flop_counter() as counter, LiveMemory(device) as memory:
         meter = MetaMeter(device, counter, memory)
-        pair = draw_pairs(models, ["a prompt"], meter, apart=True)
+        pair = draw_pairs(models, ["a prompt"], meter, apart=True).pairs
         count, pair = len(pair), pair.select(slice(1))
         # A backward pass that recomputes activations is to be under autocast, too, as in training.
         with models.backbone.autocast():
@@ -99,7 +99,7 @@ def count_costs(config: ConfigDict) -> Costs:
     )
 
 
-def _resident(models: MetaModels) -> dict[str, int]:
+def _resident(models: UnloadedModels) -> dict[str, int]:
     learner, lora = models.learner, models.learner.lora.parameters
     own = {id(parameter) for parameter in lora.values()}
     sizes = {
