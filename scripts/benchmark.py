@@ -224,8 +224,11 @@ def estimate(config) -> dict:
         card: {part: costs.largest_batch(part, card * 2**30) for part in peaks} for card in CARDS
     }
     prompts = config.num_epochs * (config.prompts.num or 1000)  # 0 takes all, and reads none here
-    flops = costs.run_flops(prompts, PAIR_SHARE.value, training_part(config))
+    pairs = prompts * costs.pairs * PAIR_SHARE.value
+    flops = costs.run_flops(prompts, pairs, training_part(config))
     hours = flops / (TFLOPS.value * 1e12 * NUM_GPUS.value) / 3600
+    if not costs.has_scorer:
+        print(f"preference.scorer={config.preference.scorer} is not known: it costs nothing here")
     print_table(["of a prompt; training: of a pair", "TFLOP"], _rows(teraflops))
     print_table(["all the time", "GiB"], _rows({**resident, "sum": sum(resident.values())}))
     print_table(["besides, of a prompt, an image or a pair", "GiB"], _rows(peaks))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,13 +30,23 @@ from spo.costs import Models, replaced, with_every_pair
 from spo.dotted import find
 from spo.errors import UserError
 from spo.hub import LOAD_ERRORS, first_line, is_hub_id
-from spo.scorers import DTYPES, CLIPInputs, PickScoreScorer, StepAwareScorer, clip_config
+from spo.losses import LOSSES
+from spo.scorers import (
+    DTYPES,
+    CLIPInputs,
+    PickScoreScorer,
+    ScorerSource,
+    StepAwareScorer,
+    clip_config,
+    load_scorer,
+)
 from spo.step_aware_clip import StepAwareCLIP
 
 ARCHITECTURES = REPO_ROOT / "assets" / "architectures"
 # It pads to the length that a model wants: which tokens these are costs nothing.
 _TOKENIZER = str(REPO_ROOT / "assets" / "tiny" / "clip")
 META = torch.device("meta")
+SCORER = "scorer"  # the preference model's name among the networks
 
 
 @dataclass(frozen=True)
@@ -65,11 +75,14 @@ def build_models(
     model = kind(source, config.family, config.mixed_precision, device)
     lora = settings.build_lora(config, model.unet, seed=0)
     learner = settings.build_learner(config, model, model.unet, lora, accumulation_steps)
-    clip = _preference_model(config, device)
-    scorer_of = {"step_aware_clip": StepAwareScorer, "pickscore": PickScoreScorer}
-    scorer = scorer_of[config.preference.scorer](clip, _inputs(clip), device)
-    collect = with_every_pair(settings.collect_settings(config))
-    return UnloadedModels(model, scorer, learner, collect, model.networks() | {"scorer": clip})
+    collect, networks = with_every_pair(settings.collect_settings(config)), model.networks()
+    scorer_source = settings.scorer_source(config)
+    if scorer_source.scorer in _SCORERS:
+        networks[SCORER] = clip = _preference_model(scorer_source, device)
+        scorer = _SCORERS[scorer_source.scorer][1](clip, _inputs(clip), device)
+    else:
+        scorer = _FreeScorer() if device == META else load_scorer(scorer_source, device)
+    return UnloadedModels(model, scorer, learner, collect, networks)
 
 
 def count_models(config: ConfigDict) -> UnloadedModels:
@@ -77,6 +90,10 @@ def count_models(config: ConfigDict) -> UnloadedModels:
     models = build_models(config, META)
     # It decides by numbers, and there are none; what it costs is one pass over the gradients.
     models.learner.scaler = torch.amp.GradScaler(enabled=False)
+    objective = models.learner.objective
+    if objective not in LOSSES.values():  # a user's own may look at numbers, too
+        like = "gradspo" if objective.uses_ema else "spo"
+        models.learner.objective = replace(objective, loss=LOSSES[like].loss)
     # Images are independent: one after the other they cost what they cost at once.
     return replace(models, collect=replace(models.collect, decode_batch_size=1))
 
@@ -90,18 +107,27 @@ def _folder(name: str, published: str, key: str) -> str:
     return str(ARCHITECTURES / published)
 
 
-def _preference_model(config: ConfigDict, device: torch.device) -> StepAwareCLIP | CLIPModel:
-    source = settings.scorer_source(config)
-    network_of = {"step_aware_clip": StepAwareCLIP, "pickscore": CLIPModel}
-    if source.scorer not in network_of:
-        raise UserError(
-            f"preference.scorer: without weights only {' and '.join(network_of)} are known, not "
-            f"{source.scorer!r}."
-        )
+_SCORERS = {
+    "step_aware_clip": (StepAwareCLIP, StepAwareScorer),
+    "pickscore": (CLIPModel, PickScoreScorer),
+}
+
+
+class _FreeScorer:
+    """In the place of a scorer of the user's own, which may not run on shapes alone."""
+
+    def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
+        return torch.empty(len(prompts), 1, device=META)
+
+    def score(self, images: Tensor, prompt_features: Tensor, timestep: int) -> Tensor:
+        return torch.empty(len(images), device=META)
+
+
+def _preference_model(source: ScorerSource, device: torch.device) -> StepAwareCLIP | CLIPModel:
     clip = clip_config(_folder(source.backbone, "clip_h", "preference.backbone"))
     dtype = find(source.dtype, DTYPES, "preference.dtype")
     with _made_on(device, dtype):
-        network = network_of[source.scorer](clip)
+        network = _SCORERS[source.scorer][0](clip)
     return network.to(dtype).requires_grad_(False).eval()
 
 

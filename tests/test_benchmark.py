@@ -72,6 +72,7 @@ def test_flops_of_parts_within_parts_by_hand():
         ("sd15", 5, {}),
         ("sdxl", 5, {}),
         ("sdxl", 4, {"algorithm": "spo", "sample.num_inner_steps": 1}),
+        ("sd15", 5, {"preference.scorer": "pickscore"}),
     ],
 )
 def test_shapes_alone_cost_what_real_models_cost(family, copies, changes):
@@ -207,10 +208,11 @@ def test_what_fits_and_what_a_run_costs_by_hand():
         resident_bytes={"unet": 40, "vae": 20},
         peak_bytes={TRAINING: 10, CHECKPOINTED: 3},
     )
+    assert not costs.has_scorer and costs.bytes_of(TRAINING, 2) == 80
     # 90 of 100 bytes are free, less 60.
     assert (costs.largest_batch(TRAINING, 100), costs.largest_batch(CHECKPOINTED, 100)) == (3, 10)
     assert costs.largest_batch(TRAINING, 50) == 0
-    assert costs.run_flops(2, 0.5, TRAINING) == 2 * (100 + 8 * 5)
+    assert costs.run_flops(2, 16, TRAINING) == 2 * (100 + 8 * 5)
     config = small_config()
     assert estimate.training_part(config) == TRAINING
     config.train.gradient_checkpointing = True
@@ -248,7 +250,6 @@ def test_a_peak_is_positive():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"preference.scorer": "my:scorer"}, "preference.scorer: without weights .* not 'my:sc"),
         ({"preference.dtype": "int8"}, "preference.dtype: 'int8' is none of"),
         ({"preference.backbone": "./no"}, "preference.backbone: './no' is neither a folder"),
         ({"pretrained.model": "./no"}, "pretrained.model: './no' is neither a folder"),
