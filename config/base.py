@@ -103,6 +103,9 @@ def get_config() -> ConfigDict:
     # Minibatches of one optimizer step where train.global_batch_size is None; None: 1.
     train.gradient_accumulation_steps = placeholder(int)
     train.gradient_checkpointing = False  # recompute UNet activations: less memory, slower
+    # "adamw" (paper), or "adamw8bit": bitsandbytes' AdamW, whose moments take a quarter of the memory
+    # where a LoRA matrix has 4,096 weights or more.
+    train.optimizer = "adamw"
     train.learning_rate = 6e-5  # AdamW (paper: 6e-5 SD1.5, 1e-5 SDXL), constant
     train.adam_beta1 = 0.9  # AdamW's constants as in the official code
     train.adam_beta2 = 0.999

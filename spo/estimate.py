@@ -28,6 +28,7 @@ from spo.costs import (
 )
 from spo.known_shapes import KnownShapes
 from spo.meta_models import SCORER, UnloadedModels, count_models, meta_kernels
+from spo.optimizers import moment_bytes
 from spo.types import PreferencePairs
 
 CHECKPOINTED = "training, gradient checkpointing"
@@ -103,7 +104,7 @@ def count_costs(config: ConfigDict, trainings: Sequence[str] = (TRAINING, CHECKP
         flops={name: meter.flops[name] for name in parts}
         | {name: own.flops[TRAINING] for name, own in meters.items()},
         pairs=len(pairs),
-        resident_bytes=_resident(models),
+        resident_bytes=_resident(models, config.train.optimizer),
         peak_bytes={
             DENOISING: peaks[DENOISING],
             DECODING: max(peaks[DECODING], peaks[SCORING]),
@@ -122,16 +123,17 @@ def _train(
         train_on_pairs(models, pair, 1, meter)
 
 
-def _resident(models: UnloadedModels) -> dict[str, int]:
+def _resident(models: UnloadedModels, optimizer: str) -> dict[str, int]:
     learner, lora = models.learner, models.learner.lora.parameters
     own = {id(parameter) for parameter in lora.values()}
     sizes = {
         name: _bytes(p for p in module.parameters() if id(p) not in own)
         for name, module in models.networks.items()
     }
-    # Policy, gradient, AdamW's two moments, and what besides is a LoRA.
-    copies = 4 + (learner.ema is not None) + (learner.reference is not None)
-    return sizes | {"LoRAs, gradient, optimizer": copies * _bytes(lora.values())}
+    # Policy, gradient, and what besides is a LoRA.
+    copies = 2 + (learner.ema is not None) + (learner.reference is not None)
+    trained = copies * _bytes(lora.values()) + moment_bytes(optimizer, lora.values())
+    return sizes | {"LoRAs, gradient, optimizer": trained}
 
 
 class LiveMemory(TorchDispatchMode):

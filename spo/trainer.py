@@ -24,6 +24,7 @@ from spo.interrupt import StopSignals
 from spo.learner import Step
 from spo.lora import FILE_NAME, Lora
 from spo.lora_files import find_lora, read_lora
+from spo.optimizers import check_optimizer
 from spo.preflight import Preflight, preflight, run_facts
 from spo.progress import Position
 from spo.prompt_text import describe_lengths
@@ -50,6 +51,7 @@ def train(config: ConfigDict) -> None:
         with workers.together():
             if workers.is_main:
                 ready = preflight(config, workers.count)
+                check_optimizer(config.train.optimizer, workers.device)
                 open_run_dir(ready.run_dir, config, ready.resume.damaged)
         Trainer(config, workers.from_main(ready), workers).run()
 
