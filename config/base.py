@@ -28,6 +28,8 @@ def get_config() -> ConfigDict:
     config.save_every_rollouts = 0  # rollouts between further checkpoints; 0: none within an epoch
     config.checkpoint_limit = 3  # checkpoints kept, oldest deleted first; 0 keeps all
     config.eval_interval = 1  # epochs between grids of validation images; 0 draws none
+    # Count, before anything long, what a step costs, and warn of what will not fit into memory.
+    config.estimate_costs = True
     config.rank_timeout = 120  # seconds of silence after which the others take a process for dead
 
     # ---- speed, without another result but for rounding (docs/performance.md) ---------------------
@@ -113,6 +115,9 @@ def get_config() -> ConfigDict:
     # Minibatches of one optimizer step where train.global_batch_size is None; None: 1.
     train.gradient_accumulation_steps = placeholder(int)
     train.gradient_checkpointing = False  # recompute UNet activations: less memory, slower
+    # "adamw" (paper), or "adamw8bit": bitsandbytes' AdamW, whose moments take a quarter of the memory
+    # where a LoRA matrix has 4,096 weights or more.
+    train.optimizer = "adamw"
     train.learning_rate = 6e-5  # AdamW (paper: 6e-5 SD1.5, 1e-5 SDXL), constant
     train.adam_beta1 = 0.9  # AdamW's constants as in the official code
     train.adam_beta2 = 0.999

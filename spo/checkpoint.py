@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -15,6 +14,7 @@ from spo.batching import BatchPlan
 from spo.checkpoint_folder import new_checkpoint, read_state, reading, write_state
 from spo.learner import Learner
 from spo.lora import FILE_NAME, parameter_names, save_lora
+from spo.optimizers import optimizer_tensors, restore_optimizer
 from spo.progress import (
     Position,
     RolloutInProgress,
@@ -131,29 +131,3 @@ def _restore_gradients(learner: Learner, gradients: Mapping[str, Tensor], state:
 
 def _process_file(rank: int) -> str:
     return f"process_{rank:04d}.safetensors"
-
-
-def optimizer_tensors(
-    optimizer: torch.optim.Optimizer, parameters: Mapping[str, torch.nn.Parameter]
-) -> dict[str, Tensor]:
-    """Optimizer state by kind and parameter name."""
-    return {
-        f"{kind}:{name}": torch.as_tensor(value).contiguous()
-        for name, parameter in parameters.items()
-        for kind, value in optimizer.state[parameter].items()
-    }
-
-
-def restore_optimizer(
-    optimizer: torch.optim.Optimizer,
-    parameters: Mapping[str, torch.nn.Parameter],
-    tensors: Mapping[str, Tensor],
-) -> None:
-    """Put optimizer state, by kind and parameter name, back in its place."""
-    for key, tensor in tensors.items():
-        kind, name = key.split(":")
-        parameter = parameters[name]
-        # AdamW counts its steps on the CPU; a copy, since kernels may round otherwise in a mapped file.
-        optimizer.state[parameter][kind] = tensor.to(
-            "cpu" if kind == "step" else parameter.device, copy=True
-        )

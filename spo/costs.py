@@ -13,7 +13,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from spo.backbone import Backbone
-from spo.collect import CollectSettings, collect_rollout
+from spo.collect import Collected, CollectSettings, collect_rollout
 from spo.ema import update_ema
 from spo.learner import Learner
 from spo.scorers import Scorer
@@ -129,9 +129,7 @@ class Meter:
         return 0 if self.counter is None else self.counter.get_total_flops()
 
 
-def draw_pairs(
-    models: Models, prompts: Sequence[str], meter: Meter, apart: bool
-) -> PreferencePairs:
+def draw_pairs(models: Models, prompts: Sequence[str], meter: Meter, apart: bool) -> Collected:
     """One rollout of `prompts`; `apart`: its denoising, decoding and scoring are measured, too."""
     backbone, scorer = models.backbone, models.scorer
     parts = {
@@ -141,7 +139,7 @@ def draw_pairs(
     }
     inner = meter.each_call(parts) if apart else contextlib.nullcontext()
     with meter.part(ROLLOUT), inner, models.learner.sampler():
-        collected = collect_rollout(
+        return collect_rollout(
             backbone,
             scorer,
             models.learner.schedule,
@@ -150,7 +148,6 @@ def draw_pairs(
             torch.arange(len(prompts), device=backbone.device),
             torch.Generator().manual_seed(0),
         )
-    return collected.pairs
 
 
 def train_on_pairs(models: Models, pairs: PreferencePairs, size: int, meter: Meter) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,6 @@ import torch
 from ml_collections import ConfigDict
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from spo.costs import (
@@ -27,7 +26,10 @@ from spo.costs import (
     flop_counter,
     train_on_pairs,
 )
-from spo.meta_models import MetaModels, build_models, meta_kernels
+from spo.known_shapes import KnownShapes
+from spo.meta_models import SCORER, UnloadedModels, count_models, meta_kernels
+from spo.optimizers import moment_bytes
+from spo.types import PreferencePairs
 
 CHECKPOINTED = "training, gradient checkpointing"
 # What says how many are done at once.
@@ -52,13 +54,22 @@ class Costs:
     # training: of a pair.
     peak_bytes: Mapping[str, int]
 
-    def run_flops(self, prompts: int, share: float, training: str) -> float:
-        """FLOPs of training once on `prompts` prompts, where a `share` of their pairs count."""
-        return prompts * (self.flops[ROLLOUT] + self.pairs * share * self.flops[training])
+    @property
+    def has_scorer(self) -> bool:
+        """Whether the preference model is one whose costs are known."""
+        return SCORER in self.resident_bytes
+
+    def run_flops(self, prompts: int, pairs: float, training: str) -> float:
+        """FLOPs of a rollout of `prompts` prompts and the training on `pairs` pairs."""
+        return prompts * self.flops[ROLLOUT] + pairs * self.flops[training]
+
+    def bytes_of(self, part: str, batch: int) -> int:
+        """Memory that `batch` prompts, images or pairs of a `part` need, with what is always there."""
+        return sum(self.resident_bytes.values()) + batch * self.peak_bytes[part]
 
     def largest_batch(self, part: str, card_bytes: float) -> int:
         """Prompts, images or pairs of a `part` that fit at once; 0: none."""
-        free = card_bytes * (1 - SPARE) - sum(self.resident_bytes.values())
+        free = card_bytes * (1 - SPARE) - self.bytes_of(part, 0)
         return max(0, int(free // self.peak_bytes[part]))
 
 
@@ -67,48 +78,62 @@ def training_part(config: ConfigDict) -> str:
     return CHECKPOINTED if config.train.gradient_checkpointing else TRAINING
 
 
-def count_costs(config: ConfigDict) -> Costs:
-    """Run a rollout of one prompt and the training of one pair, twice, on shapes alone.
+def count_costs(config: ConfigDict, trainings: Sequence[str] = (TRAINING, CHECKPOINTED)) -> Costs:
+    """Run a rollout of one prompt and the training of one pair in these ways, on shapes alone.
 
-    Raises UserError for what is wrong with `config`.
+    Leaves random state as it is. Raises UserError for what is wrong with `config`.
     """
-    models = build_models(config)
-    device = models.backbone.device
-    with meta_kernels(), flop_counter() as counter, LiveMemory(device) as memory:
-        meter = MetaMeter(device, counter, memory)
-        pair = draw_pairs(models, ["a prompt"], meter, apart=True)
-        count, pair = len(pair), pair.select(slice(1))
-        # A backward pass that recomputes activations is to be under autocast, too, as in training.
-        with models.backbone.autocast():
-            train_on_pairs(models, pair, 1, meter)
-            models.backbone.unet.enable_gradient_checkpointing()
-            again = MetaMeter(device, counter, memory)
-            train_on_pairs(models, pair, 1, again)
-    flops, peaks = meter.flops, meter.peak_bytes
-    parts = (ROLLOUT, DENOISING, DECODING, SCORING, TRAINING)
+    with torch.random.fork_rng(devices=[]):
+        models = count_models(config)
+        device = models.backbone.device
+        with (
+            meta_kernels(),
+            flop_counter() as counter,
+            KnownShapes(counter),
+            LiveMemory(device) as memory,
+        ):
+            meters = {name: MetaMeter(device, counter, memory) for name in (ROLLOUT, *trainings)}
+            meter = meters.pop(ROLLOUT)
+            pairs = draw_pairs(models, ["a prompt"], meter, apart=True).pairs
+            pair = pairs.select(slice(1))
+            for name in trainings:
+                _train(models, pair, meters[name], checkpointing=name == CHECKPOINTED)
+    parts = (ROLLOUT, DENOISING, DECODING, SCORING)
+    peaks = meter.peak_bytes
     return Costs(
-        flops={name: flops[name] for name in parts} | {CHECKPOINTED: again.flops[TRAINING]},
-        pairs=count,
-        resident_bytes=_resident(models),
+        flops={name: meter.flops[name] for name in parts}
+        | {name: own.flops[TRAINING] for name, own in meters.items()},
+        pairs=len(pairs),
+        resident_bytes=_resident(models, config.train.optimizer),
         peak_bytes={
             DENOISING: peaks[DENOISING],
             DECODING: max(peaks[DECODING], peaks[SCORING]),
-            TRAINING: peaks[TRAINING],
-            CHECKPOINTED: again.peak_bytes[TRAINING],
-        },
+        }
+        | {name: own.peak_bytes[TRAINING] for name, own in meters.items()},
     )
 
 
-def _resident(models: MetaModels) -> dict[str, int]:
+def _train(
+    models: UnloadedModels, pair: PreferencePairs, meter: MetaMeter, checkpointing: bool
+) -> None:
+    unet = models.backbone.unet
+    (unet.enable_gradient_checkpointing if checkpointing else unet.disable_gradient_checkpointing)()
+    # A backward pass that recomputes activations is to be under autocast, too, as in training.
+    with models.backbone.autocast():
+        train_on_pairs(models, pair, 1, meter)
+
+
+def _resident(models: UnloadedModels, optimizer: str) -> dict[str, int]:
     learner, lora = models.learner, models.learner.lora.parameters
     own = {id(parameter) for parameter in lora.values()}
     sizes = {
         name: _bytes(p for p in module.parameters() if id(p) not in own)
         for name, module in models.networks.items()
     }
-    # Policy, gradient, AdamW's two moments, and what besides is a LoRA.
-    copies = 4 + (learner.ema is not None) + (learner.reference is not None)
-    return sizes | {"LoRAs, gradient, optimizer": copies * _bytes(lora.values())}
+    # Policy, gradient, and what besides is a LoRA.
+    copies = 2 + (learner.ema is not None) + (learner.reference is not None)
+    trained = copies * _bytes(lora.values()) + moment_bytes(optimizer, lora.values())
+    return sizes | {"LoRAs, gradient, optimizer": trained}
 
 
 class LiveMemory(TorchDispatchMode):
@@ -187,8 +212,13 @@ class MetaMeter(Meter):
         return call
 
 
-def _tensors(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+def _tensors(tree: Any) -> Iterator[Tensor]:
+    """The tensors in tuples, lists and dicts: torch's own function for that is slow."""
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, tuple | list | dict):
+        for part in tree.values() if isinstance(tree, dict) else tree:
+            yield from _tensors(part)
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:

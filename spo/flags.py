@@ -9,9 +9,10 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 
 from absl import app, flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from spo.config_io import leaves, load_config, suggest
 from spo.errors import UserError
@@ -95,20 +96,39 @@ def parse_flags(argv: list[str]) -> list[str]:
     with exit_on_user_error():
         path, argv = _take_config_path(argv)
         config, nullable = load_config(path or FLAGS["config"].default, *FLAGS["config"].bases)
-        _check_keys(argv, list(leaves(config)))
-        try:
-            # Takes the place of define_config's flag, and defines a flag for each override.
-            config_flags.DEFINE_config_dict("config", config, sys_argv=argv, allow_override=True)
-            program, *positional = FLAGS(argv)
-        except flags.Error as error:
-            # absl says "flag --config.train.beta=x: expected a number".
-            raise UserError(str(error).replace("flag --config.", "config: ", 1)) from error
+        program, *positional = _lay_over(config, nullable, argv, FLAGS)
         if positional:
             raise UserError(f"unexpected argument {positional[0]!r}: settings are --key=value")
-        for key, value in FLAGS["config"].override_values.items():
-            if value is None and key not in nullable:
-                raise UserError(f"config: {key} cannot be None")
     return [program]
+
+
+def changed(config: ConfigDict, changes: str) -> ConfigDict:
+    """A copy of the config of parse_flags with `changes`, "key=value,key=value"; UserError if unfit."""
+    copy, nullable = deepcopy(config), FLAGS["config"].nullable
+    items = re.split(r",(?=[\w.]+=)", changes)
+    _lay_over(copy, nullable, ["", *(f"--config.{item}" for item in items)], flags.FlagValues())
+    return copy
+
+
+def _lay_over(
+    config: ConfigDict, nullable: set[str], argv: list[str], values: flags.FlagValues
+) -> list[str]:
+    """Changes `config` as `argv` says, and returns what of that is no flag of `values`."""
+    _check_keys(argv, list(leaves(config)))
+    try:
+        # Takes the place of define_config's flag, and defines a flag for each override.
+        config_flags.DEFINE_config_dict(
+            "config", config, flag_values=values, sys_argv=argv, allow_override=True
+        )
+        others = values(argv)
+    except flags.Error as error:
+        # absl says "flag --config.train.beta=x: expected a number".
+        raise UserError(str(error).replace("flag --config.", "config: ", 1)) from error
+    for key, value in values["config"].override_values.items():
+        if value is None and key not in nullable:
+            raise UserError(f"config: {key} cannot be None")
+    values["config"].nullable = nullable  # for `changed`
+    return others
 
 
 def _take_config_path(argv: list[str]) -> tuple[str, list[str]]:

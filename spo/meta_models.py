@@ -1,14 +1,15 @@
-"""The models of a config without their weights, on the meta device, where tensors have shapes alone.
+"""The models of a config without its weights: on the meta device, where tensors have shapes alone, or
+on a real one with random weights.
 
 What runs on them is training's own code. What differs is said at `_TOKENIZER`, `build_models`,
-`meta_kernels` and `_autocast`.
+`count_models`, `meta_kernels` and `_autocast`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ import transformers
 from diffusers import DiffusionPipeline
 from ml_collections import ConfigDict
 from torch import Tensor, nn
-from transformers import CLIPConfig, CLIPTokenizer
+from transformers import CLIPModel, CLIPTokenizer
 
 from spo import backbone, settings
 from spo.backbone import Backbone, ModelSource
@@ -29,28 +30,40 @@ from spo.costs import Models, replaced, with_every_pair
 from spo.dotted import find
 from spo.errors import UserError
 from spo.hub import LOAD_ERRORS, first_line, is_hub_id
-from spo.scorers import DTYPES, CLIPInputs, StepAwareScorer, clip_config
+from spo.losses import LOSSES
+from spo.scorers import (
+    DTYPES,
+    CLIPInputs,
+    PickScoreScorer,
+    ScorerSource,
+    StepAwareScorer,
+    clip_config,
+    load_scorer,
+)
 from spo.step_aware_clip import StepAwareCLIP
 
 ARCHITECTURES = REPO_ROOT / "assets" / "architectures"
 # It pads to the length that a model wants: which tokens these are costs nothing.
 _TOKENIZER = str(REPO_ROOT / "assets" / "tiny" / "clip")
-_META = torch.device("meta")
+META = torch.device("meta")
+SCORER = "scorer"  # the preference model's name among the networks
 
 
 @dataclass(frozen=True)
-class MetaModels(Models):
+class UnloadedModels(Models):
     """Models, and the networks whose weights would be in memory, by their names."""
 
     networks: Mapping[str, nn.Module]
 
 
-def build_models(config: ConfigDict) -> MetaModels:
-    """Base model, step-aware scorer and learner of `config`; nothing is downloaded.
+def build_models(
+    config: ConfigDict, device: torch.device, accumulation_steps: int = 1
+) -> UnloadedModels:
+    """Base model, scorer and learner of `config` on `device`; nothing is downloaded.
 
     A base model or CLIP that is no folder here has the architecture of the published one: SD1.5's or
-    SDXL's by its family, PickScore's. Every comparison makes a pair. To be used within `meta_kernels`.
-    Raises UserError for what is wrong with the config.
+    SDXL's by its family, PickScore's. Every comparison makes a pair. Weights are made on the device in
+    their own dtype. Raises UserError for what is wrong with the config.
     """
     settings.check(config)
     source = settings.model_source(config)
@@ -58,17 +71,31 @@ def build_models(config: ConfigDict) -> MetaModels:
     vae = source.vae and _folder(source.vae, f"{config.family}/vae", "pretrained.vae")
     source = ModelSource(folder, vae=vae)
     backbone.check_source(source, config.family)
-    model = MetaBackbone(source, config.family, config.mixed_precision, _META)
+    kind = MetaBackbone if device.type == "meta" else UnloadedBackbone
+    model = kind(source, config.family, config.mixed_precision, device)
     lora = settings.build_lora(config, model.unet, seed=0)
-    learner = settings.build_learner(config, model, model.unet, lora, accumulation_steps=1)
-    spm = _preference_model(config)
-    scorer = StepAwareScorer(spm, _inputs(spm.model.config), _META)
+    learner = settings.build_learner(config, model, model.unet, lora, accumulation_steps)
+    collect, networks = with_every_pair(settings.collect_settings(config)), model.networks()
+    scorer_source = settings.scorer_source(config)
+    if scorer_source.scorer in _SCORERS:
+        networks[SCORER] = clip = _preference_model(scorer_source, device)
+        scorer = _SCORERS[scorer_source.scorer][1](clip, _inputs(clip), device)
+    else:
+        scorer = _FreeScorer() if device == META else load_scorer(scorer_source, device)
+    return UnloadedModels(model, scorer, learner, collect, networks)
+
+
+def count_models(config: ConfigDict) -> UnloadedModels:
+    """The models of `config` on the meta device, to be used within `meta_kernels`."""
+    models = build_models(config, META)
     # It decides by numbers, and there are none; what it costs is one pass over the gradients.
-    learner.scaler = torch.amp.GradScaler(enabled=False)
+    models.learner.scaler = torch.amp.GradScaler(enabled=False)
+    objective = models.learner.objective
+    if objective not in LOSSES.values():  # a user's own may look at numbers, too
+        like = "gradspo" if objective.uses_ema else "spo"
+        models.learner.objective = replace(objective, loss=LOSSES[like].loss)
     # Images are independent: one after the other they cost what they cost at once.
-    collect = replace(settings.collect_settings(config), decode_batch_size=1)
-    networks = model.networks() | {"scorer": spm}
-    return MetaModels(model, scorer, learner, with_every_pair(collect), networks)
+    return replace(models, collect=replace(models.collect, decode_batch_size=1))
 
 
 def _folder(name: str, published: str, key: str) -> str:
@@ -80,26 +107,51 @@ def _folder(name: str, published: str, key: str) -> str:
     return str(ARCHITECTURES / published)
 
 
-def _preference_model(config: ConfigDict) -> StepAwareCLIP:
-    source = settings.scorer_source(config)
-    if source.scorer != "step_aware_clip":
-        raise UserError(
-            f"preference.scorer: --meta knows step_aware_clip alone, not {source.scorer!r}."
-        )
+_SCORERS = {
+    "step_aware_clip": (StepAwareCLIP, StepAwareScorer),
+    "pickscore": (CLIPModel, PickScoreScorer),
+}
+
+
+class _FreeScorer:
+    """In the place of a scorer of the user's own, which may not run on shapes alone."""
+
+    def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
+        return torch.empty(len(prompts), 1, device=META)
+
+    def score(self, images: Tensor, prompt_features: Tensor, timestep: int) -> Tensor:
+        return torch.empty(len(images), device=META)
+
+
+def _preference_model(source: ScorerSource, device: torch.device) -> StepAwareCLIP | CLIPModel:
     clip = clip_config(_folder(source.backbone, "clip_h", "preference.backbone"))
-    with _META:
-        spm = StepAwareCLIP(clip)
-    return spm.to(find(source.dtype, DTYPES, "preference.dtype")).requires_grad_(False).eval()
+    dtype = find(source.dtype, DTYPES, "preference.dtype")
+    with _made_on(device, dtype):
+        network = _SCORERS[source.scorer][0](clip)
+    return network.to(dtype).requires_grad_(False).eval()
 
 
-def _inputs(clip: CLIPConfig) -> CLIPInputs:
+def _inputs(clip: StepAwareCLIP | CLIPModel) -> CLIPInputs:
+    config = getattr(clip, "model", clip).config
     inputs = CLIPInputs(_TOKENIZER)
-    inputs.tokenizer.model_max_length = clip.text_config.max_position_embeddings
-    inputs.prepare = replace(inputs.prepare, size=clip.vision_config.image_size)
+    inputs.tokenizer.model_max_length = config.text_config.max_position_embeddings
+    inputs.prepare = replace(inputs.prepare, size=config.vision_config.image_size)
     return inputs
 
 
-class MetaBackbone(Backbone):
+@contextlib.contextmanager
+def _made_on(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """Within the context new tensors are on `device`, those of floats in `dtype`."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with device:
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+class UnloadedBackbone(Backbone):
     """A base model from the config files of a diffusers folder."""
 
     def _load(self, source: ModelSource) -> DiffusionPipeline:
@@ -126,21 +178,28 @@ class MetaBackbone(Backbone):
 
     def _part(self, folder: Path, library: str | None, name: str | None):
         """The module or scheduler that a class of diffusers or transformers makes of a config file."""
-        with _META:
-            if library == "diffusers":
-                kind = getattr(diffusers, name)
-                part = kind.from_config(kind.load_config(folder))
-            elif library == "transformers" and (folder / "config.json").is_file():
-                kind = getattr(transformers, name)
-                part = kind(kind.config_class.from_pretrained(folder))
-            else:
-                return None  # tokenizers, and what training does without
-        # Not diffusers' own `to`, which warns of weights that are rounded.
-        return nn.Module.to(part, self.dtype) if isinstance(part, nn.Module) else part
+        if library == "diffusers":
+            kind = getattr(diffusers, name)
+            make, arguments = kind.from_config, kind.load_config(folder)
+        elif library == "transformers" and (folder / "config.json").is_file():
+            kind = getattr(transformers, name)
+            make, arguments = kind, kind.config_class.from_pretrained(folder)
+        else:
+            return None  # tokenizers, and what training does without
+        if not issubclass(kind, nn.Module):
+            return make(arguments)
+        with _made_on(self.device, self.dtype):
+            module = make(arguments)
+        # For what a config file made in another dtype; not diffusers' own `to`, which warns of that.
+        return nn.Module.to(module, self.dtype)
 
     def networks(self) -> dict[str, nn.Module]:
         """The networks of the pipeline, by their names there."""
         return {k: v for k, v in self._pipe.components.items() if isinstance(v, nn.Module)}
+
+
+class MetaBackbone(UnloadedBackbone):
+    """One on the meta device, which torch.autocast does not know."""
 
     def autocast(self) -> contextlib.AbstractContextManager:
         is_low = self.dtype != torch.float32
@@ -159,7 +218,7 @@ def meta_kernels() -> Iterator[None]:
     def every_index(tensor: Tensor) -> Tensor:
         if not tensor.is_meta:
             return nonzero(tensor)
-        return torch.ones(tensor.shape).nonzero().to(_META)
+        return torch.ones(tensor.shape).nonzero().to(META)
 
     with (
         replaced(F, "scaled_dot_product_attention", _fused_attention),

@@ -17,6 +17,7 @@ from spo.checkpoint_folder import read_state, reading
 from spo.config_io import check_leaves
 from spo.errors import UserError
 from spo.lora_files import find_lora
+from spo.optimizers import ADAMW
 from spo.prompts import PromptSet, read_prompts
 from spo.resume import Resume, compare, facts, find_checkpoint
 from spo.run_dir import run_name
@@ -114,6 +115,8 @@ def _refused(state: Mapping[str, Any], config: ConfigDict) -> dict[str, str]:
     if _is_inside_epoch(state):
         # Which prompts of the epoch are left, and their noise, follow from it.
         refused["seed"] = "an epoch has begun with it: resume from the end of one"
+    if state["config"]["train"].get("optimizer", ADAMW) != config.train.optimizer:
+        refused["train.optimizer"] = "its state means nothing to another"
     if state["rollout"]:
         # Its pairs were drawn with these, and the loss looks at them in the same way.
         drawn = "a rollout is in progress: resume from the end of one"

@@ -9,7 +9,6 @@ import os
 from dataclasses import replace
 from typing import Any
 
-import torch
 from ml_collections import ConfigDict
 from torch import nn
 
@@ -22,6 +21,7 @@ from spo.hub import Destination, public_name
 from spo.learner import Learner, UpdateSettings
 from spo.lora import Lora, add_lora
 from spo.losses import LOSSES, LossSettings, Objective
+from spo.optimizers import OPTIMIZERS, make_optimizer
 from spo.pairs import PairSettings
 from spo.rollout import RolloutSettings
 from spo.sampling import ImageSettings
@@ -93,7 +93,8 @@ def build_learner(
             f"pretrained.model: the scheduler of {config.pretrained.model} ends at t = 0, where "
             f"{config.algorithm} has no likelihood (sigma is 0); set its steps_offset to 1."
         )
-    optimizer = torch.optim.AdamW(
+    optimizer = make_optimizer(
+        train.optimizer,
         lora.parameters.values(),
         lr=train.learning_rate,
         betas=(train.adam_beta1, train.adam_beta2),
@@ -210,6 +211,7 @@ _CHOICES = {
     "sample.final_step": ("branch", "extend"),
     "sample.final_score_timestep": ("zero", "t"),
     "sample.final_direction": ("window", "last"),
+    "train.optimizer": OPTIMIZERS,
     "train.ema_every": ("optimizer_step", "window"),
     "train.ema_prediction": ("fresh", "rollout", "none"),
     "eval.weights": ("policy", "ema"),

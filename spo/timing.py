@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import statistics
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from ml_collections import ConfigDict
 
-from spo import backbone, scorers, settings
+from spo import backbone, meta_models, scorers, settings
 from spo.backbone import Backbone
 from spo.batching import BatchPlan
 from spo.costs import (
     EMA,
+    ROLLOUT,
+    TRAINING,
     Meter,
     Models,
     draw_pairs,
@@ -22,6 +26,9 @@ from spo.costs import (
     train_on_pairs,
     with_every_pair,
 )
+from spo.errors import UserError
+
+ITERATION = "rollout and training"
 
 
 @dataclass(frozen=True)
@@ -30,6 +37,21 @@ class DevicePeak:
 
     flops: float  # of a square matrix product in the UNet's dtype
     copied_bytes: float  # read and written by a copy
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one iteration over one slice of prompts does; the same each time."""
+
+    flops: Mapping[str, int]  # of each part
+    copied_bytes: Mapping[str, int]  # of a part without products: what it reads and writes
+    prompts: int
+    pairs: int
+    images: int  # candidates that are scored
+
+    def units(self, part: str) -> int:
+        """Pairs that training takes, one EMA update, and prompts of every other part."""
+        return {TRAINING: self.pairs, EMA: 1}.get(part, self.prompts)
 
 
 @dataclass(frozen=True)
@@ -51,7 +73,7 @@ class Part:
 
 
 def measure_peak(device: torch.device, dtype: torch.dtype) -> DevicePeak:
-    """The best of ten products and ten copies."""
+    """The best of ten products and ten copies, or of what 2 seconds allow."""
     meter, side = Meter(device), 8192 if device.type == "cuda" else 1024
     matrix = torch.randn(side, side, device=device).to(dtype)
     buffer = torch.ones(side * side * 4, dtype=torch.float32, device=device)
@@ -59,7 +81,7 @@ def measure_peak(device: torch.device, dtype: torch.dtype) -> DevicePeak:
 
     def best(work: Callable[[], Any]) -> float:
         seconds = []
-        for _ in range(10):
+        while len(seconds) < 10 and sum(seconds) < 2:
             started = meter.now()
             work()
             seconds.append(meter.now() - started)
@@ -72,45 +94,85 @@ def measure_peak(device: torch.device, dtype: torch.dtype) -> DevicePeak:
     )
 
 
-def measure_parts(models: Models, plan: BatchPlan, repeats: int) -> dict[str, Part]:
-    """Iterations over one slice of prompts: one warms up and is counted, `repeats` are timed.
+def run_iteration(models: Models, plan: BatchPlan, meter: Meter, apart: bool) -> Work:
+    """One iteration over one slice of prompts; `apart`: parts of its rollout are measured, too.
+
+    Raises UserError where no score is a number: then there is nothing to train on.
+    """
+    drawn = draw_pairs(models, ["a prompt"] * plan.slice_size, meter, apart)
+    if not len(drawn.pairs):
+        raise UserError("no score is finite; try --config.mixed_precision=bf16.")
+    train_on_pairs(models, drawn.pairs, plan.minibatch_size, meter)
+    flops = meter.flops | {ITERATION: meter.flops[ROLLOUT] + meter.flops[TRAINING]}
+    lora = models.learner.lora.parameters.values()
+    return Work(
+        flops=flops,
+        copied_bytes={
+            EMA: 3 * sum(p.numel() * p.element_size() for p in lora)
+        },  # two read, one written
+        prompts=plan.slice_size,
+        pairs=len(drawn.pairs),
+        images=sum(comparison.scores.numel() for comparison in drawn.comparisons),
+    )
+
+
+def count_work(models: Models, plan: BatchPlan) -> Work:
+    """What an iteration does, counted on the calls themselves, nothing of which is compiled."""
+    as_written = getattr(torch.compiler, "set_stance", lambda _: contextlib.nullcontext())
+    with as_written("force_eager"), flop_counter() as counter:
+        return run_iteration(models, plan, Meter(models.backbone.device, counter), apart=True)
+
+
+def time_parts(models: Models, plan: BatchPlan, repeats: int) -> dict[str, tuple[float, ...]]:
+    """Seconds of each part in `repeats` iterations over one slice, after one that warms up.
 
     Rollout and training are timed as they are; what lies within a rollout, in a further one, because
-    waiting for the GPU around each part costs time.
+    waiting for the GPU around each part costs time. A GPU's peak memory starts anew with the repeats.
     """
     device, prompts = models.backbone.device, ["a prompt"] * plan.slice_size
-    with flop_counter() as counter:
-        counted = Meter(device, counter)
-        train_on_pairs(
-            models, draw_pairs(models, prompts, counted, apart=True), plan.minibatch_size, counted
-        )
-    seconds: dict[str, list[float]] = {name: [] for name in counted.seconds}
+    run_iteration(models, plan, Meter(device), apart=False)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    seconds: dict[str, list[float]] = defaultdict(list)
     for _ in range(repeats):
         apart, whole = Meter(device), Meter(device)
         draw_pairs(models, prompts, apart, apart=True)
-        pairs = draw_pairs(models, prompts, whole, apart=False)
-        train_on_pairs(models, pairs, plan.minibatch_size, whole)
+        run_iteration(models, plan, whole, apart=False)
         for name, value in (apart.seconds | whole.seconds).items():
             seconds[name].append(value)
-    lora = models.learner.lora.parameters.values()
-    moved = {EMA: 3 * sum(p.numel() * p.element_size() for p in lora)}  # two read, one written
+        seconds[ITERATION].append(whole.seconds[ROLLOUT] + whole.seconds[TRAINING])
+    return {name: tuple(values) for name, values in seconds.items()}
+
+
+def parts_of(work: Work, seconds: Mapping[str, tuple[float, ...]]) -> dict[str, Part]:
+    """The parts of iterations that did this `work` in these `seconds`."""
     return {
-        name: Part(tuple(values), counted.flops[name], moved.get(name, 0))
+        name: Part(values, work.flops[name], work.copied_bytes.get(name, 0))
         for name, values in seconds.items()
     }
 
 
-def load_models(config: ConfigDict, accumulation_steps: int, device: torch.device) -> Models:
-    """The models of `config`, every comparison of which makes a pair.
+def load_models(
+    config: ConfigDict, accumulation_steps: int, device: torch.device, random: bool = False
+) -> Models:
+    """The models of `config`, every comparison of which makes a pair; `random`: without its weights.
 
     Raises UserError for what is wrong with the config or its files.
     """
+    if random:
+        models = meta_models.build_models(config, device, accumulation_steps)
+    else:
+        models = _load_models(config, accumulation_steps, device)
+    if config.train.gradient_checkpointing:
+        models.backbone.unet.enable_gradient_checkpointing()
+    return models
+
+
+def _load_models(config: ConfigDict, accumulation_steps: int, device: torch.device) -> Models:
     settings.check(config)
     backbone.check_source(settings.model_source(config), config.family)
     scorers.check_source(settings.scorer_source(config))
     base = Backbone(settings.model_source(config), config.family, config.mixed_precision, device)
-    if config.train.gradient_checkpointing:
-        base.unet.enable_gradient_checkpointing()
     lora = settings.build_lora(config, base.unet, seed=0)
     return Models(
         base,

@@ -19,10 +19,12 @@ from spo.distributed import Workers
 from spo.durable import writing
 from spo.errors import RunError, Stopped
 from spo.finite import check_skipped, find_faults
+from spo.forecast import Forecast, make_forecast
 from spo.interrupt import StopSignals
 from spo.learner import Step
 from spo.lora import FILE_NAME, Lora
 from spo.lora_files import find_lora, read_lora
+from spo.optimizers import check_optimizer
 from spo.preflight import Preflight, preflight, run_facts
 from spo.progress import Position
 from spo.prompt_text import describe_lengths
@@ -50,6 +52,7 @@ def train(config: ConfigDict) -> None:
         with workers.together():
             if workers.is_main:
                 ready = preflight(config, workers.count)
+                check_optimizer(config.train.optimizer, workers.device)
                 open_run_dir(ready.run_dir, config, ready.resume.damaged)
         Trainer(config, workers.from_main(ready), workers).run()
 
@@ -64,6 +67,9 @@ class Trainer:
         self.say(ready.prompts.describe())
         self.say(ready.plan.describe())
         set_up_device(workers.device, config.allow_tf32)
+        self.forecast = Forecast()
+        if workers.is_main:  # the others load their models in the meantime
+            self.forecast = make_forecast(config, self.plan, workers.device, self.say)
         with workers.together():
             self.backbone = Backbone(
                 settings.model_source(config), config.family, config.mixed_precision, workers.device
@@ -97,6 +103,7 @@ class Trainer:
                 progress = load_checkpoint(self.saved, self.learner, self.plan, workers.rank)
             self.position, self.rollout = progress.position, progress.rollout
             self.say("\n".join([*ready.resume.describe(), *ready.changes]))
+        self.start = self.position
         with workers.together():
             self.tracking = self._start_tracking() if workers.is_main else None
         self.publishing = self._start_publishing() if workers.is_main else None
@@ -171,6 +178,8 @@ class Trainer:
                 self.rollout = self.source.draw(chunk, self.position)
             self.train_on_pairs()
             line = self.metrics_line()
+            if self.position == self.start:
+                self.say(self.forecast.rest(self.rollout, self.prompts_left() - len(chunk)))
             self.position, self.rollout = self.position.after(len(chunk), len(order)), None
             self.log(line)
             config = self.config
@@ -178,6 +187,11 @@ class Trainer:
                 config.save_every_rollouts, config.save_interval, config.num_epochs
             ):
                 self.save_checkpoint()
+
+    def prompts_left(self) -> int:
+        """Prompts that were not trained on yet, over all epochs."""
+        epochs = self.config.num_epochs - self.position.epochs
+        return epochs * len(self.prompts) - self.position.prompts
 
     def metrics_line(self) -> dict:
         """Metrics of the rollout whose pairs are used up."""
@@ -192,6 +206,7 @@ class Trainer:
             "pairs_left_over": rollout.left_over,
             **metrics.state_metrics(self.learner),
             **metrics.speed_metrics(rollout),
+            "tflops": self.forecast.tflops(rollout),
             "peak_memory_gib": metrics.peak_memory_gib(device),
         }
 

@@ -72,6 +72,7 @@ def test_flops_of_parts_within_parts_by_hand():
         ("sd15", 5, {}),
         ("sdxl", 5, {}),
         ("sdxl", 4, {"algorithm": "spo", "sample.num_inner_steps": 1}),
+        ("sd15", 5, {"preference.scorer": "pickscore"}),
     ],
 )
 def test_shapes_alone_cost_what_real_models_cost(family, copies, changes):
@@ -79,7 +80,7 @@ def test_shapes_alone_cost_what_real_models_cost(family, copies, changes):
     models = timing.load_models(config, 1, CPU)
     with flop_counter() as counter:
         meter, again = Meter(CPU, counter), Meter(CPU, counter)
-        pairs = draw_pairs(models, ["a fox"], meter, apart=True)
+        pairs = draw_pairs(models, ["a fox"], meter, apart=True).pairs
         train_on_pairs(models, pairs.select(slice(1)), 1, meter)
         models.backbone.unet.enable_gradient_checkpointing()
         train_on_pairs(models, pairs.select(slice(1)), 1, again)
@@ -146,9 +147,11 @@ def test_a_call_of_known_shapes_counts_without_running():
 
 
 def test_a_pair_is_the_unit_of_training_memory():
-    models = meta_models.build_models(small_config())
+    models = meta_models.count_models(small_config())
     with meta_models.meta_kernels(), flop_counter() as counter, LiveMemory(META) as memory:
-        pairs = draw_pairs(models, ["a fox"] * 2, MetaMeter(META, counter, memory), apart=True)
+        pairs = draw_pairs(
+            models, ["a fox"] * 2, MetaMeter(META, counter, memory), apart=True
+        ).pairs
         peaks = {}
         for count in (1, 2, 4):
             meter = MetaMeter(META, counter, memory)
@@ -160,7 +163,7 @@ def test_a_pair_is_the_unit_of_training_memory():
 
 
 def test_low_precision_is_autocast_on_these_models():
-    models = meta_models.build_models(small_config(mixed_precision="fp16"))
+    models = meta_models.count_models(small_config(mixed_precision="fp16"))
     unet, seen = models.backbone.unet, {}
 
     def hook(name):
@@ -205,10 +208,11 @@ def test_what_fits_and_what_a_run_costs_by_hand():
         resident_bytes={"unet": 40, "vae": 20},
         peak_bytes={TRAINING: 10, CHECKPOINTED: 3},
     )
+    assert not costs.has_scorer and costs.bytes_of(TRAINING, 2) == 80
     # 90 of 100 bytes are free, less 60.
     assert (costs.largest_batch(TRAINING, 100), costs.largest_batch(CHECKPOINTED, 100)) == (3, 10)
     assert costs.largest_batch(TRAINING, 50) == 0
-    assert costs.run_flops(2, 0.5, TRAINING) == 2 * (100 + 8 * 5)
+    assert costs.run_flops(2, 16, TRAINING) == 2 * (100 + 8 * 5)
     config = small_config()
     assert estimate.training_part(config) == TRAINING
     config.train.gradient_checkpointing = True
@@ -219,10 +223,19 @@ def test_an_iteration_is_timed_and_counted():
     config = small_config(**{"sample.batch_size": 2, "train.batch_size": 3})
     plan = plan_batches(config, 1)
     models = timing.load_models(config, plan.accumulation_steps, CPU)
-    parts = timing.measure_parts(models, plan, repeats=2)
-    assert set(parts) == {ROLLOUT, DENOISING, DECODING, SCORING, TRAINING, EMA}
+    work = timing.count_work(models, plan)
+    assert models.learner.updates == 2  # 4 pairs are two minibatches
+    parts = timing.parts_of(work, timing.time_parts(models, plan, repeats=2))
+    assert models.learner.updates == 2 + 3 * 2  # it warms up once
+    inner = {DENOISING, DECODING, SCORING}
+    assert set(parts) == {ROLLOUT, TRAINING, EMA, timing.ITERATION} | inner
     assert all(len(part.seconds) == 2 and min(part.seconds) > 0 for part in parts.values())
-    assert models.learner.updates == 3 * 2  # warmed up once, and 4 pairs are two minibatches
+    # 2 prompts, 3 candidates at the steps 2 and 3 of 4, one pair of each comparison.
+    assert (work.prompts, work.pairs, work.images) == (2, 4, 2 * 3 * 2)
+    assert [work.units(part) for part in (ROLLOUT, TRAINING, EMA)] == [2, 4, 1]
+    whole = parts[timing.ITERATION]
+    assert whole.flops == parts[ROLLOUT].flops + parts[TRAINING].flops
+    assert whole.seconds[0] == parts[ROLLOUT].seconds[0] + parts[TRAINING].seconds[0]
     peak = timing.DevicePeak(flops=1e12, copied_bytes=1e9)
     lora = sum(p.numel() for p in models.learner.lora.parameters.values())
     assert parts[EMA].share_of(peak) == 12 * lora / 1e9 / parts[EMA].median
@@ -237,7 +250,6 @@ def test_a_peak_is_positive():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"preference.scorer": "pickscore"}, "preference.scorer: --meta .* not 'pickscore'"),
         ({"preference.dtype": "int8"}, "preference.dtype: 'int8' is none of"),
         ({"preference.backbone": "./no"}, "preference.backbone: './no' is neither a folder"),
         ({"pretrained.model": "./no"}, "pretrained.model: './no' is neither a folder"),
@@ -247,14 +259,14 @@ def test_a_peak_is_positive():
 )
 def test_what_cannot_be_built_without_weights(changes, message):
     with pytest.raises(UserError, match=message):
-        meta_models.build_models(small_config(**changes))
+        meta_models.count_models(small_config(**changes))
 
 
 def test_a_model_folder_without_configs(tmp_path):
     index = MODELS / "tiny-sd15" / "model_index.json"
     (tmp_path / index.name).write_bytes(index.read_bytes())
     with pytest.raises(UserError, match="pretrained: a config file of .* cannot be read"):
-        meta_models.build_models(small_config(**{"pretrained.model": str(tmp_path)}))
+        meta_models.count_models(small_config(**{"pretrained.model": str(tmp_path)}))
 
 
 def run_script(*arguments):
@@ -290,7 +302,9 @@ def test_command_line(tmp_path):
         (["--repeats=0"], "error: --repeats: 0 must be above 0."),
         (["--meta", "--tflops=0"], "error: --tflops: 0.0 must be above 0."),
         (["--pair_share=2"], "error: --pair_share: 2.0 must be from 0 to 1."),
-        (["--json=no/such.json"], "error: --json: there is no folder no; make it first."),
+        (["--json=no/such"], f"error: --json: there is no folder {ROOT / 'no'}; make it first."),
+        (["--meta", "--profile=p"], "error: --meta, --compare, --profile: give one of them."),
+        (["--compare=train.b=1"], "error: config: unknown key train.b; did you mean train.beta?"),
     ],
 )
 def test_bad_input_is_one_line(arguments, message):

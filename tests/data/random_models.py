@@ -22,4 +22,5 @@ def get_config():
     config.eval.guidance_scale = 5.0
     config.eval.prompts = "assets/prompts/validation.txt"
     config.save_interval = 1
+    config.estimate_costs = False
     return config

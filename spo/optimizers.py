@@ -1,0 +1,98 @@
+"""The optimizers of the LoRA: AdamW, and AdamW with moments of 8 bits."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spo.errors import UserError
+
+ADAMW, ADAMW_8BIT = OPTIMIZERS = ("adamw", "adamw8bit")
+_KEY = "train.optimizer"
+# As bitsandbytes has them: smaller tensors stay in 32 bits, the others have a scale for each block.
+_SMALLEST, _BLOCK, _LEVELS = 4096, 256, 256
+_SHARED = ("qmap1", "qmap2")
+
+
+def check_optimizer(name: str, device: torch.device) -> None:
+    """Raise UserError unless the optimizer `name` is installed and makes a step on `device`."""
+    if name == ADAMW:
+        return
+    parameter = nn.Parameter(torch.zeros(_SMALLEST, device=device))
+    parameter.grad = torch.ones_like(parameter)
+    optimizer = make_optimizer(name, [parameter])
+    try:
+        optimizer.step()
+    # Whatever a library that was built for other devices raises.
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{_KEY}: bitsandbytes does not run on {device.type} here ({type(error).__name__}: "
+            f"{reason}); use adamw."
+        ) from error
+
+
+def make_optimizer(
+    name: str, parameters: Iterable[nn.Parameter], **options: Any
+) -> torch.optim.Optimizer:
+    """The optimizer `name` with AdamW's `options`; UserError where it is not installed.
+
+    On the meta device, where kernels of others do not run, AdamW.
+    """
+    parameters = list(parameters)
+    if name == ADAMW or parameters[0].is_meta:
+        return torch.optim.AdamW(parameters, **options)
+    return _adamw_8bit()(parameters, **options)
+
+
+def _adamw_8bit() -> type[torch.optim.Optimizer]:
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError as error:
+        raise UserError(
+            f'{_KEY}: bitsandbytes is not installed ({error}); pip install "spo[bitsandbytes]", or '
+            "use adamw."
+        ) from error
+    return AdamW8bit
+
+
+def moment_bytes(name: str, parameters: Iterable[Tensor]) -> int:
+    """What the two moments of fp32 `parameters` take."""
+    sizes = [parameter.numel() for parameter in parameters]
+    if name == ADAMW:
+        return 2 * 4 * sum(sizes)
+    each = [2 * (n + 4 * math.ceil(n / _BLOCK)) if n >= _SMALLEST else 2 * 4 * n for n in sizes]
+    return sum(each) + 2 * 4 * _LEVELS
+
+
+def optimizer_tensors(
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]
+) -> dict[str, Tensor]:
+    """Optimizer state by kind and parameter name; no two share memory."""
+    return {
+        # The levels of 8-bit moments are one tensor for all parameters; the others are large.
+        f"{kind}:{name}": value.clone() if kind in _SHARED else torch.as_tensor(value).contiguous()
+        for name, parameter in parameters.items()
+        for kind, value in optimizer.state[parameter].items()
+    }
+
+
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer,
+    parameters: Mapping[str, nn.Parameter],
+    tensors: Mapping[str, Tensor],
+) -> None:
+    """Put optimizer state, by kind and parameter name, back in its place."""
+    for key, tensor in tensors.items():
+        kind, name = key.split(":")
+        parameter = parameters[name]
+        if kind == "step" and not tensor.is_floating_point():
+            value = tensor.item()  # bitsandbytes counts its steps in Python
+        else:
+            # AdamW counts them on the CPU; a copy, since kernels may round otherwise in a mapped file.
+            value = tensor.to("cpu" if kind == "step" else parameter.device, copy=True)
+        optimizer.state[parameter][kind] = value
