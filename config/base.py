@@ -91,6 +91,10 @@ def get_config() -> ConfigDict:
     # takes; None: one slice of sample.batch_size on each GPU.
     sample.global_batch_size = placeholder(int)
     sample.decode_batch_size = 8  # latents decoded and scored at once
+    # What decodes the candidates for the preference model: None is the base model's VAE; a Hub id or
+    # folder of a diffusers AutoencoderTiny ("madebyollin/taesd", for SDXL "madebyollin/taesdxl") does
+    # it at a fraction of the cost. Validation images are always the VAE's. docs/performance.md
+    sample.decoder = placeholder(str)
 
     # ---- loss and update -----------------------------------------------------------------------
     config.train = train = ConfigDict()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -59,21 +59,33 @@ def collect_rollout(
     """
     conditioning = backbone.encode_prompts(prompts)
     prompt_features = scorer.encode_prompts(prompts)
+    parts, comparisons = [], []
+    for candidates in roll_out(backbone, schedule, settings, conditioning, generator, before_step):
+        scores = score_candidates(
+            candidates, backbone.decode_candidates, scorer, prompt_features, settings.decode_batch_size
+        )
+        comparisons.append(Comparison(candidates.score_timestep, scores))
+        parts.append(select_pairs(candidates, scores, conditioning, prompt_ids, settings.pairs))
+    return Collected(concatenate_pairs(parts), tuple(comparisons))
+
+
+def roll_out(
+    backbone: Backbone,
+    schedule: DDIMSchedule,
+    settings: CollectSettings,
+    conditioning: Conditioning,
+    generator: torch.Generator,
+    before_step: Callable[[], None] = lambda: None,
+) -> Iterator[Candidates]:
+    """What a rollout of the B prompts of `conditioning` compares, with the UNet as it stands."""
 
     def predict(latents: Tensor, timestep: int, rows: Conditioning) -> Tensor:
         before_step()
         return backbone.predict(backbone.unet, latents, timestep, rows, settings.guidance_scale)
 
-    parts, comparisons = [], []
-    for candidates in stepwise_rollout(
+    return stepwise_rollout(
         predict, schedule, settings.rollout, conditioning, backbone.latent_shape, generator
-    ):
-        scores = score_candidates(
-            candidates, backbone.decode, scorer, prompt_features, settings.decode_batch_size
-        )
-        comparisons.append(Comparison(candidates.score_timestep, scores))
-        parts.append(select_pairs(candidates, scores, conditioning, prompt_ids, settings.pairs))
-    return Collected(concatenate_pairs(parts), tuple(comparisons))
+    )
 
 
 @torch.no_grad()

@@ -48,15 +48,16 @@ class MetaModels(Models):
 def build_models(config: ConfigDict) -> MetaModels:
     """Base model, step-aware scorer and learner of `config`; nothing is downloaded.
 
-    A base model or CLIP that is no folder here has the architecture of the published one: SD1.5's or
-    SDXL's by its family, PickScore's. Every comparison makes a pair. To be used within `meta_kernels`.
+    A base model, CLIP or decoder that is no folder here has the architecture of the published one:
+    SD1.5's or SDXL's by its family, PickScore's, TAESD's. Every comparison makes a pair. To be used within `meta_kernels`.
     Raises UserError for what is wrong with the config.
     """
     settings.check(config)
-    source = settings.model_source(config)
+    source = settings.rollout_source(config)
     folder = _folder(source.model, config.family, "pretrained.model")
     vae = source.vae and _folder(source.vae, f"{config.family}/vae", "pretrained.vae")
-    source = ModelSource(folder, vae=vae)
+    decoder = source.decoder and _folder(source.decoder, "taesd", "sample.decoder")
+    source = ModelSource(folder, vae=vae, decoder=decoder)
     backbone.check_source(source, config.family)
     model = MetaBackbone(source, config.family, config.mixed_precision, _META)
     lora = settings.build_lora(config, model.unet, seed=0)
@@ -124,6 +125,12 @@ class MetaBackbone(Backbone):
         pipe = getattr(diffusers, index["_class_name"])(**parts, **options)
         return backbone.freeze(pipe, self.family, self.dtype)
 
+    def _load_decoder(self, source: ModelSource) -> nn.Module:
+        if source.decoder is None:
+            return self.vae
+        tiny = self._part(Path(source.decoder), "diffusers", "AutoencoderTiny")
+        return tiny.requires_grad_(False).eval()
+
     def _part(self, folder: Path, library: str | None, name: str | None):
         """The module or scheduler that a class of diffusers or transformers makes of a config file."""
         with _META:
@@ -139,8 +146,9 @@ class MetaBackbone(Backbone):
         return nn.Module.to(part, self.dtype) if isinstance(part, nn.Module) else part
 
     def networks(self) -> dict[str, nn.Module]:
-        """The networks of the pipeline, by their names there."""
-        return {k: v for k, v in self._pipe.components.items() if isinstance(v, nn.Module)}
+        """Those of the pipeline, by their names there, and a decoder besides."""
+        found = {k: v for k, v in self._pipe.components.items() if isinstance(v, nn.Module)}
+        return found if self.decoder is self.vae else found | {"decoder": self.decoder}
 
     def autocast(self) -> contextlib.AbstractContextManager:
         is_low = self.dtype != torch.float32

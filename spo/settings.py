@@ -122,6 +122,14 @@ def model_source(config: ConfigDict) -> ModelSource:
     return replace(source, model=os.path.expanduser(source.model), vae=vae)
 
 
+def rollout_source(config: ConfigDict) -> ModelSource:
+    """The base model with what decodes the candidates of its rollouts."""
+    decoder = config.sample.decoder
+    return replace(
+        model_source(config), decoder=None if decoder is None else os.path.expanduser(decoder)
+    )
+
+
 def scorer_source(config: ConfigDict) -> ScorerSource:
     source = ScorerSource(**config.preference.to_dict())
     paths = {name: os.path.expanduser(getattr(source, name)) for name in ("backbone", "processor")}

@@ -106,9 +106,9 @@ def load_models(config: ConfigDict, accumulation_steps: int, device: torch.devic
     Raises UserError for what is wrong with the config or its files.
     """
     settings.check(config)
-    backbone.check_source(settings.model_source(config), config.family)
+    backbone.check_source(settings.rollout_source(config), config.family)
     scorers.check_source(settings.scorer_source(config))
-    base = Backbone(settings.model_source(config), config.family, config.mixed_precision, device)
+    base = Backbone(settings.rollout_source(config), config.family, config.mixed_precision, device)
     if config.train.gradient_checkpointing:
         base.unet.enable_gradient_checkpointing()
     lora = settings.build_lora(config, base.unet, seed=0)
