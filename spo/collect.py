@@ -62,7 +62,11 @@ def collect_rollout(
     parts, comparisons = [], []
     for candidates in roll_out(backbone, schedule, settings, conditioning, generator, before_step):
         scores = score_candidates(
-            candidates, backbone.decode_candidates, scorer, prompt_features, settings.decode_batch_size
+            candidates,
+            backbone.decode_candidates,
+            scorer,
+            prompt_features,
+            settings.decode_batch_size,
         )
         comparisons.append(Comparison(candidates.score_timestep, scores))
         parts.append(select_pairs(candidates, scores, conditioning, prompt_ids, settings.pairs))

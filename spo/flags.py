@@ -4,6 +4,7 @@ CONFIG = define_config("config/sd15.py")      # CONFIG.value is the config, lock
 app.run(main, flags_parser=parse_flags)
 """
 
+import copy
 import os
 import re
 import sys
@@ -11,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from absl import app, flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from spo.config_io import leaves, load_config, suggest
 from spo.errors import UserError
@@ -95,20 +96,40 @@ def parse_flags(argv: list[str]) -> list[str]:
     with exit_on_user_error():
         path, argv = _take_config_path(argv)
         config, nullable = load_config(path or FLAGS["config"].default, *FLAGS["config"].bases)
-        _check_keys(argv, list(leaves(config)))
-        try:
-            # Takes the place of define_config's flag, and defines a flag for each override.
-            config_flags.DEFINE_config_dict("config", config, sys_argv=argv, allow_override=True)
-            program, *positional = FLAGS(argv)
-        except flags.Error as error:
-            # absl says "flag --config.train.beta=x: expected a number".
-            raise UserError(str(error).replace("flag --config.", "config: ", 1)) from error
+        program, *positional = _parse(argv, config, nullable, FLAGS)
         if positional:
             raise UserError(f"unexpected argument {positional[0]!r}: settings are --key=value")
-        for key, value in FLAGS["config"].override_values.items():
-            if value is None and key not in nullable:
-                raise UserError(f"config: {key} cannot be None")
     return [program]
+
+
+def changed(config: ConfigDict, change: str) -> ConfigDict:
+    """A copy of the command line's `config` with one more KEY=VALUE, read as --config.KEY=VALUE is."""
+    if "=" not in change:
+        raise UserError(f"config: {change!r} is not of the form KEY=VALUE")
+    values = flags.FlagValues()
+    _parse(["", f"--config.{change}"], copy.deepcopy(config), FLAGS["config"].nullable, values)
+    return values["config"].value
+
+
+def _parse(
+    argv: list[str], config: ConfigDict, nullable: set[str], values: flags.FlagValues
+) -> list[str]:
+    """Set the flags of `argv` on `values`, and those of --config on `config`; the rest of `argv`."""
+    _check_keys(argv, list(leaves(config)))
+    try:
+        # Takes the place of define_config's flag, and defines a flag for each override.
+        config_flags.DEFINE_config_dict(
+            "config", config, flag_values=values, sys_argv=argv, allow_override=True
+        )
+        values["config"].nullable = nullable
+        rest = values(argv)
+    except flags.Error as error:
+        # absl says "flag --config.train.beta=x: expected a number".
+        raise UserError(str(error).replace("flag --config.", "config: ", 1)) from error
+    for key, value in values["config"].override_values.items():
+        if value is None and key not in nullable:
+            raise UserError(f"config: {key} cannot be None")
+    return rest
 
 
 def _take_config_path(argv: list[str]) -> tuple[str, list[str]]:

@@ -49,8 +49,8 @@ def build_models(config: ConfigDict) -> MetaModels:
     """Base model, step-aware scorer and learner of `config`; nothing is downloaded.
 
     A base model, CLIP or decoder that is no folder here has the architecture of the published one:
-    SD1.5's or SDXL's by its family, PickScore's, TAESD's. Every comparison makes a pair. To be used within `meta_kernels`.
-    Raises UserError for what is wrong with the config.
+    SD1.5's or SDXL's by its family, PickScore's, TAESD's. Every comparison makes a pair. To be used
+    within `meta_kernels`. Raises UserError for what is wrong with the config.
     """
     settings.check(config)
     source = settings.rollout_source(config)

@@ -18,6 +18,7 @@ from spo.finite import check_scores
 from spo.learner import Learner
 from spo.pairs import concatenate_pairs, no_pairs
 from spo.progress import Position, RolloutInProgress
+from spo.prompts import epoch_order
 from spo.scorers import Scorer
 from spo.seeding import derive_seed
 
@@ -46,6 +47,20 @@ def slices_of(
             torch.Generator().manual_seed(derive_seed(seed, "rollout", *rollout, place)),
         )
         for place in range(rank * plan.slices, (rank + 1) * plan.slices)
+    ]
+
+
+def first_slices(num_prompts: int, plan: BatchPlan, seed: int, rollouts: int) -> list[Slice]:
+    """The slices of process 0 of a run's first `rollouts` in its first epoch, or of all there are."""
+    order, size = epoch_order(num_prompts, seed, epoch=0), plan.prompts_per_rollout
+    starts = range(0, num_prompts, size)[:rollouts]
+    return [
+        part
+        for i, start in enumerate(starts)
+        for part in slices_of(
+            order[start : start + size], plan, seed, Position(rollouts_in_epoch=i), rank=0
+        )
+        if part.prompt_ids
     ]
 
 

@@ -64,7 +64,10 @@ class Trainer:
         self.say(ready.plan.describe())
         with workers.together():
             self.backbone = Backbone(
-                settings.rollout_source(config), config.family, config.mixed_precision, workers.device
+                settings.rollout_source(config),
+                config.family,
+                config.mixed_precision,
+                workers.device,
             )
             self.scorer = load_scorer(settings.scorer_source(config), workers.device)
             lora = self._make_lora()
