@@ -93,7 +93,7 @@ def get_config() -> ConfigDict:
     sample.decode_batch_size = 8  # latents decoded and scored at once
     # What decodes the candidates for the preference model: None is the base model's VAE; a Hub id or
     # folder of a diffusers AutoencoderTiny ("madebyollin/taesd", for SDXL "madebyollin/taesdxl") does
-    # it at a fraction of the cost. Validation images are always the VAE's. docs/performance.md
+    # it at a fraction of the cost (docs/performance.md). Validation images are the VAE's either way.
     sample.decoder = placeholder(str)
 
     # ---- loss and update -----------------------------------------------------------------------

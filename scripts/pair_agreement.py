@@ -36,10 +36,11 @@ def main(_) -> None:
 
 def compare(config) -> dict:
     """Roll out, let each judge score, print a table for each change, and return the figures."""
+    variants = check(config)
+
     from spo.agreement import agreement
     from spo.costs import DECODING, SCORING
 
-    variants = check(config)
     judges, (ours, *others) = judge_rollouts(config, list(variants.values()))
     seconds = [
         {name: judge.meter.seconds[name] for name in (DECODING, SCORING)} for judge in judges
@@ -58,7 +59,6 @@ def compare(config) -> dict:
 
 def check(config) -> dict:
     """The config of each --compare; UserError for what is wrong with one, before any model loads."""
-    from spo.agreement import check_change
     from spo.errors import UserError
 
     if not COMPARE.value:
@@ -69,8 +69,11 @@ def check(config) -> dict:
         raise UserError(f"--rollouts: {ROLLOUTS.value} must be 1 or more.")
     if JSON.value and not Path(JSON.value).absolute().parent.is_dir():
         raise UserError(f"--json: there is no folder {Path(JSON.value).parent}; make it first.")
-    check_change(config)
     variants = {change: changed(config, change) for change in COMPARE.value}
+
+    from spo.agreement import check_change  # imports torch, which takes seconds
+
+    check_change(config)
     for change, variant in variants.items():
         check_change(variant, change.partition("=")[0])
     return variants

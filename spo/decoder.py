@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,10 @@ from spo.errors import UserError
 from spo.hub import LOAD_ERRORS, PREFETCH, first_line, model_file
 
 _KEY = "sample.decoder"
+# AutoencoderTiny saves a value that it does not take back.
+logging.getLogger("diffusers.configuration_utils").addFilter(
+    lambda record: "'block_out_channels'" not in record.getMessage()
+)
 
 
 def decode(autoencoder: AutoencoderKL | AutoencoderTiny, latents: Tensor) -> Tensor:
