@@ -13,10 +13,20 @@ import torch
 from helpers import save_tiny_decoder
 from small_runs import SIZES, read_metrics, run, small_config
 
-from spo.agreement import Judged, agreement, check_change, load_judges
+from spo.agreement import (
+    Judged,
+    agreement,
+    check_change,
+    concatenate,
+    judge_rollout,
+    load_judges,
+)
 from spo.backbone import Backbone
+from spo.batching import plan_batches
 from spo.errors import UserError
-from spo.settings import rollout_source
+from spo.preflight import read_training_prompts
+from spo.settings import collect_settings, rollout_source
+from spo.shared_rollout import first_slices
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -83,7 +93,28 @@ def run_script(*arguments):
 
 
 def test_the_rollouts_are_those_of_training(tmp_path):
-    """What the config's own judge keeps are the pairs of the run's first rollout, and likewise."""
+    config = small_config(tmp_path / "run", num_epochs=1, sample__threshold=0.02)
+    model = Backbone(rollout_source(config), "sd15", "no", torch.device("cpu"))
+    plan, prompts = plan_batches(config, 1), read_training_prompts(config).prompts
+    slices = first_slices(len(prompts), plan, config.seed, rollouts=5)
+    assert len(slices) == 2 and len({i for part in slices for i in part.prompt_ids}) == 4
+    (found,) = judge_rollout(
+        model,
+        model.schedule(config.sample.num_steps),
+        collect_settings(config),
+        load_judges(model, config, []),
+        [prompts[i] for i in slices[0].prompt_ids],
+        slices[0].generator,
+    )
+    judged = concatenate(found)
+    run(tmp_path / "run", num_epochs=1, sample__threshold=0.02)
+    (first, _) = read_metrics(tmp_path / "run")
+    assert judged.scores.mean().item() == pytest.approx(first["score_mean"], abs=1e-5)
+    assert judged.scores.std(dim=1).mean().item() == pytest.approx(first["score_spread"], rel=1e-4)
+    assert judged.kept.sum() == first["pairs"] == 3 and len(judged.kept) == first["comparisons"]
+
+
+def test_the_script_compares_with_the_config(tmp_path):
     folder, file = save_tiny_decoder(tmp_path / "decoder"), tmp_path / "agreement.json"
     compare = ("sample.threshold=0.02", f"sample.decoder={folder}", "sample.decode_batch_size=3")
     result = run_script(
@@ -97,12 +128,8 @@ def test_the_rollouts_are_those_of_training(tmp_path):
     assert tiny["all"]["comparisons"] == 4 and tiny["all"]["correlation"] < 0.99
     assert set(tiny) == {"seconds", "all", "t = 1", "t = 0"}
     assert tiny["t = 0"]["comparisons"] == 2 and tiny["seconds"]["decoding"] > 0
-    # The config's own threshold is 0 and keeps all: the judges differ in what the other drops.
-    run(tmp_path / "run", num_epochs=1, sample__threshold=0.02)
-    (first, *_) = read_metrics(tmp_path / "run")
-    dropped = 1 - first["pairs"] / first["comparisons"]
-    assert 0 < dropped < 1
-    assert figures["sample.threshold=0.02"]["all"]["kept"] == 1 - dropped
+    # The config's own threshold is 0 and keeps all four.
+    assert figures["sample.threshold=0.02"]["all"]["kept"] == 3 / 4
     assert re.search(r"^config: decoding .* s, scoring .* s$", result.stdout, re.MULTILINE)
 
 

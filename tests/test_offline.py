@@ -73,12 +73,19 @@ def test_what_is_missing_is_one_line_with_repo_file_and_command(cache):
     assert message.endswith("python scripts/prefetch.py --config=...")
 
 
-@pytest.mark.parametrize("script", ["scripts/prefetch.py", "train_sd15.py"])
 @pytest.mark.parametrize(
-    ("file", "message"),
+    ("script", "file", "message"),
     [
-        ("config.json", "config.json of user/tiny-decoder is not in the local cache"),
-        ("diffusion_pytorch_model.safetensors", "'user/tiny-decoder' cannot be loaded"),
+        (
+            "train_sd15.py",
+            "config.json",
+            "config.json of user/tiny-decoder is not in the local cache",
+        ),
+        (
+            "scripts/prefetch.py",
+            "diffusion_pytorch_model.safetensors",
+            "'user/tiny-decoder' cannot be loaded",
+        ),
     ],
 )
 def test_a_decoder_that_is_missing_is_one_line(cache, script, file, message):
