@@ -34,11 +34,13 @@ def get_config() -> ConfigDict:
 
     # ---- speed, without another result but for rounding (docs/performance.md) ---------------------
     config.allow_tf32 = True  # GPUs round fp32 products, the scorer's above all, to 10 bits inside
-    config.channels_last = False  # memory layout of UNet and VAE; measure it on your GPU
+    config.channels_last = (
+        False  # memory layout of UNet and decoder: scripts/benchmark.py --compare
+    )
     # torch.compile, at the first call: minutes that a long run gets back.
     config.compile = ConfigDict()
     config.compile.unet = False
-    config.compile.vae = False
+    config.compile.decoder = False  # the VAE, or sample.decoder in its place
     config.compile.scorer = False
 
     # ---- the base model ------------------------------------------------------------------------
@@ -105,6 +107,10 @@ def get_config() -> ConfigDict:
     # takes; None: one slice of sample.batch_size on each GPU.
     sample.global_batch_size = placeholder(int)
     sample.decode_batch_size = 8  # latents decoded and scored at once
+    # What decodes the candidates for the preference model: None is the base model's VAE; a Hub id or
+    # folder of a diffusers AutoencoderTiny ("madebyollin/taesd", for SDXL "madebyollin/taesdxl") does
+    # it at a fraction of the cost (docs/performance.md). Validation images are the VAE's either way.
+    sample.decoder = placeholder(str)
 
     # ---- loss and update -----------------------------------------------------------------------
     config.train = train = ConfigDict()

@@ -1,4 +1,4 @@
-"""Make the tiny world from nothing: base model, preference data, preference model.
+"""Make the tiny world from nothing: base model, tiny decoder, preference data, preference model.
 
     python scripts/make_tiny_world.py [--out runs/tiny_world] [--install]
 
@@ -42,6 +42,7 @@ def make_world(out: Path, shorten: int = 1) -> None:
     """Run every stage whose result is not there yet."""
     from spo.tiny_world.base_model import train_denoiser, train_vae
     from spo.tiny_world.clip import train_clip, train_pickscore
+    from spo.tiny_world.decoder import train_decoder
     from spo.tiny_world.fitting import Fit
     from spo.tiny_world.preferences import draw_pairs, split_captions, write_parquet
 
@@ -57,6 +58,11 @@ def make_world(out: Path, shorten: int = 1) -> None:
     stage(sd15, lambda to, state: train_denoiser(to, vae, clip, fits, state, images))
     more = rounds((1200, 5e-4), (2000, 5e-4))
     stage(pickscore, lambda to, state: train_pickscore(to, clip, more, state))
+    fits, images = rounds((2800, 3e-3)), max(250, 5000 // shorten)
+    stage(
+        out / "decoder",
+        lambda to, state: train_decoder(to, sd15, pickscore, fits, state, images),
+    )
     training, held_out = split_captions()
     write_prompts(out / "prompts" / "train.txt", training)
     write_prompts(out / "prompts" / "held_out.txt", held_out)
@@ -120,9 +126,9 @@ def install(out: Path, assets: Path) -> None:
 
     from spo.preference.checkpoint import FILE_NAME
 
-    for folder in ("sd15", "clip", "pickapic", "prompts"):
+    for folder in ("sd15", "clip", "decoder", "pickapic", "prompts"):
         shutil.rmtree(assets / folder, ignore_errors=True)
-    for folder in ("sd15", "prompts"):
+    for folder in ("sd15", "decoder", "prompts"):
         shutil.copytree(out / folder, assets / folder)
     shutil.copytree(out / "pickscore", assets / "clip")
     (assets / "pickapic").mkdir()

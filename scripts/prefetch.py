@@ -33,16 +33,22 @@ def main(_) -> None:
 
 
 def prefetch(config) -> None:
-    """Load, one after the other, the prompts, the base model, the scorer and the LoRA to start from."""
+    """Load, one by one, the prompts, base model, decoder, scorer and the LoRA to start from."""
     import torch
 
     from spo import preflight, scorers, settings
+    from spo.backbone import DTYPES
+    from spo.decoder import load_decoder
     from spo.lora_files import find_lora
 
     settings.check(config)
     print(preflight.read_training_prompts(config).describe())
     print(f"{len(preflight.read_validation_prompts(config))} validation prompts")
-    load_base_model(settings.model_source(config), config)
+    source = settings.rollout_source(config)
+    load_base_model(source, config)
+    if source.decoder is not None:
+        load_decoder(source.decoder, DTYPES[config.mixed_precision])
+        print(f"decoder: {source.decoder}")
     scorers.load_scorer(settings.scorer_source(config), torch.device("cpu"))
     print(f"preference model: {config.preference.scorer}")
     if config.lora.init_from:

@@ -35,6 +35,7 @@ ARMS = {
     "K = 8": {"sample.num_candidates": 8},
     "threshold 0": {"sample.threshold": 0.0},
     "threshold 0.5": {"sample.threshold": 0.5},
+    "tiny decoder": {"sample.decoder": "assets/tiny/decoder"},
     "official": {},
 }
 PROMPTS = 64  # of each run: eight rollouts of eight

@@ -35,21 +35,20 @@ def show_rollout(config, prompt: str, lora_spec: str, seed: int, out: Path) -> N
     from tqdm import tqdm
 
     from spo import backbone, scorers, settings
-    from spo.collect import score_candidates
+    from spo.collect import roll_out, score_candidates
     from spo.errors import UserError
     from spo.lora_files import find_lora, read_lora
     from spo.pictures import grid
-    from spo.rollout import stepwise_rollout
 
     settings.check(config)
-    backbone.check_source(settings.model_source(config), config.family)
+    backbone.check_source(settings.rollout_source(config), config.family)
     lora_path = find_lora(lora_spec, "--lora") if lora_spec else None
     if out.suffix != ".png":
         raise UserError(f"--out: {out} must end in .png")
     out.parent.mkdir(parents=True, exist_ok=True)
     device = PartialState().device
     model = backbone.Backbone(
-        settings.model_source(config), config.family, config.mixed_precision, device
+        settings.rollout_source(config), config.family, config.mixed_precision, device
     )
     if lora_spec:
         lora = settings.build_lora(config, model.unet, seed=0)
@@ -58,15 +57,11 @@ def show_rollout(config, prompt: str, lora_spec: str, seed: int, out: Path) -> N
     features = scorer.encode_prompts([prompt])
     collect = settings.collect_settings(config)
 
-    def predict(latents, timestep, rows):
-        return model.predict(model.unet, latents, timestep, rows, collect.guidance_scale)
-
-    comparisons = stepwise_rollout(
-        predict,
+    comparisons = roll_out(
+        model,
         model.schedule(config.sample.num_steps),
-        collect.rollout,
+        collect,
         model.encode_prompts([prompt]),
-        model.latent_shape,
         torch.Generator().manual_seed(seed),
     )
     seen = []
@@ -74,7 +69,7 @@ def show_rollout(config, prompt: str, lora_spec: str, seed: int, out: Path) -> N
         images = []
 
         def decode(latents, images=images):
-            images.append(model.decode(latents))
+            images.append(model.decode_candidates(latents))
             return images[-1]
 
         scores = score_candidates(candidates, decode, scorer, features, collect.decode_batch_size)

@@ -11,6 +11,7 @@ import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from diffusers import (
@@ -29,6 +30,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from spo.ddim import DDIMSchedule, make_schedule
+from spo.decoder import check_decoder, decode, load_decoder
 from spo.errors import UserError
 from spo.hub import LOAD_ERRORS, PREFETCH, first_line, model_file
 from spo.prompt_text import readable
@@ -59,6 +61,7 @@ class ModelSource:
     variant: str | None = None
     vae: str | None = None
     unet: str | None = None  # a repo or folder whose subfolder `unet` replaces the model's own
+    decoder: str | None = None  # config.sample.decoder
 
 
 def family_of(model: str, key: str) -> str:
@@ -73,7 +76,7 @@ def family_of(model: str, key: str) -> str:
 def check_source(source: ModelSource, family: str, key: str = "pretrained.model") -> None:
     """Raise UserError, naming the config `key`, unless `source` is a pipeline of `family`.
 
-    Reads one small json file.
+    Reads small json files.
     """
     if family not in _PIPELINES:
         raise UserError(f"family: {family!r} is none of {', '.join(_PIPELINES)}.")
@@ -86,6 +89,14 @@ def check_source(source: ModelSource, family: str, key: str = "pretrained.model"
             f"{key}: {source.model!r} is a {found}, but family={family!r} needs a {wanted}; change "
             "the model or family."
         )
+    if source.decoder is not None:
+        check_decoder(source.decoder, _vae_config(source, key))
+
+
+def _vae_config(source: ModelSource, key: str) -> Path:
+    if source.vae is not None:
+        return model_file(source.vae, "config.json", "pretrained.vae")
+    return model_file(source.model, "vae/config.json", key, source.revision)
 
 
 def _class_name(model: str, key: str, revision: str | None = None) -> str | None:
@@ -150,12 +161,16 @@ class Backbone:
         self._pipe.set_progress_bar_config(disable=True)
         self.unet = self._pipe.unet
         self.vae = self._pipe.vae
+        self.decoder = self._load_decoder(source).to(device)  # of a rollout's candidates
         size = self.unet.config.sample_size
         self.latent_shape: tuple[int, int, int] = (self.unet.config.in_channels, size, size)
         self.vae_scale_factor: int = self._pipe.vae_scale_factor  # pixels per latent, along a side
 
     def _load(self, source: ModelSource) -> DiffusionPipeline:
         return load_pipeline(source, self.family, self.dtype)
+
+    def _load_decoder(self, source: ModelSource) -> nn.Module:
+        return self.vae if source.decoder is None else load_decoder(source.decoder, self.dtype)
 
     def schedule(self, num_steps: int) -> DDIMSchedule:
         """The DDIM schedule made from this model's scheduler config."""
@@ -301,8 +316,12 @@ class Backbone:
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Images (n, 3, H, W) of `latents` (n, C, h, w): fp32, nominally in [-1, 1], not clamped."""
-        scaled = latents.to(self.vae.dtype) / self.vae.config.scaling_factor
-        return self.vae.decode(scaled, return_dict=False)[0].float()
+        return decode(self.vae, latents)
+
+    @torch.no_grad()
+    def decode_candidates(self, latents: Tensor) -> Tensor:
+        """As `decode`, for what a rollout scores: by config.sample.decoder where that is set."""
+        return decode(self.decoder, latents)
 
 
 def _prepend(one: Tensor | None, rows: Tensor | None) -> Tensor | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -60,19 +60,14 @@ def collect_rollout(
     """
     conditioning = backbone.encode_prompts(prompts)
     prompt_features = scorer.encode_prompts(prompts)
-
-    def predict(latents: Tensor, timestep: int, rows: Conditioning) -> Tensor:
-        before_step()
-        return backbone.predict(
-            backbone.unet, latents, timestep, rows, settings.guidance_scale, settings.autocast
-        )
-
     parts, keep, comparisons = [], [], []
-    for candidates in stepwise_rollout(
-        predict, schedule, settings.rollout, conditioning, backbone.latent_shape, generator
-    ):
+    for candidates in roll_out(backbone, schedule, settings, conditioning, generator, before_step):
         scores = score_candidates(
-            candidates, backbone.decode, scorer, prompt_features, settings.decode_batch_size
+            candidates,
+            backbone.decode_candidates,
+            scorer,
+            prompt_features,
+            settings.decode_batch_size,
         )
         comparisons.append(Comparison(candidates.score_timestep, scores))
         pairs, differ = best_against_worst(
@@ -82,6 +77,27 @@ def collect_rollout(
         keep.append(differ)
     kept = torch.cat(keep).nonzero().flatten()
     return Collected(concatenate_pairs(parts).select(kept), tuple(comparisons))
+
+
+def roll_out(
+    backbone: Backbone,
+    schedule: DDIMSchedule,
+    settings: CollectSettings,
+    conditioning: Conditioning,
+    generator: torch.Generator,
+    before_step: Callable[[], None] = lambda: None,
+) -> Iterator[Candidates]:
+    """What a rollout of the B prompts of `conditioning` compares, with the UNet as it stands."""
+
+    def predict(latents: Tensor, timestep: int, rows: Conditioning) -> Tensor:
+        before_step()
+        return backbone.predict(
+            backbone.unet, latents, timestep, rows, settings.guidance_scale, settings.autocast
+        )
+
+    return stepwise_rollout(
+        predict, schedule, settings.rollout, conditioning, backbone.latent_shape, generator
+    )
 
 
 @torch.no_grad()

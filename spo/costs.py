@@ -134,7 +134,7 @@ def draw_pairs(models: Models, prompts: Sequence[str], meter: Meter, apart: bool
     backbone, scorer = models.backbone, models.scorer
     parts = {
         DENOISING: (backbone, "predict"),
-        DECODING: (backbone, "decode"),
+        DECODING: (backbone, "decode_candidates"),
         SCORING: (scorer, "score"),
     }
     inner = meter.each_call(parts) if apart else contextlib.nullcontext()

@@ -106,6 +106,9 @@ def changed(config: ConfigDict, changes: str) -> ConfigDict:
     """A copy of the config of parse_flags with `changes`, "key=value,key=value"; UserError if unfit."""
     copy, nullable = deepcopy(config), FLAGS["config"].nullable
     items = re.split(r",(?=[\w.]+=)", changes)
+    for item in items:
+        if "=" not in item:
+            raise UserError(f"config: {item!r} is not of the form KEY=VALUE")
     _lay_over(copy, nullable, ["", *(f"--config.{item}" for item in items)], flags.FlagValues())
     return copy
 

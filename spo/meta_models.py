@@ -61,15 +61,16 @@ def build_models(
 ) -> UnloadedModels:
     """Base model, scorer and learner of `config` on `device`; nothing is downloaded.
 
-    A base model or CLIP that is no folder here has the architecture of the published one: SD1.5's or
-    SDXL's by its family, PickScore's. Every comparison makes a pair. Weights are made on the device in
-    their own dtype. Raises UserError for what is wrong with the config.
+    A base model, CLIP or decoder that is no folder here has the architecture of the published one:
+    SD1.5's or SDXL's by its family, PickScore's, TAESD's. Every comparison makes a pair. Weights are
+    made on the device in their own dtype. Raises UserError for what is wrong with the config.
     """
     settings.check(config)
-    source = settings.model_source(config)
+    source = settings.rollout_source(config)
     folder = _folder(source.model, config.family, "pretrained.model")
     vae = source.vae and _folder(source.vae, f"{config.family}/vae", "pretrained.vae")
-    source = ModelSource(folder, vae=vae)
+    decoder = source.decoder and _folder(source.decoder, "taesd", "sample.decoder")
+    source = ModelSource(folder, vae=vae, decoder=decoder)
     backbone.check_source(source, config.family)
     kind = MetaBackbone if device.type == "meta" else UnloadedBackbone
     model = kind(source, config.family, config.mixed_precision, device)
@@ -176,6 +177,12 @@ class UnloadedBackbone(Backbone):
         pipe = getattr(diffusers, index["_class_name"])(**parts, **options)
         return backbone.freeze(pipe, self.family, self.dtype)
 
+    def _load_decoder(self, source: ModelSource) -> nn.Module:
+        if source.decoder is None:
+            return self.vae
+        tiny = self._part(Path(source.decoder), "diffusers", "AutoencoderTiny")
+        return tiny.requires_grad_(False).eval()
+
     def _part(self, folder: Path, library: str | None, name: str | None):
         """The module or scheduler that a class of diffusers or transformers makes of a config file."""
         if library == "diffusers":
@@ -194,8 +201,9 @@ class UnloadedBackbone(Backbone):
         return nn.Module.to(module, self.dtype)
 
     def networks(self) -> dict[str, nn.Module]:
-        """The networks of the pipeline, by their names there."""
-        return {k: v for k, v in self._pipe.components.items() if isinstance(v, nn.Module)}
+        """Those of the pipeline, by their names there, and a decoder besides."""
+        found = {k: v for k, v in self._pipe.components.items() if isinstance(v, nn.Module)}
+        return found if self.decoder is self.vae else found | {"decoder": self.decoder}
 
 
 class MetaBackbone(UnloadedBackbone):

@@ -61,7 +61,7 @@ def preflight(config: ConfigDict, num_processes: int) -> Preflight:
     plan = plan_batches(config, num_processes)
     run_dir = Path(config.logdir).expanduser() / run_name(config, config.algorithm)
     resume = find_checkpoint(config, run_dir)
-    backbone.check_source(settings.model_source(config), config.family)
+    backbone.check_source(settings.rollout_source(config), config.family)
     scorers.check_source(settings.scorer_source(config))
     if config.lora.init_from:
         find_lora(config.lora.init_from, "lora.init_from")

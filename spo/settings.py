@@ -128,6 +128,14 @@ def model_source(config: ConfigDict) -> ModelSource:
     return replace(source, model=os.path.expanduser(source.model), vae=vae)
 
 
+def rollout_source(config: ConfigDict) -> ModelSource:
+    """The base model with what decodes the candidates of its rollouts."""
+    decoder = config.sample.decoder
+    return replace(
+        model_source(config), decoder=None if decoder is None else os.path.expanduser(decoder)
+    )
+
+
 def scorer_source(config: ConfigDict) -> ScorerSource:
     source = ScorerSource(**config.preference.to_dict())
     paths = {name: os.path.expanduser(getattr(source, name)) for name in ("backbone", "processor")}
@@ -146,7 +154,7 @@ def speed_settings(config: ConfigDict) -> SpeedSettings:
         allow_tf32=config.allow_tf32,
         channels_last=config.channels_last,
         compile_unet=config.compile.unet,
-        compile_vae=config.compile.vae,
+        compile_decoder=config.compile.decoder,
         compile_scorer=config.compile.scorer,
     )
 

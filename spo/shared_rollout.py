@@ -18,8 +18,50 @@ from spo.finite import check_scores
 from spo.learner import Learner
 from spo.pairs import concatenate_pairs, no_pairs
 from spo.progress import Position, RolloutInProgress
+from spo.prompts import epoch_order
 from spo.scorers import Scorer
 from spo.seeding import derive_seed
+
+
+@dataclass(frozen=True)
+class Slice:
+    """The prompts that one process rolls out at once, and what their noise is drawn from."""
+
+    prompt_ids: list[int]
+    generator: torch.Generator
+
+
+def slices_of(
+    chunk: Sequence[int], plan: BatchPlan, seed: int, position: Position, rank: int
+) -> list[Slice]:
+    """The slices of process `rank` of the rollout of the prompts `chunk` at `position`.
+
+    The chunk is split into slices, process by process. A slice is seeded by its place in the chunk,
+    so that one process with four slices draws what four processes with one slice draw.
+    """
+    rollout = (position.epochs, position.rollouts_in_epoch)
+    slices = np.array_split(np.asarray(chunk), plan.slices * plan.num_processes)
+    return [
+        Slice(
+            slices[place].tolist(),
+            torch.Generator().manual_seed(derive_seed(seed, "rollout", *rollout, place)),
+        )
+        for place in range(rank * plan.slices, (rank + 1) * plan.slices)
+    ]
+
+
+def first_slices(num_prompts: int, plan: BatchPlan, seed: int, rollouts: int) -> list[Slice]:
+    """The slices of process 0 of a run's first `rollouts` in its first epoch, or of all there are."""
+    order, size = epoch_order(num_prompts, seed, epoch=0), plan.prompts_per_rollout
+    starts = range(0, num_prompts, size)[:rollouts]
+    return [
+        part
+        for i, start in enumerate(starts)
+        for part in slices_of(
+            order[start : start + size], plan, seed, Position(rollouts_in_epoch=i), rank=0
+        )
+        if part.prompt_ids
+    ]
 
 
 @dataclass(frozen=True)
@@ -60,22 +102,10 @@ class SharedRollout:
     def _draw_slices(
         self, chunk: Sequence[int], position: Position
     ) -> tuple[Collected, torch.Generator]:
-        """This process's share of a rollout, and the generator that shuffles the pairs of all.
-
-        The chunk is split into slices, process by process. A slice is seeded by its place in the
-        chunk, so that one process with four slices draws what four processes with one slice draw.
-        """
-        count, rollout = self.plan.slices, (position.epochs, position.rollouts_in_epoch)
-        slices = np.array_split(np.asarray(chunk), count * self.workers.count)
-        first = self.workers.rank * count
-        seeds = [
-            derive_seed(self.seed, "rollout", *rollout, place)
-            for place in range(first, first + count)
-        ]
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        mine = zip(slices[first : first + count], generators, strict=True)
+        """This process's share of a rollout, and the generator that shuffles the pairs of all."""
+        mine = slices_of(chunk, self.plan, self.seed, position, self.workers.rank)
         with self.workers.together():
-            collected = [self._collect(ids.tolist(), g) for ids, g in mine if len(ids)]
+            collected = [self._collect(s.prompt_ids, s.generator) for s in mine if s.prompt_ids]
         if collected:
             pairs = concatenate_pairs([part.pairs for part in collected])
         else:
@@ -83,7 +113,7 @@ class SharedRollout:
                 self.backbone.encode_prompts([""]), self.backbone.latent_shape, self.settings.pairs
             )
         comparisons = tuple(c for part in collected for c in part.comparisons)
-        return Collected(pairs, comparisons), generators[0]
+        return Collected(pairs, comparisons), mine[0].generator
 
     def _collect(self, prompt_ids: list[int], generator: torch.Generator) -> Collected:
         """Roll out one slice with the sampler; RunError where a score is not finite."""

@@ -21,7 +21,7 @@ class SpeedSettings:
     allow_tf32: bool
     channels_last: bool
     compile_unet: bool
-    compile_vae: bool
+    compile_decoder: bool
     compile_scorer: bool
 
 
@@ -53,11 +53,11 @@ def speed_up(backbone: Backbone, scorer: Scorer, settings: SpeedSettings) -> Non
     """
     if settings.channels_last:
         backbone.unet.to(memory_format=torch.channels_last)
-        backbone.vae.to(memory_format=torch.channels_last)
+        backbone.decoder.to(memory_format=torch.channels_last)
     if settings.compile_unet:
         backbone.unet.compile()
-    if settings.compile_vae:
-        backbone.vae.decoder.compile()
+    if settings.compile_decoder:
+        backbone.decoder.decoder.compile()
     if settings.compile_scorer:
         if not hasattr(scorer, "compile"):
             raise UserError(

@@ -27,6 +27,7 @@ from spo.costs import (
     with_every_pair,
 )
 from spo.errors import UserError
+from spo.speed import set_up_device, speed_up
 
 ITERATION = "rollout and training"
 
@@ -159,20 +160,22 @@ def load_models(
 
     Raises UserError for what is wrong with the config or its files.
     """
+    set_up_device(device, config.allow_tf32)
     if random:
         models = meta_models.build_models(config, device, accumulation_steps)
     else:
         models = _load_models(config, accumulation_steps, device)
     if config.train.gradient_checkpointing:
         models.backbone.unet.enable_gradient_checkpointing()
+    speed_up(models.backbone, models.scorer, settings.speed_settings(config))
     return models
 
 
 def _load_models(config: ConfigDict, accumulation_steps: int, device: torch.device) -> Models:
     settings.check(config)
-    backbone.check_source(settings.model_source(config), config.family)
+    backbone.check_source(settings.rollout_source(config), config.family)
     scorers.check_source(settings.scorer_source(config))
-    base = Backbone(settings.model_source(config), config.family, config.mixed_precision, device)
+    base = Backbone(settings.rollout_source(config), config.family, config.mixed_precision, device)
     lora = settings.build_lora(config, base.unet, seed=0)
     return Models(
         base,

@@ -72,7 +72,10 @@ class Trainer:
             self.forecast = make_forecast(config, self.plan, workers.device, self.say)
         with workers.together():
             self.backbone = Backbone(
-                settings.model_source(config), config.family, config.mixed_precision, workers.device
+                settings.rollout_source(config),
+                config.family,
+                config.mixed_precision,
+                workers.device,
             )
             self.scorer = load_scorer(settings.scorer_source(config), workers.device)
             lora = self._make_lora()

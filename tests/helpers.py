@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import torch
-from diffusers import DDIMScheduler
+from diffusers import AutoencoderTiny, DDIMScheduler
 
 from spo.backbone import Backbone, ModelSource
 from spo.ddim import DDIMSchedule
@@ -24,6 +24,20 @@ def model_folder(family: str) -> str:
 def load_backbone(family: str, mixed_precision: str = "no") -> Backbone:
     source = ModelSource(model_folder(family))
     return Backbone(source, family, mixed_precision, torch.device("cpu"))
+
+
+def save_tiny_decoder(folder: Path, **changes) -> str:
+    """The folder of an AutoencoderTiny with random weights that fits the tiny models' latents."""
+    torch.manual_seed(0)
+    settings = {
+        "latent_channels": 4,
+        "encoder_block_out_channels": (4, 4),
+        "num_encoder_blocks": (1, 1),
+        "decoder_block_out_channels": (8, 8),
+        "num_decoder_blocks": (1, 1),
+    }
+    AutoencoderTiny(**(settings | changes)).save_pretrained(folder)
+    return str(folder)
 
 
 def scorer_source(scorer: str, **changes) -> ScorerSource:

@@ -50,6 +50,16 @@ CASES = {
     ),
     "no model there": ({"pretrained.model": "./no"}, "pretrained.model: './no' is neither"),
     "folder without a model": ({"pretrained.model": "assets"}, "pretrained.model: no file"),
+    "no decoder there": ({"sample.decoder": "./no"}, "sample.decoder: './no' is neither"),
+    "folder without a decoder": ({"sample.decoder": "assets"}, "sample.decoder: no file"),
+    "VAE as the decoder": (
+        {"sample.decoder": "assets/tiny/sd15/vae"},
+        "sample.decoder: .*vae/config.json is that of a AutoencoderKL, not of an AutoencoderTiny",
+    ),
+    "decoder of other latents": (
+        {"sample.decoder": "assets/architectures/taesd"},
+        "sample.decoder: .*taesd' decodes latents of 4 channels, but those of the base model have 8",
+    ),
     "unknown family": ({"family": "sd3"}, "family: 'sd3' is none of sd15, sdxl"),
     "unknown algorithm": ({"algorithm": "dpo"}, "algorithm: 'dpo' is none of gradspo, spo"),
     "loss that can't be imported": ({"algorithm": "no.module:x"}, "algorithm: cannot import"),

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import MODELS
+from helpers import MODELS, save_tiny_decoder
 from torch import nn
 
 from spo import estimate, meta_models, timing
@@ -98,6 +98,34 @@ def test_shapes_alone_cost_what_real_models_cost(family, copies, changes):
     assert costs.resident_bytes["LoRAs, gradient, optimizer"] == copies * lora
     unet = sum(p.numel() * 4 for p in models.backbone.unet.parameters())
     assert costs.resident_bytes["unet"] == unet - lora
+
+
+def test_a_tiny_decoder_counts_in_the_place_of_the_vae(tmp_path):
+    config = small_config(**{"sample.decoder": save_tiny_decoder(tmp_path)})
+    models = timing.load_models(config, 1, CPU)
+    with flop_counter() as counter:
+        meter = Meter(CPU, counter)
+        draw_pairs(models, ["a fox"], meter, apart=True)
+    costs, exact = count_costs(config), count_costs(small_config())
+    # 6 images of 16 x 16: two blocks of three convolutions and one more, at 8 x 8 and at 16 x 16.
+    block, first, last = 3 * 8 * 8, 4 * 8, 8 * 3
+    by_hand = 2 * 9 * (64 * (first + block) + 256 * (8 * 8 + block + last))
+    assert costs.flops[DECODING] == meter.flops[DECODING] == 6 * by_hand
+    weights = sum(p.numel() * 4 for p in models.backbone.decoder.parameters())
+    assert dict(costs.resident_bytes) == exact.resident_bytes | {"decoder": weights}
+    assert costs.peak_bytes[DECODING] <= exact.peak_bytes[DECODING]
+
+
+@pytest.mark.parametrize(("family", "teraflops"), [("sd15", 0.14135), ("sdxl", 0.5654)])
+def test_a_decoder_on_the_hub_counts_as_the_published_one(family, teraflops):
+    config = small_config(
+        family, **{"sample.decoder": "user/taesd", "pretrained.model": "user/model"}
+    )
+    model = meta_models.build_models(config).backbone
+    assert sum(p.numel() for p in model.decoder.parameters()) == 2_445_063
+    with flop_counter() as counter:
+        model.decode_candidates(torch.ones(1, *model.latent_shape, device=META))
+    assert counter.get_total_flops() / 1e12 == pytest.approx(teraflops, rel=1e-4)
 
 
 def test_live_memory_by_hand():

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import add_tiny_lora, load_backbone, random_weights
+from helpers import add_tiny_lora, load_backbone, random_weights, save_tiny_decoder
 
 from spo.evaluation.results import read_results
 from spo.lora import save_lora
@@ -20,6 +20,7 @@ OVERRIDES = {
     "preference.checkpoint": "hf://user/spm/tiny-spm.bin",
     "preference.backbone": "user/tiny-clip",
     "preference.processor": "user/tiny-clip",
+    "sample.decoder": "user/tiny-decoder",
 }
 
 
@@ -30,6 +31,7 @@ def cache(tmp_path):
         "tiny-sd15": MODELS / "tiny-sd15",
         "tiny-vae": MODELS / "tiny-sd15" / "vae",
         "tiny-clip": MODELS / "tiny-clip",
+        "tiny-decoder": Path(save_tiny_decoder(tmp_path / "decoder")),
         "spm": MODELS / "tiny-spm.bin",
     }
     for name, source in sources.items():
@@ -55,6 +57,7 @@ def run(script, cache, *arguments):
 def test_a_run_needs_no_network_once_everything_is_cached(cache):
     checked = run("scripts/prefetch.py", cache)
     assert checked.returncode == 0, checked.stderr
+    assert "decoder: user/tiny-decoder" in checked.stdout
     assert "Everything is there." in checked.stdout
     small = ["--config.num_epochs=1", "--config.prompts.num=1", "--config.eval_interval=0"]
     trained = run("train_sd15.py", cache, f"--config.logdir={cache}", *small)
@@ -68,6 +71,30 @@ def test_what_is_missing_is_one_line_with_repo_file_and_command(cache):
     message = result.stderr.splitlines()[-1]
     assert message.startswith("error: preference.checkpoint: tiny-spm.bin of user/spm is not in")
     assert message.endswith("python scripts/prefetch.py --config=...")
+
+
+@pytest.mark.parametrize(
+    ("script", "file", "message"),
+    [
+        (
+            "train_sd15.py",
+            "config.json",
+            "config.json of user/tiny-decoder is not in the local cache",
+        ),
+        (
+            "scripts/prefetch.py",
+            "diffusion_pytorch_model.safetensors",
+            "'user/tiny-decoder' cannot be loaded",
+        ),
+    ],
+)
+def test_a_decoder_that_is_missing_is_one_line(cache, script, file, message):
+    (next((cache / "hub").glob("*tiny-decoder/snapshots/*")) / file).unlink()
+    result = run(script, cache, f"--config.logdir={cache}")
+    assert result.returncode == 2
+    line = result.stderr.splitlines()[-1]
+    assert line.startswith(f"error: sample.decoder: {message}")
+    assert line.endswith("python scripts/prefetch.py --config=...")
 
 
 def test_an_evaluation_takes_loras_and_models_from_the_cache(cache):

@@ -23,6 +23,7 @@ def test_an_arm_changes_what_its_name_says(arm):
     expected = {
         "GradSPO": set(),
         "SPO": {"algorithm"},
+        "tiny decoder": {"sample.decoder"},
         "official": {
             "train.max_grad_norm",
             "train.ema_every",

@@ -143,6 +143,7 @@ def test_the_world_can_be_made_again(tmp_path):
         ("sd15/unet/diffusion_pytorch_model.safetensors",) * 2,
         ("sd15/vae/diffusion_pytorch_model.safetensors",) * 2,
         ("pickscore/model.safetensors", "clip/model.safetensors"),
+        ("decoder/diffusion_pytorch_model.safetensors",) * 2,
         (f"spm/{with_spm}", "spm.safetensors"),
     ):
         shapes = [

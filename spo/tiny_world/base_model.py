@@ -84,6 +84,13 @@ def text_config(tokenizer: CLIPTokenizer, **options) -> CLIPTextConfig:
     )
 
 
+def image_error(images: Tensor, wanted: Tensor) -> Tensor:
+    """How far images (n, 3, H, W) are from those that are wanted: a mean, ()."""
+    error = images - wanted
+    # Errors of the finite differences keep outlines sharp.
+    return error.abs().mean() + sum(error.diff(dim=d).abs().mean() for d in (2, 3))
+
+
 def train_vae(folder: Path, rounds: Sequence[Fit], state_file: Path) -> None:
     """Train an autoencoder of factor 4 and save it, its latents scaled to unit variance."""
     torch.manual_seed(0)
@@ -102,10 +109,7 @@ def train_vae(folder: Path, rounds: Sequence[Fit], state_file: Path) -> None:
         with torch.autocast("cpu", torch.bfloat16):
             posterior = vae.encode(images).latent_dist
             decoded = vae.decode(posterior.sample(generator)).sample.float()
-        error = decoded - images
-        # Errors of the finite differences keep outlines sharp.
-        edges = sum(error.diff(dim=d).abs().mean() for d in (2, 3))
-        return error.abs().mean() + edges + 1e-5 * posterior.kl().float().mean() / 256
+        return image_error(decoded, images) + 1e-5 * posterior.kl().float().mean() / 256
 
     fit("autoencoder", vae, loss, rounds, state_file)
     with torch.no_grad():

@@ -1,0 +1,85 @@
+"""Latents -> images: the base model's VAE, or the tiny decoder that a rollout has in its place."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, AutoencoderTiny
+from torch import Tensor
+
+from spo.errors import UserError
+from spo.hub import LOAD_ERRORS, PREFETCH, first_line, model_file
+
+_KEY = "sample.decoder"
+# AutoencoderTiny saves a value that it does not take back.
+logging.getLogger("diffusers.configuration_utils").addFilter(
+    lambda record: "'block_out_channels'" not in record.getMessage()
+)
+
+
+def decode(autoencoder: AutoencoderKL | AutoencoderTiny, latents: Tensor) -> Tensor:
+    """Images (n, 3, H, W) of the UNet's `latents` (n, C, h, w): fp32, nominally in [-1, 1].
+
+    They are not clamped.
+    """
+    # By a factor of its own: 0.18215 for SD1.5's VAE, 1 for TAESD, which takes latents as they are.
+    scaled = latents.to(autoencoder.dtype) / autoencoder.config.scaling_factor
+    return autoencoder.decode(scaled, return_dict=False)[0].float()
+
+
+def load_decoder(name: str, dtype: torch.dtype) -> AutoencoderTiny:
+    """The AutoencoderTiny of a folder or Hub id, on the CPU, frozen; UserError where it cannot."""
+    try:
+        tiny = AutoencoderTiny.from_pretrained(name, dtype=dtype)
+    except LOAD_ERRORS as error:
+        raise UserError(
+            f"{_KEY}: {name!r} cannot be loaded ({first_line(error)}); to download and check it: "
+            f"{PREFETCH}"
+        ) from error
+    return tiny.requires_grad_(False).eval()
+
+
+def check_decoder(name: str, vae: Path) -> None:
+    """Raise UserError unless `name` is an AutoencoderTiny that can stand in for a VAE.
+
+    `vae` is the config file of that. Reads small json files.
+    """
+    tiny = _shapes(AutoencoderTiny, model_file(name, "config.json", _KEY), _KEY)
+    base = _shapes(AutoencoderKL, vae, "pretrained")
+    if tiny.channels != base.channels:
+        raise UserError(
+            f"{_KEY}: {name!r} decodes latents of {tiny.channels} channels, but those of the base "
+            f"model have {base.channels}; name the decoder that was made for it."
+        )
+    if tiny.image != base.image:
+        raise UserError(
+            f"{_KEY}: {name!r} makes {tiny.image} of one latent, but the base model's VAE "
+            f"{base.image} (channels, height, width); name the decoder that was made for it."
+        )
+
+
+@dataclass(frozen=True)
+class _Shapes:
+    channels: int  # of latents
+    image: tuple[int, ...]  # (channels, height, width) that one latent becomes
+
+
+def _shapes(kind: type[AutoencoderKL] | type[AutoencoderTiny], file: Path, key: str) -> _Shapes:
+    """Those of the autoencoder that a config file describes, which must be of `kind`."""
+    try:
+        config = json.loads(file.read_text())
+        found = config.get("_class_name")
+        if found == kind.__name__:
+            with torch.device("meta"), torch.no_grad():
+                model = kind.from_config(config)
+                latent = torch.ones(1, model.config.latent_channels, 1, 1)
+                return _Shapes(latent.shape[1], tuple(model.decode(latent).sample.shape[1:]))
+    except Exception as error:  # whatever a constructor makes of nonsense
+        raise UserError(
+            f"{key}: {file} does not describe an {kind.__name__} ({first_line(error)})."
+        ) from error
+    raise UserError(f"{key}: {file} is that of a {found}, not of an {kind.__name__}.")

@@ -1,0 +1,151 @@
+"""Judges of the same rollouts: their agreement by hand, and that the rollouts are training's."""
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import save_tiny_decoder
+from small_runs import SIZES, read_metrics, run, small_config
+
+from spo.agreement import (
+    Judged,
+    agreement,
+    check_change,
+    concatenate,
+    judge_rollout,
+    load_judges,
+)
+from spo.backbone import Backbone
+from spo.batching import plan_batches
+from spo.errors import UserError
+from spo.preflight import read_training_prompts
+from spo.settings import collect_settings, rollout_source
+from spo.shared_rollout import first_slices
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def judged(scores, kept):
+    return Judged(torch.zeros(len(scores)), torch.tensor(scores), torch.tensor(kept))
+
+
+def test_agreement_by_hand():
+    one = judged([[1.0, 2.0, 3.0], [6.0, 4.0, 5.0], [0.0, 1.0, 2.0]], [True, False, True])
+    # The same but for a constant; the same best alone; the same worst alone.
+    other = judged([[11.0, 12.0, 13.0], [6.0, 5.0, 4.0], [0.0, 2.0, 1.0]], [True, True, False])
+    found = agreement(one, other)
+    assert found.comparisons == 3
+    assert (found.best, found.worst) == (2 / 3, 2 / 3)
+    assert (found.both, found.both_of_pairs) == (1 / 3, 1 / 2)
+    assert found.kept == 1 / 3
+    assert found.correlation == pytest.approx((2 + 1 + 1) / 6)
+    none = judged(one.scores.tolist(), [False] * 3)
+    assert math.isnan(agreement(none, other).both_of_pairs)
+
+
+def test_comparisons_of_one_timestep():
+    mixed = Judged(torch.tensor([5, 1, 5]), torch.eye(3), torch.tensor([True, False, False]))
+    assert torch.equal(mixed.at(5).scores, torch.eye(3)[[0, 2]])
+    assert mixed.at(5).kept.tolist() == [True, False] and mixed.at(1).kept.tolist() == [False]
+
+
+@pytest.mark.parametrize(
+    ("key", "changes", "message"),
+    [
+        ("sample.eta", {"sample.eta": 0.5}, "--compare: sample.eta changes the rollout itself"),
+        ("sample.decoder", {"sample.decoder": "./no"}, "sample.decoder: './no' is neither"),
+        ("preference.dtype", {"preference.dtype": "int8"}, "preference.dtype: 'int8' is none of"),
+        ("sample.threshold", {"sample.threshold": 2.0}, "sample.threshold: 2.0 must be"),
+    ],
+)
+def test_what_cannot_be_compared(tmp_path, key, changes, message):
+    config = small_config(tmp_path / "run")
+    config.update_from_flattened_dict(changes)
+    with pytest.raises(UserError, match=message):
+        check_change(config, key)
+
+
+def test_judges_share_what_is_the_same(tmp_path):
+    folder = save_tiny_decoder(tmp_path / "decoder")
+    config = small_config(tmp_path / "run", sample__decoder=folder)
+    exact = small_config(tmp_path / "run", sample__threshold=0.3)
+    other = small_config(tmp_path / "run", sample__decoder=folder, preference__dtype="bfloat16")
+    model = Backbone(rollout_source(config), "sd15", "no", torch.device("cpu"))
+    own, vae, low = load_judges(model, config, [exact, other])
+    assert own.decoder is low.decoder is model.decoder and vae.decoder is model.vae
+    assert own.scorer is vae.scorer is not low.scorer
+    assert own.pairs.threshold != vae.pairs.threshold == 0.3
+
+
+def run_script(*arguments):
+    command = [sys.executable, "scripts/pair_agreement.py", "--config=tests/data/random_models.py"]
+    command += [f"--config.{k}={v}" for k, v in SIZES.items() if k != "algorithm"]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
+    return subprocess.run(
+        [*command, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+
+
+def test_the_rollouts_are_those_of_training(tmp_path):
+    config = small_config(tmp_path / "run", num_epochs=1, sample__threshold=0.02)
+    model = Backbone(rollout_source(config), "sd15", "no", torch.device("cpu"))
+    plan, prompts = plan_batches(config, 1), read_training_prompts(config).prompts
+    slices = first_slices(len(prompts), plan, config.seed, rollouts=5)
+    assert len(slices) == 2 and len({i for part in slices for i in part.prompt_ids}) == 4
+    (found,) = judge_rollout(
+        model,
+        model.schedule(config.sample.num_steps),
+        collect_settings(config),
+        load_judges(model, config, []),
+        [prompts[i] for i in slices[0].prompt_ids],
+        slices[0].generator,
+    )
+    judged = concatenate(found)
+    run(tmp_path / "run", num_epochs=1, sample__threshold=0.02)
+    (first, _) = read_metrics(tmp_path / "run")
+    assert judged.scores.mean().item() == pytest.approx(first["score_mean"], abs=1e-5)
+    assert judged.scores.std(dim=1).mean().item() == pytest.approx(first["score_spread"], rel=1e-4)
+    assert judged.kept.sum() == first["pairs"] == 3 and len(judged.kept) == first["comparisons"]
+
+
+def test_the_script_compares_with_the_config(tmp_path):
+    folder, file = save_tiny_decoder(tmp_path / "decoder"), tmp_path / "agreement.json"
+    compare = ("sample.threshold=0.02", f"sample.decoder={folder}", "sample.decode_batch_size=3")
+    result = run_script(
+        *(f"--compare={change}" for change in compare), "--rollouts=1", f"--json={file}"
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    figures = json.loads(file.read_text())
+    same = figures["sample.decode_batch_size=3"]["all"]
+    assert same["both"] == same["kept"] == 1 and same["correlation"] == pytest.approx(1)
+    tiny = figures[f"sample.decoder={folder}"]
+    assert tiny["all"]["comparisons"] == 4 and tiny["all"]["correlation"] < 0.99
+    assert set(tiny) == {"seconds", "all", "t = 1", "t = 0"}
+    assert tiny["t = 0"]["comparisons"] == 2 and tiny["seconds"]["decoding"] > 0
+    # The config's own threshold is 0 and keeps all four.
+    assert figures["sample.threshold=0.02"]["all"]["kept"] == 3 / 4
+    assert re.search(r"^config: decoding .* s, scoring .* s$", result.stdout, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "--compare: name a change, e.g. --compare=sample.decoder=madebyollin/taesd."),
+        (["--compare=sample.decoder"], "config: 'sample.decoder' is not of the form KEY=VALUE"),
+        (["--compare=sample.thresh=1"], "config: unknown key sample.thresh"),
+        (["--compare=sample.threshold=x"], "config: sample.threshold=x: expected a number"),
+        (["--compare=sample.threshold=None"], "config: sample.threshold cannot be None"),
+        (["--compare=sample.decoder=None", "--rollouts=0"], "--rollouts: 0 must be 1 or more."),
+    ],
+)
+def test_bad_input_is_one_line(arguments, message):
+    result = run_script(*arguments)
+    assert result.returncode == 2
+    assert result.stderr.splitlines()[-1].startswith(f"error: {message}")
+    assert "Traceback" not in result.stderr
