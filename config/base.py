@@ -34,14 +34,13 @@ def get_config() -> ConfigDict:
 
     # ---- speed, without another result but for rounding (docs/performance.md) ---------------------
     config.allow_tf32 = True  # GPUs round fp32 products, the scorer's above all, to 10 bits inside
-    config.channels_last = (
-        False  # memory layout of UNet and decoder: scripts/benchmark.py --compare
-    )
+    # Memory layout of UNet and decoder; `scripts/benchmark.py --compare channels_last=true` tells.
+    config.channels_last = False
     # torch.compile, at the first call: minutes that a long run gets back.
     config.compile = ConfigDict()
-    config.compile.unet = False
+    config.compile.unet = False  # merged, base and policy passes are compiled one by one
     config.compile.decoder = False  # the VAE, or sample.decoder in its place
-    config.compile.scorer = False
+    config.compile.scorer = False  # its vision tower
 
     # ---- the base model ------------------------------------------------------------------------
     config.pretrained = pretrained = ConfigDict()

@@ -130,6 +130,9 @@ def _resident(models: UnloadedModels, optimizer: str) -> dict[str, int]:
         name: _bytes(p for p in module.parameters() if id(p) not in own)
         for name, module in models.networks.items()
     }
+    if learner.merged is not None:
+        layers = learner.lora.layers.values()
+        sizes["weights with the LoRA merged in"] = _bytes(layer.weight for layer in layers)
     # Policy, gradient, and what besides is a LoRA.
     copies = 2 + (learner.ema is not None) + (learner.reference is not None)
     trained = copies * _bytes(lora.values()) + moment_bytes(optimizer, lora.values())

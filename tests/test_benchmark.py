@@ -98,6 +98,11 @@ def test_shapes_alone_cost_what_real_models_cost(family, copies, changes):
     assert costs.resident_bytes["LoRAs, gradient, optimizer"] == copies * lora
     unet = sum(p.numel() * 4 for p in models.backbone.unet.parameters())
     assert costs.resident_bytes["unet"] == unet - lora
+    merged = "weights with the LoRA merged in"
+    linears = (m for n, m in models.backbone.unet.named_modules() if n.endswith("base_layer"))
+    assert costs.resident_bytes[merged] == sum(m.weight.numel() * 4 for m in linears) > 0
+    config.lora.merge = False
+    assert merged not in count_costs(config).resident_bytes
 
 
 def test_a_tiny_decoder_counts_in_the_place_of_the_vae(tmp_path):

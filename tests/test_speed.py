@@ -1,0 +1,90 @@
+"""What makes the same arithmetic faster leaves the numbers as they are."""
+
+import ctypes
+import platform
+from dataclasses import replace
+from functools import partialmethod
+
+import psutil
+import pytest
+import torch
+from helpers import (
+    add_tiny_lora,
+    load_backbone,
+    randn,
+    random_weights,
+    scorer_source,
+    unet_output,
+)
+from torch import nn
+
+from spo.errors import UserError
+from spo.merged_lora import MergedLora
+from spo.scorers import load_scorer
+from spo.speed import SpeedSettings, set_up_device, speed_up
+
+CPU = torch.device("cpu")
+PLAIN = SpeedSettings(
+    allow_tf32=True,
+    channels_last=False,
+    compile_unet=False,
+    compile_decoder=False,
+    compile_scorer=False,
+)
+
+
+def what_models_say(backbone, scorer, lora):
+    """Outputs of every network and pass, and gradients of the LoRA."""
+    with MergedLora(lora).using(random_weights(lora, seed=1)):
+        found = [unet_output(backbone)]
+    with lora.using(None):
+        found.append(unet_output(backbone))
+    latents = randn(2, *backbone.latent_shape, seed=3)
+    conditioning = backbone.encode_prompts(["a fox", "a whale"])
+    timesteps = torch.tensor([751, 101])
+    output = backbone.predict(backbone.unet, latents, timesteps, conditioning, 5.0)
+    output.square().mean().backward()
+    found += [output.detach(), *(p.grad.clone() for p in lora.parameters.values())]
+    for parameter in lora.parameters.values():
+        parameter.grad = None
+    images = backbone.decode_candidates(latents)
+    return [*found, images, scorer.score(images, scorer.encode_prompts(["a fox", "a whale"]), 301)]
+
+
+@pytest.mark.parametrize(
+    "change", ["channels_last", "compile_unet", "compile_decoder", "compile_scorer"]
+)
+def test_the_same_numbers(change, monkeypatch):
+    """Traced as torch.compile traces, but run as traced: generating code would take minutes."""
+    traced = []
+
+    def backend(graph, _):
+        traced.append(graph)
+        return graph
+
+    monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend=backend))
+    backbone, scorer = load_backbone("sd15"), load_scorer(scorer_source("step_aware_clip"), CPU)
+    lora = add_tiny_lora(backbone)
+    expected = what_models_say(backbone, scorer, lora)
+    speed_up(backbone, scorer, replace(PLAIN, **{change: True}))
+    found = what_models_say(backbone, scorer, lora)
+    assert bool(traced) == change.startswith("compile")
+    assert backbone.unet.conv_in.weight.is_contiguous() == (change != "channels_last")
+    for mine, wanted in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, wanted, rtol=2e-4, atol=2e-4)
+    torch.compiler.reset()
+
+
+def test_a_scorer_that_cannot_be_compiled():
+    with pytest.raises(UserError, match="compile.scorer: a int has no method"):
+        speed_up(load_backbone("sd15"), 3, replace(PLAIN, compile_scorer=True))
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another allocator")
+def test_freed_memory_is_kept():
+    assert hasattr(ctypes.CDLL(None), "mallopt")
+    set_up_device(CPU, allow_tf32=True)
+    process = psutil.Process()
+    before = process.memory_info().rss
+    torch.ones(50_000_000)  # 200 MB, freed at once
+    assert process.memory_info().rss - before > 100e6
