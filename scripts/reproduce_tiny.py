@@ -36,6 +36,8 @@ ARMS = {
     "threshold 0": {"sample.threshold": 0.0},
     "threshold 0.5": {"sample.threshold": 0.5},
     "tiny decoder": {"sample.decoder": "assets/tiny/decoder"},
+    "predictions of the rollout": {"train.ema_prediction": "rollout"},
+    "no clips, no EMA pass": {"train.ema_prediction": "none", "train.clip_eps": None},
     "official": {},
 }
 PROMPTS = 64  # of each run: eight rollouts of eight

@@ -126,7 +126,7 @@ def test_a_decoder_on_the_hub_counts_as_the_published_one(family, teraflops):
     config = small_config(
         family, **{"sample.decoder": "user/taesd", "pretrained.model": "user/model"}
     )
-    model = meta_models.build_models(config).backbone
+    model = meta_models.build_models(config, META).backbone
     assert sum(p.numel() for p in model.decoder.parameters()) == 2_445_063
     with flop_counter() as counter:
         model.decode_candidates(torch.ones(1, *model.latent_shape, device=META))
@@ -195,8 +195,11 @@ def test_a_pair_is_the_unit_of_training_memory():
     assert 3.5 * peaks[1] < peaks[4] <= 4 * peaks[1]
 
 
-def test_low_precision_is_autocast_on_these_models():
-    models = meta_models.count_models(small_config(mixed_precision="fp16"))
+@pytest.mark.parametrize("merge", [False, True])
+def test_low_precision_is_autocast_on_these_models(merge):
+    """Autocast runs norms in fp32; with the LoRA merged, a rollout needs none of it."""
+    config = small_config(mixed_precision="fp16", **{"lora.merge": merge})
+    models = meta_models.count_models(config)
     unet, seen = models.backbone.unet, {}
 
     def hook(name):
@@ -208,7 +211,8 @@ def test_low_precision_is_autocast_on_these_models():
     with meta_models.meta_kernels():
         draw_pairs(models, ["a fox"], Meter(META), apart=False)
     half = torch.float16
-    assert seen == {"convolution": half, "norm": torch.float32, "linear": half}
+    norm = half if merge else torch.float32
+    assert seen == {"convolution": half, "norm": norm, "linear": half}
     assert torch.Tensor.nonzero(torch.tensor([0, 1])).tolist() == [[1]]
 
 
