@@ -41,6 +41,10 @@ CASES = {
     "rate not a number": ({"train.learning_rate": float("nan")}, "train.learning_rate: nan"),
     "infinite beta": ({"train.beta": float("inf")}, "train.beta: inf"),
     "clip of one": ({"train.clip_eps": 1.0}, "train.clip_eps: 1.0 must be above 0 and below 1"),
+    "clips without the EMA's prediction": (
+        {"train.ema_prediction": "none"},
+        "train.ema_prediction: without the EMA's prediction the clips cannot be computed",
+    ),
     "EMA above one": ({"train.ema_decay": 1.1}, "train.ema_decay: 1.1 must be from 0 to 1"),
     "rank 0": ({"lora.rank": 0}, "lora.rank: 0 must be a whole number from 1"),
     "SDXL config, SD1.5 model": ({"family": "sdxl"}, "family='sdxl' needs a StableDiffusionXLPipe"),

@@ -195,6 +195,29 @@ def test_a_pair_is_the_unit_of_training_memory():
     assert 3.5 * peaks[1] < peaks[4] <= 4 * peaks[1]
 
 
+@pytest.mark.parametrize("algorithm", ["gradspo", "spo"])
+def test_a_rollout_looks_at_numbers_once(algorithm, monkeypatch):
+    """Which waits for a GPU. The meta device has no numbers, and raises where one is asked for."""
+    models = meta_models.count_models(small_config(algorithm=algorithm))
+    calls = []
+    with meta_models.meta_kernels():
+        every_index = torch.Tensor.nonzero
+        monkeypatch.setattr(torch.Tensor, "nonzero", lambda t: calls.append(t) or every_index(t))
+        pairs = draw_pairs(models, ["a fox", "a whale"], Meter(META), apart=False).pairs
+        monkeypatch.undo()
+    (differ,) = [tensor for tensor in calls if tensor.is_meta]  # which of all comparisons are pairs
+    assert differ.dtype == torch.bool and len(pairs) == len(differ) == 2 * 2
+
+
+@pytest.mark.parametrize("ema_prediction", ["fresh", "rollout", "none"])
+def test_passes_of_a_pair(ema_prediction):
+    changes = {"train.ema_prediction": ema_prediction, "train.clip_eps": None}
+    own, fresh = count_costs(small_config(**changes)), count_costs(small_config())
+    rows = own.flops[DENOISING] / 12  # two for each of three steps, six for the candidates'
+    saved = 0 if ema_prediction == "fresh" else 2
+    assert fresh.flops[TRAINING] - own.flops[TRAINING] == pytest.approx(saved * rows, rel=0.02)
+
+
 @pytest.mark.parametrize("merge", [False, True])
 def test_low_precision_is_autocast_on_these_models(merge):
     """Autocast runs norms in fp32; with the LoRA merged, a rollout needs none of it."""

@@ -24,6 +24,8 @@ def test_an_arm_changes_what_its_name_says(arm):
         "GradSPO": set(),
         "SPO": {"algorithm"},
         "tiny decoder": {"sample.decoder"},
+        "predictions of the rollout": {"train.ema_prediction"},
+        "no clips, no EMA pass": {"train.ema_prediction", "train.clip_eps"},
         "official": {
             "train.max_grad_norm",
             "train.ema_every",

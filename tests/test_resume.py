@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -340,6 +341,7 @@ def write_shares(folder, count, each):
         places = torch.arange(each) * count + rank
         values = places.float().reshape(-1, 1, 1, 1, 1)
         pairs = make_pairs(values, values.clone(), values.clone(), places.tolist())
+        pairs = replace(pairs, sampler_epsilon=values.clone())
         rows = tuple(torch.full((2,), float(rank)) for _ in range(3))
         rollout = RolloutInProgress(pairs, rows, {}, 4, 6, 0, 1.0, 1.0)
         gradients = gradient_tensors({"w": torch.full((2,), float(rank))})
@@ -362,6 +364,7 @@ def test_what_is_left_is_dealt_out_anew_in_its_order(tmp_path, then, now, each):
         rollout = rollout_of(share, numbers, torch.device("cpu"))
         assert rollout.pairs.timesteps.tolist() == places
         assert rollout.pairs.latents.flatten().tolist() == places
+        assert rollout.pairs.sampler_epsilon.flatten().tolist() == places
         assert len(rollout.pairs.conditioning) == len(places)
         assert rollout.pairs.conditioning.negative_prompt_embeds.shape == (1, 1, 1)
         mean = (then - 1) / 2
