@@ -79,7 +79,9 @@ class ImagePreparation:
 
     def normalise(self, images: Tensor) -> Tensor:
         """Images in [0, 1] to zero mean and unit variance over CLIP's training data."""
-        mean, std = (_per_channel(v, images.device, images.dtype) for v in (self.mean, self.std))
+        mean, std = (
+            _per_channel(tuple(v), images.device, images.dtype) for v in (self.mean, self.std)
+        )
         return (images - mean) / std
 
 
