@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from spo import lora
 from spo.backbone import Backbone
 from spo.ddim import DDIMSchedule
 from spo.pairs import PairSettings, best_against_worst, concatenate_pairs
@@ -40,7 +41,6 @@ class CollectSettings:
     pairs: PairSettings
     guidance_scale: float
     decode_batch_size: int
-    autocast: bool  # Backbone.predict's: needed unless the sampler's LoRA is merged
 
 
 @torch.no_grad()
@@ -88,11 +88,12 @@ def roll_out(
     before_step: Callable[[], None] = lambda: None,
 ) -> Iterator[Candidates]:
     """What a rollout of the B prompts of `conditioning` compares, with the UNet as it stands."""
+    autocast = lora.is_in_use(backbone.unet)
 
     def predict(latents: Tensor, timestep: int, rows: Conditioning) -> Tensor:
         before_step()
         return backbone.predict(
-            backbone.unet, latents, timestep, rows, settings.guidance_scale, settings.autocast
+            backbone.unet, latents, timestep, rows, settings.guidance_scale, autocast
         )
 
     return stepwise_rollout(

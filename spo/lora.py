@@ -101,6 +101,12 @@ def add_lora(
     return Lora(parameters, layers, rank, alpha, tuple(target_modules))
 
 
+def is_in_use(unet: nn.Module) -> bool:
+    """Whether `unet` runs with a LoRA beside its weights, rather than merged into them or without."""
+    layers = (module for module in unet.modules() if isinstance(module, BaseTunerLayer))
+    return any(not layer.disable_adapters for layer in layers)
+
+
 def file_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """`weights` under the names of a diffusers LoRA file."""
     return {

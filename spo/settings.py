@@ -69,7 +69,6 @@ def collect_settings(config: ConfigDict) -> CollectSettings:
         pairs=pair_settings(config),
         guidance_scale=config.sample.guidance_scale,
         decode_batch_size=config.sample.decode_batch_size,
-        autocast=not config.lora.merge,
     )
 
 

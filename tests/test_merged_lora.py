@@ -1,10 +1,15 @@
 """A LoRA merged into the weights: the same network, and the base model comes back bit for bit."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from helpers import add_tiny_lora, load_backbone, random_weights, unet_output
 
+from spo.collect import roll_out
+from spo.config_io import load_config
 from spo.merged_lora import MergedLora
+from spo.settings import collect_settings
 
 
 @pytest.mark.parametrize(
@@ -97,3 +102,34 @@ def test_rounded_once_in_the_dtype_of_the_weights(mixed_precision):
         latents = torch.zeros(1, *backbone.latent_shape)
         conditioning = backbone.encode_prompts(["a fox"])
         backbone.predict(backbone.unet, latents, 501, conditioning, 5.0, autocast=False)
+
+
+@pytest.mark.parametrize("mixed_precision", ["fp16", "bf16"])
+def test_a_rollout_is_under_autocast_where_a_lora_is_in_use(mixed_precision):
+    """A LoRA in fp32 beside weights in 16 bits needs it, whoever put it there."""
+    backbone, seen = load_backbone("sd15", mixed_precision), []
+    backbone.unet.register_forward_hook(lambda *_: seen.append(torch.is_autocast_enabled("cpu")))
+    config, _ = load_config(str(Path(__file__).parent / "data" / "random_models.py"))
+    config.update_from_flattened_dict({"sample.num_steps": 2, "sample.branch_from": 0})
+
+    def is_under_autocast():
+        drawn = roll_out(
+            backbone,
+            backbone.schedule(2),
+            collect_settings(config),
+            backbone.encode_prompts(["a fox"]),
+            torch.Generator().manual_seed(0),
+        )
+        seen.clear()
+        assert len(list(drawn)) == len(seen) == 2
+        (found,) = set(seen)
+        return found
+
+    assert not is_under_autocast()  # no LoRA yet
+    lora = add_tiny_lora(backbone)
+    lora.assign(random_weights(lora, seed=1))
+    assert is_under_autocast()
+    with lora.using(None):
+        assert not is_under_autocast()
+    with MergedLora(lora).using(lora.parameters):
+        assert not is_under_autocast()
