@@ -154,9 +154,11 @@ def compare(config) -> dict:
     configs = {BASELINE: config} | {text: changed(config, text) for text in COMPARE.value}
     measured = compare(configs, load, ROUNDS.value, REPEATS.value)
     device = PartialState().device
+    dtypes = {name: DTYPES[variant.mixed_precision] for name, variant in configs.items()}
+    peaks = {dtype: timing.measure_peak(device, dtype) for dtype in set(dtypes.values())}
     figures = {}
     for name, variant in measured.items():
-        peak = timing.measure_peak(device, DTYPES[configs[name].mixed_precision])
+        peak = peaks[dtypes[name]]
         parts = variant.parts()
         memory = variant.peak_bytes and variant.peak_bytes / 2**30
         figures[name] = {

@@ -18,9 +18,9 @@ from spo.ddim import DDIMSchedule
 from spo.decoder import decode, load_decoder
 from spo.errors import UserError
 from spo.finite import check_scores
-from spo.pairs import PairSettings, best_against_worst
+from spo.pairs import PairSettings, differ_enough
 from spo.scorers import Scorer
-from spo.types import Candidates, Conditioning
+from spo.types import Candidates
 
 # With other values of these, and of `preference`, a rollout has the same candidates.
 _SCORING_KEYS = (
@@ -85,13 +85,7 @@ class Judge:
     decode_batch_size: int
     meter: Meter
 
-    def judge(
-        self,
-        candidates: Candidates,
-        conditioning: Conditioning,
-        prompts: Sequence[str],
-        features: Tensor,
-    ) -> Judged:
+    def judge(self, candidates: Candidates, prompts: Sequence[str], features: Tensor) -> Judged:
         """One comparison of each of B prompts; RunError where a score is not finite."""
         with self.meter.each_call({SCORING: (self.scorer, "score")}):
             scores = score_candidates(
@@ -102,12 +96,10 @@ class Judge:
                 self.decode_batch_size,
             )
         check_scores([Comparison(candidates.score_timestep, scores)], prompts)
-        rows = torch.arange(len(prompts), device=candidates.latents.device)
-        _, differ = best_against_worst(candidates, scores, conditioning, rows, self.pairs)
         return Judged(
             torch.full((len(prompts),), candidates.score_timestep),
             scores.T.cpu(),
-            differ[: len(rows)].cpu(),  # the same for every transition of the window
+            differ_enough(candidates, scores, self.pairs).cpu(),
         )
 
 
@@ -125,7 +117,7 @@ def judge_rollout(
     features = [judge.scorer.encode_prompts(prompts) for judge in judges]
     steps = [
         [
-            judge.judge(candidates, conditioning, prompts, known)
+            judge.judge(candidates, prompts, known)
             for judge, known in zip(judges, features, strict=True)
         ]
         for candidates in roll_out(model, schedule, settings, conditioning, generator)

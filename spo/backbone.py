@@ -11,7 +11,6 @@ import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from diffusers import (
@@ -80,8 +79,9 @@ def check_source(source: ModelSource, family: str, key: str = "pretrained.model"
     """
     if family not in _PIPELINES:
         raise UserError(f"family: {family!r} is none of {', '.join(_PIPELINES)}.")
+    vae = None
     if source.vae is not None:
-        model_file(source.vae, "config.json", "pretrained.vae")
+        vae = model_file(source.vae, "config.json", "pretrained.vae")
     found = _class_name(source.model, key, source.revision)
     wanted = _PIPELINES[family].__name__
     if found != wanted:
@@ -90,13 +90,8 @@ def check_source(source: ModelSource, family: str, key: str = "pretrained.model"
             "the model or family."
         )
     if source.decoder is not None:
-        check_decoder(source.decoder, _vae_config(source, key))
-
-
-def _vae_config(source: ModelSource, key: str) -> Path:
-    if source.vae is not None:
-        return model_file(source.vae, "config.json", "pretrained.vae")
-    return model_file(source.model, "vae/config.json", key, source.revision)
+        own = vae or model_file(source.model, "vae/config.json", key, source.revision)
+        check_decoder(source.decoder, own)
 
 
 def _class_name(model: str, key: str, revision: str | None = None) -> str | None:
@@ -161,7 +156,9 @@ class Backbone:
         self._pipe.set_progress_bar_config(disable=True)
         self.unet = self._pipe.unet
         self.vae = self._pipe.vae
-        self.decoder = self._load_decoder(source).to(device)  # of a rollout's candidates
+        self.decoder = self.vae  # of a rollout's candidates
+        if source.decoder is not None:
+            self.decoder = self._load_decoder(source.decoder).to(device)
         size = self.unet.config.sample_size
         self.latent_shape: tuple[int, int, int] = (self.unet.config.in_channels, size, size)
         self.vae_scale_factor: int = self._pipe.vae_scale_factor  # pixels per latent, along a side
@@ -169,8 +166,8 @@ class Backbone:
     def _load(self, source: ModelSource) -> DiffusionPipeline:
         return load_pipeline(source, self.family, self.dtype)
 
-    def _load_decoder(self, source: ModelSource) -> nn.Module:
-        return self.vae if source.decoder is None else load_decoder(source.decoder, self.dtype)
+    def _load_decoder(self, name: str) -> nn.Module:
+        return load_decoder(name, self.dtype)
 
     def schedule(self, num_steps: int) -> DDIMSchedule:
         """The DDIM schedule made from this model's scheduler config."""

@@ -64,9 +64,9 @@ def make_forecast(
         "estimate: counting what a step costs, which takes seconds, at full size up to a minute ..."
     )
     try:
-        costs = count_costs(config, [training])
-        say(describe(costs, batches(config, plan, training), memory))
-        for part, batch in batches(config, plan, training).items():
+        costs, sizes = count_costs(config, [training]), batches(config, plan, training)
+        say(describe(costs, sizes, memory))
+        for part, batch in sizes.items():
             if batch > costs.largest_batch(part, memory):
                 say(warning(config, costs, part, batch, memory))
     # Models or libraries that it does not foresee are no reason not to train.

@@ -177,10 +177,8 @@ class UnloadedBackbone(Backbone):
         pipe = getattr(diffusers, index["_class_name"])(**parts, **options)
         return backbone.freeze(pipe, self.family, self.dtype)
 
-    def _load_decoder(self, source: ModelSource) -> nn.Module:
-        if source.decoder is None:
-            return self.vae
-        tiny = self._part(Path(source.decoder), "diffusers", "AutoencoderTiny")
+    def _load_decoder(self, name: str) -> nn.Module:
+        tiny = self._part(Path(name), "diffusers", "AutoencoderTiny")
         return tiny.requires_grad_(False).eval()
 
     def _part(self, folder: Path, library: str | None, name: str | None):

@@ -31,6 +31,13 @@ def preference_gap(scores: Tensor) -> Tensor:
     return best_and_worst[0] - best_and_worst[1]
 
 
+def differ_enough(candidates: Candidates, scores: Tensor, settings: PairSettings) -> Tensor:
+    """Which of B comparisons make pairs, (B,) bool, by their scores (K, B)."""
+    if candidates.is_final and settings.keep_all_final:
+        return torch.ones_like(scores[0], dtype=torch.bool)
+    return preference_gap(scores) > settings.threshold
+
+
 def best_against_worst(
     candidates: Candidates,
     scores: Tensor,
@@ -43,9 +50,6 @@ def best_against_worst(
     Pairs come transition by transition of the window, within a transition prompt by prompt; scores
     are (K, B). All are returned, as to pick out some would wait for a GPU.
     """
-    keep = preference_gap(scores) > settings.threshold
-    if candidates.is_final and settings.keep_all_final:
-        keep = torch.ones_like(keep)
     ranked = torch.stack([scores.argmax(dim=0), scores.argmin(dim=0)], dim=1)  # (B, 2)
     prompts = torch.arange(len(ranked), device=ranked.device)[:, None]
 
@@ -72,7 +76,8 @@ def best_against_worst(
         )
         for transition in transitions
     ]
-    return concatenate_pairs(pairs), keep.repeat(len(transitions))
+    differ = differ_enough(candidates, scores, settings)
+    return concatenate_pairs(pairs), differ.repeat(len(transitions))
 
 
 def _transitions_used(

@@ -108,9 +108,8 @@ def run_iteration(models: Models, plan: BatchPlan, meter: Meter, apart: bool) ->
     lora = models.learner.lora.parameters.values()
     return Work(
         flops=flops,
-        copied_bytes={
-            EMA: 3 * sum(p.numel() * p.element_size() for p in lora)
-        },  # two read, one written
+        # Two read, one written.
+        copied_bytes={EMA: 3 * sum(p.numel() * p.element_size() for p in lora)},
         prompts=plan.slice_size,
         pairs=len(drawn.pairs),
         images=sum(comparison.scores.numel() for comparison in drawn.comparisons),
