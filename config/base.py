@@ -39,7 +39,7 @@ def get_config() -> ConfigDict:
     # torch.compile, at the first call: minutes that a long run gets back.
     config.compile = ConfigDict()
     config.compile.unet = False  # merged, base and policy passes are compiled one by one
-    config.compile.decoder = False  # the VAE, or sample.decoder in its place
+    config.compile.vae = False  # its decoder, or sample.decoder in its place
     config.compile.scorer = False  # its vision tower
 
     # ---- the base model ------------------------------------------------------------------------

@@ -153,7 +153,7 @@ def speed_settings(config: ConfigDict) -> SpeedSettings:
         allow_tf32=config.allow_tf32,
         channels_last=config.channels_last,
         compile_unet=config.compile.unet,
-        compile_decoder=config.compile.decoder,
+        compile_vae=config.compile.vae,
         compile_scorer=config.compile.scorer,
     )
 

@@ -21,7 +21,7 @@ class SpeedSettings:
     allow_tf32: bool
     channels_last: bool
     compile_unet: bool
-    compile_decoder: bool
+    compile_vae: bool
     compile_scorer: bool
 
 
@@ -56,7 +56,7 @@ def speed_up(backbone: Backbone, scorer: Scorer, settings: SpeedSettings) -> Non
         backbone.decoder.to(memory_format=torch.channels_last)
     if settings.compile_unet:
         backbone.unet.compile()
-    if settings.compile_decoder:
+    if settings.compile_vae:
         backbone.decoder.decoder.compile()
     if settings.compile_scorer:
         if not hasattr(scorer, "compile"):

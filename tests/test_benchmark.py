@@ -261,6 +261,17 @@ def test_full_size_models_are_the_published_ones(family, unet, unet_teraflops, v
         assert counter.get_total_flops() / 1e12 == pytest.approx(vae_teraflops, rel=1e-3)
 
 
+def test_what_is_measured_on_a_cpu_is_as_large_as_the_config_says():
+    config, _ = load_config("config/small.py")
+    config.sample.decoder = f"{config.pretrained.model}/decoder"
+    models = meta_models.build_models(config, META)
+    assert round(sum(p.numel() for p in models.networks["unet"].parameters()) / 1e6) == 18
+    latents = torch.ones(1, *models.backbone.latent_shape, device=META)
+    with torch.no_grad():
+        for decode in (models.backbone.decode, models.backbone.decode_candidates):
+            assert decode(latents).shape == (1, 3, 128, 128)
+
+
 def test_what_fits_and_what_a_run_costs_by_hand():
     costs = Costs(
         flops={ROLLOUT: 100, TRAINING: 5, CHECKPOINTED: 7},

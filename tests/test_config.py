@@ -151,7 +151,7 @@ def test_every_overlay_is_tested():
     }
     overlays = set(DIFFERENCES) | set(SPM_DIFFERENCES)
     evaluations = {"eval_base", "eval_sdxl", "eval_tiny"}
-    assert found == overlays | evaluations | {"base", "tiny", "spm_base", "spm_tiny"}
+    assert found == overlays | evaluations | {"base", "tiny", "small", "spm_base", "spm_tiny"}
 
 
 @pytest.mark.parametrize("name", DIFFERENCES)

@@ -28,7 +28,7 @@ PLAIN = SpeedSettings(
     allow_tf32=True,
     channels_last=False,
     compile_unet=False,
-    compile_decoder=False,
+    compile_vae=False,
     compile_scorer=False,
 )
 
@@ -52,7 +52,7 @@ def what_models_say(backbone, scorer, lora):
 
 
 @pytest.mark.parametrize(
-    "change", ["channels_last", "compile_unet", "compile_decoder", "compile_scorer"]
+    "change", ["channels_last", "compile_unet", "compile_vae", "compile_scorer"]
 )
 def test_the_same_numbers(change, monkeypatch):
     """Traced as torch.compile traces, but run as traced: generating code would take minutes."""
