@@ -5,16 +5,16 @@ python scripts/benchmark.py --config=config/small.py --random
 It has an architecture and no weights, and so trains nothing; config/tiny.py does.
 """
 
-from config import base
+from config import tiny
 
 
 def get_config():
-    config = base.get_config()
-    config.mixed_precision = "no"
+    config = tiny.get_config()
     config.pretrained.model = "assets/architectures/small"
-    config.preference.checkpoint = "assets/tiny/spm.safetensors"
-    config.preference.backbone = "assets/tiny/clip"
-    config.preference.processor = "assets/tiny/clip"
+    config.lora.rank = 4
     config.sample.batch_size = 2
+    config.sample.global_batch_size = None
+    config.sample.decode_batch_size = 8
     config.train.batch_size = 8
+    config.train.global_batch_size = None
     return config
