@@ -1,6 +1,6 @@
 """The paper's claims in miniature: every arm of the table, several seeds each, on the tiny world.
 
-    python scripts/reproduce_tiny.py --quick        # the main arms: 35 runs of a minute each on two cores
+    python scripts/reproduce_tiny.py --quick        # the main arms: 35 minutes on two cores
     python scripts/reproduce_tiny.py                # every arm
 
 Each (arm, seed) is a run under `--out`, which is kept: the command given again goes on where it
