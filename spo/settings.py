@@ -150,7 +150,6 @@ def build_lora(config: ConfigDict, unet: nn.Module, seed: int) -> Lora:
 
 def speed_settings(config: ConfigDict) -> SpeedSettings:
     return SpeedSettings(
-        allow_tf32=config.allow_tf32,
         channels_last=config.channels_last,
         compile_unet=config.compile.unet,
         compile_vae=config.compile.vae,

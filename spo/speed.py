@@ -18,7 +18,6 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h of glibc
 class SpeedSettings:
     """How models run."""
 
-    allow_tf32: bool
     channels_last: bool
     compile_unet: bool
     compile_vae: bool

@@ -13,7 +13,8 @@ from helpers import GOLDEN, MODELS
 from safetensors.torch import load_file, save_file
 
 from spo import learner as learner_module
-from spo.speed import SpeedSettings, speed_up
+from spo import settings
+from spo.speed import speed_up
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "replay_trace.py"
 TRACES = sorted(path.parent.name for path in GOLDEN.glob("*/meta.json"))
@@ -60,8 +61,8 @@ def test_a_trace_replays_with_other_memory_layout_and_recomputed_activations(scr
     replay = script.Replay(GOLDEN / trace, MODELS)
     assert replay.learner.merged is not None  # as everywhere, by default
     replay.backbone.unet.enable_gradient_checkpointing()
-    only = dict.fromkeys(("allow_tf32", "compile_unet", "compile_vae", "compile_scorer"), False)
-    speed_up(replay.backbone, replay.scorer, SpeedSettings(channels_last=True, **only))
+    layout = replace(settings.speed_settings(replay.config), channels_last=True)
+    speed_up(replay.backbone, replay.scorer, layout)
     assert not replay.backbone.unet.conv_in.weight.is_contiguous()
     assert script.failures(replay.run(), "gradspo") == []
 

@@ -25,7 +25,6 @@ from spo.speed import SpeedSettings, set_up_device, speed_up
 
 CPU = torch.device("cpu")
 PLAIN = SpeedSettings(
-    allow_tf32=True,
     channels_last=False,
     compile_unet=False,
     compile_vae=False,
