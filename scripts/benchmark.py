@@ -50,7 +50,7 @@ def main(_) -> None:
         else:
             figures = measure(CONFIG.value)
         if JSON.value:
-            from spo.durable import write_file
+            from spo.atomic import write_file
 
             write_file(Path(JSON.value), (json.dumps(figures, indent=2) + "\n").encode())
 
@@ -75,8 +75,8 @@ def check_flags() -> None:
 def measure(config) -> dict:
     """Time iterations on this machine, print the table, and return its figures."""
     from spo import timing
+    from spo.atomic import write_file
     from spo.batching import plan_batches
-    from spo.durable import write_file
     from spo.metrics import peak_memory_gib
 
     plan, models = plan_batches(config, 1), load(config)

@@ -24,9 +24,9 @@ sys.path.insert(0, str(ROOT))
 # Before torch loads: kills hit what trains, and one thread sums in one order.
 os.environ |= {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "TQDM_DISABLE": "1"}
 
+from spo.atomic import PARTIAL
 from spo.checkpoint_folder import FOLDER, checkpoints, find_fault
 from spo.config_io import load_config
-from spo.durable import PARTIAL
 from spo.errors import Stopped
 from spo.run_dir import STARTS
 from spo.tracking import METRICS

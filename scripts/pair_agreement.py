@@ -29,7 +29,7 @@ def main(_) -> None:
     with exit_on_user_error():
         figures = compare(CONFIG.value)
         if JSON.value:
-            from spo.durable import write_file
+            from spo.atomic import write_file
 
             write_file(Path(JSON.value), (json.dumps(figures, indent=2) + "\n").encode())
 

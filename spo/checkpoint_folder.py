@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from spo.durable import PARTIAL, sync_file, sync_folder, write_file, writing
+from spo.atomic import PARTIAL, sync_file, sync_folder, write_file, writing
 from spo.errors import UserError
 from spo.hub import LOAD_ERRORS, first_line
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from spo.durable import write_file
+from spo.atomic import write_file
 from spo.errors import UserError
 
 REPO_ROOT = Path(__file__).resolve().parents[1]

@@ -18,7 +18,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from spo.durable import write_file
+from spo.atomic import write_file
 from spo.errors import UserError
 
 FILE_NAME = "pytorch_lora_weights.safetensors"

@@ -27,10 +27,10 @@ from spo import backbone, settings
 from spo.backbone import Backbone, ModelSource
 from spo.config_io import REPO_ROOT
 from spo.costs import Models, replaced, with_every_pair
-from spo.dotted import find
 from spo.errors import UserError
 from spo.hub import LOAD_ERRORS, first_line, is_hub_id
 from spo.losses import LOSSES
+from spo.plugins import find
 from spo.scorers import (
     DTYPES,
     CLIPInputs,

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from torch import Tensor
 
-from spo.durable import replacing
+from spo.atomic import replacing
 
 _MARGIN = 6  # pixels between cells
 _CAPTION_LINES = 2

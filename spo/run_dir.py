@@ -11,9 +11,9 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from spo.atomic import whole_lines, write_lines, writing
 from spo.checkpoint_folder import set_aside
 from spo.config_io import save_config
-from spo.durable import whole_lines, write_lines, writing
 from spo.errors import UserError
 from spo.resume import versions
 from spo.tracking import METRICS

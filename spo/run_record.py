@@ -11,8 +11,8 @@ from typing import Any
 from ml_collections import ConfigDict
 from safetensors import SafetensorError, safe_open
 
+from spo.atomic import whole_lines
 from spo.config_io import load_config
-from spo.durable import whole_lines
 from spo.errors import UserError
 from spo.evaluation import results
 from spo.hub import first_line, public_name

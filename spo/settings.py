@@ -15,7 +15,6 @@ from torch import nn
 from spo import rollout
 from spo.backbone import DTYPES, Backbone, ModelSource
 from spo.collect import CollectSettings
-from spo.dotted import find
 from spo.errors import UserError
 from spo.hub import Destination, public_name
 from spo.learner import Learner, UpdateSettings
@@ -23,6 +22,7 @@ from spo.lora import Lora, add_lora
 from spo.losses import LOSSES, LossSettings, Objective
 from spo.optimizers import OPTIMIZERS, make_optimizer
 from spo.pairs import PairSettings
+from spo.plugins import find
 from spo.rollout import RolloutSettings
 from spo.sampling import ImageSettings
 from spo.scorers import ScorerSource

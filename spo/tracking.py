@@ -17,7 +17,7 @@ from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
 from PIL import Image
 from tqdm import tqdm
 
-from spo.durable import append_line, write_file, writing
+from spo.atomic import append_line, write_file, writing
 from spo.errors import UserError
 from spo.hub import first_line
 

@@ -12,11 +12,11 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from spo import metrics, settings
+from spo.atomic import writing
 from spo.backbone import Backbone
 from spo.checkpoint import Progress, load_checkpoint, own_tensors, save_checkpoint, save_networks
 from spo.checkpoint_folder import FOLDER
 from spo.distributed import Workers
-from spo.durable import writing
 from spo.errors import RunError, Stopped
 from spo.finite import check_skipped, find_faults
 from spo.forecast import Forecast, make_forecast

@@ -12,10 +12,10 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from spo import settings
+from spo.atomic import PARTIAL
 from spo.backbone import DTYPES, Backbone, ModelSource, check_source
 from spo.config_io import check_leaves, save_config
 from spo.distributed import Workers
-from spo.durable import PARTIAL
 from spo.errors import Stopped, UserError
 from spo.evaluation.image_sets import DrawSettings, ImageSet, claim, claim_prompts, image_set
 from spo.evaluation.prompt_sets import read_prompt_set

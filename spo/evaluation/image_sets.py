@@ -16,7 +16,7 @@ from typing import Any
 
 from PIL import Image
 
-from spo.durable import write_file
+from spo.atomic import write_file
 from spo.errors import UserError
 from spo.model_spec import IMAGE_SUFFIXES, ModelSpec
 from spo.pictures import write_png

@@ -14,7 +14,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from spo.dotted import find
 from spo.errors import UserError
 from spo.evaluation.aesthetic import load_aesthetic
 from spo.evaluation.clipscore import load_clipscore
@@ -24,6 +23,7 @@ from spo.evaluation.open_clip_models import check_open_clip
 from spo.evaluation.pickscore import load_pickscore
 from spo.evaluation.step_aware import load_step_aware
 from spo.hub import check_file, model_file
+from spo.plugins import find
 from spo.scorers import check_clip
 
 

@@ -15,9 +15,9 @@ from ml_collections import ConfigDict
 from torch import Tensor
 from tqdm import tqdm
 
+from spo.atomic import writing
 from spo.checkpoint_folder import FOLDER
 from spo.distributed import Workers
-from spo.durable import writing
 from spo.errors import RunError, Stopped
 from spo.evaluation.curves import draw_accuracy
 from spo.finite import check_skipped

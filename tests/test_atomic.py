@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from spo import checkpoint, durable, tracking
+from spo import atomic as durable
+from spo import checkpoint, tracking
 from spo.checkpoint_folder import checkpoints, find_fault, new_checkpoint, write_state
 from spo.errors import RunError
 from spo.run_dir import drop_metrics_after, record_start
