@@ -5,7 +5,7 @@ python train_sd15.py [--config=config/spo_sd15.py] [--config.train.beta=5 ...]
 
 from absl import app
 
-from spo.flags import define_config, exit_on_user_error, parse_flags
+from spo.command_line.flags import define_config, exit_on_user_error, parse_flags
 
 CONFIG = define_config("config/sd15.py")
 

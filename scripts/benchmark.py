@@ -20,7 +20,7 @@ from absl import app, flags
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from spo.flags import changed, define_config, exit_on_user_error, parse_flags
+from spo.command_line.flags import changed, define_config, exit_on_user_error, parse_flags
 
 CONFIG = define_config("config/sd15.py")
 REPEATS = flags.DEFINE_integer("repeats", 5, "measured iterations, after one that warms up")
@@ -148,8 +148,8 @@ def compare(config) -> dict:
     from accelerate import PartialState
 
     from spo import timing
-    from spo.backbone import DTYPES
     from spo.compare import BASELINE, compare
+    from spo.models.backbone import DTYPES
 
     configs = {BASELINE: config} | {text: changed(config, text) for text in COMPARE.value}
     measured = compare(configs, load, ROUNDS.value, REPEATS.value)
@@ -179,7 +179,7 @@ def compare(config) -> dict:
 
 def memory_apart(config) -> float:
     """Peak memory in GiB of one iteration in a process of its own: on a CPU it is a process's."""
-    from spo.config_io import save_config
+    from spo.command_line.config_files import save_config
     from spo.errors import UserError
 
     with tempfile.TemporaryDirectory() as folder:

@@ -20,8 +20,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from spo.command_line.flags import exit_on_user_error
 from spo.errors import UserError
-from spo.flags import exit_on_user_error
 from spo.output import check_output, new_output
 
 FORMATS = ("diffusers", "kohya", "peft")

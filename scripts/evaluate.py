@@ -13,8 +13,8 @@ from absl import app
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from spo.config_io import EVAL_BASE
-from spo.flags import define_config, exit_on_user_error, parse_flags
+from spo.command_line.config_files import EVAL_BASE
+from spo.command_line.flags import define_config, exit_on_user_error, parse_flags
 
 CONFIG = define_config(EVAL_BASE, EVAL_BASE)
 # How spo.launch checks the config.

@@ -16,7 +16,7 @@ from pathlib import Path
 REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
 
-from spo.flags import exit_on_user_error
+from spo.command_line.flags import exit_on_user_error
 
 
 def main() -> None:
@@ -35,11 +35,11 @@ def main() -> None:
 
 def evaluate(options: argparse.Namespace) -> None:
     """Draw, judge, write and print."""
-    from spo.config_io import load_config
+    from spo.command_line.config_files import load_config
+    from spo.data.prompts import read_prompts
     from spo.evaluation.curves import draw_curves
-    from spo.prompts import read_prompts
+    from spo.models.plain_images import ImageSettings
     from spo.run_dir import CONFIG
-    from spo.sampling import ImageSettings
     from spo.tiny_world.evaluation import Bench, before_and_after, compare, summary
 
     run_dir = options.run_dir

@@ -26,7 +26,7 @@ os.environ |= {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "TQDM_DISAB
 
 from spo.atomic import PARTIAL
 from spo.checkpoint_folder import FOLDER, checkpoints, find_fault
-from spo.config_io import load_config
+from spo.command_line.config_files import load_config
 from spo.errors import Stopped
 from spo.run_dir import STARTS
 from spo.tracking import METRICS

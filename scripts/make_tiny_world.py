@@ -99,7 +99,7 @@ def write_prompts(file: Path, captions) -> None:
 
 def train_preference_model(out: Path, shorten: int) -> None:
     """The preference model of the world, by the script that trains the real ones."""
-    from spo.config_io import load_config
+    from spo.command_line.config_files import load_config
 
     config, _ = load_config("config/spm_tiny.py", "config/spm_base.py")
     command = [

@@ -22,11 +22,11 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from spo.backbone import Backbone, ModelSource
 from spo.learner import Learner, UpdateSettings
-from spo.lora import add_lora
 from spo.losses import LOSSES, LossSettings
 from spo.metrics import peak_memory_gib
+from spo.models.backbone import Backbone, ModelSource
+from spo.models.lora import add_lora
 from spo.types import PreferencePairs
 
 TINY = ROOT / "assets" / "tiny" / "sd15"

@@ -17,7 +17,7 @@ from absl import app, flags
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from spo.flags import changed, define_config, exit_on_user_error, parse_flags
+from spo.command_line.flags import changed, define_config, exit_on_user_error, parse_flags
 
 CONFIG = define_config("config/sd15.py")
 COMPARE = flags.DEFINE_multi_string("compare", [], "KEY=VALUE that judges beside the config")
@@ -86,9 +86,9 @@ def judge_rollouts(config, variants):
 
     from spo import preflight, settings
     from spo.agreement import concatenate, judge_rollout, load_judges
-    from spo.backbone import Backbone
     from spo.batching import plan_batches
     from spo.lora_files import find_lora, read_lora
+    from spo.models.backbone import Backbone
     from spo.shared_rollout import first_slices
 
     plan, prompts = plan_batches(config, 1), preflight.read_training_prompts(config).prompts

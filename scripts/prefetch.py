@@ -14,8 +14,8 @@ from absl import app
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from spo.config_io import BASE, EVAL_BASE, SPM_BASE
-from spo.flags import define_config, exit_on_user_error, parse_flags
+from spo.command_line.config_files import BASE, EVAL_BASE, SPM_BASE
+from spo.command_line.flags import define_config, exit_on_user_error, parse_flags
 
 CONFIG = define_config("config/sd15.py", BASE, SPM_BASE, EVAL_BASE)
 
@@ -37,9 +37,9 @@ def prefetch(config) -> None:
     import torch
 
     from spo import preflight, scorers, settings
-    from spo.backbone import DTYPES
-    from spo.decoder import load_decoder
     from spo.lora_files import find_lora
+    from spo.models.backbone import DTYPES
+    from spo.models.decoder import load_decoder
 
     settings.check(config)
     print(preflight.read_training_prompts(config).describe())
@@ -96,7 +96,7 @@ def prefetch_evaluation(config) -> None:
 
 def load_base_model(source, config) -> None:
     """Load a base model, and say how large it is."""
-    from spo import backbone
+    from spo.models import backbone
 
     backbone.check_source(source, config.family)
     pipe = backbone.load_pipeline(source, config.family, backbone.DTYPES[config.mixed_precision])

@@ -11,9 +11,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from spo.command_line.flags import exit_on_user_error
+from spo.data.prompts import read_prompts
 from spo.errors import UserError
-from spo.flags import exit_on_user_error
-from spo.prompts import read_prompts
 
 
 def parse_args() -> argparse.Namespace:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from spo.flags import exit_on_user_error
+from spo.command_line.flags import exit_on_user_error
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:

@@ -26,8 +26,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from config import base  # noqa: E402
 from spo import losses, settings  # noqa: E402
-from spo.backbone import Backbone  # noqa: E402
 from spo.collect import Collected, collect_rollout  # noqa: E402
+from spo.models.backbone import Backbone  # noqa: E402
 from spo.scorers import load_scorer  # noqa: E402
 from spo.types import NoisePredictions, PreferencePairs  # noqa: E402
 

@@ -107,7 +107,7 @@ def run(arm: str, seed: int, out: Path) -> dict:
 
 def arm_config(arm: str, seed: int, folder: Path):
     """config/tiny.py with the changes of an arm."""
-    from spo.config_io import leaves, load_config
+    from spo.command_line.config_files import leaves, load_config
 
     config, _ = load_config("config/tiny.py")
     changes = dict(ARMS[arm])
@@ -154,8 +154,8 @@ def judge(folder: Path) -> dict:
 def bench():
     """The base model and its images of the held-out captions, once in each process."""
     from spo import settings
-    from spo.config_io import load_config
-    from spo.prompts import read_prompts
+    from spo.command_line.config_files import load_config
+    from spo.data.prompts import read_prompts
     from spo.tiny_world.evaluation import Bench
 
     config, _ = load_config("config/tiny.py")

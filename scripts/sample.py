@@ -16,7 +16,7 @@ from pathlib import Path
 REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
 
-from spo.flags import exit_on_user_error
+from spo.command_line.flags import exit_on_user_error
 
 
 def main() -> None:

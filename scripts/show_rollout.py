@@ -14,7 +14,7 @@ from absl import app, flags
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from spo.flags import define_config, exit_on_user_error, parse_flags
+from spo.command_line.flags import define_config, exit_on_user_error, parse_flags
 
 CONFIG = define_config("config/sd15.py")
 PROMPT = flags.DEFINE_string("prompt", None, "what to roll out", required=True)
@@ -34,10 +34,11 @@ def show_rollout(config, prompt: str, lora_spec: str, seed: int, out: Path) -> N
     from accelerate import PartialState
     from tqdm import tqdm
 
-    from spo import backbone, scorers, settings
+    from spo import scorers, settings
     from spo.collect import roll_out, score_candidates
     from spo.errors import UserError
     from spo.lora_files import find_lora, read_lora
+    from spo.models import backbone
     from spo.pictures import grid
 
     settings.check(config)

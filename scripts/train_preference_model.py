@@ -11,8 +11,8 @@ from absl import app
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from spo.batching import plan_updates
-from spo.config_io import SPM_BASE
-from spo.flags import define_config, exit_on_user_error, parse_flags
+from spo.command_line.config_files import SPM_BASE
+from spo.command_line.flags import define_config, exit_on_user_error, parse_flags
 
 CONFIG = define_config("config/spm_sd15.py", SPM_BASE)
 # How spo.launch checks the config.

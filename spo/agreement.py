@@ -10,14 +10,15 @@ import torch
 from ml_collections import ConfigDict
 from torch import Tensor, nn
 
-from spo import backbone, scorers, settings
-from spo.backbone import Backbone
+from spo import scorers, settings
 from spo.collect import CollectSettings, Comparison, roll_out, score_candidates
 from spo.costs import DECODING, SCORING, Meter
 from spo.ddim import DDIMSchedule
-from spo.decoder import decode, load_decoder
 from spo.errors import UserError
 from spo.finite import check_scores
+from spo.models import backbone
+from spo.models.backbone import Backbone
+from spo.models.decoder import decode, load_decoder
 from spo.pairs import PairSettings, differ_enough
 from spo.scorers import Scorer
 from spo.types import Candidates

@@ -13,8 +13,8 @@ from torch import Tensor
 from spo.batching import BatchPlan
 from spo.checkpoint_folder import new_checkpoint, read_state, reading, write_state
 from spo.learner import Learner
-from spo.lora import FILE_NAME, parameter_names, save_lora
-from spo.optimizers import optimizer_tensors, restore_optimizer
+from spo.models.lora import FILE_NAME, parameter_names, save_lora
+from spo.models.optimizers import optimizer_tensors, restore_optimizer
 from spo.progress import (
     Position,
     RolloutInProgress,

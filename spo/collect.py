@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from spo import lora
-from spo.backbone import Backbone
 from spo.ddim import DDIMSchedule
+from spo.models import lora
+from spo.models.backbone import Backbone
 from spo.pairs import PairSettings, best_against_worst, concatenate_pairs
 from spo.rollout import RolloutSettings, stepwise_rollout
 from spo.scorers import Scorer

@@ -28,7 +28,7 @@ from spo.costs import (
 )
 from spo.known_shapes import KnownShapes
 from spo.meta_models import SCORER, UnloadedModels, count_models, meta_kernels
-from spo.optimizers import moment_bytes
+from spo.models.optimizers import moment_bytes
 from spo.types import PreferencePairs
 
 CHECKPOINTED = "training, gradient checkpointing"

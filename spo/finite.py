@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from spo.collect import Comparison
+from spo.data.token_lengths import named
 from spo.errors import RunError
 from spo.learner import Step
-from spo.prompt_text import named
 from spo.types import PreferencePairs
 
 

@@ -19,8 +19,8 @@ try:
     from ml_collections import ConfigDict
 
     from spo.batching import plan_batches
+    from spo.command_line.flags import exit_on_user_error, parse_flags
     from spo.errors import UserError
-    from spo.flags import exit_on_user_error, parse_flags
     from spo.plugins import find
     from spo.supervise import run_to_end
 except ModuleNotFoundError as error:  # a machine where nothing is installed yet

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from spo import ddim
-from spo.backbone import Backbone
 from spo.ddim import DDIMSchedule
 from spo.ema import distance, update_ema
-from spo.lora import Lora
 from spo.losses import LossSettings, Objective
-from spo.merged_lora import MergedLora
+from spo.models.backbone import Backbone
+from spo.models.lora import Lora
+from spo.models.merged_lora import MergedLora
 from spo.types import LossOutput, NoisePredictions, PreferencePairs
 
 

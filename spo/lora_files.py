@@ -7,13 +7,13 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from spo.backbone import Backbone
 from spo.errors import UserError
 from spo.hub import list_files, resolve_file
-from spo.lora import FILE_NAME, Lora, parameter_names
 from spo.lora_formats import ADAPTER_CONFIG, ADAPTER_WEIGHTS, LoraModule
 from spo.lora_names import network_of
 from spo.lora_parsing import read_lora_file
+from spo.models.backbone import Backbone
+from spo.models.lora import FILE_NAME, Lora, parameter_names
 
 
 def find_lora(spec: str, key: str) -> Path:

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from spo.errors import UserError
-from spo.lora import safetensors_bytes
 from spo.lora_names import network_of, to_kohya
+from spo.models.lora import safetensors_bytes
 
 ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 TARGETS = "target_modules"  # header entry of our kohya files, and key of an adapter's config
@@ -83,7 +83,7 @@ def _cast(module: LoraModule, dtype: torch.dtype) -> LoraModule:
 
 
 def write_diffusers(lora: LoraWeights, path: Path) -> None:
-    """Write a file for diffusers' `load_lora_weights`, as spo.lora.save_lora writes it."""
+    """Write a file for diffusers' `load_lora_weights`, as spo.models.lora.save_lora writes it."""
     tensors, adapter = {}, {}
     for network in dict.fromkeys(map(network_of, lora.modules)):
         adapter |= {f"{network}.{k}": v for k, v in _adapter(lora, network).items()}

@@ -7,12 +7,12 @@ from diffusers import DiffusionPipeline, UNet2DConditionModel
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from spo.backbone import ModelSource, family_of, load_pipeline
 from spo.errors import UserError
 from spo.hub import LOAD_ERRORS, first_line, model_file
 from spo.lora_files import layer_of
 from spo.lora_formats import LoraModule, LoraWeights
 from spo.lora_names import network_of
+from spo.models.backbone import ModelSource, family_of, load_pipeline
 
 _UNET_WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 _DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}

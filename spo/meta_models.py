@@ -23,13 +23,14 @@ from ml_collections import ConfigDict
 from torch import Tensor, nn
 from transformers import CLIPModel, CLIPTokenizer
 
-from spo import backbone, settings
-from spo.backbone import Backbone, ModelSource
-from spo.config_io import REPO_ROOT
+from spo import settings
+from spo.command_line.config_files import REPO_ROOT
 from spo.costs import Models, replaced, with_every_pair
 from spo.errors import UserError
 from spo.hub import LOAD_ERRORS, first_line, is_hub_id
 from spo.losses import LOSSES
+from spo.models import backbone
+from spo.models.backbone import Backbone, ModelSource
 from spo.plugins import find
 from spo.scorers import (
     DTYPES,

@@ -9,7 +9,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from spo.hub import Destination
-from spo.lora import FILE_NAME
+from spo.models.lora import FILE_NAME
 from spo.run_record import RunRecord
 
 _TITLES = {"gradspo": "GradSPO", "spo": "SPO"}

@@ -11,10 +11,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from spo.backbone import Backbone, ModelSource, check_source
 from spo.errors import UserError
 from spo.hub import LOAD_ERRORS, first_line, list_files
 from spo.lora_files import find_lora, read_folded
+from spo.models.backbone import Backbone, ModelSource, check_source
 
 _NAME = re.compile(r"\w[\w.-]*")
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")

@@ -11,14 +11,15 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from spo import backbone, publish, scorers, settings, tracking
+from spo import publish, scorers, settings, tracking
 from spo.batching import BatchPlan, plan_batches
 from spo.checkpoint_folder import read_state, reading
-from spo.config_io import check_leaves
+from spo.command_line.config_files import check_leaves
+from spo.data.prompts import PromptSet, read_prompts
 from spo.errors import UserError
 from spo.lora_files import find_lora
-from spo.optimizers import ADAMW
-from spo.prompts import PromptSet, read_prompts
+from spo.models import backbone
+from spo.models.optimizers import ADAMW
 from spo.resume import Resume, compare, facts, find_checkpoint
 from spo.run_dir import run_name
 

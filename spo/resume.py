@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from spo.batching import UpdatePlan
 from spo.checkpoint_folder import checkpoints as checkpoints_of
 from spo.checkpoint_folder import find_fault, is_checkpoint, newest_whole
-from spo.config_io import leaves
+from spo.command_line.config_files import leaves
 from spo.errors import Stopped, UserError
 from spo.tracking import METRICS
 

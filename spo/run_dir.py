@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from spo.atomic import whole_lines, write_lines, writing
 from spo.checkpoint_folder import set_aside
-from spo.config_io import save_config
+from spo.command_line.config_files import save_config
 from spo.errors import UserError
 from spo.resume import versions
 from spo.tracking import METRICS

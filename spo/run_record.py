@@ -12,11 +12,11 @@ from ml_collections import ConfigDict
 from safetensors import SafetensorError, safe_open
 
 from spo.atomic import whole_lines
-from spo.config_io import load_config
+from spo.command_line.config_files import load_config
 from spo.errors import UserError
 from spo.evaluation import results
 from spo.hub import first_line, public_name
-from spo.lora import FILE_NAME
+from spo.models.lora import FILE_NAME
 from spo.run_dir import CONFIG, STARTS
 from spo.tracking import METRICS
 from spo.validation import SAMPLES, SAMPLES_INDEX

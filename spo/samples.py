@@ -16,12 +16,12 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
-from spo.backbone import DTYPES, SCHEDULERS, Backbone, ModelSource, check_source, family_of
+from spo.data.prompts import read_prompts
 from spo.errors import UserError
 from spo.lora_files import find_lora
 from spo.model_spec import ModelSpec, read_specs, use_loras
+from spo.models.backbone import DTYPES, SCHEDULERS, Backbone, ModelSource, check_source, family_of
 from spo.pictures import Cell, grid, to_pil, write_png
-from spo.prompts import read_prompts
 from spo.run_dir import CONFIG
 
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
@@ -32,7 +32,7 @@ class SampleSettings:
     """How images are drawn; UserError where that is impossible."""
 
     seeds: tuple[int, ...]  # each draws every prompt
-    scheduler: str  # one of spo.backbone.SCHEDULERS
+    scheduler: str  # one of spo.models.backbone.SCHEDULERS
     num_steps: int
     guidance_scale: float
     size: tuple[int, int] | None  # width and height in pixels; None: the base model's own

@@ -23,10 +23,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from spo.data.token_lengths import readable
 from spo.errors import UserError
 from spo.hub import LOAD_ERRORS, PREFETCH, first_line, model_file, resolve_file
 from spo.plugins import find
-from spo.prompt_text import readable
 from spo.step_aware_clip import StepAwareCLIP, load_step_aware_clip, text_features
 
 

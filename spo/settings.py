@@ -13,20 +13,20 @@ from ml_collections import ConfigDict
 from torch import nn
 
 from spo import rollout
-from spo.backbone import DTYPES, Backbone, ModelSource
 from spo.collect import CollectSettings
 from spo.errors import UserError
 from spo.hub import Destination, public_name
 from spo.learner import Learner, UpdateSettings
-from spo.lora import Lora, add_lora
 from spo.losses import LOSSES, LossSettings, Objective
-from spo.optimizers import OPTIMIZERS, make_optimizer
+from spo.models.backbone import DTYPES, Backbone, ModelSource
+from spo.models.device import SpeedSettings
+from spo.models.lora import Lora, add_lora
+from spo.models.optimizers import OPTIMIZERS, make_optimizer
+from spo.models.plain_images import ImageSettings
 from spo.pairs import PairSettings
 from spo.plugins import find
 from spo.rollout import RolloutSettings
-from spo.sampling import ImageSettings
 from spo.scorers import ScorerSource
-from spo.speed import SpeedSettings
 
 
 def objective(config: ConfigDict) -> Objective:

@@ -10,15 +10,15 @@ import numpy as np
 import torch
 
 from spo import metrics
-from spo.backbone import Backbone
 from spo.batching import BatchPlan
 from spo.collect import Collected, CollectSettings, collect_rollout
+from spo.data.prompts import epoch_order
 from spo.distributed import Workers
 from spo.finite import check_scores
 from spo.learner import Learner
+from spo.models.backbone import Backbone
 from spo.pairs import concatenate_pairs, no_pairs
 from spo.progress import Position, RolloutInProgress
-from spo.prompts import epoch_order
 from spo.scorers import Scorer
 from spo.seeding import derive_seed
 

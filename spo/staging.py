@@ -9,8 +9,8 @@ from pathlib import Path
 
 from spo.evaluation import results
 from spo.hub import Destination
-from spo.lora import FILE_NAME
 from spo.model_card import GRID, SAMPLES, make_card, published_samples
+from spo.models.lora import FILE_NAME
 from spo.run_dir import CONFIG
 from spo.run_record import RunRecord, read_record
 from spo.tracking import METRICS

@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from ml_collections import ConfigDict
 
-from spo import backbone, meta_models, scorers, settings
-from spo.backbone import Backbone
+from spo import meta_models, scorers, settings
 from spo.batching import BatchPlan
 from spo.costs import (
     EMA,
@@ -27,7 +26,9 @@ from spo.costs import (
     with_every_pair,
 )
 from spo.errors import UserError
-from spo.speed import set_up_device, speed_up
+from spo.models import backbone
+from spo.models.backbone import Backbone
+from spo.models.device import set_up_device, speed_up
 
 ITERATION = "rollout and training"
 

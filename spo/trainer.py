@@ -13,29 +13,29 @@ from tqdm import tqdm
 
 from spo import metrics, settings
 from spo.atomic import writing
-from spo.backbone import Backbone
 from spo.checkpoint import Progress, load_checkpoint, own_tensors, save_checkpoint, save_networks
 from spo.checkpoint_folder import FOLDER
+from spo.data.prompts import epoch_order
+from spo.data.token_lengths import describe_lengths
 from spo.distributed import Workers
 from spo.errors import RunError, Stopped
 from spo.finite import check_skipped, find_faults
 from spo.forecast import Forecast, make_forecast
 from spo.interrupt import StopSignals
 from spo.learner import Step
-from spo.lora import FILE_NAME, Lora
 from spo.lora_files import find_lora, read_lora
-from spo.optimizers import check_optimizer
+from spo.models.backbone import Backbone
+from spo.models.device import set_up_device, speed_up
+from spo.models.lora import FILE_NAME, Lora
+from spo.models.optimizers import check_optimizer
 from spo.preflight import Preflight, preflight, run_facts
 from spo.progress import Position
-from spo.prompt_text import describe_lengths
-from spo.prompts import epoch_order
 from spo.publish import Publishing
 from spo.resume import stopped_at
 from spo.run_dir import drop_metrics_after, open_run_dir, record_start
 from spo.scorers import load_scorer, tokenizers_of
 from spo.seeding import derive_seed
 from spo.shared_rollout import SharedRollout
-from spo.speed import set_up_device, speed_up
 from spo.tracking import METRICS, Tracking
 from spo.types import PreferencePairs
 from spo.validation import draw_cells, save_samples, validation_grid

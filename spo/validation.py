@@ -8,9 +8,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from spo.backbone import Backbone
+from spo.models.backbone import Backbone
+from spo.models.plain_images import ImageSettings, sample_images
 from spo.pictures import Cell, grid, to_pil
-from spo.sampling import ImageSettings, sample_images
 
 SAMPLES = "samples"
 SAMPLES_INDEX = "samples.json"

@@ -5,9 +5,9 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderTiny, DDIMScheduler
 
-from spo.backbone import Backbone, ModelSource
 from spo.ddim import DDIMSchedule
-from spo.lora import Lora, add_lora
+from spo.models.backbone import Backbone, ModelSource
+from spo.models.lora import Lora, add_lora
 from spo.scorers import ScorerSource
 from spo.types import Conditioning, PreferencePairs
 

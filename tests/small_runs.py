@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from spo.config_io import load_config
+from spo.command_line.config_files import load_config
 from spo.errors import UserError
 from spo.losses import LOSSES, Objective
 from spo.trainer import train

@@ -21,9 +21,9 @@ from spo.agreement import (
     judge_rollout,
     load_judges,
 )
-from spo.backbone import Backbone
 from spo.batching import plan_batches
 from spo.errors import UserError
+from spo.models.backbone import Backbone
 from spo.preflight import read_training_prompts
 from spo.settings import collect_settings, rollout_source
 from spo.shared_rollout import first_slices

@@ -12,9 +12,8 @@ from helpers import MODELS, save_tiny_decoder
 from torch import nn
 
 from spo import estimate, meta_models, timing
-from spo.backbone import ModelSource
 from spo.batching import plan_batches
-from spo.config_io import load_config
+from spo.command_line.config_files import load_config
 from spo.costs import (
     DECODING,
     DENOISING,
@@ -29,6 +28,7 @@ from spo.costs import (
 )
 from spo.errors import UserError
 from spo.estimate import CHECKPOINTED, Costs, LiveMemory, MetaMeter, count_costs
+from spo.models.backbone import ModelSource
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU, META = torch.device("cpu"), torch.device("meta")

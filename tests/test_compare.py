@@ -12,12 +12,12 @@ from helpers import MODELS
 from test_benchmark import CPU, SIZES, run_script, small_config
 
 from spo import compare, timing
-from spo.backbone import Backbone
 from spo.batching import plan_batches
+from spo.command_line.flags import FLAGS, changed, define_config, parse_flags
 from spo.compare import Measured, Turn
 from spo.costs import EMA, ROLLOUT, TRAINING
 from spo.errors import UserError
-from spo.flags import FLAGS, changed, define_config, parse_flags
+from spo.models.backbone import Backbone
 from spo.profiling import profile_iteration
 from spo.timing import Work
 

@@ -16,13 +16,13 @@ from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundEr
 from safetensors.torch import load_file, save_file
 
 from spo import hub, lora_files
-from spo.backbone import Backbone, ModelSource
 from spo.errors import UserError
-from spo.lora import FILE_NAME, save_lora
 from spo.lora_files import find_lora
 from spo.lora_formats import LoraModule, LoraWeights
 from spo.lora_merge import check_fit, merged_pipeline
 from spo.lora_parsing import read_lora_file
+from spo.models.backbone import Backbone, ModelSource
+from spo.models.lora import FILE_NAME, save_lora
 from spo.output import check_output, new_output
 
 ROOT = Path(__file__).resolve().parent.parent

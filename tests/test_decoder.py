@@ -11,12 +11,12 @@ from helpers import MODELS, PROMPTS, model_folder, randn, save_tiny_decoder
 from small_runs import LORA, read_metrics, run, small_config
 
 from spo import settings
-from spo.backbone import Backbone, ModelSource, check_source
 from spo.collect import collect_rollout
 from spo.costs import flop_counter
-from spo.decoder import decode, load_decoder
 from spo.errors import UserError
-from spo.sampling import ImageSettings, sample_images
+from spo.models.backbone import Backbone, ModelSource, check_source
+from spo.models.decoder import decode, load_decoder
+from spo.models.plain_images import ImageSettings, sample_images
 from spo.tiny_world.base_model import draw_images
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -14,15 +14,15 @@ import torch
 from helpers import GOLDEN, add_tiny_lora, load_backbone, model_folder, random_weights
 from PIL import Image
 
-from spo.backbone import ModelSource
-from spo.config_io import EVAL_BASE, load_config
+from spo.command_line.config_files import EVAL_BASE, load_config
 from spo.errors import RunError, Stopped, UserError
 from spo.evaluation.evaluator import evaluate, preflight
 from spo.evaluation.image_sets import ImageSet
 from spo.evaluation.results import read_results
 from spo.evaluation.scores import ScoreFolder
-from spo.lora import save_lora
 from spo.model_spec import read_specs
+from spo.models.backbone import ModelSource
+from spo.models.lora import save_lora
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPTS = [f"a fox number {i} reading a map" for i in range(6)]
@@ -241,7 +241,7 @@ KILLED = """
 import os, sys
 import torch
 torch.set_num_threads(1)
-from spo.config_io import EVAL_BASE, load_config
+from spo.command_line.config_files import EVAL_BASE, load_config
 from spo.evaluation import evaluator
 config, _ = load_config(sys.argv[1], EVAL_BASE)
 for line in sys.stdin:  # each line is a start of the evaluation, in a process that can be killed

@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from spo.config_io import load_config, save_config
+from spo.command_line.config_files import load_config, save_config
+from spo.command_line.flags import exit_on_user_error
 from spo.errors import UserError
-from spo.flags import exit_on_user_error
 
 ROOT = Path(__file__).resolve().parents[1]
 
 SCRIPT = """
 from absl import app
-from spo.flags import define_config, parse_flags
+from spo.command_line.flags import define_config, parse_flags
 
 CONFIG = define_config("config/sd15.py")
 

@@ -11,13 +11,13 @@ import torch
 from test_benchmark import small_config
 
 from spo import forecast
-from spo.backbone import Backbone
 from spo.batching import plan_batches
 from spo.costs import DECODING, DENOISING, ROLLOUT, SCORING, TRAINING, flop_counter
 from spo.estimate import CHECKPOINTED, Costs, count_costs
 from spo.forecast import Forecast, batches, describe, make_forecast, warning
 from spo.known_shapes import KnownShapes
 from spo.meta_models import META
+from spo.models.backbone import Backbone
 from spo.trainer import train
 from tests.small_runs import small_config as run_config
 

@@ -21,12 +21,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from spo import scorers
-from spo.config_io import EVAL_BASE, SPM_BASE, leaves, load_config
+from spo.command_line.config_files import EVAL_BASE, SPM_BASE, leaves, load_config
+from spo.command_line.flags import define_config, exit_on_user_error, parse_flags
+from spo.data.prompts import read_prompts
 from spo.evaluation.evaluator import preflight as preflight_evaluation
-from spo.flags import define_config, exit_on_user_error, parse_flags
 from spo.preference.preflight import preflight as preflight_spm
 from spo.preflight import preflight
-from spo.prompts import read_prompts
 from spo.trainer import train
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 SCRIPT = """
 from absl import app
-from spo.flags import define_config, parse_flags
+from spo.command_line.flags import define_config, parse_flags
 
 CONFIG = define_config("tests/data/random_models.py")
 

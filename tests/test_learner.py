@@ -18,9 +18,9 @@ from helpers import (
     unet_output,
 )
 
-from spo.backbone import Backbone, ModelSource
 from spo.learner import Learner, UpdateSettings
 from spo.losses import LOSSES, LossSettings
+from spo.models.backbone import Backbone, ModelSource
 
 TIMESTEPS = [751, 301, 51, 1]
 

@@ -13,8 +13,8 @@ from helpers import ATTENTION, add_tiny_lora, model_folder, randn, random_weight
 from safetensors.torch import load_file, save_file
 
 from spo.errors import UserError
-from spo.lora import FILE_NAME, add_lora, save_lora
 from spo.lora_files import find_lora, read_lora
+from spo.models.lora import FILE_NAME, add_lora, save_lora
 
 PIPELINES = {"sd15": StableDiffusionPipeline, "sdxl": StableDiffusionXLPipeline}
 
@@ -162,7 +162,7 @@ def test_a_saved_lora_works_in_diffusers(own_backbone, tmp_path, family, rank, a
 _SAVE = """
 import sys, torch
 from pathlib import Path
-from spo.lora import Lora, save_lora
+from spo.models.lora import Lora, save_lora
 names = [f"{layer}.lora_{factor}.default.weight" for layer in "qkvo" for factor in "AB"]
 weights = {name: torch.arange(6.0).view(2, 3) for name in names}
 lora = Lora({}, {}, 4, 2, ("to_q", "to_k", "to_v"))

@@ -7,10 +7,10 @@ import pytest
 import torch
 from helpers import MODELS, add_tiny_lora, model_folder, scorer_source
 
-from spo.backbone import Backbone, ModelSource
 from spo.errors import UserError
 from spo.lora_files import read_folded, read_lora
 from spo.model_spec import read_specs
+from spo.models.backbone import Backbone, ModelSource
 from spo.preference.model import build_spm
 from spo.scorers import load_scorer
 from spo.state_dicts import read_state_dict

@@ -7,8 +7,8 @@ import torch
 from helpers import add_tiny_lora, load_backbone, random_weights, unet_output
 
 from spo.collect import roll_out
-from spo.config_io import load_config
-from spo.merged_lora import MergedLora
+from spo.command_line.config_files import load_config
+from spo.models.merged_lora import MergedLora
 from spo.settings import collect_settings
 
 

@@ -8,10 +8,10 @@ from helpers import MODELS
 from PIL import Image
 from transformers import AutoTokenizer
 
-from spo import prompt_text
+from spo.data import token_lengths as prompt_text
+from spo.data.prompts import read_prompts
+from spo.data.token_lengths import describe_lengths, named, readable
 from spo.pictures import Cell, grid, write_png
-from spo.prompt_text import describe_lengths, named, readable
-from spo.prompts import read_prompts
 
 HARD = {
     "empty": "",

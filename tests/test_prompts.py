@@ -13,8 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from spo.data.prompts import epoch_order, read_prompts
 from spo.errors import UserError
-from spo.prompts import epoch_order, read_prompts
 from spo.seeding import derive_seed
 
 ROOT = Path(__file__).parents[1]

@@ -20,13 +20,13 @@ from PIL import Image
 from config import tiny
 from scripts import push_to_hub
 from spo import publish
-from spo.backbone import Backbone, ModelSource
-from spo.config_io import load_config, save_config
+from spo.command_line.config_files import load_config, save_config
 from spo.errors import UserError
 from spo.evaluation.results import ModelInfo, Results, ScorerInfo, write_results
 from spo.hub import Destination, is_hub_id
-from spo.lora import add_lora, save_lora
 from spo.model_card import merge_cards
+from spo.models.backbone import Backbone, ModelSource
+from spo.models.lora import add_lora, save_lora
 from spo.pictures import Cell
 from spo.run_dir import record_start
 from spo.settings import lora_metadata

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from spo import learner as learner_module
 from spo import settings
-from spo.speed import speed_up
+from spo.models.device import speed_up
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "replay_trace.py"
 TRACES = sorted(path.parent.name for path in GOLDEN.glob("*/meta.json"))

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from spo.config_io import leaves, load_config
+from spo.command_line.config_files import leaves, load_config
 from spo.settings import check
 
 SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "reproduce_tiny.py"

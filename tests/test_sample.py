@@ -12,11 +12,11 @@ from helpers import MODELS, add_tiny_lora, load_backbone, model_folder, random_w
 from PIL import Image
 
 from spo import samples
-from spo.backbone import SCHEDULERS
 from spo.errors import UserError
-from spo.lora import save_lora
+from spo.models.backbone import SCHEDULERS
+from spo.models.lora import save_lora
+from spo.models.plain_images import ImageSettings, sample_images
 from spo.pictures import to_pil
-from spo.sampling import ImageSettings, sample_images
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPTS = ["a fox reading a map", "ein Fuchs 🦊"]

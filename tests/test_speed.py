@@ -19,9 +19,9 @@ from helpers import (
 from torch import nn
 
 from spo.errors import UserError
-from spo.merged_lora import MergedLora
+from spo.models.device import SpeedSettings, set_up_device, speed_up
+from spo.models.merged_lora import MergedLora
 from spo.scorers import load_scorer
-from spo.speed import SpeedSettings, set_up_device, speed_up
 
 CPU = torch.device("cpu")
 PLAIN = SpeedSettings(

@@ -18,7 +18,7 @@ import os, signal, sys, time
 from absl import app
 from spo.errors import UserError
 from spo.exit_status import note_handlers
-from spo.flags import define_config, exit_on_user_error, parse_flags
+from spo.command_line.flags import define_config, exit_on_user_error, parse_flags
 
 CONFIG = define_config("tests/data/random_models.py")
 PREFLIGHT = "spo.batching:plan_batches"  # nothing that imports torch

@@ -10,11 +10,11 @@ import torch
 from helpers import MODELS
 from safetensors.torch import load_file
 
-from spo.config_io import load_config
+from spo.command_line.config_files import load_config
+from spo.data.prompts import read_prompts
 from spo.errors import UserError
-from spo.lora import FILE_NAME, save_lora
-from spo.prompts import read_prompts
-from spo.sampling import ImageSettings
+from spo.models.lora import FILE_NAME, save_lora
+from spo.models.plain_images import ImageSettings
 from spo.tiny_world.base_model import TOKENS, make_tokenizer, token_ids
 from spo.tiny_world.controls import flipped_preferences
 from spo.tiny_world.evaluation import Bench, Judged, before_and_after, compare, summary

@@ -12,7 +12,7 @@ from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from PIL import Image
 from safetensors.torch import load_file
 
-from spo.config_io import load_config
+from spo.command_line.config_files import load_config
 from spo.errors import RunError
 from spo.preflight import preflight
 from spo.trainer import train

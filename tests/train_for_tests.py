@@ -10,7 +10,7 @@ from pathlib import Path
 
 from absl import app
 
-from spo.flags import define_config, exit_on_user_error, parse_flags
+from spo.command_line.flags import define_config, exit_on_user_error, parse_flags
 
 CONFIG = define_config("tests/data/random_models.py")
 

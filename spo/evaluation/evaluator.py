@@ -13,12 +13,13 @@ from tqdm import tqdm
 
 from spo import settings
 from spo.atomic import PARTIAL
-from spo.backbone import DTYPES, Backbone, ModelSource, check_source
-from spo.config_io import check_leaves, save_config
+from spo.command_line.config_files import check_leaves, save_config
+from spo.data.prompt_sets import read_prompt_set
+from spo.data.prompts import PromptSet
+from spo.data.token_lengths import describe_lengths
 from spo.distributed import Workers
 from spo.errors import Stopped, UserError
 from spo.evaluation.image_sets import DrawSettings, ImageSet, claim, claim_prompts, image_set
-from spo.evaluation.prompt_sets import read_prompt_set
 from spo.evaluation.report import write_report
 from spo.evaluation.results import ModelInfo, Results, table, write_results
 from spo.evaluation.scorers import check_image_scorer, load_image_scorer
@@ -26,10 +27,9 @@ from spo.evaluation.scores import ScoreFolder
 from spo.finite import check_images
 from spo.interrupt import StopSignals
 from spo.model_spec import ModelSpec, read_specs, use_loras
+from spo.models.backbone import DTYPES, Backbone, ModelSource, check_source
+from spo.models.plain_images import ImageSettings, sample_images
 from spo.pictures import to_pil
-from spo.prompt_text import describe_lengths
-from spo.prompts import PromptSet
-from spo.sampling import ImageSettings, sample_images
 
 TABLE = "table.md"
 _PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "open-clip-torch")

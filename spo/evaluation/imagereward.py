@@ -9,10 +9,10 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from spo.data.token_lengths import readable
 from spo.errors import UserError
 from spo.evaluation.linear_heads import linear_head
 from spo.hub import LOAD_ERRORS, first_line, resolve_file
-from spo.prompt_text import readable
 from spo.state_dicts import read_state_dict
 
 if TYPE_CHECKING:

@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from spo.data.token_lengths import readable
 from spo.errors import UserError
 from spo.hub import check_file, resolve_file
-from spo.prompt_text import readable
 from spo.scorers import ImagePreparation
 from spo.state_dicts import load_strictly, read_state_dict
 

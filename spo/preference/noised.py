@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from spo import ddim
-from spo.backbone import Backbone
 from spo.ddim import DDIMSchedule
+from spo.models.backbone import Backbone
 from spo.types import Conditioning
 
 

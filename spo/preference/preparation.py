@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from spo.backbone import Backbone
 from spo.errors import UserError
+from spo.models.backbone import Backbone
 from spo.preference.batches import PairBatch
 from spo.preference.labels import relabel
 from spo.preference.learner import TrainingPairs

@@ -13,9 +13,9 @@ from typing import Any
 from datasets import Dataset
 from datasets.distributed import split_dataset_by_node
 
+from spo.data.prompts import epoch_order
 from spo.errors import UserError
 from spo.preference.source import LABEL_COLUMNS
-from spo.prompts import epoch_order
 from spo.seeding import derive_seed
 
 # Why rows are left out. The images of a row are looked at when they are needed, the rest before.

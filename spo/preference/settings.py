@@ -8,9 +8,9 @@ import os
 import torch
 from ml_collections import ConfigDict
 
-from spo.backbone import DTYPES, Backbone
 from spo.distributed import Workers
 from spo.errors import UserError
+from spo.models.backbone import DTYPES, Backbone
 from spo.preference.learner import PreferenceLearner, UpdateSettings
 from spo.preference.model import PairScorer, build_spm
 from spo.preference.preparation import Labeller, Preparation

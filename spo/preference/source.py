@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from spo.data.prompts import HUB_ID
 from spo.errors import UserError
-from spo.prompts import HUB_ID
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset

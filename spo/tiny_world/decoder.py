@@ -11,8 +11,8 @@ from diffusers import AutoencoderTiny
 from torch import Tensor
 
 from spo import ddim
-from spo.backbone import Backbone, ModelSource
-from spo.decoder import decode
+from spo.models.backbone import Backbone, ModelSource
+from spo.models.decoder import decode
 from spo.scorers import CLIPInputs, load_clip
 from spo.tiny_world.base_model import draw_images, image_error
 from spo.tiny_world.fitting import Fit, fit

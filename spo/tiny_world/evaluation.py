@@ -14,12 +14,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from spo import settings
-from spo.backbone import Backbone
 from spo.errors import UserError
 from spo.evaluation.statistics import Estimate, paired_difference, win_rate
 from spo.lora_files import find_lora, read_lora
+from spo.models.backbone import Backbone
+from spo.models.plain_images import ImageSettings, sample_images
 from spo.pictures import Cell, grid, to_pil
-from spo.sampling import ImageSettings, sample_images
 from spo.tiny_world.quality import quality
 from spo.tiny_world.reading import read_captions
 from spo.tiny_world.scenes import SIDE

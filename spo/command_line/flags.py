@@ -14,7 +14,7 @@ from copy import deepcopy
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
-from spo.config_io import leaves, load_config, suggest
+from spo.command_line.config_files import leaves, load_config, suggest
 from spo.errors import UserError
 from spo.exit_status import hand_over
 

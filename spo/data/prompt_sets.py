@@ -6,10 +6,10 @@ from pathlib import Path
 
 from huggingface_hub import hf_hub_download
 
+from spo.data.prompt_files import file_rows
+from spo.data.prompts import PromptSet, collect_prompts, draw_prompts, read_prompts
 from spo.errors import UserError
 from spo.hub import first_line
-from spo.prompt_files import file_rows
-from spo.prompts import PromptSet, collect_prompts, draw_prompts, read_prompts
 
 _KEY = "prompts.source"
 # Name -> dataset, split, column.
@@ -22,7 +22,7 @@ _HPDV2_FILES = ("anime", "concept-art", "paintings", "photo")  # 800 prompts eac
 
 
 def read_prompt_set(source: str, split: str, column: str, num: int, seed: int) -> PromptSet:
-    """The prompts of a named set, or what `spo.prompts.read_prompts` reads.
+    """The prompts of a named set, or what `spo.data.prompts.read_prompts` reads.
 
     Raises UserError where they cannot be had.
     """

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from spo import ddim
-from spo.backbone import Backbone
+from spo.models.backbone import Backbone
 from spo.seeding import derive_seed
 
 

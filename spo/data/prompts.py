@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from spo.data.prompt_files import READERS, check_column, file_rows
 from spo.errors import UserError
-from spo.prompt_files import READERS, check_column, file_rows
 from spo.seeding import derive_seed
 
 HUB_ID = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*")

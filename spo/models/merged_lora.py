@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from spo.lora import Lora
+from spo.models.lora import Lora
 
 
 class MergedLora:

@@ -28,11 +28,11 @@ from diffusers import (
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from spo.data.token_lengths import readable
 from spo.ddim import DDIMSchedule, make_schedule
-from spo.decoder import check_decoder, decode, load_decoder
 from spo.errors import UserError
 from spo.hub import LOAD_ERRORS, PREFETCH, first_line, model_file
-from spo.prompt_text import readable
+from spo.models.decoder import check_decoder, decode, load_decoder
 from spo.types import Conditioning
 
 _PIPELINES = {"sd15": StableDiffusionPipeline, "sdxl": StableDiffusionXLPipeline}

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from spo.backbone import Backbone
 from spo.errors import UserError
+from spo.models.backbone import Backbone
 from spo.scorers import Scorer
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h of glibc

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from spo.atomic import write_file
 from spo.errors import UserError
 
-REPO_ROOT = Path(__file__).resolve().parents[1]
+REPO_ROOT = Path(__file__).resolve().parents[2]
 BASE = "config/base.py"
 SPM_BASE = "config/spm_base.py"
 EVAL_BASE = "config/eval_base.py"
