@@ -83,7 +83,7 @@ def prefetch_evaluation(config) -> None:
     import torch
 
     from spo.evaluation.evaluator import preflight
-    from spo.evaluation.scorers import load_image_scorer
+    from spo.scorers.image_scorers import load_image_scorer
 
     ready = preflight(config, num_processes=1)
     print(ready.prompts.describe())

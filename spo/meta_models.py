@@ -41,7 +41,7 @@ from spo.scorers import (
     clip_config,
     load_scorer,
 )
-from spo.step_aware_clip import StepAwareCLIP
+from spo.scorers.step_aware_clip import StepAwareCLIP
 
 ARCHITECTURES = REPO_ROOT / "assets" / "architectures"
 # It pads to the length that a model wants: which tokens these are costs nothing.

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from spo.evaluation.scorers import load_image_scorer
+from spo.scorers.image_scorers import load_image_scorer
 
 CPU = torch.device("cpu")
 PROMPTS = ("a fox reading a map", "Tiny house, in a meadow", "blue whale " * 40)  # one is truncated

@@ -11,8 +11,8 @@ from finished_images import CPU, PROMPTS, pictures, score, tiny_open_clip
 from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel
 
 from spo.errors import UserError
-from spo.evaluation.scorers import SCORERS, check_image_scorer, load_image_scorer
 from spo.scorers import ScorerSource, load_scorer
+from spo.scorers.image_scorers import SCORERS, check_image_scorer, load_image_scorer
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "assets" / "tiny"
@@ -211,7 +211,7 @@ def test_the_table_does_without_open_clip(monkeypatch):
     for module in [name for name in sys.modules if name.startswith("spo.evaluation.")]:
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, "open_clip", None)
-    imported = importlib.import_module("spo.evaluation.scorers")
+    imported = importlib.import_module("spo.scorers.image_scorers")
     assert imported.SCORERS.keys() == SCORERS.keys()
     with pytest.raises(ImportError):
         imported.check_image_scorer("clipscore", {})

@@ -9,7 +9,7 @@ from finished_images import CPU
 from PIL import Image
 
 from spo.errors import UserError
-from spo.evaluation.scorers import check_image_scorer, load_image_scorer
+from spo.scorers.image_scorers import check_image_scorer, load_image_scorer
 
 RECORDED = Path(__file__).parent / "data" / "imagereward"
 OPTIONS = {
@@ -86,7 +86,7 @@ def test_the_tokenizer_is_named():
 
 def test_the_published_size(weights):
     """ViT-L/16 at 224 pixels and BERT base, by the shapes of their first tensors and the default."""
-    from spo.evaluation import blip
+    from spo.scorers import blip
 
     def zeros(*shape):
         return torch.zeros(shape, device="meta")

@@ -13,7 +13,7 @@ from spo.model_spec import read_specs
 from spo.models.backbone import Backbone, ModelSource
 from spo.preference.model import build_spm
 from spo.scorers import load_scorer
-from spo.state_dicts import read_state_dict
+from spo.scorers.state_dicts import read_state_dict
 
 CPU = torch.device("cpu")
 CLIP = str(MODELS / "tiny-clip")

@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 from torchvision import transforms
 
 from spo.errors import UserError
-from spo.evaluation.hpsv2 import fit_square
-from spo.evaluation.open_clip_models import check_open_clip
-from spo.evaluation.scorers import check_image_scorer, load_image_scorer
+from spo.scorers.hpsv2 import fit_square
+from spo.scorers.image_scorers import check_image_scorer, load_image_scorer
+from spo.scorers.open_clip import check_open_clip
 
 HPS = {"hpsv2": "HPSv2", "hpsv2.1": "HPSv2.1"}
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)

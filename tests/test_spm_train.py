@@ -27,7 +27,7 @@ from spo.preference import preparation
 from spo.preference.preflight import preflight
 from spo.preference.trainer import train
 from spo.scorers import clip_config, load_scorer
-from spo.step_aware_clip import load_step_aware_clip
+from spo.scorers.step_aware_clip import load_step_aware_clip
 
 ROOT = Path(__file__).resolve().parent.parent
 SPM = "step_aware_preference_model.safetensors"

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from transformers import CLIPConfig, CLIPModel
 
 from spo.errors import UserError
-from spo.step_aware_clip import (
+from spo.scorers.step_aware_clip import (
     StepAwareEncoderLayer,
     TimestepEmbedder,
     fresh_step_aware_clip,

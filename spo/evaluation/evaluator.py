@@ -22,7 +22,6 @@ from spo.errors import Stopped, UserError
 from spo.evaluation.image_sets import DrawSettings, ImageSet, claim, claim_prompts, image_set
 from spo.evaluation.report import write_report
 from spo.evaluation.results import ModelInfo, Results, table, write_results
-from spo.evaluation.scorers import check_image_scorer, load_image_scorer
 from spo.evaluation.scores import ScoreFolder
 from spo.finite import check_images
 from spo.interrupt import StopSignals
@@ -30,6 +29,7 @@ from spo.model_spec import ModelSpec, read_specs, use_loras
 from spo.models.backbone import DTYPES, Backbone, ModelSource, check_source
 from spo.models.plain_images import ImageSettings, sample_images
 from spo.pictures import to_pil
+from spo.scorers.image_scorers import check_image_scorer, load_image_scorer
 
 TABLE = "table.md"
 _PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "open-clip-torch")

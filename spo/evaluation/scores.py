@@ -12,7 +12,7 @@ from typing import Any
 from spo.errors import RunError, UserError
 from spo.evaluation.image_sets import ImageSet, batches, file_digest, write_json
 from spo.evaluation.results import ScorerInfo
-from spo.evaluation.scorers import ImageScorer
+from spo.scorers.image_scorers import ImageScorer
 
 _SCORER = "scorer.json"
 

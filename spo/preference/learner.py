@@ -17,7 +17,7 @@ from spo.preference.loss import (
     pair_losses,
 )
 from spo.preference.model import PairScorer, autocast
-from spo.step_aware_clip import StepAwareCLIP
+from spo.scorers.step_aware_clip import StepAwareCLIP
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,9 @@ from spo.preference.model import PairScorer, build_spm
 from spo.preference.preparation import Labeller, Preparation
 from spo.preference.source import DataSource
 from spo.scorers import CLIPInputs, PickScoreScorer, load_clip
+from spo.scorers.step_aware_clip import StepAwareCLIP
 from spo.seeding import derive_seed
 from spo.settings import model_source
-from spo.step_aware_clip import StepAwareCLIP
 
 _AT_LEAST = {
     "checkpoint_limit": 0,

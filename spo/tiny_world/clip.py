@@ -12,7 +12,7 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPVisionCo
 
 from spo.preference.loss import pair_losses
 from spo.scorers import CLIPInputs
-from spo.step_aware_clip import text_features
+from spo.scorers.step_aware_clip import text_features
 from spo.tiny_world.base_model import draw_images, make_tokenizer, text_config, token_ids
 from spo.tiny_world.fitting import Fit, fit
 from spo.tiny_world.preferences import draw_pairs, split_captions

@@ -15,16 +15,16 @@ from PIL import Image
 from torch import Tensor
 
 from spo.errors import UserError
-from spo.evaluation.aesthetic import load_aesthetic
-from spo.evaluation.clipscore import load_clipscore
-from spo.evaluation.hpsv2 import load_hpsv2, load_hpsv2_1
-from spo.evaluation.imagereward import load_imagereward
-from spo.evaluation.open_clip_models import check_open_clip
-from spo.evaluation.pickscore import load_pickscore
-from spo.evaluation.step_aware import load_step_aware
 from spo.hub import check_file, model_file
 from spo.plugins import find
 from spo.scorers import check_clip
+from spo.scorers.aesthetic import load_aesthetic
+from spo.scorers.clipscore import load_clipscore
+from spo.scorers.hpsv2 import load_hpsv2, load_hpsv2_1
+from spo.scorers.imagereward import load_imagereward
+from spo.scorers.open_clip import check_open_clip
+from spo.scorers.pickscore import load_pickscore
+from spo.scorers.step_aware_images import load_step_aware
 
 
 class ImageScorer(Protocol):

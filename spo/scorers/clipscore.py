@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from spo.evaluation.open_clip_models import OpenClip, load_open_clip
+from spo.scorers.open_clip import OpenClip, load_open_clip
 
 
 class CLIPScore:

@@ -9,10 +9,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from spo.errors import UserError
-from spo.evaluation.linear_heads import linear_head
-from spo.evaluation.open_clip_models import OpenClip, load_open_clip
 from spo.hub import resolve_file
-from spo.state_dicts import read_state_dict
+from spo.scorers.linear_heads import linear_head
+from spo.scorers.open_clip import OpenClip, load_open_clip
+from spo.scorers.state_dicts import read_state_dict
 
 _SECTION = "scorer_options.aesthetic"
 

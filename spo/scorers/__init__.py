@@ -27,7 +27,7 @@ from spo.data.token_lengths import readable
 from spo.errors import UserError
 from spo.hub import LOAD_ERRORS, PREFETCH, first_line, model_file, resolve_file
 from spo.plugins import find
-from spo.step_aware_clip import StepAwareCLIP, load_step_aware_clip, text_features
+from spo.scorers.step_aware_clip import StepAwareCLIP, load_step_aware_clip, text_features
 
 
 class Scorer(Protocol):

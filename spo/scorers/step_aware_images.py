@@ -11,7 +11,7 @@ from torch import Tensor
 from spo.evaluation.images import unit_pixels
 from spo.hub import resolve_file
 from spo.scorers import CLIPInputs, StepAwareScorer, clip_config
-from spo.step_aware_clip import load_step_aware_clip
+from spo.scorers.step_aware_clip import load_step_aware_clip
 
 _SECTION = "scorer_options.step_aware_clip"
 

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from spo.evaluation.images import unit_pixels
-from spo.evaluation.open_clip_models import OpenClip, load_open_clip
+from spo.scorers.open_clip import OpenClip, load_open_clip
 
 _HUB = "hf://xswu/HPSv2"
 

@@ -15,7 +15,7 @@ from transformers import CLIPConfig, CLIPModel
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
 from spo.errors import UserError
-from spo.state_dicts import read_state_dict
+from spo.scorers.state_dicts import read_state_dict
 
 _FREQUENCIES = 256  # width of the sinusoidal embedding
 _MAX_PERIOD = 10_000

@@ -20,7 +20,7 @@ from spo.data.token_lengths import readable
 from spo.errors import UserError
 from spo.hub import check_file, resolve_file
 from spo.scorers import ImagePreparation
-from spo.state_dicts import load_strictly, read_state_dict
+from spo.scorers.state_dicts import load_strictly, read_state_dict
 
 if TYPE_CHECKING:
     import open_clip

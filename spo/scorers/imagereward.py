@@ -11,14 +11,14 @@ from torch import Tensor, nn
 
 from spo.data.token_lengths import readable
 from spo.errors import UserError
-from spo.evaluation.linear_heads import linear_head
 from spo.hub import LOAD_ERRORS, first_line, resolve_file
-from spo.state_dicts import read_state_dict
+from spo.scorers.linear_heads import linear_head
+from spo.scorers.state_dicts import read_state_dict
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from spo.evaluation.blip import Blip
+    from spo.scorers.blip import Blip
 
 _SECTION = "scorer_options.imagereward"
 _MEAN, _STD = 0.16717362830052426, 1.0333394966054072  # of the rewards, in the published code
@@ -86,7 +86,7 @@ def load_imagereward(
 
 
 def _read(checkpoint: str, key: str, head_width: int) -> tuple[Blip, nn.Module]:
-    from spo.evaluation.blip import build_blip
+    from spo.scorers.blip import build_blip
 
     path = resolve_file(checkpoint, key)
     weights = read_state_dict(path, key)
