@@ -7,7 +7,7 @@ cd "$(dirname "$0")"
 PYTHON=$(bash scripts/setup_env.sh)
 # More threads only wait for each other on tensors this small; a second process does not.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-processes=$("$PYTHON" -c 'from spo.launch import num_cores; print(min(2, num_cores()))')
+processes=$("$PYTHON" -c 'from spo.launch.__main__ import num_cores; print(min(2, num_cores()))')
 logdir=runs run_name=tiny_$(date +%Y%m%d_%H%M%S)
 for argument in "$@"; do
     case $argument in

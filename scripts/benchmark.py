@@ -76,7 +76,7 @@ def measure(config) -> dict:
     """Time iterations on this machine, print the table, and return its figures."""
     from spo import timing
     from spo.atomic import write_file
-    from spo.batching import plan_batches
+    from spo.launch.batch_plan import plan_batches
     from spo.metrics import peak_memory_gib
 
     plan, models = plan_batches(config, 1), load(config)
@@ -109,7 +109,7 @@ def load(config):
     from accelerate import PartialState
 
     from spo import timing
-    from spo.batching import plan_batches
+    from spo.launch.batch_plan import plan_batches
 
     steps = plan_batches(config, 1).accumulation_steps
     return timing.load_models(config, steps, PartialState().device, RANDOM.value)

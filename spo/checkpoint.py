@@ -10,8 +10,8 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from spo.batching import BatchPlan
 from spo.checkpoint_folder import new_checkpoint, read_state, reading, write_state
+from spo.launch.batch_plan import BatchPlan
 from spo.learner import Learner
 from spo.models.lora import FILE_NAME, parameter_names, save_lora
 from spo.models.optimizers import optimizer_tensors, restore_optimizer

@@ -1,6 +1,6 @@
 """Errors that are told in one line; every other exception is a bug and shows its traceback."""
 
-from spo.exit_status import STOPPED
+from spo.launch.exit_status import STOPPED
 
 
 class UserError(Exception):

@@ -11,10 +11,10 @@ import psutil
 import torch
 from ml_collections import ConfigDict
 
-from spo.batching import BatchPlan
 from spo.costs import DECODING, DENOISING, ROLLOUT, TRAINING
 from spo.estimate import BATCH, CHECKPOINTED, SPARE, Costs, count_costs, training_part
 from spo.hub import first_line
+from spo.launch.batch_plan import BatchPlan
 from spo.progress import RolloutInProgress
 
 _UNITS = {DENOISING: "prompts", DECODING: "images", TRAINING: "pairs", CHECKPOINTED: "pairs"}

@@ -12,11 +12,11 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from spo import publish, scorers, settings, tracking
-from spo.batching import BatchPlan, plan_batches
 from spo.checkpoint_folder import read_state, reading
 from spo.command_line.config_files import check_leaves
 from spo.data.prompts import PromptSet, read_prompts
 from spo.errors import UserError
+from spo.launch.batch_plan import BatchPlan, plan_batches
 from spo.lora_files import find_lora
 from spo.models import backbone
 from spo.models.optimizers import ADAMW

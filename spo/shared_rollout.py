@@ -10,11 +10,11 @@ import numpy as np
 import torch
 
 from spo import metrics
-from spo.batching import BatchPlan
 from spo.collect import Collected, CollectSettings, collect_rollout
 from spo.data.prompts import epoch_order
-from spo.distributed import Workers
 from spo.finite import check_scores
+from spo.launch.batch_plan import BatchPlan
+from spo.launch.workers import Workers
 from spo.learner import Learner
 from spo.models.backbone import Backbone
 from spo.pairs import concatenate_pairs, no_pairs

@@ -13,7 +13,6 @@ import torch
 from ml_collections import ConfigDict
 
 from spo import meta_models, scorers, settings
-from spo.batching import BatchPlan
 from spo.costs import (
     EMA,
     ROLLOUT,
@@ -26,6 +25,7 @@ from spo.costs import (
     with_every_pair,
 )
 from spo.errors import UserError
+from spo.launch.batch_plan import BatchPlan
 from spo.models import backbone
 from spo.models.backbone import Backbone
 from spo.models.device import set_up_device, speed_up

@@ -17,11 +17,11 @@ from spo.checkpoint import Progress, load_checkpoint, own_tensors, save_checkpoi
 from spo.checkpoint_folder import FOLDER
 from spo.data.prompts import epoch_order
 from spo.data.token_lengths import describe_lengths
-from spo.distributed import Workers
 from spo.errors import RunError, Stopped
 from spo.finite import check_skipped, find_faults
 from spo.forecast import Forecast, make_forecast
-from spo.interrupt import StopSignals
+from spo.launch.signals import StopSignals
+from spo.launch.workers import Workers
 from spo.learner import Step
 from spo.lora_files import find_lora, read_lora
 from spo.models.backbone import Backbone

@@ -10,8 +10,8 @@ import sys
 import time
 from pathlib import Path
 
-from spo.liveness import Liveness
-from spo.peers import connect_peers
+from spo.launch.liveness import Liveness
+from spo.launch.peers import connect_peers
 
 rank, count, timeout = map(int, sys.argv[1:4])
 shared = Path(sys.argv[4]) / "from_main.json"

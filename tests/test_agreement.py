@@ -21,8 +21,8 @@ from spo.agreement import (
     judge_rollout,
     load_judges,
 )
-from spo.batching import plan_batches
 from spo.errors import UserError
+from spo.launch.batch_plan import plan_batches
 from spo.models.backbone import Backbone
 from spo.preflight import read_training_prompts
 from spo.settings import collect_settings, rollout_source

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from config import tiny
-from spo.batching import plan_batches
 from spo.checkpoint_folder import new_checkpoint, write_state
 from spo.errors import UserError
+from spo.launch.batch_plan import plan_batches
 from spo.preflight import preflight, run_facts
 from spo.run_dir import open_run_dir
 

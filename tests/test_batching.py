@@ -2,8 +2,8 @@
 
 import pytest
 
-from spo.batching import fit_batches, fit_update
 from spo.errors import UserError
+from spo.launch.batch_plan import fit_batches, fit_update
 
 SD15 = {
     "sample_batch_size": 10,

@@ -12,7 +12,6 @@ from helpers import MODELS, save_tiny_decoder
 from torch import nn
 
 from spo import estimate, meta_models, timing
-from spo.batching import plan_batches
 from spo.command_line.config_files import load_config
 from spo.costs import (
     DECODING,
@@ -28,6 +27,7 @@ from spo.costs import (
 )
 from spo.errors import UserError
 from spo.estimate import CHECKPOINTED, Costs, LiveMemory, MetaMeter, count_costs
+from spo.launch.batch_plan import plan_batches
 from spo.models.backbone import ModelSource
 
 ROOT = Path(__file__).resolve().parent.parent

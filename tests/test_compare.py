@@ -12,11 +12,11 @@ from helpers import MODELS
 from test_benchmark import CPU, SIZES, run_script, small_config
 
 from spo import compare, timing
-from spo.batching import plan_batches
 from spo.command_line.flags import FLAGS, changed, define_config, parse_flags
 from spo.compare import Measured, Turn
 from spo.costs import EMA, ROLLOUT, TRAINING
 from spo.errors import UserError
+from spo.launch.batch_plan import plan_batches
 from spo.models.backbone import Backbone
 from spo.profiling import profile_iteration
 from spo.timing import Work

@@ -11,11 +11,11 @@ import torch
 from test_benchmark import small_config
 
 from spo import forecast
-from spo.batching import plan_batches
 from spo.costs import DECODING, DENOISING, ROLLOUT, SCORING, TRAINING, flop_counter
 from spo.estimate import CHECKPOINTED, Costs, count_costs
 from spo.forecast import Forecast, batches, describe, make_forecast, warning
 from spo.known_shapes import KnownShapes
+from spo.launch.batch_plan import plan_batches
 from spo.meta_models import META
 from spo.models.backbone import Backbone
 from spo.trainer import train

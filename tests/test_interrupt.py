@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 
 from spo.errors import Stopped
-from spo.interrupt import StopSignals
+from spo.launch.signals import StopSignals
 
 ROOT = Path(__file__).resolve().parent.parent
 WAITS = """
 import time
-from spo.interrupt import StopSignals
+from spo.launch.signals import StopSignals
 
 with StopSignals() as signals:
     print("ready", flush=True)

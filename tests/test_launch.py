@@ -10,9 +10,9 @@ import pytest
 import torch
 from accelerate.commands.config import load_config_from_file
 
-from spo.distributed import Workers
 from spo.errors import RunError, UserError
-from spo.launch import ACCELERATE_CONFIGS, cpu_launcher, gpu_launcher
+from spo.launch.__main__ import ACCELERATE_CONFIGS, cpu_launcher, gpu_launcher
+from spo.launch.workers import Workers
 
 ROOT = Path(__file__).resolve().parents[1]
 

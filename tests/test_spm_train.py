@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from config import spm_tiny
 from spo.checkpoint_folder import _seal, checkpoints, read_state
 from spo.errors import RunError, Stopped, UserError
-from spo.launch import read_script
+from spo.launch.__main__ import read_script
 from spo.preference import learner as learner_module
 from spo.preference import preparation
 from spo.preference.preflight import preflight

@@ -17,11 +17,11 @@ SCRIPT = """
 import os, signal, sys, time
 from absl import app
 from spo.errors import UserError
-from spo.exit_status import note_handlers
+from spo.launch.exit_status import note_handlers
 from spo.command_line.flags import define_config, exit_on_user_error, parse_flags
 
 CONFIG = define_config("tests/data/random_models.py")
-PREFLIGHT = "spo.batching:plan_batches"  # nothing that imports torch
+PREFLIGHT = "spo.launch.batch_plan:plan_batches"  # nothing that imports torch
 signals = []
 
 def main(_):

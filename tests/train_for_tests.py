@@ -49,7 +49,7 @@ def noting_deals(deal, sent):
 def main(_):
     import torch.distributed as dist
 
-    from spo.distributed import Workers
+    from spo.launch.workers import Workers
     from spo.learner import Learner
     from spo.trainer import train
 

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict, config_flags
 
 from spo.command_line.config_files import leaves, load_config, suggest
 from spo.errors import UserError
-from spo.exit_status import hand_over
+from spo.launch.exit_status import hand_over
 
 # absl lists a flag under the module that defines it: let that be the script, not this file.
 flags.disclaim_key_flags()

@@ -17,14 +17,14 @@ from spo.command_line.config_files import check_leaves, save_config
 from spo.data.prompt_sets import read_prompt_set
 from spo.data.prompts import PromptSet
 from spo.data.token_lengths import describe_lengths
-from spo.distributed import Workers
 from spo.errors import Stopped, UserError
 from spo.evaluation.image_sets import DrawSettings, ImageSet, claim, claim_prompts, image_set
 from spo.evaluation.report import write_report
 from spo.evaluation.results import ModelInfo, Results, table, write_results
 from spo.evaluation.scores import ScoreFolder
 from spo.finite import check_images
-from spo.interrupt import StopSignals
+from spo.launch.signals import StopSignals
+from spo.launch.workers import Workers
 from spo.model_spec import ModelSpec, read_specs, use_loras
 from spo.models.backbone import DTYPES, Backbone, ModelSource, check_source
 from spo.models.plain_images import ImageSettings, sample_images

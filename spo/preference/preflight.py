@@ -10,11 +10,11 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from spo import scorers, tracking
-from spo.batching import UpdatePlan, plan_updates
 from spo.checkpoint_folder import read_state, reading
 from spo.command_line.config_files import check_leaves
 from spo.errors import UserError
 from spo.hub import resolve_file
+from spo.launch.batch_plan import UpdatePlan, plan_updates
 from spo.models import backbone
 from spo.preference import settings
 from spo.preference.batches import decode_pair

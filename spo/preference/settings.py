@@ -8,8 +8,8 @@ import os
 import torch
 from ml_collections import ConfigDict
 
-from spo.distributed import Workers
 from spo.errors import UserError
+from spo.launch.workers import Workers
 from spo.models.backbone import DTYPES, Backbone
 from spo.preference.learner import PreferenceLearner, UpdateSettings
 from spo.preference.model import PairScorer, build_spm

@@ -17,11 +17,11 @@ from tqdm import tqdm
 
 from spo.atomic import writing
 from spo.checkpoint_folder import FOLDER
-from spo.distributed import Workers
 from spo.errors import RunError, Stopped
 from spo.evaluation.curves import draw_accuracy
 from spo.finite import check_skipped
-from spo.interrupt import StopSignals
+from spo.launch.signals import StopSignals
+from spo.launch.workers import Workers
 from spo.metrics import peak_memory_gib
 from spo.preference import settings
 from spo.preference.batches import PairBatch, decoded

@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 
-from spo.peers import Peer, own_name
+from spo.launch.peers import Peer, own_name
 
 _TICK = 0.2  # seconds between signs of life
 _AWAKE = 1.0  # seconds between two of them at which a process counts as running

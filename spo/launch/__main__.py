@@ -2,7 +2,7 @@
 
 python -m spo.launch train_sd15.py [--num_processes N] [--config=FILE] [--config.key=value ...]
 
-Stays until the end, passes signals on, and ends with the status of spo.exit_status.
+Stays until the end, passes signals on, and ends with the status of spo.launch.exit_status.
 """
 
 import argparse
@@ -18,11 +18,11 @@ from typing import Any
 try:
     from ml_collections import ConfigDict
 
-    from spo.batching import plan_batches
     from spo.command_line.flags import exit_on_user_error, parse_flags
     from spo.errors import UserError
+    from spo.launch.batch_plan import plan_batches
+    from spo.launch.supervise import run_to_end
     from spo.plugins import find
-    from spo.supervise import run_to_end
 except ModuleNotFoundError as error:  # a machine where nothing is installed yet
     print(
         f"error: {sys.executable} has no {error.name}: run `bash scripts/setup_env.sh` first, or, "
@@ -32,7 +32,7 @@ except ModuleNotFoundError as error:  # a machine where nothing is installed yet
     sys.exit(2)
 
 PORT = 29500  # of the first machine, as everywhere in torch
-ACCELERATE_CONFIGS = Path(__file__).resolve().parents[1] / "config" / "accelerate"
+ACCELERATE_CONFIGS = Path(__file__).resolve().parents[2] / "config" / "accelerate"
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
 from spo.errors import Stopped
-from spo.exit_status import note_handlers
+from spo.launch.exit_status import note_handlers
 
 Item = TypeVar("Item")
 
