@@ -39,7 +39,7 @@ def evaluate(options: argparse.Namespace) -> None:
     from spo.data.prompts import read_prompts
     from spo.evaluation.curves import draw_curves
     from spo.models.plain_images import ImageSettings
-    from spo.run_dir import CONFIG
+    from spo.run.folder import CONFIG
     from spo.tiny_world.evaluation import Bench, before_and_after, compare, summary
 
     run_dir = options.run_dir

@@ -25,11 +25,11 @@ sys.path.insert(0, str(ROOT))
 os.environ |= {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "TQDM_DISABLE": "1"}
 
 from spo.atomic import PARTIAL
-from spo.checkpoint_folder import FOLDER, checkpoints, find_fault
 from spo.command_line.config_files import load_config
 from spo.errors import Stopped
-from spo.run_dir import STARTS
-from spo.tracking import METRICS
+from spo.run.checkpoint_folder import FOLDER, checkpoints, find_fault
+from spo.run.folder import STARTS
+from spo.run.tracking import METRICS
 from spo.trainer import train
 
 # A kill is drawn as one of these; a run has a rollout, minibatches and a checkpoint every second.

@@ -137,8 +137,8 @@ def arm_config(arm: str, seed: int, folder: Path):
 
 def judge(folder: Path) -> dict:
     """What the run's LoRA is worth against the base, on the held-out captions."""
+    from spo.run.tracking import METRICS
     from spo.tiny_world.evaluation import compare
-    from spo.tracking import METRICS
 
     verdict = compare(bench().base, bench().judge(folder))
     last = json.loads((folder / METRICS).read_text().splitlines()[-1])

@@ -39,7 +39,7 @@ def show_rollout(config, prompt: str, lora_spec: str, seed: int, out: Path) -> N
     from spo.errors import UserError
     from spo.lora_files import find_lora, read_lora
     from spo.models import backbone
-    from spo.pictures import grid
+    from spo.run.pictures import grid
 
     settings.check(config)
     backbone.check_source(settings.rollout_source(config), config.family)
@@ -84,7 +84,7 @@ def show_rollout(config, prompt: str, lora_spec: str, seed: int, out: Path) -> N
 def draw_rows(seen, settings):
     """Rows of cells and their labels from (candidates, scores (K,), images (K, 3, H, W))."""
     from spo.pairs import preference_gap
-    from spo.pictures import Cell, to_pil
+    from spo.run.pictures import Cell, to_pil
 
     rows, labels = [], []
     for i, (candidates, scores, images) in enumerate(seen):

@@ -10,7 +10,6 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from spo.checkpoint_folder import new_checkpoint, read_state, reading, write_state
 from spo.launch.batch_plan import BatchPlan
 from spo.learner import Learner
 from spo.models.lora import FILE_NAME, parameter_names, save_lora
@@ -23,6 +22,7 @@ from spo.progress import (
     load_share,
     rollout_of,
 )
+from spo.run.checkpoint_folder import new_checkpoint, read_state, reading, write_state
 
 OPTIMIZER = "optimizer.safetensors"
 

@@ -17,9 +17,9 @@ from spo.errors import UserError
 from spo.evaluation import results
 from spo.hub import first_line, public_name
 from spo.models.lora import FILE_NAME
-from spo.run_dir import CONFIG, STARTS
-from spo.tracking import METRICS
-from spo.validation import SAMPLES, SAMPLES_INDEX
+from spo.run.folder import CONFIG, STARTS
+from spo.run.tracking import METRICS
+from spo.run.validation import SAMPLES, SAMPLES_INDEX
 
 
 @dataclass(frozen=True)

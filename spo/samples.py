@@ -21,8 +21,8 @@ from spo.errors import UserError
 from spo.lora_files import find_lora
 from spo.model_spec import ModelSpec, read_specs, use_loras
 from spo.models.backbone import DTYPES, SCHEDULERS, Backbone, ModelSource, check_source, family_of
-from spo.pictures import Cell, grid, to_pil, write_png
-from spo.run_dir import CONFIG
+from spo.run.folder import CONFIG
+from spo.run.pictures import Cell, grid, to_pil, write_png
 
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 

@@ -11,9 +11,9 @@ from spo.evaluation import results
 from spo.hub import Destination
 from spo.model_card import GRID, SAMPLES, make_card, published_samples
 from spo.models.lora import FILE_NAME
-from spo.run_dir import CONFIG
+from spo.run.folder import CONFIG
+from spo.run.tracking import METRICS
 from spo.run_record import RunRecord, read_record
-from spo.tracking import METRICS
 
 CARD = "README.md"
 TABLE = "table.md"

@@ -14,7 +14,6 @@ from tqdm import tqdm
 from spo import metrics, settings
 from spo.atomic import writing
 from spo.checkpoint import Progress, load_checkpoint, own_tensors, save_checkpoint, save_networks
-from spo.checkpoint_folder import FOLDER
 from spo.data.prompts import epoch_order
 from spo.data.token_lengths import describe_lengths
 from spo.errors import RunError, Stopped
@@ -31,14 +30,15 @@ from spo.models.optimizers import check_optimizer
 from spo.preflight import Preflight, preflight, run_facts
 from spo.progress import Position
 from spo.publish import Publishing
-from spo.resume import stopped_at
-from spo.run_dir import drop_metrics_after, open_run_dir, record_start
+from spo.run.checkpoint_folder import FOLDER
+from spo.run.folder import drop_metrics_after, open_run_dir, record_start
+from spo.run.resume import stopped_at
+from spo.run.tracking import METRICS, Tracking
+from spo.run.validation import draw_cells, save_samples, validation_grid
 from spo.scorers import load_scorer, tokenizers_of
 from spo.seeding import derive_seed
 from spo.shared_rollout import SharedRollout
-from spo.tracking import METRICS, Tracking
 from spo.types import PreferencePairs
-from spo.validation import draw_cells, save_samples, validation_grid
 
 
 def train(config: ConfigDict) -> None:

@@ -12,11 +12,12 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from spo import atomic as durable
-from spo import checkpoint, tracking
-from spo.checkpoint_folder import checkpoints, find_fault, new_checkpoint, write_state
+from spo import checkpoint
 from spo.errors import RunError
-from spo.run_dir import drop_metrics_after, record_start
-from spo.tracking import Tracking
+from spo.run import tracking
+from spo.run.checkpoint_folder import checkpoints, find_fault, new_checkpoint, write_state
+from spo.run.folder import drop_metrics_after, record_start
+from spo.run.tracking import Tracking
 from tests.small_runs import ROOT, run
 
 

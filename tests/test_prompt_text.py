@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 from spo.data import token_lengths as prompt_text
 from spo.data.prompts import read_prompts
 from spo.data.token_lengths import describe_lengths, named, readable
-from spo.pictures import Cell, grid, write_png
+from spo.run.pictures import Cell, grid, write_png
 
 HARD = {
     "empty": "",

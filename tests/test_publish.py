@@ -27,11 +27,11 @@ from spo.hub import Destination, is_hub_id
 from spo.model_card import merge_cards
 from spo.models.backbone import Backbone, ModelSource
 from spo.models.lora import add_lora, save_lora
-from spo.pictures import Cell
-from spo.run_dir import record_start
+from spo.run.folder import record_start
+from spo.run.pictures import Cell
+from spo.run.validation import save_samples
 from spo.settings import lora_metadata
 from spo.staging import stage
-from spo.validation import save_samples
 
 ROOT = Path(__file__).resolve().parent.parent
 LORA = "pytorch_lora_weights.safetensors"

@@ -27,8 +27,8 @@ from spo.evaluation.results import ModelInfo, Results, ScorerInfo, compare, writ
 from spo.evaluation.run_report import write_run_report
 from spo.preference.metrics import step_metrics
 from spo.preference.validation import TIMESTEPS, accuracy
-from spo.run_dir import record_start
-from spo.tracking import Tracking
+from spo.run.folder import record_start
+from spo.run.tracking import Tracking
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "scripts" / "report.py"

@@ -14,8 +14,7 @@ import torch
 from helpers import make_pairs
 from safetensors.torch import save_file
 
-from spo import shared_rollout, validation
-from spo.checkpoint_folder import _seal, checkpoints, find_fault
+from spo import shared_rollout
 from spo.errors import Stopped, UserError
 from spo.preflight import preflight
 from spo.progress import (
@@ -25,6 +24,8 @@ from spo.progress import (
     load_share,
     rollout_of,
 )
+from spo.run import validation
+from spo.run.checkpoint_folder import _seal, checkpoints, find_fault
 from tests import small_runs
 from tests.small_runs import (
     LORA,

@@ -16,7 +16,7 @@ from spo.errors import UserError
 from spo.models.backbone import SCHEDULERS
 from spo.models.lora import save_lora
 from spo.models.plain_images import ImageSettings, sample_images
-from spo.pictures import to_pil
+from spo.run.pictures import to_pil
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPTS = ["a fox reading a map", "ein Fuchs 🦊"]

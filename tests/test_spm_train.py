@@ -19,13 +19,13 @@ from labelled_pairs import make_row, write_splits
 from safetensors.torch import load_file
 
 from config import spm_tiny
-from spo.checkpoint_folder import _seal, checkpoints, read_state
 from spo.errors import RunError, Stopped, UserError
 from spo.launch.__main__ import read_script
 from spo.preference import learner as learner_module
 from spo.preference import preparation
 from spo.preference.preflight import preflight
 from spo.preference.trainer import train
+from spo.run.checkpoint_folder import _seal, checkpoints, read_state
 from spo.scorers import clip_config, load_scorer
 from spo.scorers.step_aware_clip import load_step_aware_clip
 

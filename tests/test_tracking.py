@@ -6,8 +6,8 @@ import pytest
 from accelerate import PartialState
 from PIL import Image
 
-from spo import tracking
-from spo.tracking import Tracking, has_wandb_key
+from spo.run import tracking
+from spo.run.tracking import Tracking, has_wandb_key
 
 
 def test_metrics_file_keeps_what_trackers_cannot_take(tmp_path):

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from spo.evaluation.figures import COLOURS, INK, style
-from spo.run_dir import read_metrics
+from spo.run.folder import read_metrics
 
 _DENSE = 100  # more points than these are drawn with their running mean
 _HEAT = LinearSegmentedColormap.from_list("heat", [COLOURS[1] + "00", COLOURS[1] + "ff"])

@@ -28,7 +28,7 @@ from spo.launch.workers import Workers
 from spo.model_spec import ModelSpec, read_specs, use_loras
 from spo.models.backbone import DTYPES, Backbone, ModelSource, check_source
 from spo.models.plain_images import ImageSettings, sample_images
-from spo.pictures import to_pil
+from spo.run.pictures import to_pil
 from spo.scorers.image_scorers import check_image_scorer, load_image_scorer
 
 TABLE = "table.md"

@@ -19,7 +19,7 @@ from PIL import Image
 from spo.atomic import write_file
 from spo.errors import UserError
 from spo.model_spec import IMAGE_SUFFIXES, ModelSpec
-from spo.pictures import write_png
+from spo.run.pictures import write_png
 
 _PROMPTS = "prompts.json"
 _IDENTITY = "model.json"

@@ -14,7 +14,7 @@ from spo.evaluation import page
 from spo.evaluation.curves import draw_panel, panels_of
 from spo.evaluation.figures import panel, style, to_svg
 from spo.evaluation.report import FILE_NAME
-from spo.run_dir import CONFIG, STARTS, read_metrics
+from spo.run.folder import CONFIG, STARTS, read_metrics
 
 _GRID = (1280, 4096)  # pixels, width and height
 

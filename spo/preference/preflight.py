@@ -9,8 +9,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from spo import scorers, tracking
-from spo.checkpoint_folder import read_state, reading
+from spo import scorers
 from spo.command_line.config_files import check_leaves
 from spo.errors import UserError
 from spo.hub import resolve_file
@@ -20,8 +19,10 @@ from spo.preference import settings
 from spo.preference.batches import decode_pair
 from spo.preference.rows import fault_of, pick, usable_rows
 from spo.preference.source import open_split
-from spo.resume import Resume, compare, find_checkpoint
-from spo.run_dir import run_name
+from spo.run import tracking
+from spo.run.checkpoint_folder import read_state, reading
+from spo.run.folder import run_name
+from spo.run.resume import Resume, compare, find_checkpoint
 from spo.settings import model_source
 
 _FIRST_ROWS = 10_000  # of a stream, to look at before a run starts

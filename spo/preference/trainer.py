@@ -16,7 +16,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from spo.atomic import writing
-from spo.checkpoint_folder import FOLDER
 from spo.errors import RunError, Stopped
 from spo.evaluation.curves import draw_accuracy
 from spo.finite import check_skipped
@@ -38,9 +37,10 @@ from spo.preference.preflight import Preflight, describe_faults, preflight
 from spo.preference.rows import FAULTS, Share, stream_batches, table_batches, validation_batches
 from spo.preference.source import open_split
 from spo.preference.validation import accuracy, count_correct
-from spo.resume import facts, stopped_at
-from spo.run_dir import drop_metrics_after, open_run_dir, record_start
-from spo.tracking import METRICS, Tracking
+from spo.run.checkpoint_folder import FOLDER
+from spo.run.folder import drop_metrics_after, open_run_dir, record_start
+from spo.run.resume import facts, stopped_at
+from spo.run.tracking import METRICS, Tracking
 
 _NAMED = 4  # pairs that an error names
 

@@ -19,7 +19,7 @@ from spo.evaluation.statistics import Estimate, paired_difference, win_rate
 from spo.lora_files import find_lora, read_lora
 from spo.models.backbone import Backbone
 from spo.models.plain_images import ImageSettings, sample_images
-from spo.pictures import Cell, grid, to_pil
+from spo.run.pictures import Cell, grid, to_pil
 from spo.tiny_world.quality import quality
 from spo.tiny_world.reading import read_captions
 from spo.tiny_world.scenes import SIDE

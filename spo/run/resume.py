@@ -12,12 +12,12 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from spo.checkpoint_folder import checkpoints as checkpoints_of
-from spo.checkpoint_folder import find_fault, is_checkpoint, newest_whole
 from spo.command_line.config_files import leaves
 from spo.errors import Stopped, UserError
 from spo.launch.batch_plan import UpdatePlan
-from spo.tracking import METRICS
+from spo.run.checkpoint_folder import checkpoints as checkpoints_of
+from spo.run.checkpoint_folder import find_fault, is_checkpoint, newest_whole
+from spo.run.tracking import METRICS
 
 _PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft")
 

@@ -12,11 +12,11 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from spo.atomic import whole_lines, write_lines, writing
-from spo.checkpoint_folder import set_aside
 from spo.command_line.config_files import save_config
 from spo.errors import UserError
-from spo.resume import versions
-from spo.tracking import METRICS
+from spo.run.checkpoint_folder import set_aside
+from spo.run.resume import versions
+from spo.run.tracking import METRICS
 
 CONFIG = "config.json"
 STARTS = "starts.jsonl"

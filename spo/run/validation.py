@@ -10,7 +10,7 @@ from PIL import Image
 
 from spo.models.backbone import Backbone
 from spo.models.plain_images import ImageSettings, sample_images
-from spo.pictures import Cell, grid, to_pil
+from spo.run.pictures import Cell, grid, to_pil
 
 SAMPLES = "samples"
 SAMPLES_INDEX = "samples.json"
