@@ -45,9 +45,9 @@ def publish(args: argparse.Namespace) -> None:
     """Write RUN_DIR/hub, and push it unless it is a dry run."""
     from spo import settings
     from spo.hub import Destination
-    from spo.publish import check_destination, check_token, push
-    from spo.run_record import read_config
-    from spo.staging import CARD, stage
+    from spo.publish.layout import CARD, stage
+    from spo.publish.push import check_destination, check_token, push
+    from spo.publish.record import read_config
 
     given = {field.name: getattr(args, field.name) for field in fields(Destination)}
     to = replace(

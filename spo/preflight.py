@@ -11,7 +11,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from spo import publish, scorers, settings
+from spo import scorers, settings
 from spo.command_line.config_files import check_leaves
 from spo.data.prompts import PromptSet, read_prompts
 from spo.errors import UserError
@@ -19,6 +19,7 @@ from spo.launch.batch_plan import BatchPlan, plan_batches
 from spo.lora_files import find_lora
 from spo.models import backbone
 from spo.models.optimizers import ADAMW
+from spo.publish.push import push as publish
 from spo.run import tracking
 from spo.run.checkpoint_folder import read_state, reading
 from spo.run.folder import run_name

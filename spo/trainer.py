@@ -29,7 +29,7 @@ from spo.models.lora import FILE_NAME, Lora
 from spo.models.optimizers import check_optimizer
 from spo.preflight import Preflight, preflight, run_facts
 from spo.progress import Position
-from spo.publish import Publishing
+from spo.publish.push import Publishing
 from spo.run.checkpoint_folder import FOLDER
 from spo.run.folder import drop_metrics_after, open_run_dir, record_start
 from spo.run.resume import stopped_at

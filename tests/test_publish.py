@@ -19,19 +19,19 @@ from PIL import Image
 
 from config import tiny
 from scripts import push_to_hub
-from spo import publish
 from spo.command_line.config_files import load_config, save_config
 from spo.errors import UserError
 from spo.evaluation.results import ModelInfo, Results, ScorerInfo, write_results
 from spo.hub import Destination, is_hub_id
-from spo.model_card import merge_cards
 from spo.models.backbone import Backbone, ModelSource
 from spo.models.lora import add_lora, save_lora
+from spo.publish.card import merge_cards
+from spo.publish.layout import stage
+from spo.publish.push import push as publish
 from spo.run.folder import record_start
 from spo.run.pictures import Cell
 from spo.run.validation import save_samples
 from spo.settings import lora_metadata
-from spo.staging import stage
 
 ROOT = Path(__file__).resolve().parent.parent
 LORA = "pytorch_lora_weights.safetensors"

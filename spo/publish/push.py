@@ -18,9 +18,9 @@ from huggingface_hub.utils import logging as hub_logging
 
 from spo.errors import UserError
 from spo.hub import Destination, first_line
-from spo.hub_errors import explain, in_one_line, is_refusal, may_pass
-from spo.model_card import merge_cards
-from spo.staging import CARD, Staged, stage
+from spo.publish.card import merge_cards
+from spo.publish.hub_errors import explain, in_one_line, is_refusal, may_pass
+from spo.publish.layout import CARD, Staged, stage
 
 SCRIPT = "python scripts/push_to_hub.py"
 _KEYS = "hub."  # of a training's destination in its config
@@ -54,7 +54,7 @@ def check_access(to: Destination) -> None:
     check_token(_KEYS)
     try:
         access = HfApi().whoami()["auth"].get("accessToken", {})
-    except Exception as error:  # see spo.hub_errors
+    except Exception as error:  # see spo.publish.hub_errors
         if is_refusal(error):
             raise explain(error, to.repo_id, f"{_KEYS}repo_id") from error
         print(f"warning: {_KEYS}repo_id: the Hub cannot be asked now ({in_one_line(error)})")
@@ -77,7 +77,7 @@ def push(staged: Staged, to: Destination, keys: str, message: str = "") -> str:
             return _commit(HfApi(), staged, to, message or staged.summary)
         except UserError:
             raise
-        except Exception as error:  # see spo.hub_errors
+        except Exception as error:  # see spo.publish.hub_errors
             wait = next(waits, None) if may_pass(error) else None
             if wait is None:
                 raise explain(error, to.repo_id, f"{keys}repo_id") from error

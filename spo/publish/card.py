@@ -16,9 +16,9 @@ import huggingface_hub
 
 from spo.evaluation.results import table
 from spo.hub import Destination, is_hub_id
-from spo.model_card_text import citations, facts, markdown_table, snippet, title
 from spo.models.lora import FILE_NAME
-from spo.run_record import RunRecord
+from spo.publish.card_text import citations, facts, markdown_table, snippet, title
+from spo.publish.record import RunRecord
 
 GRID = "validation.png"
 SAMPLES = "samples"

@@ -9,11 +9,11 @@ from pathlib import Path
 
 from spo.evaluation import results
 from spo.hub import Destination
-from spo.model_card import GRID, SAMPLES, make_card, published_samples
 from spo.models.lora import FILE_NAME
+from spo.publish.card import GRID, SAMPLES, make_card, published_samples
+from spo.publish.record import RunRecord, read_record
 from spo.run.folder import CONFIG
 from spo.run.tracking import METRICS
-from spo.run_record import RunRecord, read_record
 
 CARD = "README.md"
 TABLE = "table.md"

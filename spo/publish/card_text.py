@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from spo.hub import Destination
 from spo.models.lora import FILE_NAME
-from spo.run_record import RunRecord
+from spo.publish.record import RunRecord
 
 _TITLES = {"gradspo": "GradSPO", "spo": "SPO"}
 _PIPELINES = {"sd15": "StableDiffusionPipeline", "sdxl": "StableDiffusionXLPipeline"}
