@@ -61,10 +61,10 @@ def write(options: argparse.Namespace) -> None:
 
     import torch  # after what needs no seconds
 
-    from spo.lora_files import find_lora
-    from spo.lora_formats import WRITERS
-    from spo.lora_merge import check_fit, merged_pipeline
-    from spo.lora_parsing import read_lora_file
+    from spo.lora_io.find import find_lora
+    from spo.lora_io.merge import check_fit, merged_pipeline
+    from spo.lora_io.read import read_lora_file
+    from spo.lora_io.write import WRITERS
 
     dtypes = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, None: None}
     dtype = dtypes[options.dtype]

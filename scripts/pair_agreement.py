@@ -87,7 +87,7 @@ def judge_rollouts(config, variants):
     from spo import preflight, settings
     from spo.agreement import concatenate, judge_rollout, load_judges
     from spo.launch.batch_plan import plan_batches
-    from spo.lora_files import find_lora, read_lora
+    from spo.lora_io.find import find_lora, read_lora
     from spo.models.backbone import Backbone
     from spo.shared_rollout import first_slices
 

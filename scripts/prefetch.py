@@ -37,7 +37,7 @@ def prefetch(config) -> None:
     import torch
 
     from spo import preflight, scorers, settings
-    from spo.lora_files import find_lora
+    from spo.lora_io.find import find_lora
     from spo.models.backbone import DTYPES
     from spo.models.decoder import load_decoder
 

@@ -37,7 +37,7 @@ def show_rollout(config, prompt: str, lora_spec: str, seed: int, out: Path) -> N
     from spo import scorers, settings
     from spo.collect import roll_out, score_candidates
     from spo.errors import UserError
-    from spo.lora_files import find_lora, read_lora
+    from spo.lora_io.find import find_lora, read_lora
     from spo.models import backbone
     from spo.run.pictures import grid
 

@@ -16,7 +16,7 @@ from spo.command_line.config_files import check_leaves
 from spo.data.prompts import PromptSet, read_prompts
 from spo.errors import UserError
 from spo.launch.batch_plan import BatchPlan, plan_batches
-from spo.lora_files import find_lora
+from spo.lora_io.find import find_lora
 from spo.models import backbone
 from spo.models.optimizers import ADAMW
 from spo.publish.push import push as publish

@@ -22,7 +22,7 @@ from spo.forecast import Forecast, make_forecast
 from spo.launch.signals import StopSignals
 from spo.launch.workers import Workers
 from spo.learner import Step
-from spo.lora_files import find_lora, read_lora
+from spo.lora_io.find import find_lora, read_lora
 from spo.models.backbone import Backbone
 from spo.models.device import set_up_device, speed_up
 from spo.models.lora import FILE_NAME, Lora

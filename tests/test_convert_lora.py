@@ -15,12 +15,13 @@ from huggingface_hub import constants
 from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
 from safetensors.torch import load_file, save_file
 
-from spo import hub, lora_files
+from spo import hub
 from spo.errors import UserError
-from spo.lora_files import find_lora
-from spo.lora_formats import LoraModule, LoraWeights
-from spo.lora_merge import check_fit, merged_pipeline
-from spo.lora_parsing import read_lora_file
+from spo.lora_io import find as lora_files
+from spo.lora_io.find import find_lora
+from spo.lora_io.merge import check_fit, merged_pipeline
+from spo.lora_io.read import read_lora_file
+from spo.lora_io.write import LoraModule, LoraWeights
 from spo.models.backbone import Backbone, ModelSource
 from spo.models.lora import FILE_NAME, save_lora
 from spo.output import check_output, new_output

@@ -20,7 +20,7 @@ from spo.evaluation.evaluator import evaluate, preflight
 from spo.evaluation.image_sets import ImageSet
 from spo.evaluation.results import read_results
 from spo.evaluation.scores import ScoreFolder
-from spo.model_spec import read_specs
+from spo.lora_io.model_spec import read_specs
 from spo.models.backbone import ModelSource
 from spo.models.lora import save_lora
 

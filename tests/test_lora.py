@@ -13,7 +13,7 @@ from helpers import ATTENTION, add_tiny_lora, model_folder, randn, random_weight
 from safetensors.torch import load_file, save_file
 
 from spo.errors import UserError
-from spo.lora_files import find_lora, read_lora
+from spo.lora_io.find import find_lora, read_lora
 from spo.models.lora import FILE_NAME, add_lora, save_lora
 
 PIPELINES = {"sd15": StableDiffusionPipeline, "sdxl": StableDiffusionXLPipeline}

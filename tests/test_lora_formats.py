@@ -21,9 +21,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from spo.errors import UserError
-from spo.lora_formats import WRITERS, LoraModule, LoraWeights
-from spo.lora_names import from_kohya, is_module, to_kohya
-from spo.lora_parsing import read_lora_file
+from spo.lora_io.names import from_kohya, is_module, to_kohya
+from spo.lora_io.read import read_lora_file
+from spo.lora_io.write import WRITERS, LoraModule, LoraWeights
 
 PIPELINES = {"sd15": StableDiffusionPipeline, "sdxl": StableDiffusionXLPipeline}
 KEYS = json.loads((Path(__file__).parent / "data" / "lora_keys.json").read_text())

@@ -8,8 +8,8 @@ import torch
 from helpers import MODELS, add_tiny_lora, model_folder, scorer_source
 
 from spo.errors import UserError
-from spo.lora_files import read_folded, read_lora
-from spo.model_spec import read_specs
+from spo.lora_io.find import read_folded, read_lora
+from spo.lora_io.model_spec import read_specs
 from spo.models.backbone import Backbone, ModelSource
 from spo.preference.model import build_spm
 from spo.scorers import load_scorer

@@ -25,7 +25,7 @@ from spo.evaluation.scores import ScoreFolder
 from spo.finite import check_images
 from spo.launch.signals import StopSignals
 from spo.launch.workers import Workers
-from spo.model_spec import ModelSpec, read_specs, use_loras
+from spo.lora_io.model_spec import ModelSpec, read_specs, use_loras
 from spo.models.backbone import DTYPES, Backbone, ModelSource, check_source
 from spo.models.plain_images import ImageSettings, sample_images
 from spo.run.pictures import to_pil

@@ -18,7 +18,7 @@ from PIL import Image
 
 from spo.atomic import write_file
 from spo.errors import UserError
-from spo.model_spec import IMAGE_SUFFIXES, ModelSpec
+from spo.lora_io.model_spec import IMAGE_SUFFIXES, ModelSpec
 from spo.run.pictures import write_png
 
 _PROMPTS = "prompts.json"

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from spo.errors import UserError
 from spo.hub import LOAD_ERRORS, first_line, model_file
-from spo.lora_files import layer_of
-from spo.lora_formats import LoraModule, LoraWeights
-from spo.lora_names import network_of
+from spo.lora_io.find import layer_of
+from spo.lora_io.names import network_of
+from spo.lora_io.write import LoraModule, LoraWeights
 from spo.models.backbone import ModelSource, family_of, load_pipeline
 
 _UNET_WEIGHTS = "unet/diffusion_pytorch_model.safetensors"

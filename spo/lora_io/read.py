@@ -15,8 +15,8 @@ from torch import Tensor
 
 from spo.errors import UserError
 from spo.hub import first_line
-from spo.lora_formats import ADAPTER_CONFIG, ADAPTER_WEIGHTS, TARGETS, LoraModule, LoraWeights
-from spo.lora_names import from_kohya, is_module, network_of
+from spo.lora_io.names import from_kohya, is_module, network_of
+from spo.lora_io.write import ADAPTER_CONFIG, ADAPTER_WEIGHTS, TARGETS, LoraModule, LoraWeights
 
 # Header entries of a format, not of the LoRA's origin.
 _OF_FORMAT = {

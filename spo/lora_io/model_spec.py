@@ -13,7 +13,7 @@ from pathlib import Path
 
 from spo.errors import UserError
 from spo.hub import LOAD_ERRORS, first_line, list_files
-from spo.lora_files import find_lora, read_folded
+from spo.lora_io.find import find_lora, read_folded
 from spo.models.backbone import Backbone, ModelSource, check_source
 
 _NAME = re.compile(r"\w[\w.-]*")

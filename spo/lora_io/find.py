@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from spo.errors import UserError
 from spo.hub import list_files, resolve_file
-from spo.lora_formats import ADAPTER_CONFIG, ADAPTER_WEIGHTS, LoraModule
-from spo.lora_names import network_of
-from spo.lora_parsing import read_lora_file
+from spo.lora_io.names import network_of
+from spo.lora_io.read import read_lora_file
+from spo.lora_io.write import ADAPTER_CONFIG, ADAPTER_WEIGHTS, LoraModule
 from spo.models.backbone import Backbone
 from spo.models.lora import FILE_NAME, Lora, parameter_names
 

@@ -1,6 +1,6 @@
 """A LoRA apart from any file format, and its forms: diffusers', kohya's, peft's.
 
-read_lora_file (spo/lora_parsing.py) -> LoraWeights -> WRITERS[format]. Weights are copied bit for bit,
+read_lora_file (spo/lora_io/read.py) -> LoraWeights -> WRITERS[format]. Weights are copied bit for bit,
 and each module keeps its own rank and alpha, which all of the formats can say.
 """
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from spo.errors import UserError
-from spo.lora_names import network_of, to_kohya
+from spo.lora_io.names import network_of, to_kohya
 from spo.models.lora import safetensors_bytes
 
 ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
