@@ -74,8 +74,8 @@ def check_flags() -> None:
 
 def measure(config) -> dict:
     """Time iterations on this machine, print the table, and return its figures."""
-    from spo import timing
     from spo.atomic import write_file
+    from spo.costs.meter import measure as timing
     from spo.launch.batch_plan import plan_batches
     from spo.metrics import peak_memory_gib
 
@@ -93,7 +93,7 @@ def measure(config) -> dict:
     print(f"images per second of the rollout: {speed:.4g}")
     print(f"peak memory: {memory:.4g} GiB")
     if PROFILE.value:
-        from spo.profiling import profile_iteration
+        from spo.costs.profile import profile_iteration
 
         write_file(Path(PROFILE.value), profile_iteration(models, plan).encode())
     return {
@@ -108,7 +108,7 @@ def load(config):
     """The models of `config` on this machine's device."""
     from accelerate import PartialState
 
-    from spo import timing
+    from spo.costs.meter import measure as timing
     from spo.launch.batch_plan import plan_batches
 
     steps = plan_batches(config, 1).accumulation_steps
@@ -127,7 +127,7 @@ def part_figures(part, peak) -> dict:
 
 def images_per_second(work, parts) -> float:
     """Candidates scored per second of rollout, at the median."""
-    from spo.costs import ROLLOUT
+    from spo.costs.meter import ROLLOUT
 
     return work.images / parts[ROLLOUT].median
 
@@ -147,8 +147,8 @@ def compare(config) -> dict:
     """Time the config and its variants in turn, print the tables, and return their figures."""
     from accelerate import PartialState
 
-    from spo import timing
-    from spo.compare import BASELINE, compare
+    from spo.costs.meter import measure as timing
+    from spo.costs.variants import BASELINE, compare
     from spo.models.backbone import DTYPES
 
     configs = {BASELINE: config} | {text: changed(config, text) for text in COMPARE.value}
@@ -216,7 +216,7 @@ def print_comparison(variants: dict) -> None:
 
 def estimate(config) -> dict:
     """Count one iteration without weights, print the tables, and return their figures."""
-    from spo.estimate import BATCH, count_costs, training_part
+    from spo.costs.count import BATCH, count_costs, training_part
 
     costs = count_costs(config)
     teraflops = {name: flops / 1e12 for name, flops in costs.flops.items()}

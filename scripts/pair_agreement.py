@@ -38,8 +38,8 @@ def compare(config) -> dict:
     """Roll out, let each judge score, print a table for each change, and return the figures."""
     variants = check(config)
 
-    from spo.agreement import agreement
-    from spo.costs import DECODING, SCORING
+    from spo.costs.meter import DECODING, SCORING
+    from spo.costs.pair_agreement import agreement
 
     judges, (ours, *others) = judge_rollouts(config, list(variants.values()))
     seconds = [
@@ -71,7 +71,7 @@ def check(config) -> dict:
         raise UserError(f"--json: there is no folder {Path(JSON.value).parent}; make it first.")
     variants = {change: changed(config, change) for change in COMPARE.value}
 
-    from spo.agreement import check_change  # imports torch, which takes seconds
+    from spo.costs.pair_agreement import check_change  # imports torch, which takes seconds
 
     check_change(config)
     for change, variant in variants.items():
@@ -85,7 +85,7 @@ def judge_rollouts(config, variants):
     from tqdm import tqdm
 
     from spo import preflight, settings
-    from spo.agreement import concatenate, judge_rollout, load_judges
+    from spo.costs.pair_agreement import concatenate, judge_rollout, load_judges
     from spo.launch.batch_plan import plan_batches
     from spo.lora_io.find import find_lora, read_lora
     from spo.models.backbone import Backbone

@@ -14,11 +14,11 @@ from tqdm import tqdm
 from spo import metrics, settings
 from spo.atomic import writing
 from spo.checkpoint import Progress, load_checkpoint, own_tensors, save_checkpoint, save_networks
+from spo.costs.startup import Forecast, make_forecast
 from spo.data.prompts import epoch_order
 from spo.data.token_lengths import describe_lengths
 from spo.errors import RunError, Stopped
 from spo.finite import check_skipped, find_faults
-from spo.forecast import Forecast, make_forecast
 from spo.launch.signals import StopSignals
 from spo.launch.workers import Workers
 from spo.learner import Step

@@ -13,7 +13,7 @@ import torch
 from helpers import save_tiny_decoder
 from small_runs import SIZES, read_metrics, run, small_config
 
-from spo.agreement import (
+from spo.costs.pair_agreement import (
     Judged,
     agreement,
     check_change,

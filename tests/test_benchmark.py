@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from helpers import MODELS, save_tiny_decoder
 from torch import nn
 
-from spo import estimate, meta_models, timing
 from spo.command_line.config_files import load_config
-from spo.costs import (
+from spo.costs.count import CHECKPOINTED, Costs, LiveMemory, MetaMeter, count_costs
+from spo.costs.meter import (
     DECODING,
     DENOISING,
     EMA,
@@ -25,8 +25,10 @@ from spo.costs import (
     flop_counter,
     train_on_pairs,
 )
+from spo.costs.meter import count as estimate
+from spo.costs.meter import measure as timing
+from spo.costs.meter import weightless_models as meta_models
 from spo.errors import UserError
-from spo.estimate import CHECKPOINTED, Costs, LiveMemory, MetaMeter, count_costs
 from spo.launch.batch_plan import plan_batches
 from spo.models.backbone import ModelSource
 

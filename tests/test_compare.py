@@ -11,15 +11,16 @@ import torch
 from helpers import MODELS
 from test_benchmark import CPU, SIZES, run_script, small_config
 
-from spo import compare, timing
 from spo.command_line.flags import FLAGS, changed, define_config, parse_flags
-from spo.compare import Measured, Turn
-from spo.costs import EMA, ROLLOUT, TRAINING
+from spo.costs.measure import Work
+from spo.costs.meter import EMA, ROLLOUT, TRAINING
+from spo.costs.meter import measure as timing
+from spo.costs.meter import variants as compare
+from spo.costs.profile import profile_iteration
+from spo.costs.variants import Measured, Turn
 from spo.errors import UserError
 from spo.launch.batch_plan import plan_batches
 from spo.models.backbone import Backbone
-from spo.profiling import profile_iteration
-from spo.timing import Work
 
 WORK = Work(flops={}, copied_bytes={}, prompts=2, pairs=10, images=1)
 

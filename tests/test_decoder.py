@@ -12,7 +12,7 @@ from small_runs import LORA, read_metrics, run, small_config
 
 from spo import settings
 from spo.collect import collect_rollout
-from spo.costs import flop_counter
+from spo.costs.meter import flop_counter
 from spo.errors import UserError
 from spo.models.backbone import Backbone, ModelSource, check_source
 from spo.models.decoder import decode, load_decoder

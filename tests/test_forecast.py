@@ -10,13 +10,13 @@ import pytest
 import torch
 from test_benchmark import small_config
 
-from spo import forecast
-from spo.costs import DECODING, DENOISING, ROLLOUT, SCORING, TRAINING, flop_counter
-from spo.estimate import CHECKPOINTED, Costs, count_costs
-from spo.forecast import Forecast, batches, describe, make_forecast, warning
-from spo.known_shapes import KnownShapes
+from spo.costs.count import CHECKPOINTED, Costs, count_costs
+from spo.costs.meta_cache import KnownShapes
+from spo.costs.meter import DECODING, DENOISING, ROLLOUT, SCORING, TRAINING, flop_counter
+from spo.costs.meter import startup as forecast
+from spo.costs.startup import Forecast, batches, describe, make_forecast, warning
+from spo.costs.weightless_models import META
 from spo.launch.batch_plan import plan_batches
-from spo.meta_models import META
 from spo.models.backbone import Backbone
 from spo.trainer import train
 from tests.small_runs import small_config as run_config

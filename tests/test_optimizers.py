@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from spo.costs.count import count_costs
 from spo.errors import UserError
-from spo.estimate import count_costs
 from spo.models import optimizers
 from spo.models.optimizers import check_optimizer, make_optimizer, moment_bytes
 from tests.small_runs import differences, run, small_config

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 from ml_collections import ConfigDict
 
-from spo.costs import Models
+from spo.costs.measure import Part, Work, count_work, parts_of, time_parts
+from spo.costs.meter import Models
 from spo.launch.batch_plan import plan_batches
-from spo.timing import Part, Work, count_work, parts_of, time_parts
 
 BASELINE = "baseline"
 

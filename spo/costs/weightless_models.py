@@ -25,7 +25,7 @@ from transformers import CLIPModel, CLIPTokenizer
 
 from spo import settings
 from spo.command_line.config_files import REPO_ROOT
-from spo.costs import Models, replaced, with_every_pair
+from spo.costs.meter import Models, replaced, with_every_pair
 from spo.errors import UserError
 from spo.hub import LOAD_ERRORS, first_line, is_hub_id
 from spo.losses import LOSSES

@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from spo.costs import (
+from spo.costs.meta_cache import KnownShapes
+from spo.costs.meter import (
     DECODING,
     DENOISING,
     ROLLOUT,
@@ -26,8 +27,7 @@ from spo.costs import (
     flop_counter,
     train_on_pairs,
 )
-from spo.known_shapes import KnownShapes
-from spo.meta_models import SCORER, UnloadedModels, count_models, meta_kernels
+from spo.costs.weightless_models import SCORER, UnloadedModels, count_models, meta_kernels
 from spo.models.optimizers import moment_bytes
 from spo.types import PreferencePairs
 
@@ -45,7 +45,7 @@ SPARE = 0.1
 
 @dataclass(frozen=True)
 class Costs:
-    """Per prompt of a rollout and per pair of training; keys are the parts of spo.costs."""
+    """Per prompt of a rollout and per pair of training; keys are the parts of spo.costs.meter."""
 
     flops: Mapping[str, int]  # rollout and its parts: of a prompt; training: of a pair
     pairs: int  # that a prompt gives if every comparison is sure enough

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from spo import scorers, settings
 from spo.collect import CollectSettings, Comparison, roll_out, score_candidates
-from spo.costs import DECODING, SCORING, Meter
+from spo.costs.meter import DECODING, SCORING, Meter
 from spo.ddim import DDIMSchedule
 from spo.errors import UserError
 from spo.finite import check_scores

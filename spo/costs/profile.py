@@ -8,9 +8,9 @@ from typing import Any
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from spo.costs import Meter, Models
+from spo.costs.measure import run_iteration
+from spo.costs.meter import Meter, Models
 from spo.launch.batch_plan import BatchPlan
-from spo.timing import run_iteration
 
 _ROWS, _NAME = 30, 70  # operations in the table; letters of a name
 

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from ml_collections import ConfigDict
 
-from spo import meta_models, scorers, settings
-from spo.costs import (
+from spo import scorers, settings
+from spo.costs.meter import (
     EMA,
     ROLLOUT,
     TRAINING,
@@ -24,6 +24,7 @@ from spo.costs import (
     train_on_pairs,
     with_every_pair,
 )
+from spo.costs.meter import weightless_models as meta_models
 from spo.errors import UserError
 from spo.launch.batch_plan import BatchPlan
 from spo.models import backbone

@@ -11,8 +11,8 @@ import psutil
 import torch
 from ml_collections import ConfigDict
 
-from spo.costs import DECODING, DENOISING, ROLLOUT, TRAINING
-from spo.estimate import BATCH, CHECKPOINTED, SPARE, Costs, count_costs, training_part
+from spo.costs.count import BATCH, CHECKPOINTED, SPARE, Costs, count_costs, training_part
+from spo.costs.meter import DECODING, DENOISING, ROLLOUT, TRAINING
 from spo.hub import first_line
 from spo.launch.batch_plan import BatchPlan
 from spo.progress import RolloutInProgress
