@@ -46,7 +46,7 @@ def main() -> None:
 
 def sample(options: argparse.Namespace) -> None:
     """Check everything, draw, and say where it is."""
-    from spo import samples
+    from spo.evaluation import images_cli as samples
 
     settings = samples.SampleSettings(
         seeds=tuple(options.seeds),

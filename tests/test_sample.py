@@ -11,8 +11,8 @@ import pytest
 from helpers import MODELS, add_tiny_lora, load_backbone, model_folder, random_weights
 from PIL import Image
 
-from spo import samples
 from spo.errors import UserError
+from spo.evaluation import images_cli as samples
 from spo.models.backbone import SCHEDULERS
 from spo.models.lora import save_lora
 from spo.models.plain_images import ImageSettings, sample_images
