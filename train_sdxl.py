@@ -11,7 +11,9 @@ CONFIG = define_config("config/sdxl.py")
 
 
 def main(_):
-    from spo.trainer import train  # here, so that a bad command line fails before torch loads
+    from spo.method.trainer import (
+        train,  # here, so that a bad command line fails before torch loads
+    )
 
     with exit_on_user_error():
         train(CONFIG.value)

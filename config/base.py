@@ -16,7 +16,9 @@ def get_config() -> ConfigDict:
     config = ConfigDict()
 
     # ---- the run -------------------------------------------------------------------------------
-    config.algorithm = "gradspo"  # "gradspo", "spo", or "module:name" of a spo.losses.Objective
+    config.algorithm = (
+        "gradspo"  # "gradspo", "spo", or "module:name" of a spo.method.losses.Objective
+    )
     config.family = "sd15"  # "sd15" or "sdxl"; must match pretrained.model
     config.seed = 42  # everything random in the run derives from it
     config.num_epochs = 10  # passes over the prompts (paper: 10)

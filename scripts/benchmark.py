@@ -77,7 +77,7 @@ def measure(config) -> dict:
     from spo.atomic import write_file
     from spo.costs.meter import measure as timing
     from spo.launch.batch_plan import plan_batches
-    from spo.metrics import peak_memory_gib
+    from spo.method.metrics import peak_memory_gib
 
     plan, models = plan_batches(config, 1), load(config)
     device = models.backbone.device

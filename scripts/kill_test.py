@@ -27,10 +27,10 @@ os.environ |= {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "TQDM_DISAB
 from spo.atomic import PARTIAL
 from spo.command_line.config_files import load_config
 from spo.errors import Stopped
+from spo.method.trainer import train
 from spo.run.checkpoint_folder import FOLDER, checkpoints, find_fault
 from spo.run.folder import STARTS
 from spo.run.tracking import METRICS
-from spo.trainer import train
 
 # A kill is drawn as one of these; a run has a rollout, minibatches and a checkpoint every second.
 KINDS = ("any moment", "any moment", "checkpoint", "after SIGTERM")

@@ -22,9 +22,9 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from spo.learner import Learner, UpdateSettings
-from spo.losses import LOSSES, LossSettings
-from spo.metrics import peak_memory_gib
+from spo.method.learner import Learner, UpdateSettings
+from spo.method.losses import LOSSES, LossSettings
+from spo.method.metrics import peak_memory_gib
 from spo.models.backbone import Backbone, ModelSource
 from spo.models.lora import add_lora
 from spo.types import PreferencePairs

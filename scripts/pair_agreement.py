@@ -84,12 +84,13 @@ def judge_rollouts(config, variants):
     from accelerate import PartialState
     from tqdm import tqdm
 
-    from spo import preflight, settings
     from spo.costs.pair_agreement import concatenate, judge_rollout, load_judges
     from spo.launch.batch_plan import plan_batches
     from spo.lora_io.find import find_lora, read_lora
+    from spo.method import build as settings
+    from spo.method import preflight
+    from spo.method.shared_rollout import first_slices
     from spo.models.backbone import Backbone
-    from spo.shared_rollout import first_slices
 
     plan, prompts = plan_batches(config, 1), preflight.read_training_prompts(config).prompts
     init, device = config.lora.init_from, PartialState().device

@@ -36,8 +36,10 @@ def prefetch(config) -> None:
     """Load, one by one, the prompts, base model, decoder, scorer and the LoRA to start from."""
     import torch
 
-    from spo import preflight, scorers, settings
+    from spo import scorers
     from spo.lora_io.find import find_lora
+    from spo.method import build as settings
+    from spo.method import preflight
     from spo.models.backbone import DTYPES
     from spo.models.decoder import load_decoder
 

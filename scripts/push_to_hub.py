@@ -43,8 +43,8 @@ def main(argv: list[str] | None = None) -> None:
 
 def publish(args: argparse.Namespace) -> None:
     """Write RUN_DIR/hub, and push it unless it is a dry run."""
-    from spo import settings
     from spo.hub import Destination
+    from spo.method import build as settings
     from spo.publish.layout import CARD, stage
     from spo.publish.push import check_destination, check_token, push
     from spo.publish.record import read_config

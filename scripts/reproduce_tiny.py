@@ -98,7 +98,7 @@ def run(arm: str, seed: int, out: Path) -> dict:
     folder = out / arm.replace(" ", "_").replace("=", "") / f"seed_{seed}"
     result = folder / "result.json"
     if not result.exists():
-        from spo.trainer import train
+        from spo.method.trainer import train
 
         train(arm_config(arm, seed, folder))
         result.write_text(json.dumps(judge(folder)) + "\n")
@@ -153,9 +153,9 @@ def judge(folder: Path) -> dict:
 @cache
 def bench():
     """The base model and its images of the held-out captions, once in each process."""
-    from spo import settings
     from spo.command_line.config_files import load_config
     from spo.data.prompts import read_prompts
+    from spo.method import build as settings
     from spo.tiny_world.evaluation import Bench
 
     config, _ = load_config("config/tiny.py")

@@ -34,10 +34,11 @@ def show_rollout(config, prompt: str, lora_spec: str, seed: int, out: Path) -> N
     from accelerate import PartialState
     from tqdm import tqdm
 
-    from spo import scorers, settings
-    from spo.collect import roll_out, score_candidates
+    from spo import scorers
     from spo.errors import UserError
     from spo.lora_io.find import find_lora, read_lora
+    from spo.method import build as settings
+    from spo.method.collect import roll_out, score_candidates
     from spo.models import backbone
     from spo.run.pictures import grid
 
@@ -83,7 +84,7 @@ def show_rollout(config, prompt: str, lora_spec: str, seed: int, out: Path) -> N
 
 def draw_rows(seen, settings):
     """Rows of cells and their labels from (candidates, scores (K,), images (K, 3, H, W))."""
-    from spo.pairs import preference_gap
+    from spo.method.pairs import preference_gap
     from spo.run.pictures import Cell, to_pil
 
     rows, labels = [], []

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderTiny, DDIMScheduler
 
-from spo.ddim import DDIMSchedule
+from spo.method.ddim import DDIMSchedule
 from spo.models.backbone import Backbone, ModelSource
 from spo.models.lora import Lora, add_lora
 from spo.scorers import ScorerSource

@@ -14,8 +14,8 @@ import torch
 
 from spo.command_line.config_files import load_config
 from spo.errors import UserError
-from spo.losses import LOSSES, Objective
-from spo.trainer import train
+from spo.method.losses import LOSSES, Objective
+from spo.method.trainer import train
 
 ROOT = Path(__file__).resolve().parent.parent
 LORA = "pytorch_lora_weights.safetensors"

@@ -23,10 +23,10 @@ from spo.costs.pair_agreement import (
 )
 from spo.errors import UserError
 from spo.launch.batch_plan import plan_batches
+from spo.method.build import collect_settings, rollout_source
+from spo.method.preflight import read_training_prompts
+from spo.method.shared_rollout import first_slices
 from spo.models.backbone import Backbone
-from spo.preflight import read_training_prompts
-from spo.settings import collect_settings, rollout_source
-from spo.shared_rollout import first_slices
 
 ROOT = Path(__file__).resolve().parent.parent
 

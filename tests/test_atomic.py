@@ -12,8 +12,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from spo import atomic as durable
-from spo import checkpoint
 from spo.errors import RunError
+from spo.method import checkpoint
 from spo.run import tracking
 from spo.run.checkpoint_folder import checkpoints, find_fault, new_checkpoint, write_state
 from spo.run.folder import drop_metrics_after, record_start

@@ -9,7 +9,7 @@ import pytest
 from config import tiny
 from spo.errors import UserError
 from spo.launch.batch_plan import plan_batches
-from spo.preflight import preflight, run_facts
+from spo.method.preflight import preflight, run_facts
 from spo.run.checkpoint_folder import new_checkpoint, write_state
 from spo.run.folder import open_run_dir
 
@@ -88,8 +88,8 @@ CASES = {
     "missing resume": ({"resume_from": "nowhere"}, "resume_from: nowhere is not a checkpoint"),
     "resume of no run": ({"resume_from": "auto"}, "resume_from: auto .* run_name"),
     "loss that is no objective": (
-        {"algorithm": "spo.losses:gradspo_loss"},
-        "algorithm: spo.losses:gradspo_loss is not a spo.losses.Objective",
+        {"algorithm": "spo.method.losses:gradspo_loss"},
+        "algorithm: spo.method.losses:gradspo_loss is not a spo.method.losses.Objective",
     ),
     "no LoRA targets": ({"lora.target_modules": ()}, "lora.target_modules: name at least one"),
     "no processor": ({"preference.processor": "assets"}, "preference.processor: no file"),

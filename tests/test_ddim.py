@@ -9,8 +9,8 @@ import torch
 from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
 from helpers import MODELS, official_scheduler, randn
 
-from spo import ddim
 from spo.errors import UserError
+from spo.method import ddim
 
 BOUNDS = {
     "none": {"clip_sample": False},

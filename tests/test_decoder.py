@@ -10,10 +10,10 @@ from diffusers import AutoencoderTiny
 from helpers import MODELS, PROMPTS, model_folder, randn, save_tiny_decoder
 from small_runs import LORA, read_metrics, run, small_config
 
-from spo import settings
-from spo.collect import collect_rollout
 from spo.costs.meter import flop_counter
 from spo.errors import UserError
+from spo.method import build as settings
+from spo.method.collect import collect_rollout
 from spo.models.backbone import Backbone, ModelSource, check_source
 from spo.models.decoder import decode, load_decoder
 from spo.models.plain_images import ImageSettings, sample_images

@@ -5,7 +5,7 @@ import pytest
 import torch
 from helpers import randn
 
-from spo.ema import distance, update_ema
+from spo.method.ema import distance, update_ema
 
 MU = 0.9
 

@@ -10,11 +10,11 @@ from helpers import random_pairs
 from safetensors.torch import load_file
 from test_learner import make_learner
 
-from spo.collect import score_candidates
 from spo.errors import RunError
-from spo.finite import Fault, check_images, check_skipped, find_faults
-from spo.learner import Learner, Step
-from spo.losses import LOSSES
+from spo.method.collect import score_candidates
+from spo.method.health import Fault, check_images, check_skipped, find_faults
+from spo.method.learner import Learner, Step
+from spo.method.losses import LOSSES
 from spo.run.checkpoint_folder import checkpoints, read_state
 from spo.types import Candidates
 from tests.small_runs import LORA, read_metrics, run, run_in_processes

@@ -17,8 +17,8 @@ from spo.costs.meter import startup as forecast
 from spo.costs.startup import Forecast, batches, describe, make_forecast, warning
 from spo.costs.weightless_models import META
 from spo.launch.batch_plan import plan_batches
+from spo.method.trainer import train
 from spo.models.backbone import Backbone
-from spo.trainer import train
 from tests.small_runs import small_config as run_config
 
 GIB = 2**30
@@ -119,7 +119,7 @@ def test_a_loss_of_the_users_own_is_not_called():
 
 
 def objective_that_fails():
-    from spo.losses import Objective
+    from spo.method.losses import Objective
 
     def loss(*arguments):
         raise AssertionError("called on shapes alone")

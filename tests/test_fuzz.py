@@ -25,9 +25,9 @@ from spo.command_line.config_files import EVAL_BASE, SPM_BASE, leaves, load_conf
 from spo.command_line.flags import define_config, exit_on_user_error, parse_flags
 from spo.data.prompts import read_prompts
 from spo.evaluation.evaluator import preflight as preflight_evaluation
+from spo.method.preflight import preflight
+from spo.method.trainer import train
 from spo.preference.preflight import preflight as preflight_spm
-from spo.preflight import preflight
-from spo.trainer import train
 
 ROOT = Path(__file__).resolve().parent.parent
 KINDS = {
@@ -43,7 +43,17 @@ ODD = [
     *(" ", "", "None", "true", "()", "('to_q',)", "(1, None)", "[]", "{}", "{'a': 1}", "{'.': 1}"),
     *("~", "~nobody-there/x", ".", "./no", "..", "a.txt", "b.json", "file/below", "x" * 300),
     *("a/" * 3000, "\0", "a\nb", "\udcff", "🦊", "قطة", "-", "a=b", "=", "hf://", "hf://a/b/c"),
-    *("user/name", "user/name:2", "a+b", "a:-.", ":", ".:x", "spo.losses:no", "os:path", "9" * 400),
+    *(
+        "user/name",
+        "user/name:2",
+        "a+b",
+        "a:-.",
+        ":",
+        ".:x",
+        "spo.method.losses:no",
+        "os:path",
+        "9" * 400,
+    ),
     *("spo", "gradspo", "sdxl", "sd15", "fp16", "bf16", "no", "auto", "extend", "pickscore"),
     *("last", "ema", "init", "t", "window", "wandb", "tensorboard", "none", "{split}", "base"),
 ]

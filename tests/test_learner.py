@@ -18,8 +18,8 @@ from helpers import (
     unet_output,
 )
 
-from spo.learner import Learner, UpdateSettings
-from spo.losses import LOSSES, LossSettings
+from spo.method.learner import Learner, UpdateSettings
+from spo.method.losses import LOSSES, LossSettings
 from spo.models.backbone import Backbone, ModelSource
 
 TIMESTEPS = [751, 301, 51, 1]

@@ -8,8 +8,8 @@ import pytest
 import torch
 from helpers import MODELS, make_pairs, official_scheduler, randn, two_point_schedule
 
-from spo.ddim import make_schedule
-from spo.losses import LOSSES, LossSettings, gradspo_loss, spo_loss
+from spo.method.ddim import make_schedule
+from spo.method.losses import LOSSES, LossSettings, gradspo_loss, spo_loss
 from spo.types import NoisePredictions
 
 SETTINGS = LossSettings(beta=10.0, clip_eps=0.1, grad_scale=0.5, eta=1.0)

@@ -6,10 +6,10 @@ import pytest
 import torch
 from helpers import add_tiny_lora, load_backbone, random_weights, unet_output
 
-from spo.collect import roll_out
 from spo.command_line.config_files import load_config
+from spo.method.build import collect_settings
+from spo.method.collect import roll_out
 from spo.models.merged_lora import MergedLora
-from spo.settings import collect_settings
 
 
 @pytest.mark.parametrize(

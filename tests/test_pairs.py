@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from spo.pairs import (
+from spo.method.pairs import (
     PairSettings,
     best_against_worst,
     concatenate_pairs,

@@ -23,6 +23,7 @@ from spo.command_line.config_files import load_config, save_config
 from spo.errors import UserError
 from spo.evaluation.results import ModelInfo, Results, ScorerInfo, write_results
 from spo.hub import Destination, is_hub_id
+from spo.method.build import lora_metadata
 from spo.models.backbone import Backbone, ModelSource
 from spo.models.lora import add_lora, save_lora
 from spo.publish.card import merge_cards
@@ -31,7 +32,6 @@ from spo.publish.push import push as publish
 from spo.run.folder import record_start
 from spo.run.pictures import Cell
 from spo.run.validation import save_samples
-from spo.settings import lora_metadata
 
 ROOT = Path(__file__).resolve().parent.parent
 LORA = "pytorch_lora_weights.safetensors"

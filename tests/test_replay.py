@@ -12,8 +12,8 @@ import pytest
 from helpers import GOLDEN, MODELS
 from safetensors.torch import load_file, save_file
 
-from spo import learner as learner_module
-from spo import settings
+from spo.method import build as settings
+from spo.method import learner as learner_module
 from spo.models.device import speed_up
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "replay_trace.py"

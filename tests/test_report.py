@@ -17,14 +17,14 @@ import pytest
 import torch
 from PIL import Image
 
-from spo import metrics
-from spo.collect import Comparison
 from spo.errors import UserError
 from spo.evaluation.curves import TRAINING, draw_curves, panels_of
 from spo.evaluation.page import embedded_image
 from spo.evaluation.report import chosen_prompts, write_report
 from spo.evaluation.results import ModelInfo, Results, ScorerInfo, compare, write_results
 from spo.evaluation.run_report import write_run_report
+from spo.method import metrics
+from spo.method.collect import Comparison
 from spo.preference.metrics import step_metrics
 from spo.preference.validation import TIMESTEPS, accuracy
 from spo.run.folder import record_start

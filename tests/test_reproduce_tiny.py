@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from spo.command_line.config_files import leaves, load_config
-from spo.settings import check
+from spo.method.build import check
 
 SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "reproduce_tiny.py"
 reproduce = runpy.run_path(str(SCRIPT))

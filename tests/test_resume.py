@@ -14,16 +14,16 @@ import torch
 from helpers import make_pairs
 from safetensors.torch import save_file
 
-from spo import shared_rollout
 from spo.errors import Stopped, UserError
-from spo.preflight import preflight
-from spo.progress import (
+from spo.method import shared_rollout
+from spo.method.position import (
     RolloutInProgress,
     gradient_tensors,
     gradients_of,
     load_share,
     rollout_of,
 )
+from spo.method.preflight import preflight
 from spo.run import validation
 from spo.run.checkpoint_folder import _seal, checkpoints, find_fault
 from tests import small_runs

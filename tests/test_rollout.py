@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from spo.ddim import make_schedule
 from spo.errors import UserError
-from spo.rollout import RolloutSettings, check_settings, stepwise_rollout
+from spo.method.ddim import make_schedule
+from spo.method.rollout import RolloutSettings, check_settings, stepwise_rollout
 from spo.types import Conditioning
 
 SHAPE = (2, 3, 3)

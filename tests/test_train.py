@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 
 from spo.command_line.config_files import load_config
 from spo.errors import RunError
-from spo.preflight import preflight
-from spo.trainer import train
+from spo.method.preflight import preflight
+from spo.method.trainer import train
 
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = ROOT / "tests" / "data" / "golden" / "models"
@@ -278,7 +278,7 @@ def test_a_score_that_is_not_finite_stops_the_run_and_names_step_and_prompt(conf
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_prompts(config, monkeypatch):
-    from spo import losses
+    from spo.method import losses
 
     own = losses.LOSSES["gradspo"].loss
 

@@ -50,8 +50,8 @@ def main(_):
     import torch.distributed as dist
 
     from spo.launch.workers import Workers
-    from spo.learner import Learner
-    from spo.trainer import train
+    from spo.method.learner import Learner
+    from spo.method.trainer import train
 
     sent, exchange = [], dist.all_to_all_single
 

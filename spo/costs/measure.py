@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from ml_collections import ConfigDict
 
-from spo import scorers, settings
+from spo import scorers
 from spo.costs.meter import (
     EMA,
     ROLLOUT,
@@ -27,6 +27,7 @@ from spo.costs.meter import (
 from spo.costs.meter import weightless_models as meta_models
 from spo.errors import UserError
 from spo.launch.batch_plan import BatchPlan
+from spo.method import build as settings
 from spo.models import backbone
 from spo.models.backbone import Backbone
 from spo.models.device import set_up_device, speed_up

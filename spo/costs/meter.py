@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from spo.collect import Collected, CollectSettings, collect_rollout
-from spo.ema import update_ema
-from spo.learner import Learner
+from spo.method.collect import Collected, CollectSettings, collect_rollout
+from spo.method.ema import update_ema
+from spo.method.learner import Learner
 from spo.models.backbone import Backbone
 from spo.scorers import Scorer
 from spo.types import PreferencePairs

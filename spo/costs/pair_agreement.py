@@ -10,16 +10,17 @@ import torch
 from ml_collections import ConfigDict
 from torch import Tensor, nn
 
-from spo import scorers, settings
-from spo.collect import CollectSettings, Comparison, roll_out, score_candidates
+from spo import scorers
 from spo.costs.meter import DECODING, SCORING, Meter
-from spo.ddim import DDIMSchedule
 from spo.errors import UserError
-from spo.finite import check_scores
+from spo.method import build as settings
+from spo.method.collect import CollectSettings, Comparison, roll_out, score_candidates
+from spo.method.ddim import DDIMSchedule
+from spo.method.health import check_scores
+from spo.method.pairs import PairSettings, differ_enough
 from spo.models import backbone
 from spo.models.backbone import Backbone
 from spo.models.decoder import decode, load_decoder
-from spo.pairs import PairSettings, differ_enough
 from spo.scorers import Scorer
 from spo.types import Candidates
 

@@ -15,7 +15,7 @@ from spo.costs.count import BATCH, CHECKPOINTED, SPARE, Costs, count_costs, trai
 from spo.costs.meter import DECODING, DENOISING, ROLLOUT, TRAINING
 from spo.hub import first_line
 from spo.launch.batch_plan import BatchPlan
-from spo.progress import RolloutInProgress
+from spo.method.position import RolloutInProgress
 
 _UNITS = {DENOISING: "prompts", DECODING: "images", TRAINING: "pairs", CHECKPOINTED: "pairs"}
 _CGROUPS = ("memory.max", "memory/memory.limit_in_bytes")  # versions 2 and 1

@@ -23,12 +23,12 @@ from ml_collections import ConfigDict
 from torch import Tensor, nn
 from transformers import CLIPModel, CLIPTokenizer
 
-from spo import settings
 from spo.command_line.config_files import REPO_ROOT
 from spo.costs.meter import Models, replaced, with_every_pair
 from spo.errors import UserError
 from spo.hub import LOAD_ERRORS, first_line, is_hub_id
-from spo.losses import LOSSES
+from spo.method import build as settings
+from spo.method.losses import LOSSES
 from spo.models import backbone
 from spo.models.backbone import Backbone, ModelSource
 from spo.plugins import find

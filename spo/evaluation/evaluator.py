@@ -11,7 +11,6 @@ from pathlib import Path
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from spo import settings
 from spo.atomic import PARTIAL
 from spo.command_line.config_files import check_leaves, save_config
 from spo.data.prompt_sets import read_prompt_set
@@ -22,10 +21,11 @@ from spo.evaluation.image_sets import DrawSettings, ImageSet, claim, claim_promp
 from spo.evaluation.report import write_report
 from spo.evaluation.results import ModelInfo, Results, table, write_results
 from spo.evaluation.scores import ScoreFolder
-from spo.finite import check_images
 from spo.launch.signals import StopSignals
 from spo.launch.workers import Workers
 from spo.lora_io.model_spec import ModelSpec, read_specs, use_loras
+from spo.method import build as settings
+from spo.method.health import check_images
 from spo.models.backbone import DTYPES, Backbone, ModelSource, check_source
 from spo.models.plain_images import ImageSettings, sample_images
 from spo.run.pictures import to_pil

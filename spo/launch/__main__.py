@@ -103,7 +103,7 @@ def read_script(script: str, script_args: list[str]) -> Script:
     parse_flags([script, *script_args])
 
     def preflight(config: ConfigDict, num_processes: int) -> None:
-        name = found.get("PREFLIGHT", "spo.preflight:preflight")
+        name = found.get("PREFLIGHT", "spo.method.preflight:preflight")
         find(name, {}, "PREFLIGHT")(config, num_processes)  # imports torch
 
     return Script(found["CONFIG"].value, found.get("PLAN", plan_batches), preflight)

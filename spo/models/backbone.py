@@ -29,9 +29,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from spo.data.token_lengths import readable
-from spo.ddim import DDIMSchedule, make_schedule
 from spo.errors import UserError
 from spo.hub import LOAD_ERRORS, PREFETCH, first_line, model_file
+from spo.method.ddim import DDIMSchedule, make_schedule
 from spo.models.decoder import check_decoder, decode, load_decoder
 from spo.types import Conditioning
 
@@ -282,7 +282,7 @@ class Backbone:
         own = self._pipe.scheduler
         height, width = (side * self.vae_scale_factor for side in noise.shape[-2:])
         try:
-            # As in spo.ddim: a config that says nothing of clipping means none.
+            # As in spo.method.ddim: a config that says nothing of clipping means none.
             self._pipe.scheduler = SCHEDULERS[scheduler].from_config(
                 {"clip_sample": False, **own.config}
             )

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from spo import ddim
+from spo.method import ddim
 from spo.models.backbone import Backbone
 from spo.seeding import derive_seed
 

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from spo.atomic import replacing
-from spo.checkpoint import OPTIMIZER
+from spo.method.checkpoint import OPTIMIZER
 from spo.models.optimizers import optimizer_tensors, restore_optimizer
 from spo.preference.learner import PreferenceLearner
 from spo.run.checkpoint_folder import new_checkpoint, read_state, reading, write_state

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from spo import ddim
-from spo.ddim import DDIMSchedule
+from spo.method import ddim
+from spo.method.ddim import DDIMSchedule
 from spo.models.backbone import Backbone
 from spo.types import Conditioning
 

@@ -14,6 +14,7 @@ from spo.command_line.config_files import check_leaves
 from spo.errors import UserError
 from spo.hub import resolve_file
 from spo.launch.batch_plan import UpdatePlan, plan_updates
+from spo.method.build import model_source
 from spo.models import backbone
 from spo.preference import settings
 from spo.preference.batches import decode_pair
@@ -23,7 +24,6 @@ from spo.run import tracking
 from spo.run.checkpoint_folder import read_state, reading
 from spo.run.folder import run_name
 from spo.run.resume import Resume, compare, find_checkpoint
-from spo.settings import model_source
 
 _FIRST_ROWS = 10_000  # of a stream, to look at before a run starts
 

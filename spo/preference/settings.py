@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from spo.errors import UserError
 from spo.launch.workers import Workers
+from spo.method.build import model_source
 from spo.models.backbone import DTYPES, Backbone
 from spo.preference.learner import PreferenceLearner, UpdateSettings
 from spo.preference.model import PairScorer, build_spm
@@ -18,7 +19,6 @@ from spo.preference.source import DataSource
 from spo.scorers import CLIPInputs, PickScoreScorer, load_clip
 from spo.scorers.step_aware_clip import StepAwareCLIP
 from spo.seeding import derive_seed
-from spo.settings import model_source
 
 _AT_LEAST = {
     "checkpoint_limit": 0,

@@ -18,10 +18,10 @@ from tqdm import tqdm
 from spo.atomic import writing
 from spo.errors import RunError, Stopped
 from spo.evaluation.curves import draw_accuracy
-from spo.finite import check_skipped
 from spo.launch.signals import StopSignals
 from spo.launch.workers import Workers
-from spo.metrics import peak_memory_gib
+from spo.method.health import check_skipped
+from spo.method.metrics import peak_memory_gib
 from spo.preference import settings
 from spo.preference.batches import PairBatch, decoded
 from spo.preference.checkpoint import (

@@ -10,7 +10,7 @@ import torch
 from diffusers import AutoencoderTiny
 from torch import Tensor
 
-from spo import ddim
+from spo.method import ddim
 from spo.models.backbone import Backbone, ModelSource
 from spo.models.decoder import decode
 from spo.scorers import CLIPInputs, load_clip

@@ -13,10 +13,10 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from spo import settings
 from spo.errors import UserError
 from spo.evaluation.statistics import Estimate, paired_difference, win_rate
 from spo.lora_io.find import find_lora, read_lora
+from spo.method import build as settings
 from spo.models.backbone import Backbone
 from spo.models.plain_images import ImageSettings, sample_images
 from spo.run.pictures import Cell, grid, to_pil

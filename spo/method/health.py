@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from spo.collect import Comparison
 from spo.data.token_lengths import named
 from spo.errors import RunError
-from spo.learner import Step
+from spo.method.collect import Comparison
+from spo.method.learner import Step
 from spo.types import PreferencePairs
 
 

@@ -11,24 +11,32 @@ from pathlib import Path
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from spo import metrics, settings
 from spo.atomic import writing
-from spo.checkpoint import Progress, load_checkpoint, own_tensors, save_checkpoint, save_networks
 from spo.costs.startup import Forecast, make_forecast
 from spo.data.prompts import epoch_order
 from spo.data.token_lengths import describe_lengths
 from spo.errors import RunError, Stopped
-from spo.finite import check_skipped, find_faults
 from spo.launch.signals import StopSignals
 from spo.launch.workers import Workers
-from spo.learner import Step
 from spo.lora_io.find import find_lora, read_lora
+from spo.method import build as settings
+from spo.method import metrics
+from spo.method.checkpoint import (
+    Progress,
+    load_checkpoint,
+    own_tensors,
+    save_checkpoint,
+    save_networks,
+)
+from spo.method.health import check_skipped, find_faults
+from spo.method.learner import Step
+from spo.method.position import Position
+from spo.method.preflight import Preflight, preflight, run_facts
+from spo.method.shared_rollout import SharedRollout
 from spo.models.backbone import Backbone
 from spo.models.device import set_up_device, speed_up
 from spo.models.lora import FILE_NAME, Lora
 from spo.models.optimizers import check_optimizer
-from spo.preflight import Preflight, preflight, run_facts
-from spo.progress import Position
 from spo.publish.push import Publishing
 from spo.run.checkpoint_folder import FOLDER
 from spo.run.folder import drop_metrics_after, open_run_dir, record_start
@@ -37,7 +45,6 @@ from spo.run.tracking import METRICS, Tracking
 from spo.run.validation import draw_cells, save_samples, validation_grid
 from spo.scorers import load_scorer, tokenizers_of
 from spo.seeding import derive_seed
-from spo.shared_rollout import SharedRollout
 from spo.types import PreferencePairs
 
 

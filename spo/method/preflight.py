@@ -11,12 +11,13 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from spo import scorers, settings
+from spo import scorers
 from spo.command_line.config_files import check_leaves
 from spo.data.prompts import PromptSet, read_prompts
 from spo.errors import UserError
 from spo.launch.batch_plan import BatchPlan, plan_batches
 from spo.lora_io.find import find_lora
+from spo.method import build as settings
 from spo.models import backbone
 from spo.models.optimizers import ADAMW
 from spo.publish.push import push as publish

@@ -12,20 +12,20 @@ from typing import Any
 from ml_collections import ConfigDict
 from torch import nn
 
-from spo import rollout
-from spo.collect import CollectSettings
 from spo.errors import UserError
 from spo.hub import Destination, public_name
-from spo.learner import Learner, UpdateSettings
-from spo.losses import LOSSES, LossSettings, Objective
+from spo.method import rollout
+from spo.method.collect import CollectSettings
+from spo.method.learner import Learner, UpdateSettings
+from spo.method.losses import LOSSES, LossSettings, Objective
+from spo.method.pairs import PairSettings
+from spo.method.rollout import RolloutSettings
 from spo.models.backbone import DTYPES, Backbone, ModelSource
 from spo.models.device import SpeedSettings
 from spo.models.lora import Lora, add_lora
 from spo.models.optimizers import OPTIMIZERS, make_optimizer
 from spo.models.plain_images import ImageSettings
-from spo.pairs import PairSettings
 from spo.plugins import find
-from spo.rollout import RolloutSettings
 from spo.scorers import ScorerSource
 
 
@@ -33,7 +33,7 @@ def objective(config: ConfigDict) -> Objective:
     """The loss that `config.algorithm` names."""
     found = find(config.algorithm, LOSSES, "algorithm")
     if not isinstance(found, Objective):
-        raise UserError(f"algorithm: {config.algorithm} is not a spo.losses.Objective.")
+        raise UserError(f"algorithm: {config.algorithm} is not a spo.method.losses.Objective.")
     return found
 
 

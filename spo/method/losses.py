@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spo import ddim
-from spo.ddim import DDIMSchedule
+from spo.method import ddim
+from spo.method.ddim import DDIMSchedule
 from spo.types import LossOutput, NoisePredictions, PreferencePairs
 
 

@@ -9,16 +9,16 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from spo import metrics
-from spo.collect import Collected, CollectSettings, collect_rollout
 from spo.data.prompts import epoch_order
-from spo.finite import check_scores
 from spo.launch.batch_plan import BatchPlan
 from spo.launch.workers import Workers
-from spo.learner import Learner
+from spo.method import metrics
+from spo.method.collect import Collected, CollectSettings, collect_rollout
+from spo.method.health import check_scores
+from spo.method.learner import Learner
+from spo.method.pairs import concatenate_pairs, no_pairs
+from spo.method.position import Position, RolloutInProgress
 from spo.models.backbone import Backbone
-from spo.pairs import concatenate_pairs, no_pairs
-from spo.progress import Position, RolloutInProgress
 from spo.scorers import Scorer
 from spo.seeding import derive_seed
 

@@ -11,10 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from spo.launch.batch_plan import BatchPlan
-from spo.learner import Learner
-from spo.models.lora import FILE_NAME, parameter_names, save_lora
-from spo.models.optimizers import optimizer_tensors, restore_optimizer
-from spo.progress import (
+from spo.method.learner import Learner
+from spo.method.position import (
     Position,
     RolloutInProgress,
     gradient_tensors,
@@ -22,6 +20,8 @@ from spo.progress import (
     load_share,
     rollout_of,
 )
+from spo.models.lora import FILE_NAME, parameter_names, save_lora
+from spo.models.optimizers import optimizer_tensors, restore_optimizer
 from spo.run.checkpoint_folder import new_checkpoint, read_state, reading, write_state
 
 OPTIMIZER = "optimizer.safetensors"

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from spo.ddim import DDIMSchedule
+from spo.method.ddim import DDIMSchedule
+from spo.method.pairs import PairSettings, best_against_worst, concatenate_pairs
+from spo.method.rollout import RolloutSettings, stepwise_rollout
 from spo.models import lora
 from spo.models.backbone import Backbone
-from spo.pairs import PairSettings, best_against_worst, concatenate_pairs
-from spo.rollout import RolloutSettings, stepwise_rollout
 from spo.scorers import Scorer
 from spo.types import Candidates, Conditioning, PreferencePairs
 

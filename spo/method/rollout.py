@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from spo import ddim
-from spo.ddim import DDIMSchedule
 from spo.errors import UserError
+from spo.method import ddim
+from spo.method.ddim import DDIMSchedule
 from spo.types import Candidates, Conditioning, Transition
 
 # (latents (n, C, h, w), timestep, conditioning of n rows) -> guided model output (n, C, h, w)

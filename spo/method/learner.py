@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from spo import ddim
-from spo.ddim import DDIMSchedule
-from spo.ema import distance, update_ema
-from spo.losses import LossSettings, Objective
+from spo.method import ddim
+from spo.method.ddim import DDIMSchedule
+from spo.method.ema import distance, update_ema
+from spo.method.losses import LossSettings, Objective
 from spo.models.backbone import Backbone
 from spo.models.lora import Lora
 from spo.models.merged_lora import MergedLora

@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from spo.collect import Comparison
-from spo.learner import Learner, Step
-from spo.pairs import preference_gap
-from spo.progress import RolloutInProgress
+from spo.method.collect import Comparison
+from spo.method.learner import Learner, Step
+from spo.method.pairs import preference_gap
+from spo.method.position import RolloutInProgress
 
 
 def rollout_sums(
