@@ -42,9 +42,9 @@ def make_world(out: Path, shorten: int = 1) -> None:
     """Run every stage whose result is not there yet."""
     from spo.tiny_world.base_model import train_denoiser, train_vae
     from spo.tiny_world.clip import train_clip, train_pickscore
-    from spo.tiny_world.decoder import train_decoder
     from spo.tiny_world.fitting import Fit
     from spo.tiny_world.preferences import draw_pairs, split_captions, write_parquet
+    from spo.tiny_world.tiny_decoder import train_decoder
 
     def rounds(*steps_and_rates: tuple[int, float]) -> list[Fit]:
         return [Fit(max(1, steps // shorten), rate) for steps, rate in steps_and_rates]
@@ -124,7 +124,7 @@ def install(out: Path, assets: Path) -> None:
     import torch
     from safetensors.torch import load_file, save_file
 
-    from spo.preference.checkpoint import FILE_NAME
+    from spo.preference.spm_checkpoint import FILE_NAME
 
     for folder in ("sd15", "clip", "decoder", "pickapic", "prompts"):
         shutil.rmtree(assets / folder, ignore_errors=True)

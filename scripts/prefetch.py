@@ -59,8 +59,8 @@ def prefetch(config) -> None:
 
 def prefetch_preference_model(config) -> None:
     """Load what the training of a preference model needs: the CLIPs, the base model, the rows."""
-    from spo.preference import settings
-    from spo.preference.preflight import read_rows
+    from spo.preference import spm_build as settings
+    from spo.preference.spm_preflight import read_rows
     from spo.scorers import CLIPInputs, load_clip
 
     settings.check(config)

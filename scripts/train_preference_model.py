@@ -17,11 +17,11 @@ from spo.launch.batch_plan import plan_updates
 CONFIG = define_config("config/spm_sd15.py", SPM_BASE)
 # How spo.launch checks the config.
 PLAN = plan_updates
-PREFLIGHT = "spo.preference.preflight:preflight"
+PREFLIGHT = "spo.preference.spm_preflight:preflight"
 
 
 def main(_):
-    from spo.preference.trainer import train  # a bad command line fails before torch loads
+    from spo.preference.spm_trainer import train  # a bad command line fails before torch loads
 
     with exit_on_user_error():
         train(CONFIG.value)

@@ -27,7 +27,7 @@ from spo.data.prompts import read_prompts
 from spo.evaluation.evaluator import preflight as preflight_evaluation
 from spo.method.preflight import preflight
 from spo.method.trainer import train
-from spo.preference.preflight import preflight as preflight_spm
+from spo.preference.spm_preflight import preflight as preflight_spm
 
 ROOT = Path(__file__).resolve().parent.parent
 KINDS = {

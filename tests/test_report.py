@@ -25,8 +25,8 @@ from spo.evaluation.results import ModelInfo, Results, ScorerInfo, compare, writ
 from spo.evaluation.run_report import write_run_report
 from spo.method import metrics
 from spo.method.collect import Comparison
-from spo.preference.metrics import step_metrics
-from spo.preference.validation import TIMESTEPS, accuracy
+from spo.preference.accuracy import TIMESTEPS, accuracy
+from spo.preference.spm_metrics import step_metrics
 from spo.run.folder import record_start
 from spo.run.tracking import Tracking
 

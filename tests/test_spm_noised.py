@@ -13,11 +13,11 @@ from labelled_pairs import make_row
 from spo.errors import UserError
 from spo.preference.batches import decode_batch
 from spo.preference.labels import labels_of_scores
-from spo.preference.learner import PreferenceLearner, UpdateSettings
 from spo.preference.model import PairScorer, build_spm
 from spo.preference.noised import PairNoise, draw_noise, predicted_images
 from spo.preference.preparation import Labeller, Preparation
 from spo.preference.rows import RawBatch
+from spo.preference.spm_learner import PreferenceLearner, UpdateSettings
 from spo.scorers import CLIPInputs, load_scorer
 
 CLIP = str(MODELS / "tiny-clip")

@@ -23,8 +23,8 @@ from spo.errors import RunError, Stopped, UserError
 from spo.launch.__main__ import read_script
 from spo.preference import learner as learner_module
 from spo.preference import preparation
-from spo.preference.preflight import preflight
-from spo.preference.trainer import train
+from spo.preference.spm_preflight import preflight
+from spo.preference.spm_trainer import train
 from spo.run.checkpoint_folder import _seal, checkpoints, read_state
 from spo.scorers import clip_config, load_scorer
 from spo.scorers.step_aware_clip import load_step_aware_clip

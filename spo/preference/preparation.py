@@ -11,8 +11,8 @@ from spo.errors import UserError
 from spo.models.backbone import Backbone
 from spo.preference.batches import PairBatch
 from spo.preference.labels import relabel
-from spo.preference.learner import TrainingPairs
 from spo.preference.noised import PairNoise, draw_noise, predicted_images
+from spo.preference.spm_learner import TrainingPairs
 from spo.scorers import CLIPInputs, Scorer
 from spo.seeding import derive_seed
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from spo.preference.accuracy import is_right
 from spo.preference.batches import PairBatch
-from spo.preference.learner import Judged, TrainingPairs
 from spo.preference.rows import FAULTS
-from spo.preference.validation import is_right
+from spo.preference.spm_learner import Judged, TrainingPairs
 
 _BUCKETS = 5  # equal parts of the timesteps, for the running accuracy
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from spo.atomic import replacing
 from spo.method.checkpoint import OPTIMIZER
 from spo.models.optimizers import optimizer_tensors, restore_optimizer
-from spo.preference.learner import PreferenceLearner
+from spo.preference.spm_learner import PreferenceLearner
 from spo.run.checkpoint_folder import new_checkpoint, read_state, reading, write_state
 from spo.scorers.step_aware_clip import StepAwareCLIP
 

@@ -16,7 +16,7 @@ from spo.hub import resolve_file
 from spo.launch.batch_plan import UpdatePlan, plan_updates
 from spo.method.build import model_source
 from spo.models import backbone
-from spo.preference import settings
+from spo.preference import spm_build as settings
 from spo.preference.batches import decode_pair
 from spo.preference.rows import fault_of, pick, usable_rows
 from spo.preference.source import open_split

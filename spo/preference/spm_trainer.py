@@ -22,9 +22,12 @@ from spo.launch.signals import StopSignals
 from spo.launch.workers import Workers
 from spo.method.health import check_skipped
 from spo.method.metrics import peak_memory_gib
-from spo.preference import settings
+from spo.preference import spm_build as settings
+from spo.preference.accuracy import accuracy, count_correct
 from spo.preference.batches import PairBatch, decoded
-from spo.preference.checkpoint import (
+from spo.preference.rows import FAULTS, Share, stream_batches, table_batches, validation_batches
+from spo.preference.source import open_split
+from spo.preference.spm_checkpoint import (
     FILE_NAME,
     Tally,
     checkpoint_name,
@@ -32,11 +35,8 @@ from spo.preference.checkpoint import (
     save_checkpoint,
     save_spm,
 )
-from spo.preference.metrics import Seen, minibatch_sums, step_metrics
-from spo.preference.preflight import Preflight, describe_faults, preflight
-from spo.preference.rows import FAULTS, Share, stream_batches, table_batches, validation_batches
-from spo.preference.source import open_split
-from spo.preference.validation import accuracy, count_correct
+from spo.preference.spm_metrics import Seen, minibatch_sums, step_metrics
+from spo.preference.spm_preflight import Preflight, describe_faults, preflight
 from spo.run.checkpoint_folder import FOLDER
 from spo.run.folder import drop_metrics_after, open_run_dir, record_start
 from spo.run.resume import facts, stopped_at

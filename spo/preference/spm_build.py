@@ -12,10 +12,10 @@ from spo.errors import UserError
 from spo.launch.workers import Workers
 from spo.method.build import model_source
 from spo.models.backbone import DTYPES, Backbone
-from spo.preference.learner import PreferenceLearner, UpdateSettings
 from spo.preference.model import PairScorer, build_spm
 from spo.preference.preparation import Labeller, Preparation
 from spo.preference.source import DataSource
+from spo.preference.spm_learner import PreferenceLearner, UpdateSettings
 from spo.scorers import CLIPInputs, PickScoreScorer, load_clip
 from spo.scorers.step_aware_clip import StepAwareCLIP
 from spo.seeding import derive_seed
