@@ -75,15 +75,15 @@ def check_flags() -> None:
 def measure(config) -> dict:
     """Time iterations on this machine, print the table, and return its figures."""
     from spo.atomic import write_file
-    from spo.costs.meter import measure as timing
+    from spo.costs import measure
     from spo.launch.batch_plan import plan_batches
     from spo.method.metrics import peak_memory_gib
 
     plan, models = plan_batches(config, 1), load(config)
     device = models.backbone.device
-    peak = timing.measure_peak(device, models.backbone.dtype)
-    work = timing.count_work(models, plan)
-    parts = timing.parts_of(work, timing.time_parts(models, plan, REPEATS.value))
+    peak = measure.measure_peak(device, models.backbone.dtype)
+    work = measure.count_work(models, plan)
+    parts = measure.parts_of(work, measure.time_parts(models, plan, REPEATS.value))
     figures = {name: part_figures(part, peak) for name, part in parts.items()}
     print(f"{device}, {REPEATS.value} repeats; a rollout of {work.prompts} prompts, all pairs kept")
     rows = [[name, *(f"{value:.4g}" for value in row.values())] for name, row in figures.items()]
@@ -108,11 +108,11 @@ def load(config):
     """The models of `config` on this machine's device."""
     from accelerate import PartialState
 
-    from spo.costs.meter import measure as timing
+    from spo.costs import measure
     from spo.launch.batch_plan import plan_batches
 
     steps = plan_batches(config, 1).accumulation_steps
-    return timing.load_models(config, steps, PartialState().device, RANDOM.value)
+    return measure.load_models(config, steps, PartialState().device, RANDOM.value)
 
 
 def part_figures(part, peak) -> dict:
@@ -147,7 +147,7 @@ def compare(config) -> dict:
     """Time the config and its variants in turn, print the tables, and return their figures."""
     from accelerate import PartialState
 
-    from spo.costs.meter import measure as timing
+    from spo.costs import measure
     from spo.costs.variants import BASELINE, compare
     from spo.models.backbone import DTYPES
 
@@ -155,7 +155,7 @@ def compare(config) -> dict:
     measured = compare(configs, load, ROUNDS.value, REPEATS.value)
     device = PartialState().device
     dtypes = {name: DTYPES[variant.mixed_precision] for name, variant in configs.items()}
-    peaks = {dtype: timing.measure_peak(device, dtype) for dtype in set(dtypes.values())}
+    peaks = {dtype: measure.measure_peak(device, dtype) for dtype in set(dtypes.values())}
     figures = {}
     for name, variant in measured.items():
         peak = peaks[dtypes[name]]

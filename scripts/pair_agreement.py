@@ -87,21 +87,20 @@ def judge_rollouts(config, variants):
     from spo.costs.pair_agreement import concatenate, judge_rollout, load_judges
     from spo.launch.batch_plan import plan_batches
     from spo.lora_io.find import find_lora, read_lora
-    from spo.method import build as settings
-    from spo.method import preflight
+    from spo.method import build, preflight
     from spo.method.shared_rollout import first_slices
     from spo.models.backbone import Backbone
 
     plan, prompts = plan_batches(config, 1), preflight.read_training_prompts(config).prompts
     init, device = config.lora.init_from, PartialState().device
     path = find_lora(init, "lora.init_from") if init else None
-    source = settings.rollout_source(config)
+    source = build.rollout_source(config)
     model = Backbone(source, config.family, config.mixed_precision, device)
     if path is not None:
-        lora = settings.build_lora(config, model.unet, seed=0)
+        lora = build.build_lora(config, model.unet, seed=0)
         lora.assign(read_lora(path, lora, "lora.init_from"))
     judges = load_judges(model, config, variants)
-    schedule, collect = model.schedule(config.sample.num_steps), settings.collect_settings(config)
+    schedule, collect = model.schedule(config.sample.num_steps), build.collect_settings(config)
     slices = first_slices(len(prompts), plan, config.seed, ROLLOUTS.value)
     found = [[] for _ in judges]
     for part in tqdm(slices, desc="slices", leave=False):

@@ -38,20 +38,19 @@ def prefetch(config) -> None:
 
     from spo import scorers
     from spo.lora_io.find import find_lora
-    from spo.method import build as settings
-    from spo.method import preflight
+    from spo.method import build, preflight
     from spo.models.backbone import DTYPES
     from spo.models.decoder import load_decoder
 
-    settings.check(config)
+    build.check(config)
     print(preflight.read_training_prompts(config).describe())
     print(f"{len(preflight.read_validation_prompts(config))} validation prompts")
-    source = settings.rollout_source(config)
+    source = build.rollout_source(config)
     load_base_model(source, config)
     if source.decoder is not None:
         load_decoder(source.decoder, DTYPES[config.mixed_precision])
         print(f"decoder: {source.decoder}")
-    scorers.load_scorer(settings.scorer_source(config), torch.device("cpu"))
+    scorers.load_scorer(build.scorer_source(config), torch.device("cpu"))
     print(f"preference model: {config.preference.scorer}")
     if config.lora.init_from:
         print(f"LoRA: {find_lora(config.lora.init_from, 'lora.init_from')}")
@@ -59,19 +58,19 @@ def prefetch(config) -> None:
 
 def prefetch_preference_model(config) -> None:
     """Load what the training of a preference model needs: the CLIPs, the base model, the rows."""
-    from spo.preference import spm_build as settings
+    from spo.preference import spm_build
     from spo.preference.spm_preflight import read_rows
     from spo.scorers import CLIPInputs, load_clip
 
-    settings.check(config)
-    settings.load_spm(config)
+    spm_build.check(config)
+    spm_build.load_spm(config)
     CLIPInputs(config.preference.processor)
     print(f"preference model: {config.preference.init_from or config.preference.backbone}")
     if config.labels.source == "pickscore":
         load_clip(config.labels.backbone, "labels")
         CLIPInputs(config.labels.processor, "labels")
         print(f"labels: {config.labels.backbone}")
-    load_base_model(settings.model_source(config), config)
+    load_base_model(spm_build.model_source(config), config)
     # Last, as Pick-a-Pic is by far the largest.
     print(read_rows(config, config.data.train_split).description)
     if config.eval_steps and config.data.validation_split:

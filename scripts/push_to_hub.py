@@ -44,14 +44,14 @@ def main(argv: list[str] | None = None) -> None:
 def publish(args: argparse.Namespace) -> None:
     """Write RUN_DIR/hub, and push it unless it is a dry run."""
     from spo.hub import Destination
-    from spo.method import build as settings
+    from spo.method import build
     from spo.publish.layout import CARD, stage
     from spo.publish.push import check_destination, check_token, push
     from spo.publish.record import read_config
 
     given = {field.name: getattr(args, field.name) for field in fields(Destination)}
     to = replace(
-        settings.destination(read_config(args.run_dir)),
+        build.destination(read_config(args.run_dir)),
         **{name: value for name, value in given.items() if value is not None},
     )
     check_destination(to, "--")

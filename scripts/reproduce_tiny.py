@@ -155,12 +155,12 @@ def bench():
     """The base model and its images of the held-out captions, once in each process."""
     from spo.command_line.config_files import load_config
     from spo.data.prompts import read_prompts
-    from spo.method import build as settings
+    from spo.method import build
     from spo.tiny_world.evaluation import Bench
 
     config, _ = load_config("config/tiny.py")
     prompts = read_prompts("assets/tiny/prompts/held_out.txt", key="prompts").prompts
-    return Bench(config, prompts, settings.image_settings(config))
+    return Bench(config, prompts, build.image_settings(config))
 
 
 def summarise(results: list[dict]) -> dict:

@@ -46,22 +46,22 @@ def main() -> None:
 
 def sample(options: argparse.Namespace) -> None:
     """Check everything, draw, and say where it is."""
-    from spo.evaluation import images_cli as samples
+    from spo.evaluation import images_cli
 
-    settings = samples.SampleSettings(
+    settings = images_cli.SampleSettings(
         seeds=tuple(options.seeds),
         scheduler=options.scheduler,
         num_steps=options.steps,
         guidance_scale=options.guidance,
-        size=samples.read_size(options.size),
+        size=images_cli.read_size(options.size),
         mixed_precision=options.mixed_precision,
         batch_size=options.batch_size,
     )
-    base = options.base or samples.default_base(options.models)
-    models = samples.read_models(options.models, base, options.vae, options.lora_scale)
-    prompts = samples.sample_prompts(options.prompts, options.prompts_file)
+    base = options.base or images_cli.default_base(options.models)
+    models = images_cli.read_models(options.models, base, options.vae, options.lora_scale)
+    prompts = images_cli.sample_prompts(options.prompts, options.prompts_file)
     out = options.out or Path("runs") / f"samples_{time.strftime('%Y%m%d_%H%M%S')}"
-    print(f"grid: {samples.draw_samples(models, prompts, settings, out)}")
+    print(f"grid: {images_cli.draw_samples(models, prompts, settings, out)}")
 
 
 if __name__ == "__main__":

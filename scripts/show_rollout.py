@@ -37,27 +37,27 @@ def show_rollout(config, prompt: str, lora_spec: str, seed: int, out: Path) -> N
     from spo import scorers
     from spo.errors import UserError
     from spo.lora_io.find import find_lora, read_lora
-    from spo.method import build as settings
+    from spo.method import build
     from spo.method.collect import roll_out, score_candidates
     from spo.models import backbone
     from spo.run.pictures import grid
 
-    settings.check(config)
-    backbone.check_source(settings.rollout_source(config), config.family)
+    build.check(config)
+    backbone.check_source(build.rollout_source(config), config.family)
     lora_path = find_lora(lora_spec, "--lora") if lora_spec else None
     if out.suffix != ".png":
         raise UserError(f"--out: {out} must end in .png")
     out.parent.mkdir(parents=True, exist_ok=True)
     device = PartialState().device
     model = backbone.Backbone(
-        settings.rollout_source(config), config.family, config.mixed_precision, device
+        build.rollout_source(config), config.family, config.mixed_precision, device
     )
     if lora_spec:
-        lora = settings.build_lora(config, model.unet, seed=0)
+        lora = build.build_lora(config, model.unet, seed=0)
         lora.assign(read_lora(lora_path, lora, "--lora"))
-    scorer = scorers.load_scorer(settings.scorer_source(config), device)
+    scorer = scorers.load_scorer(build.scorer_source(config), device)
     features = scorer.encode_prompts([prompt])
-    collect = settings.collect_settings(config)
+    collect = build.collect_settings(config)
 
     comparisons = roll_out(
         model,

@@ -12,6 +12,7 @@ from helpers import MODELS, save_tiny_decoder
 from torch import nn
 
 from spo.command_line.config_files import load_config
+from spo.costs import count, measure, weightless_models
 from spo.costs.count import CHECKPOINTED, Costs, LiveMemory, MetaMeter, count_costs
 from spo.costs.meter import (
     DECODING,
@@ -25,9 +26,6 @@ from spo.costs.meter import (
     flop_counter,
     train_on_pairs,
 )
-from spo.costs.meter import count as estimate
-from spo.costs.meter import measure as timing
-from spo.costs.meter import weightless_models as meta_models
 from spo.errors import UserError
 from spo.launch.batch_plan import plan_batches
 from spo.models.backbone import ModelSource
@@ -79,7 +77,7 @@ def test_flops_of_parts_within_parts_by_hand():
 )
 def test_shapes_alone_cost_what_real_models_cost(family, copies, changes):
     config = small_config(family, **changes)
-    models = timing.load_models(config, 1, CPU)
+    models = measure.load_models(config, 1, CPU)
     with flop_counter() as counter:
         meter, again = Meter(CPU, counter), Meter(CPU, counter)
         pairs = draw_pairs(models, ["a fox"], meter, apart=True).pairs
@@ -109,7 +107,7 @@ def test_shapes_alone_cost_what_real_models_cost(family, copies, changes):
 
 def test_a_tiny_decoder_counts_in_the_place_of_the_vae(tmp_path):
     config = small_config(**{"sample.decoder": save_tiny_decoder(tmp_path)})
-    models = timing.load_models(config, 1, CPU)
+    models = measure.load_models(config, 1, CPU)
     with flop_counter() as counter:
         meter = Meter(CPU, counter)
         draw_pairs(models, ["a fox"], meter, apart=True)
@@ -128,7 +126,7 @@ def test_a_decoder_on_the_hub_counts_as_the_published_one(family, teraflops):
     config = small_config(
         family, **{"sample.decoder": "user/taesd", "pretrained.model": "user/model"}
     )
-    model = meta_models.build_models(config, META).backbone
+    model = weightless_models.build_models(config, META).backbone
     assert sum(p.numel() for p in model.decoder.parameters()) == 2_445_063
     with flop_counter() as counter:
         model.decode_candidates(torch.ones(1, *model.latent_shape, device=META))
@@ -182,8 +180,8 @@ def test_a_call_of_known_shapes_counts_without_running():
 
 
 def test_a_pair_is_the_unit_of_training_memory():
-    models = meta_models.count_models(small_config())
-    with meta_models.meta_kernels(), flop_counter() as counter, LiveMemory(META) as memory:
+    models = weightless_models.count_models(small_config())
+    with weightless_models.meta_kernels(), flop_counter() as counter, LiveMemory(META) as memory:
         pairs = draw_pairs(
             models, ["a fox"] * 2, MetaMeter(META, counter, memory), apart=True
         ).pairs
@@ -200,9 +198,9 @@ def test_a_pair_is_the_unit_of_training_memory():
 @pytest.mark.parametrize("algorithm", ["gradspo", "spo"])
 def test_a_rollout_looks_at_numbers_once(algorithm, monkeypatch):
     """Which waits for a GPU. The meta device has no numbers, and raises where one is asked for."""
-    models = meta_models.count_models(small_config(algorithm=algorithm))
+    models = weightless_models.count_models(small_config(algorithm=algorithm))
     calls = []
-    with meta_models.meta_kernels():
+    with weightless_models.meta_kernels():
         every_index = torch.Tensor.nonzero
         monkeypatch.setattr(torch.Tensor, "nonzero", lambda t: calls.append(t) or every_index(t))
         pairs = draw_pairs(models, ["a fox", "a whale"], Meter(META), apart=False).pairs
@@ -224,7 +222,7 @@ def test_passes_of_a_pair(ema_prediction):
 def test_low_precision_is_autocast_on_these_models(merge):
     """Autocast runs norms in fp32; with the LoRA merged, a rollout needs none of it."""
     config = small_config(mixed_precision="fp16", **{"lora.merge": merge})
-    models = meta_models.count_models(config)
+    models = weightless_models.count_models(config)
     unet, seen = models.backbone.unet, {}
 
     def hook(name):
@@ -233,7 +231,7 @@ def test_low_precision_is_autocast_on_these_models(merge):
     unet.conv_in.register_forward_hook(hook("convolution"))
     unet.conv_norm_out.register_forward_hook(hook("norm"))
     unet.time_embedding.linear_1.register_forward_hook(hook("linear"))
-    with meta_models.meta_kernels():
+    with weightless_models.meta_kernels():
         draw_pairs(models, ["a fox"], Meter(META), apart=False)
     half = torch.float16
     norm = half if merge else torch.float32
@@ -246,13 +244,13 @@ def test_low_precision_is_autocast_on_these_models(merge):
     [("sd15", 859_520_964, 0.803, 2.515), ("sdxl", 2_567_463_684, 6.761, 10.470)],
 )
 def test_full_size_models_are_the_published_ones(family, unet, unet_teraflops, vae_teraflops):
-    source = ModelSource(str(meta_models.ARCHITECTURES / family))
-    model = meta_models.MetaBackbone(source, family, "fp16", META)
+    source = ModelSource(str(weightless_models.ARCHITECTURES / family))
+    model = weightless_models.MetaBackbone(source, family, "fp16", META)
     sizes = {k: sum(p.numel() for p in v.parameters()) for k, v in model.networks().items()}
     text = {"sd15": {}, "sdxl": {"text_encoder_2": 694_659_840}}[family]
     expected = {"unet": unet, "vae": 83_653_863, "text_encoder": 123_060_480}
     assert sizes == expected | text
-    with meta_models.meta_kernels(), torch.no_grad():
+    with weightless_models.meta_kernels(), torch.no_grad():
         conditioning = model.encode_prompts(["a fox"])
         latents = torch.ones(1, *model.latent_shape, device=META)
         with flop_counter() as counter:
@@ -266,7 +264,7 @@ def test_full_size_models_are_the_published_ones(family, unet, unet_teraflops, v
 def test_what_is_measured_on_a_cpu_is_as_large_as_the_config_says():
     config, _ = load_config("config/small.py")
     config.sample.decoder = f"{config.pretrained.model}/decoder"
-    models = meta_models.build_models(config, META)
+    models = weightless_models.build_models(config, META)
     assert round(sum(p.numel() for p in models.networks["unet"].parameters()) / 1e6) == 18
     latents = torch.ones(1, *models.backbone.latent_shape, device=META)
     with torch.no_grad():
@@ -287,36 +285,36 @@ def test_what_fits_and_what_a_run_costs_by_hand():
     assert costs.largest_batch(TRAINING, 50) == 0
     assert costs.run_flops(2, 16, TRAINING) == 2 * (100 + 8 * 5)
     config = small_config()
-    assert estimate.training_part(config) == TRAINING
+    assert count.training_part(config) == TRAINING
     config.train.gradient_checkpointing = True
-    assert estimate.training_part(config) == CHECKPOINTED
+    assert count.training_part(config) == CHECKPOINTED
 
 
 def test_an_iteration_is_timed_and_counted():
     config = small_config(**{"sample.batch_size": 2, "train.batch_size": 3})
     plan = plan_batches(config, 1)
-    models = timing.load_models(config, plan.accumulation_steps, CPU)
-    work = timing.count_work(models, plan)
+    models = measure.load_models(config, plan.accumulation_steps, CPU)
+    work = measure.count_work(models, plan)
     assert models.learner.updates == 2  # 4 pairs are two minibatches
-    parts = timing.parts_of(work, timing.time_parts(models, plan, repeats=2))
+    parts = measure.parts_of(work, measure.time_parts(models, plan, repeats=2))
     assert models.learner.updates == 2 + 3 * 2  # it warms up once
     inner = {DENOISING, DECODING, SCORING}
-    assert set(parts) == {ROLLOUT, TRAINING, EMA, timing.ITERATION} | inner
+    assert set(parts) == {ROLLOUT, TRAINING, EMA, measure.ITERATION} | inner
     assert all(len(part.seconds) == 2 and min(part.seconds) > 0 for part in parts.values())
     # 2 prompts, 3 candidates at the steps 2 and 3 of 4, one pair of each comparison.
     assert (work.prompts, work.pairs, work.images) == (2, 4, 2 * 3 * 2)
     assert [work.units(part) for part in (ROLLOUT, TRAINING, EMA)] == [2, 4, 1]
-    whole = parts[timing.ITERATION]
+    whole = parts[measure.ITERATION]
     assert whole.flops == parts[ROLLOUT].flops + parts[TRAINING].flops
     assert whole.seconds[0] == parts[ROLLOUT].seconds[0] + parts[TRAINING].seconds[0]
-    peak = timing.DevicePeak(flops=1e12, copied_bytes=1e9)
+    peak = measure.DevicePeak(flops=1e12, copied_bytes=1e9)
     lora = sum(p.numel() for p in models.learner.lora.parameters.values())
     assert parts[EMA].share_of(peak) == 12 * lora / 1e9 / parts[EMA].median
     assert parts[TRAINING].share_of(peak) == parts[TRAINING].flops / 1e12 / parts[TRAINING].median
 
 
 def test_a_peak_is_positive():
-    peak = timing.measure_peak(CPU, torch.float32)
+    peak = measure.measure_peak(CPU, torch.float32)
     assert peak.flops > 1e8 and peak.copied_bytes > 1e7
 
 
@@ -332,14 +330,14 @@ def test_a_peak_is_positive():
 )
 def test_what_cannot_be_built_without_weights(changes, message):
     with pytest.raises(UserError, match=message):
-        meta_models.count_models(small_config(**changes))
+        weightless_models.count_models(small_config(**changes))
 
 
 def test_a_model_folder_without_configs(tmp_path):
     index = MODELS / "tiny-sd15" / "model_index.json"
     (tmp_path / index.name).write_bytes(index.read_bytes())
     with pytest.raises(UserError, match="pretrained: a config file of .* cannot be read"):
-        meta_models.count_models(small_config(**{"pretrained.model": str(tmp_path)}))
+        weightless_models.count_models(small_config(**{"pretrained.model": str(tmp_path)}))
 
 
 def run_script(*arguments):

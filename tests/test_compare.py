@@ -12,10 +12,9 @@ from helpers import MODELS
 from test_benchmark import CPU, SIZES, run_script, small_config
 
 from spo.command_line.flags import FLAGS, changed, define_config, parse_flags
+from spo.costs import measure, variants
 from spo.costs.measure import Work
 from spo.costs.meter import EMA, ROLLOUT, TRAINING
-from spo.costs.meter import measure as timing
-from spo.costs.meter import variants as compare
 from spo.costs.profile import profile_iteration
 from spo.costs.variants import Measured, Turn
 from spo.errors import UserError
@@ -45,13 +44,13 @@ def test_random_weights_run(tmp_path, family, precision, scorer):
     config = small_config(family, mixed_precision=precision, **changes)
     config.pretrained.model = str(folder)
     plan = plan_batches(config, 1)
-    models = timing.load_models(config, plan.accumulation_steps, CPU, random=True)
+    models = measure.load_models(config, plan.accumulation_steps, CPU, random=True)
     assert type(models.backbone).autocast is Backbone.autocast
     dtypes = {p.dtype for p in models.backbone.vae.parameters()}
     assert dtypes == {models.backbone.dtype} and torch.get_default_dtype() is torch.float32
-    work = timing.count_work(models, plan)
+    work = measure.count_work(models, plan)
     real = small_config(family, mixed_precision=precision, **changes)
-    measured = timing.count_work(timing.load_models(real, plan.accumulation_steps, CPU), plan)
+    measured = measure.count_work(measure.load_models(real, plan.accumulation_steps, CPU), plan)
     assert work == measured
     assert work.pairs == 2 and all(work.flops[part] for part in (ROLLOUT, TRAINING))
 
@@ -59,10 +58,10 @@ def test_random_weights_run(tmp_path, family, precision, scorer):
 def test_random_weights_without_a_finite_score():
     config = small_config()
     plan = plan_batches(config, 1)
-    models = timing.load_models(config, plan.accumulation_steps, CPU, random=True)
+    models = measure.load_models(config, plan.accumulation_steps, CPU, random=True)
     models.backbone.vae.decoder.conv_out.bias.data.fill_(torch.nan)
     with pytest.raises(UserError, match="no score is finite"):
-        timing.count_work(models, plan)
+        measure.count_work(models, plan)
 
 
 def test_rates_are_those_of_prompts_pairs_and_updates_by_hand():
@@ -88,14 +87,14 @@ def test_variants_take_turns_and_one_is_in_memory(monkeypatch):
     order, alive = [], []
 
     def load(config):
-        models = timing.load_models(config, 1, CPU)
+        models = measure.load_models(config, 1, CPU)
         assert not any(unet() for unet in alive)  # the last one's is gone
         alive.append(weakref.ref(models.backbone.unet))
         order.append(config.sample.batch_size)
         return models
 
     one, two = (small_config(**{"sample.batch_size": n, "sample.num_steps": 3}) for n in (1, 2))
-    measured = compare.compare({"one": one, "two": two}, load, rounds=2, repeats=2)
+    measured = variants.compare({"one": one, "two": two}, load, rounds=2, repeats=2)
     assert order == [1, 2, 1, 2]
     assert (measured["one"].work.prompts, measured["two"].work.prompts) == (1, 2)
     assert [len(turn.seconds[ROLLOUT]) for turn in measured["two"].turns] == [2, 2]
@@ -133,7 +132,7 @@ def test_changes_to_a_copy_of_the_config(parsed):
 def test_a_profile_accounts_for_the_whole_iteration():
     config = small_config(**{"sample.batch_size": 1, "sample.num_steps": 3})
     plan = plan_batches(config, 1)
-    text = profile_iteration(timing.load_models(config, plan.accumulation_steps, CPU), plan)
+    text = profile_iteration(measure.load_models(config, plan.accumulation_steps, CPU), plan)
     title, _, _, *rows = text.splitlines()
     assert "aten::mm" in text and len(rows) == 30 + 2
     seconds = [float(row.split()[-2]) for row in rows]

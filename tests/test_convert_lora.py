@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from spo import hub
 from spo.errors import UserError
-from spo.lora_io import find as lora_files
+from spo.lora_io import find
 from spo.lora_io.find import find_lora
 from spo.lora_io.merge import check_fit, merged_pipeline
 from spo.lora_io.read import read_lora_file
@@ -229,8 +229,8 @@ def downloads(monkeypatch):
         assert found[-1] in REPO
         return Path(spec)
 
-    monkeypatch.setattr(lora_files, "list_files", lambda repo, key: sorted(REPO))
-    monkeypatch.setattr(lora_files, "resolve_file", resolve)
+    monkeypatch.setattr(find, "list_files", lambda repo, key: sorted(REPO))
+    monkeypatch.setattr(find, "resolve_file", resolve)
     return found
 
 

@@ -12,7 +12,7 @@ from small_runs import LORA, read_metrics, run, small_config
 
 from spo.costs.meter import flop_counter
 from spo.errors import UserError
-from spo.method import build as settings
+from spo.method import build
 from spo.method.collect import collect_rollout
 from spo.models.backbone import Backbone, ModelSource, check_source
 from spo.models.decoder import decode, load_decoder
@@ -86,7 +86,7 @@ def test_a_rollout_decodes_with_it_slice_by_slice(folder, monkeypatch, tmp_path)
         model,
         scorer,
         model.schedule(4),
-        settings.collect_settings(config),
+        build.collect_settings(config),
         PROMPTS[:2],
         torch.arange(2),
         torch.Generator().manual_seed(0),

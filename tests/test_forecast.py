@@ -10,10 +10,10 @@ import pytest
 import torch
 from test_benchmark import small_config
 
+from spo.costs import startup
 from spo.costs.count import CHECKPOINTED, Costs, count_costs
 from spo.costs.meta_cache import KnownShapes
 from spo.costs.meter import DECODING, DENOISING, ROLLOUT, SCORING, TRAINING, flop_counter
-from spo.costs.meter import startup as forecast
 from spo.costs.startup import Forecast, batches, describe, make_forecast, warning
 from spo.costs.weightless_models import META
 from spo.launch.batch_plan import plan_batches
@@ -72,7 +72,7 @@ def test_what_is_in_memory_at_once():
     ],
 )
 def test_a_warning_names_the_key(monkeypatch, part, batch, memory, advice):
-    monkeypatch.setattr(forecast, "count_costs", lambda config, trainings: COSTS)
+    monkeypatch.setattr(startup, "count_costs", lambda config, trainings: COSTS)
     assert batch > COSTS.largest_batch(part, memory * GIB)
     line = warning(None, COSTS, part, batch, memory * GIB)
     need = 4 + batch * COSTS.peak_bytes[part] / GIB
@@ -84,7 +84,7 @@ def test_a_warning_names_the_key(monkeypatch, part, batch, memory, advice):
 
 def said(config, monkeypatch, memory):
     lines = []
-    monkeypatch.setattr(forecast, "device_memory", lambda device: memory)
+    monkeypatch.setattr(startup, "device_memory", lambda device: memory)
     made = make_forecast(config, plan_batches(config, 1), CPU, lines.append)
     return made, lines
 
@@ -157,12 +157,12 @@ def test_known_shapes_give_and_count_the_same():
 def test_a_cpu_shares_what_is_free(monkeypatch, tmp_path):
     free = psutil.virtual_memory().available
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert 0 < forecast.device_memory(CPU) <= free / 3
+    assert 0 < startup.device_memory(CPU) <= free / 3
     (tmp_path / "memory.max").write_text("1024\n")
-    monkeypatch.setattr(forecast, "_CGROUPS", (tmp_path / "memory.max",))
-    assert forecast.device_memory(CPU) == 256
+    monkeypatch.setattr(startup, "_CGROUPS", (tmp_path / "memory.max",))
+    assert startup.device_memory(CPU) == 256
     (tmp_path / "memory.max").write_text("max\n")
-    assert forecast.device_memory(CPU) > 10**6
+    assert startup.device_memory(CPU) > 10**6
 
 
 def test_a_run_says_its_estimate_first_and_its_rate_once(tmp_path, capsys, monkeypatch):

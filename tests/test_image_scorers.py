@@ -208,7 +208,7 @@ def test_names_and_options_that_there_are_not(name, options, message):
 
 def test_the_table_does_without_open_clip(monkeypatch):
     """Which takes seconds to import, and is not needed by every scorer."""
-    for module in [name for name in sys.modules if name.startswith("spo.evaluation.")]:
+    for module in [name for name in sys.modules if name.startswith("spo.scorers.")]:
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, "open_clip", None)
     imported = importlib.import_module("spo.scorers.image_scorers")

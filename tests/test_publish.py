@@ -26,9 +26,9 @@ from spo.hub import Destination, is_hub_id
 from spo.method.build import lora_metadata
 from spo.models.backbone import Backbone, ModelSource
 from spo.models.lora import add_lora, save_lora
+from spo.publish import push as publish
 from spo.publish.card import merge_cards
 from spo.publish.layout import stage
-from spo.publish.push import push as publish
 from spo.run.folder import record_start
 from spo.run.pictures import Cell
 from spo.run.validation import save_samples

@@ -12,7 +12,7 @@ import pytest
 from helpers import GOLDEN, MODELS
 from safetensors.torch import load_file, save_file
 
-from spo.method import build as settings
+from spo.method import build
 from spo.method import learner as learner_module
 from spo.models.device import speed_up
 
@@ -61,7 +61,7 @@ def test_a_trace_replays_with_other_memory_layout_and_recomputed_activations(scr
     replay = script.Replay(GOLDEN / trace, MODELS)
     assert replay.learner.merged is not None  # as everywhere, by default
     replay.backbone.unet.enable_gradient_checkpointing()
-    layout = replace(settings.speed_settings(replay.config), channels_last=True)
+    layout = replace(build.speed_settings(replay.config), channels_last=True)
     speed_up(replay.backbone, replay.scorer, layout)
     assert not replay.backbone.unet.conv_in.weight.is_contiguous()
     assert script.failures(replay.run(), "gradspo") == []

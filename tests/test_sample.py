@@ -12,7 +12,7 @@ from helpers import MODELS, add_tiny_lora, load_backbone, model_folder, random_w
 from PIL import Image
 
 from spo.errors import UserError
-from spo.evaluation import images_cli as samples
+from spo.evaluation import images_cli
 from spo.models.backbone import SCHEDULERS
 from spo.models.lora import save_lora
 from spo.models.plain_images import ImageSettings, sample_images
@@ -41,7 +41,7 @@ def settings(**changes):
         "mixed_precision": None,
         "batch_size": 1,
     }
-    return samples.SampleSettings(**(values | changes))
+    return images_cli.SampleSettings(**(values | changes))
 
 
 def pixels(image):
@@ -52,8 +52,8 @@ def pixels(image):
 def test_ddim_draws_what_the_evaluation_draws_from_the_same_seed(family, tmp_path):
     ours = ImageSettings(num_steps=2, guidance_scale=2.0, seed=5)
     seed = ours.image_seed(0)
-    models = samples.read_models(["base"], model_folder(family), None, None)
-    samples.draw_samples(models, PROMPTS[:1], settings(seeds=(seed,)), tmp_path)
+    models = images_cli.read_models(["base"], model_folder(family), None, None)
+    images_cli.draw_samples(models, PROMPTS[:1], settings(seeds=(seed,)), tmp_path)
     expected = to_pil(sample_images(load_backbone(family), PROMPTS[:1], [0], ours))[0]
     with Image.open(tmp_path / "base" / f"00000_seed{seed}.png") as found:
         assert abs(pixels(found) - pixels(expected)).max() <= 1
@@ -61,9 +61,9 @@ def test_ddim_draws_what_the_evaluation_draws_from_the_same_seed(family, tmp_pat
 
 
 def test_strengths_seeds_and_what_an_image_says(lora, tmp_path):
-    models = samples.read_models(["base", f"fox={lora}:2"], model_folder("sd15"), None, "0,0.5")
+    models = images_cli.read_models(["base", f"fox={lora}:2"], model_folder("sd15"), None, "0,0.5")
     assert [spec.name for spec in models] == ["base", "fox_0", "fox_0.5"]
-    grid = samples.draw_samples(models, PROMPTS, settings(seeds=(0, 1)), tmp_path)
+    grid = images_cli.draw_samples(models, PROMPTS, settings(seeds=(0, 1)), tmp_path)
     images = {
         path.relative_to(tmp_path).as_posix(): Image.open(path) for path in tmp_path.glob("*/*.png")
     }
@@ -80,10 +80,10 @@ def test_strengths_seeds_and_what_an_image_says(lora, tmp_path):
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 def test_every_scheduler_repeats_whatever_is_drawn_beside(scheduler, tmp_path):
-    models = samples.read_models(["base"], model_folder("sd15"), None, None)
+    models = images_cli.read_models(["base"], model_folder("sd15"), None, None)
     one, two = (settings(scheduler=scheduler, batch_size=size, size=(128, 64)) for size in (1, 2))
-    samples.draw_samples(models, PROMPTS, one, tmp_path / "one")
-    samples.draw_samples(models, PROMPTS, two, tmp_path / "two")
+    images_cli.draw_samples(models, PROMPTS, one, tmp_path / "one")
+    images_cli.draw_samples(models, PROMPTS, two, tmp_path / "two")
     names = sorted(path.name for path in (tmp_path / "one" / "base").iterdir())
     assert names == ["00000_seed3.png", "00001_seed3.png"]
     for name in names:
@@ -93,10 +93,10 @@ def test_every_scheduler_repeats_whatever_is_drawn_beside(scheduler, tmp_path):
 
 
 def test_the_base_is_what_the_lora_was_trained_on(lora):
-    assert samples.default_base(["base", f"fox={lora}:0.5"]) == model_folder("sd15")
-    assert samples.default_base(["base", "user/repo"]) == samples.SD15
+    assert images_cli.default_base(["base", f"fox={lora}:0.5"]) == model_folder("sd15")
+    assert images_cli.default_base(["base", "user/repo"]) == images_cli.SD15
     (lora.parent / "config.json").write_text('{"pretrained": {"model": "of/the-run"}}')
-    assert samples.default_base([str(lora)]) == "of/the-run"
+    assert images_cli.default_base([str(lora)]) == "of/the-run"
     (lora.parent / "config.json").unlink()
 
 
@@ -127,8 +127,8 @@ def test_bad_input_is_one_line(arguments, message, monkeypatch, capsys, tmp_path
 
 def test_a_lora_of_another_base(lora):
     with pytest.raises(UserError, match="fox.safetensors: the LoRA is of another model"):
-        models = samples.read_models([str(lora)], str(MODELS / "tiny-sdxl"), None, None)
-        samples.draw_samples(models, PROMPTS, settings(), lora.parent / "out")
+        models = images_cli.read_models([str(lora)], str(MODELS / "tiny-sdxl"), None, None)
+        images_cli.draw_samples(models, PROMPTS, settings(), lora.parent / "out")
 
 
 def test_the_command(lora, tmp_path):

@@ -21,8 +21,7 @@ from safetensors.torch import load_file
 from config import spm_tiny
 from spo.errors import RunError, Stopped, UserError
 from spo.launch.__main__ import read_script
-from spo.preference import learner as learner_module
-from spo.preference import preparation
+from spo.preference import preparation, spm_learner
 from spo.preference.spm_preflight import preflight
 from spo.preference.spm_trainer import train
 from spo.run.checkpoint_folder import _seal, checkpoints, read_state
@@ -184,7 +183,7 @@ def test_resumed_run_is_the_run_that_was_not_interrupted(config, whole, tmp_path
 )
 def test_a_signal_loses_nothing(config, whole, monkeypatch, where, call, step):
     """Neither what was summed up for the next line nor an accuracy that was being measured."""
-    owner = learner_module if where == "pair_losses" else learner_module.PreferenceLearner
+    owner = spm_learner if where == "pair_losses" else spm_learner.PreferenceLearner
     own, calls = getattr(owner, where), []
 
     def signalled(*arguments):
@@ -343,13 +342,13 @@ def test_training_learns_what_the_labels_say(config, monkeypatch):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_says_where(config, monkeypatch):
-    own = learner_module.pair_losses
+    own = spm_learner.pair_losses
 
     def broken(scores, labels):
         losses = own(scores, labels)
         return torch.where(torch.arange(len(losses)) == 1, torch.nan, losses)
 
-    monkeypatch.setattr(learner_module, "pair_losses", broken)
+    monkeypatch.setattr(spm_learner, "pair_losses", broken)
     with pytest.raises(RunError, match=r"not finite at step 1 \(t = \d+ for '.*'; t = "):
         run(config)
     checkpoints = Path(config.logdir) / "run" / "checkpoints"

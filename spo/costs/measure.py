@@ -13,6 +13,7 @@ import torch
 from ml_collections import ConfigDict
 
 from spo import scorers
+from spo.costs import weightless_models
 from spo.costs.meter import (
     EMA,
     ROLLOUT,
@@ -24,10 +25,9 @@ from spo.costs.meter import (
     train_on_pairs,
     with_every_pair,
 )
-from spo.costs.meter import weightless_models as meta_models
 from spo.errors import UserError
 from spo.launch.batch_plan import BatchPlan
-from spo.method import build as settings
+from spo.method import build
 from spo.models import backbone
 from spo.models.backbone import Backbone
 from spo.models.device import set_up_device, speed_up
@@ -164,24 +164,24 @@ def load_models(
     """
     set_up_device(device, config.allow_tf32)
     if random:
-        models = meta_models.build_models(config, device, accumulation_steps)
+        models = weightless_models.build_models(config, device, accumulation_steps)
     else:
         models = _load_models(config, accumulation_steps, device)
     if config.train.gradient_checkpointing:
         models.backbone.unet.enable_gradient_checkpointing()
-    speed_up(models.backbone, models.scorer, settings.speed_settings(config))
+    speed_up(models.backbone, models.scorer, build.speed_settings(config))
     return models
 
 
 def _load_models(config: ConfigDict, accumulation_steps: int, device: torch.device) -> Models:
-    settings.check(config)
-    backbone.check_source(settings.rollout_source(config), config.family)
-    scorers.check_source(settings.scorer_source(config))
-    base = Backbone(settings.rollout_source(config), config.family, config.mixed_precision, device)
-    lora = settings.build_lora(config, base.unet, seed=0)
+    build.check(config)
+    backbone.check_source(build.rollout_source(config), config.family)
+    scorers.check_source(build.scorer_source(config))
+    base = Backbone(build.rollout_source(config), config.family, config.mixed_precision, device)
+    lora = build.build_lora(config, base.unet, seed=0)
     return Models(
         base,
-        scorers.load_scorer(settings.scorer_source(config), device),
-        settings.build_learner(config, base, base.unet, lora, accumulation_steps),
-        with_every_pair(settings.collect_settings(config)),
+        scorers.load_scorer(build.scorer_source(config), device),
+        build.build_learner(config, base, base.unet, lora, accumulation_steps),
+        with_every_pair(build.collect_settings(config)),
     )

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from spo import scorers
 from spo.costs.meter import DECODING, SCORING, Meter
 from spo.errors import UserError
-from spo.method import build as settings
+from spo.method import build
 from spo.method.collect import CollectSettings, Comparison, roll_out, score_candidates
 from spo.method.ddim import DDIMSchedule
 from spo.method.health import check_scores
@@ -140,9 +140,9 @@ def check_change(config: ConfigDict, key: str | None = None) -> None:
             f"--compare: {key} changes the rollout itself; what can be compared are "
             f"{', '.join(_SCORING_KEYS)} and the keys of preference."
         )
-    settings.check(config)
-    backbone.check_source(settings.rollout_source(config), config.family)
-    scorers.check_source(settings.scorer_source(config))
+    build.check(config)
+    backbone.check_source(build.rollout_source(config), config.family)
+    scorers.check_source(build.scorer_source(config))
 
 
 def load_judges(model: Backbone, config: ConfigDict, others: Sequence[ConfigDict]) -> list[Judge]:
@@ -153,14 +153,14 @@ def load_judges(model: Backbone, config: ConfigDict, others: Sequence[ConfigDict
     decoders, loaded = {None: model.vae, config.sample.decoder: model.decoder}, []
     judges = []
     for each in (config, *others):
-        name, source = each.sample.decoder, settings.scorer_source(each)
+        name, source = each.sample.decoder, build.scorer_source(each)
         if name not in decoders:
-            decoder = load_decoder(settings.rollout_source(each).decoder, model.dtype)
+            decoder = load_decoder(build.rollout_source(each).decoder, model.dtype)
             decoders[name] = decoder.to(model.device)
         scorer = next((scorer for known, scorer in loaded if known == source), None)
         if scorer is None:
             scorer = scorers.load_scorer(source, model.device)
             loaded.append((source, scorer))
-        pairs, size = settings.pair_settings(each), each.sample.decode_batch_size
+        pairs, size = build.pair_settings(each), each.sample.decode_batch_size
         judges.append(Judge(decoders[name], scorer, pairs, size, Meter(model.device)))
     return judges

@@ -27,7 +27,7 @@ from spo.command_line.config_files import REPO_ROOT
 from spo.costs.meter import Models, replaced, with_every_pair
 from spo.errors import UserError
 from spo.hub import LOAD_ERRORS, first_line, is_hub_id
-from spo.method import build as settings
+from spo.method import build
 from spo.method.losses import LOSSES
 from spo.models import backbone
 from spo.models.backbone import Backbone, ModelSource
@@ -66,8 +66,8 @@ def build_models(
     SD1.5's or SDXL's by its family, PickScore's, TAESD's. Every comparison makes a pair. Weights are
     made on the device in their own dtype. Raises UserError for what is wrong with the config.
     """
-    settings.check(config)
-    source = settings.rollout_source(config)
+    build.check(config)
+    source = build.rollout_source(config)
     folder = _folder(source.model, config.family, "pretrained.model")
     vae = source.vae and _folder(source.vae, f"{config.family}/vae", "pretrained.vae")
     decoder = source.decoder and _folder(source.decoder, "taesd", "sample.decoder")
@@ -75,10 +75,10 @@ def build_models(
     backbone.check_source(source, config.family)
     kind = MetaBackbone if device.type == "meta" else UnloadedBackbone
     model = kind(source, config.family, config.mixed_precision, device)
-    lora = settings.build_lora(config, model.unet, seed=0)
-    learner = settings.build_learner(config, model, model.unet, lora, accumulation_steps)
-    collect, networks = with_every_pair(settings.collect_settings(config)), model.networks()
-    scorer_source = settings.scorer_source(config)
+    lora = build.build_lora(config, model.unet, seed=0)
+    learner = build.build_learner(config, model, model.unet, lora, accumulation_steps)
+    collect, networks = with_every_pair(build.collect_settings(config)), model.networks()
+    scorer_source = build.scorer_source(config)
     if scorer_source.scorer in _SCORERS:
         networks[SCORER] = clip = _preference_model(scorer_source, device)
         scorer = _SCORERS[scorer_source.scorer][1](clip, _inputs(clip), device)

@@ -24,7 +24,7 @@ from spo.evaluation.scores import ScoreFolder
 from spo.launch.signals import StopSignals
 from spo.launch.workers import Workers
 from spo.lora_io.model_spec import ModelSpec, read_specs, use_loras
-from spo.method import build as settings
+from spo.method import build
 from spo.method.health import check_images
 from spo.models.backbone import DTYPES, Backbone, ModelSource, check_source
 from spo.models.plain_images import ImageSettings, sample_images
@@ -51,7 +51,7 @@ def preflight(config: ConfigDict, num_processes: int) -> Preflight:
     check_values(config)
     name = config.run_name or f"eval_{config.family}_{time.strftime('%Y%m%d_%H%M%S')}"
     folder = Path(config.logdir).expanduser() / name
-    base = settings.model_source(config)
+    base = build.model_source(config)
     models = tuple(read_specs(config.models, base, config.family, "models"))
     for source in {spec.source for spec in models if spec.source is not None}:
         check_source(source, config.family)

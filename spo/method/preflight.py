@@ -17,10 +17,10 @@ from spo.data.prompts import PromptSet, read_prompts
 from spo.errors import UserError
 from spo.launch.batch_plan import BatchPlan, plan_batches
 from spo.lora_io.find import find_lora
-from spo.method import build as settings
+from spo.method import build
 from spo.models import backbone
 from spo.models.optimizers import ADAMW
-from spo.publish.push import push as publish
+from spo.publish import push as publish
 from spo.run import tracking
 from spo.run.checkpoint_folder import read_state, reading
 from spo.run.folder import run_name
@@ -58,15 +58,15 @@ def read_validation_prompts(config: ConfigDict) -> tuple[str, ...]:
 def preflight(config: ConfigDict, num_processes: int) -> Preflight:
     """Check config and files and read the prompts; nothing is written. UserError in one line."""
     check_leaves(config)
-    settings.check(config)
+    build.check(config)
     tracking.check_tracker(config.tracker.name)
     if config.hub.repo_id:
-        publish.check_access(settings.destination(config))
+        publish.check_access(build.destination(config))
     plan = plan_batches(config, num_processes)
     run_dir = Path(config.logdir).expanduser() / run_name(config, config.algorithm)
     resume = find_checkpoint(config, run_dir)
-    backbone.check_source(settings.rollout_source(config), config.family)
-    scorers.check_source(settings.scorer_source(config))
+    backbone.check_source(build.rollout_source(config), config.family)
+    scorers.check_source(build.scorer_source(config))
     if config.lora.init_from:
         find_lora(config.lora.init_from, "lora.init_from")
     validation_prompts = read_validation_prompts(config) if config.eval_interval else ()

@@ -19,8 +19,7 @@ from spo.errors import RunError, Stopped
 from spo.launch.signals import StopSignals
 from spo.launch.workers import Workers
 from spo.lora_io.find import find_lora, read_lora
-from spo.method import build as settings
-from spo.method import metrics
+from spo.method import build, metrics
 from spo.method.checkpoint import (
     Progress,
     load_checkpoint,
@@ -79,15 +78,15 @@ class Trainer:
             self.forecast = make_forecast(config, self.plan, workers.device, self.say)
         with workers.together():
             self.backbone = Backbone(
-                settings.rollout_source(config),
+                build.rollout_source(config),
                 config.family,
                 config.mixed_precision,
                 workers.device,
             )
-            self.scorer = load_scorer(settings.scorer_source(config), workers.device)
+            self.scorer = load_scorer(build.scorer_source(config), workers.device)
             lora = self._make_lora()
-            speed_up(self.backbone, self.scorer, settings.speed_settings(config))
-        self.learner = settings.build_learner(
+            speed_up(self.backbone, self.scorer, build.speed_settings(config))
+        self.learner = build.build_learner(
             config,
             self.backbone,
             workers.wrap(self.backbone.unet),
@@ -99,7 +98,7 @@ class Trainer:
             self.backbone,
             self.scorer,
             self.learner,
-            settings.collect_settings(config),
+            build.collect_settings(config),
             self.plan,
             self.prompts,
             config.seed,
@@ -122,7 +121,7 @@ class Trainer:
         config, unet = self.config, self.backbone.unet
         if config.train.gradient_checkpointing:
             unet.enable_gradient_checkpointing()
-        lora = settings.build_lora(config, unet, seed=derive_seed(config.seed, "lora"))
+        lora = build.build_lora(config, unet, seed=derive_seed(config.seed, "lora"))
         if config.lora.init_from:
             key = "lora.init_from"
             path = find_lora(config.lora.init_from, key)
@@ -145,7 +144,7 @@ class Trainer:
         return Tracking(self.run_dir, tracker.name, tracker.project, self.config.to_dict())
 
     def _start_publishing(self) -> Publishing | None:
-        target, every = settings.destination(self.config), self.config.hub.push_every
+        target, every = build.destination(self.config), self.config.hub.push_every
         return Publishing(self.run_dir, target, every, self.say) if target.repo_id else None
 
     def run(self) -> None:
@@ -277,7 +276,7 @@ class Trainer:
                 self.backbone,
                 prompts,
                 self.signals.watch(self.progress(mine, "validation images")),
-                settings.image_settings(self.config),
+                build.image_settings(self.config),
             )
         cells = self.workers.gather_to_main(cells)
         with self.workers.together():
@@ -297,7 +296,7 @@ class Trainer:
     def save_networks(self) -> None:
         """Write the LoRAs as they are into the run directory."""
         with writing(self.run_dir):
-            save_networks(self.run_dir, self.learner, settings.lora_metadata(self.config))
+            save_networks(self.run_dir, self.learner, build.lora_metadata(self.config))
 
     def save_checkpoint(self) -> Path:
         """Save, on the main process, everything that a resumed run needs, unless that is done."""
@@ -316,7 +315,7 @@ class Trainer:
                     progress,
                     shares,
                     run_facts(self.config, self.plan, self.prompts),
-                    settings.lora_metadata(self.config),
+                    build.lora_metadata(self.config),
                     self.config.checkpoint_limit,
                 )
         self.saved = folder

@@ -16,7 +16,7 @@ from spo.hub import resolve_file
 from spo.launch.batch_plan import UpdatePlan, plan_updates
 from spo.method.build import model_source
 from spo.models import backbone
-from spo.preference import spm_build as settings
+from spo.preference import spm_build
 from spo.preference.batches import decode_pair
 from spo.preference.rows import fault_of, pick, usable_rows
 from spo.preference.source import open_split
@@ -52,7 +52,7 @@ class Preflight:
 def preflight(config: ConfigDict, num_processes: int) -> Preflight:
     """Check config, files and rows; nothing is written. UserError in one line."""
     check_leaves(config)
-    settings.check(config)
+    spm_build.check(config)
     tracking.check_tracker(config.tracker.name)
     plan = plan_updates(config, num_processes)
     run_dir = Path(config.logdir).expanduser() / run_name(config, "spm")
@@ -101,7 +101,7 @@ def read_rows(config: ConfigDict, split: str, need_has_label: bool = False) -> R
 
     Of the images, they are looked at until one pair of them is sound; so are the rows of a stream.
     """
-    rows = open_split(settings.data_source(config), split)
+    rows = open_split(spm_build.data_source(config), split)
     if config.data.streaming:
         usable, faults, candidates = None, Counter(), islice(rows, _FIRST_ROWS)
         name = f"{config.data.source}, split {split!r}, streamed"

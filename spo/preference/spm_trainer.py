@@ -22,7 +22,7 @@ from spo.launch.signals import StopSignals
 from spo.launch.workers import Workers
 from spo.method.health import check_skipped
 from spo.method.metrics import peak_memory_gib
-from spo.preference import spm_build as settings
+from spo.preference import spm_build
 from spo.preference.accuracy import accuracy, count_correct
 from spo.preference.batches import PairBatch, decoded
 from spo.preference.rows import FAULTS, Share, stream_batches, table_batches, validation_batches
@@ -72,13 +72,13 @@ class PreferenceTrainer:
                 self.say(rows.description)
         self.say(ready.plan.describe())
         with workers.together():
-            source = settings.data_source(config)
+            source = spm_build.data_source(config)
             self.rows = open_split(source, config.data.train_split)
             if ready.validation is not None:
                 self.validation_rows = open_split(source, config.data.validation_split)
-            self.preparation = settings.build_preparation(config, workers.device)
-            spm = settings.load_spm(config)
-        self.learner = settings.build_learner(config, spm, workers)
+            self.preparation = spm_build.build_preparation(config, workers.device)
+            spm = spm_build.load_spm(config)
+        self.learner = spm_build.build_learner(config, spm, workers)
         self.signals = StopSignals()
         self.tally = Tally(left_out=Counter(ready.train.faults))
         self.saved = ready.resume.checkpoint

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from spo.errors import UserError
 from spo.evaluation.statistics import Estimate, paired_difference, win_rate
 from spo.lora_io.find import find_lora, read_lora
-from spo.method import build as settings
+from spo.method import build
 from spo.models.backbone import Backbone
 from spo.models.plain_images import ImageSettings, sample_images
 from spo.run.pictures import Cell, grid, to_pil
@@ -70,7 +70,7 @@ class Bench:
         self, config: ConfigDict, prompts: Sequence[str], image_settings: ImageSettings
     ) -> None:
         self.backbone = Backbone(
-            settings.model_source(config),
+            build.model_source(config),
             config.family,
             config.mixed_precision,
             torch.device("cpu"),
@@ -83,7 +83,7 @@ class Bench:
             )
         self.prompts, self.image_settings = prompts, image_settings
         self.base = draw_and_judge(self.backbone, prompts, image_settings, "base")
-        self._lora = settings.build_lora(config, self.backbone.unet, seed=0)
+        self._lora = build.build_lora(config, self.backbone.unet, seed=0)
 
     def judge(self, run_dir: Path) -> Judged:
         """The same prompts from the same noise with the LoRA of a run."""
