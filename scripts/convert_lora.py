@@ -20,9 +20,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from spo.atomic import check_output, new_output
 from spo.command_line.flags import exit_on_user_error
 from spo.errors import UserError
-from spo.output import check_output, new_output
 
 FORMATS = ("diffusers", "kohya", "peft")
 DTYPES = ("fp16", "bf16", "fp32")

@@ -28,9 +28,8 @@ from spo.atomic import PARTIAL
 from spo.command_line.config_files import load_config
 from spo.errors import Stopped
 from spo.method.trainer import train
-from spo.run.checkpoint_folder import FOLDER, checkpoints, find_fault
-from spo.run.folder import STARTS
-from spo.run.tracking import METRICS
+from spo.run.checkpoint_folder import checkpoints, find_fault
+from spo.run.folder import CHECKPOINTS, METRICS, STARTS
 
 # A kill is drawn as one of these; a run has a rollout, minibatches and a checkpoint every second.
 KINDS = ("any moment", "any moment", "checkpoint", "after SIGTERM")
@@ -206,7 +205,7 @@ def differences(whole: Path, other: Path) -> list[str]:
     if read_metrics(whole) != read_metrics(other):
         found.append(METRICS)
     folders = checkpoints(other)
-    return found + [f"{FOLDER}/{folder.name}" for folder in folders if find_fault(folder)]
+    return found + [f"{CHECKPOINTS}/{folder.name}" for folder in folders if find_fault(folder)]
 
 
 def contents(path: Path) -> bytes | None:

@@ -124,7 +124,7 @@ def install(out: Path, assets: Path) -> None:
     import torch
     from safetensors.torch import load_file, save_file
 
-    from spo.preference.spm_checkpoint import FILE_NAME
+    from spo.run.folder import SPM_FILE
 
     for folder in ("sd15", "clip", "decoder", "pickapic", "prompts"):
         shutil.rmtree(assets / folder, ignore_errors=True)
@@ -135,7 +135,7 @@ def install(out: Path, assets: Path) -> None:
     for name in PARQUET:
         rows = pq.read_table(out / "pickapic" / name)
         pq.write_table(rows.slice(0, SAMPLE), assets / "pickapic" / name)
-    shutil.copy(out / "spm" / FILE_NAME, assets / "spm.safetensors")
+    shutil.copy(out / "spm" / SPM_FILE, assets / "spm.safetensors")
     vae = assets / "sd15" / "vae" / "config.json"
     settings = json.loads(vae.read_text())
     settings.pop("_name_or_path", None)  # a folder of this machine

@@ -15,6 +15,7 @@ sys.path.insert(0, str(REPO))
 
 from spo.command_line.flags import exit_on_user_error
 from spo.errors import UserError
+from spo.run.folder import RESULTS
 
 
 def main() -> None:
@@ -42,7 +43,7 @@ def report(folder: Path, max_prompts: int) -> Path:
 
     if max_prompts < 1:
         raise UserError(f"--max_prompts: {max_prompts} is less than 1.")
-    if (folder / results.FILE_NAME).exists():
+    if (folder / RESULTS).exists():
         return write_report(folder, results.read_results(folder), max_prompts)
     return write_run_report(folder)
 

@@ -137,7 +137,7 @@ def arm_config(arm: str, seed: int, folder: Path):
 
 def judge(folder: Path) -> dict:
     """What the run's LoRA is worth against the base, on the held-out captions."""
-    from spo.run.tracking import METRICS
+    from spo.run.folder import METRICS
     from spo.tiny_world.evaluation import compare
 
     verdict = compare(bench().base, bench().judge(folder))

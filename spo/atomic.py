@@ -11,7 +11,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from spo.errors import RunError
+from spo.errors import RunError, UserError
 
 PARTIAL = ".partial"  # ends the names of what is not complete
 
@@ -40,7 +40,7 @@ def _reason(path: Path, error: Exception) -> str:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Where to write what takes the place of `path` at the end: whoever reads finds a whole file."""
+    """Yields a temporary path that atomically replaces the file `path` on exit."""
     partial = path.with_name(path.name + PARTIAL)
     try:
         yield partial
@@ -92,3 +92,46 @@ def sync_folder(path: Path) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+def check_output(path: Path, mark: str | None, overwrite: bool) -> None:
+    """Raise UserError unless `path` may be written, as a .safetensors file or as a folder.
+
+    `mark` is a file that every folder of this kind has: no other folder is overwritten. None: a file.
+    """
+    if (path.suffix == ".safetensors") != (mark is None):
+        wanted = "end in .safetensors" if mark is None else "be a folder"
+        raise UserError(f"--output: {path} must {wanted}.")
+    if not path.exists():
+        return
+    if not overwrite:
+        raise UserError(f"--output: {path} exists; choose another, or add --overwrite.")
+    if path.is_dir() if mark is None else not (path / mark).is_file():
+        raise UserError(f"--output: {path} holds something else, and is not overwritten.")
+
+
+@contextlib.contextmanager
+def new_output(path: Path) -> Iterator[Path]:
+    """Yields a temporary path that replaces the file or folder `path` on exit; errors remove it.
+
+    Raises UserError that names --output if the disk refuses.
+    """
+    partial = path.with_name(path.name + PARTIAL)
+    _remove(partial)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield partial
+        if path.is_dir():
+            shutil.rmtree(path)
+        partial.replace(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"--output: cannot write {path} ({error}).") from error
+    finally:
+        _remove(partial)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -1,19 +1,30 @@
 """Errors that are told in one line; every other exception is a bug and shows its traceback."""
 
-from spo.launch.exit_status import STOPPED
+from __future__ import annotations
+
+from pickle import UnpicklingError
+
+from safetensors import SafetensorError
+
+FAILED, BAD_INPUT = 1, 2
+STOPPED = 75  # EX_TEMPFAIL of sysexits.h: the run can be taken up again
+
+# What from_pretrained raises for files that are missing, damaged or of another shape.
+LOAD_ERRORS = (OSError, ValueError, RuntimeError, EOFError, UnpicklingError, SafetensorError)
+_LONGEST = 300  # characters of another library's message
 
 
 class UserError(Exception):
     """Bad config, file or data; the message names the key or file and says what to do."""
 
-    exit_status = 2
+    exit_status = BAD_INPUT
     label = "error"  # begins the line
 
 
 class RunError(UserError):
     """A run that cannot go on, for no fault in its input that could have been seen before."""
 
-    exit_status = 1
+    exit_status = FAILED
 
 
 class Stopped(UserError):
@@ -21,3 +32,14 @@ class Stopped(UserError):
 
     exit_status = STOPPED
     label = "stopped"
+
+
+def first_line(error: Exception) -> str:
+    """Returns the first line of another library's message."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def in_one_line(error: Exception) -> str:
+    """Returns another library's message without line breaks, cut to 300 characters."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= _LONGEST else text[:_LONGEST] + "…"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
@@ -13,14 +12,11 @@ from huggingface_hub.errors import (
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
 )
-from safetensors import SafetensorError
 
-from spo.errors import UserError
+from spo.errors import UserError, first_line
 
 _SCHEME = "hf://"
 PREFETCH = "python scripts/prefetch.py --config=..."
-# What from_pretrained raises for files that are missing, damaged or of another shape.
-LOAD_ERRORS = (OSError, ValueError, RuntimeError, EOFError, UnpicklingError, SafetensorError)
 
 
 @dataclass(frozen=True)
@@ -119,8 +115,3 @@ def public_name(spec: str) -> str:
     """What others may see of `spec`: a path that tells of this machine is cut to its last name."""
     tells = Path(spec).is_absolute() or spec.startswith(("~", ".."))
     return Path(spec).name if tells else spec
-
-
-def first_line(error: Exception) -> str:
-    """What an exception of a library says, as far as it fits into a line."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

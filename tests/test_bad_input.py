@@ -11,7 +11,7 @@ from spo.errors import UserError
 from spo.launch.batch_plan import plan_batches
 from spo.method.preflight import preflight, run_facts
 from spo.run.checkpoint_folder import new_checkpoint, write_state
-from spo.run.folder import open_run_dir
+from spo.run.session import open_run_dir
 
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = "tests/data/golden/models"

@@ -16,15 +16,15 @@ from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundEr
 from safetensors.torch import load_file, save_file
 
 from spo import hub
+from spo.atomic import check_output, new_output
 from spo.errors import UserError
 from spo.lora_io import find
+from spo.lora_io.diffusers_file import LORA_FILE, save_lora
 from spo.lora_io.find import find_lora
 from spo.lora_io.merge import check_fit, merged_pipeline
 from spo.lora_io.read import read_lora_file
 from spo.lora_io.write import LoraModule, LoraWeights
 from spo.models.backbone import Backbone, ModelSource
-from spo.models.lora import FILE_NAME, save_lora
-from spo.output import check_output, new_output
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = str(ROOT / "assets" / "tiny" / "sd15")  # stored in fp16
@@ -41,7 +41,7 @@ def run(tmp_path_factory):
     backbone, folder = tiny_backbone(), tmp_path_factory.mktemp("run")
     lora = add_tiny_lora(backbone, rank=4, alpha=8)
     weights = {name: 0.3 * weight for name, weight in random_weights(lora, seed=1).items()}
-    save_lora(folder / FILE_NAME, lora, weights, HEADER)
+    save_lora(folder / LORA_FILE, lora, weights, HEADER)
     without = unet_output(backbone)
     lora.assign(weights)
     assert (unet_output(backbone) - without).abs().max() > 0.1
@@ -73,7 +73,7 @@ def test_the_command_line(run, tmp_path, convert):
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert (result.returncode, result.stdout) == (0, f"wrote {there}\n"), result.stderr
     convert(there, "--to", "diffusers", "--base", TINY, "--output", back)
-    assert back.read_bytes() == (run[0] / FILE_NAME).read_bytes()
+    assert back.read_bytes() == (run[0] / LORA_FILE).read_bytes()
     assert [path.name for path in there.parent.iterdir()] == [there.name]
 
     again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -86,7 +86,7 @@ def test_the_command_line(run, tmp_path, convert):
 
 def test_the_base_is_noted_where_the_file_does_not_say_it(run, tmp_path, convert):
     plain = tmp_path / "plain.safetensors"
-    save_file(load_file(run[0] / FILE_NAME), plain)
+    save_file(load_file(run[0] / LORA_FILE), plain)
     for source, expected in ((run[0], "elsewhere"), (plain, TINY)):
         convert(source, "--to", "peft", "--base", TINY, "--overwrite", "--output", tmp_path / "x")
         config = json.loads((tmp_path / "x" / "adapter_config.json").read_text())
@@ -104,12 +104,12 @@ def test_merging(run, tmp_path, convert, capsys):
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 def test_a_merged_model_is_stored_as_its_base_or_as_asked(run, tmp_path, dtype):
-    lora = read_lora_file(run[0] / FILE_NAME, "SOURCE")
+    lora = read_lora_file(run[0] / LORA_FILE, "SOURCE")
     merged_pipeline(lora, TINY, dtype).save_pretrained(tmp_path)
     stored = load_file(tmp_path / "unet" / "diffusion_pytorch_model.safetensors")
     assert {tensor.dtype for tensor in stored.values()} == {dtype or torch.float16}
     name = "mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
-    factors = load_file(run[0] / FILE_NAME)
+    factors = load_file(run[0] / LORA_FILE)
     a, b = (factors[f"unet.{name}.lora_{x}.weight"] for x in "AB")
     base = load_file(f"{TINY}/unet/diffusion_pytorch_model.safetensors")
     expected = (base[f"{name}.weight"].float() + 2 * b @ a).to(dtype or torch.float16)
@@ -131,7 +131,7 @@ def test_merging_a_text_encoder():
 
 
 def test_a_lora_of_another_model(run, tmp_path):
-    lora = read_lora_file(run[0] / FILE_NAME, "SOURCE")
+    lora = read_lora_file(run[0] / LORA_FILE, "SOURCE")
     check_fit(lora, TINY)
     with pytest.raises(UserError, match="--base: the LoRA is of another model: this one has no"):
         check_fit(lora, model_folder("sdxl"))
@@ -204,15 +204,15 @@ def test_the_only_file_of_a_folder(tmp_path):
     (tmp_path / "b.safetensors").touch()
     with pytest.raises(UserError, match=r"^SOURCE: which .*: /a.safetensors, b.safetensors$"):
         find_lora(str(tmp_path), "SOURCE")
-    (tmp_path / FILE_NAME).touch()
-    assert find_lora(str(tmp_path), "SOURCE") == tmp_path / FILE_NAME
+    (tmp_path / LORA_FILE).touch()
+    assert find_lora(str(tmp_path), "SOURCE") == tmp_path / LORA_FILE
 
 
 REPO = {
     "sd15/gradspo.safetensors",
     "sdxl/x_diffusers.safetensors",
     "sdxl/x_webui.safetensors",
-    "run/" + FILE_NAME,
+    "run/" + LORA_FILE,
     "run/ema.safetensors",
     "peft/adapter_model.safetensors",
     "peft/adapter_config.json",
@@ -238,7 +238,7 @@ def downloads(monkeypatch):
     ("spec", "expected"),
     [
         ("user/repo/sd15", "sd15/gradspo.safetensors"),
-        ("hf://user/repo/run/", f"run/{FILE_NAME}"),
+        ("hf://user/repo/run/", f"run/{LORA_FILE}"),
         ("user/repo/sdxl/x_webui.safetensors", "sdxl/x_webui.safetensors"),
         ("user/repo/peft", "peft/adapter_model.safetensors"),
     ],

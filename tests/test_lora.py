@@ -13,8 +13,9 @@ from helpers import ATTENTION, add_tiny_lora, model_folder, randn, random_weight
 from safetensors.torch import load_file, save_file
 
 from spo.errors import UserError
+from spo.lora_io.diffusers_file import LORA_FILE, save_lora
 from spo.lora_io.find import find_lora, read_lora
-from spo.models.lora import FILE_NAME, add_lora, save_lora
+from spo.models.lora import add_lora
 
 PIPELINES = {"sd15": StableDiffusionPipeline, "sdxl": StableDiffusionXLPipeline}
 
@@ -150,7 +151,7 @@ def test_a_saved_lora_works_in_diffusers(own_backbone, tmp_path, family, rank, a
     backbone = own_backbone(family)
     lora = add_tiny_lora(backbone, rank, alpha)
     weights = random_weights(lora, seed=1)
-    save_lora(tmp_path / FILE_NAME, lora, weights, {"base_model": "tiny"})
+    save_lora(tmp_path / LORA_FILE, lora, weights, {"base_model": "tiny"})
     lora.assign(weights)
     expected = unet_output(backbone)
     pipe = PIPELINES[family].from_pretrained(model_folder(family), safety_checker=None)
@@ -162,7 +163,8 @@ def test_a_saved_lora_works_in_diffusers(own_backbone, tmp_path, family, rank, a
 _SAVE = """
 import sys, torch
 from pathlib import Path
-from spo.models.lora import Lora, save_lora
+from spo.models.lora import Lora
+from spo.lora_io.diffusers_file import save_lora
 names = [f"{layer}.lora_{factor}.default.weight" for layer in "qkvo" for factor in "AB"]
 weights = {name: torch.arange(6.0).view(2, 3) for name in names}
 lora = Lora({}, {}, 4, 2, ("to_q", "to_k", "to_v"))
@@ -211,7 +213,7 @@ def test_reading_a_file_gives_the_network_that_diffusers_makes_of_it(
 ):
     backbone = own_backbone(family)
     lora = add_tiny_lora(backbone, rank=4, alpha=8)
-    weights, path = random_weights(lora, seed=1), tmp_path / FILE_NAME
+    weights, path = random_weights(lora, seed=1), tmp_path / LORA_FILE
     if form == "ours":
         writer = add_tiny_lora(own_backbone(family), rank=4, alpha=2)
         save_lora(path, writer, weights, {})
@@ -235,7 +237,7 @@ def test_files_that_do_not_fit(own_backbone, tmp_path):
     backbone, xl = own_backbone("sd15"), own_backbone("sdxl")
     lora, of_xl = add_tiny_lora(backbone, rank=4), add_tiny_lora(xl, rank=4)
     wider = add_tiny_lora(own_backbone("sd15"), rank=8)
-    path = tmp_path / FILE_NAME
+    path = tmp_path / LORA_FILE
 
     save_lora(path, wider, wider.parameters, {})
     with pytest.raises(UserError, match=r"lora\.init_from: .*needs \(4, "):
@@ -256,9 +258,9 @@ def test_finding_a_file(tmp_path):
     for missing in (tmp_path, tmp_path / "other.safetensors", "no_such_name"):
         with pytest.raises(UserError, match=r"lora\.init_from: no file"):
             find_lora(str(missing), "lora.init_from")
-    (tmp_path / FILE_NAME).write_bytes(b"")
+    (tmp_path / LORA_FILE).write_bytes(b"")
     assert (
         find_lora(str(tmp_path), "lora.init_from")
-        == find_lora(str(tmp_path / FILE_NAME), "lora.init_from")
-        == tmp_path / FILE_NAME
+        == find_lora(str(tmp_path / LORA_FILE), "lora.init_from")
+        == tmp_path / LORA_FILE
     )

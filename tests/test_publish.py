@@ -23,9 +23,10 @@ from spo.command_line.config_files import load_config, save_config
 from spo.errors import UserError
 from spo.evaluation.results import ModelInfo, Results, ScorerInfo, write_results
 from spo.hub import Destination, is_hub_id
+from spo.lora_io.diffusers_file import save_lora
 from spo.method.build import lora_metadata
 from spo.models.backbone import Backbone, ModelSource
-from spo.models.lora import add_lora, save_lora
+from spo.models.lora import add_lora
 from spo.publish import push as publish
 from spo.publish.card import merge_cards
 from spo.publish.layout import stage

@@ -13,8 +13,8 @@ from PIL import Image
 
 from spo.errors import UserError
 from spo.evaluation import images_cli
+from spo.lora_io.diffusers_file import save_lora
 from spo.models.backbone import SCHEDULERS
-from spo.models.lora import save_lora
 from spo.models.plain_images import ImageSettings, sample_images
 from spo.run.pictures import to_pil
 

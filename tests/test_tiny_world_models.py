@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from spo.command_line.config_files import load_config
 from spo.data.prompts import read_prompts
 from spo.errors import UserError
-from spo.models.lora import FILE_NAME, save_lora
+from spo.lora_io.diffusers_file import LORA_FILE, save_lora
 from spo.models.plain_images import ImageSettings
 from spo.tiny_world.base_model import TOKENS, make_tokenizer, token_ids
 from spo.tiny_world.controls import flipped_preferences
@@ -92,14 +92,14 @@ def bench():
 
 def test_a_lora_without_effect_ties_with_the_base(bench, tmp_path):
     lora = bench._lora
-    save_lora(tmp_path / FILE_NAME, lora, lora.snapshot(), {})
+    save_lora(tmp_path / LORA_FILE, lora, lora.snapshot(), {})
     same = bench.judge(tmp_path)
     torch.testing.assert_close(same.images, bench.base.images, atol=1e-5, rtol=0)
     noise = torch.Generator().manual_seed(0)
     other = {
         name: 0.3 * torch.randn(p.shape, generator=noise) for name, p in lora.snapshot().items()
     }
-    save_lora(tmp_path / FILE_NAME, lora, other, {})
+    save_lora(tmp_path / LORA_FILE, lora, other, {})
     assert (bench.judge(tmp_path).images - bench.base.images).abs().max() > 0.01
 
 

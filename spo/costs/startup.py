@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from spo.costs.count import BATCH, CHECKPOINTED, SPARE, Costs, count_costs, training_part
 from spo.costs.meter import DECODING, DENOISING, ROLLOUT, TRAINING
-from spo.hub import first_line
+from spo.errors import first_line
 from spo.launch.batch_plan import BatchPlan
 from spo.method.position import RolloutInProgress
 

@@ -25,8 +25,8 @@ from transformers import CLIPModel, CLIPTokenizer
 
 from spo.command_line.config_files import REPO_ROOT
 from spo.costs.meter import Models, replaced, with_every_pair
-from spo.errors import UserError
-from spo.hub import LOAD_ERRORS, first_line, is_hub_id
+from spo.errors import LOAD_ERRORS, UserError, first_line
+from spo.hub import is_hub_id
 from spo.method import build
 from spo.method.losses import LOSSES
 from spo.models import backbone

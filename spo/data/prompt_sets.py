@@ -8,8 +8,7 @@ from huggingface_hub import hf_hub_download
 
 from spo.data.prompt_files import file_rows
 from spo.data.prompts import PromptSet, collect_prompts, draw_prompts, read_prompts
-from spo.errors import UserError
-from spo.hub import first_line
+from spo.errors import UserError, first_line
 
 _KEY = "prompts.source"
 # Name -> dataset, split, column.

@@ -28,10 +28,10 @@ from spo.method import build
 from spo.method.health import check_images
 from spo.models.backbone import DTYPES, Backbone, ModelSource, check_source
 from spo.models.plain_images import ImageSettings, sample_images
+from spo.run.folder import TABLE
 from spo.run.pictures import to_pil
 from spo.scorers.image_scorers import check_image_scorer, load_image_scorer
 
-TABLE = "table.md"
 _PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "open-clip-torch")
 
 

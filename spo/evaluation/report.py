@@ -15,8 +15,8 @@ from spo.evaluation.figures import colour, to_svg
 from spo.evaluation.plots import plot_differences, plot_means, plot_win_rates
 from spo.evaluation.results import Comparison, Results, ScorerInfo, compare
 from spo.evaluation.statistics import Estimate
+from spo.run.folder import REPORT
 
-FILE_NAME = "report.html"
 _THUMBNAIL = (256, 256)  # pixels
 
 
@@ -36,7 +36,7 @@ def write_report(folder: Path, results: Results, max_prompts: int = 500) -> Path
         page.section("Images", _note(results, shown), _gallery(folder, results, shown)),
         page.section("How it was made", *_settings(results)),
     ]
-    return page.write_page(folder / FILE_NAME, results.title, sections, script="report.js")
+    return page.write_page(folder / REPORT, results.title, sections, script="report.js")
 
 
 def chosen_prompts(results: Results, max_prompts: int) -> list[int]:

@@ -10,8 +10,7 @@ from typing import Any
 
 from spo.errors import UserError
 from spo.evaluation.statistics import Estimate, bootstrap_mean, paired_difference, win_rate
-
-FILE_NAME = "results.json"
+from spo.run.folder import RESULTS
 
 
 @dataclass(frozen=True)
@@ -120,14 +119,14 @@ def write_results(results: Results, folder: Path) -> Path:
             for i, (prompt, seed) in enumerate(zip(results.prompts, results.seeds, strict=True))
         ],
     }
-    path = folder / FILE_NAME
+    path = folder / RESULTS
     path.write_text(json.dumps(content, indent=1) + "\n")
     return path
 
 
 def read_results(folder: Path) -> Results:
     """The inverse of `write_results`; UserError where the file is missing or is none of ours."""
-    path = folder / FILE_NAME
+    path = folder / RESULTS
     try:
         content = json.loads(path.read_text())
         scorers = tuple(ScorerInfo(**scorer) for scorer in content["scorers"])

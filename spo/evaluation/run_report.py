@@ -13,8 +13,7 @@ from spo.errors import UserError
 from spo.evaluation import page
 from spo.evaluation.curves import draw_panel, panels_of
 from spo.evaluation.figures import panel, style, to_svg
-from spo.evaluation.report import FILE_NAME
-from spo.run.folder import CONFIG, STARTS, read_metrics
+from spo.run.folder import CONFIG, REPORT, STARTS, read_metrics
 
 _GRID = (1280, 4096)  # pixels, width and height
 
@@ -35,7 +34,7 @@ def write_run_report(run_dir: Path) -> Path:
             "How it was made", *_starts(starts), page.details("Config", page.facts(config))
         ),
     ]
-    return page.write_page(run_dir / FILE_NAME, title, sections, script="run_report.js")
+    return page.write_page(run_dir / REPORT, title, sections, script="run_report.js")
 
 
 def _kind(config: Mapping[str, Any]) -> str:

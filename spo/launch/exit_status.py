@@ -11,8 +11,6 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-FAILED = 1
-STOPPED = 75  # EX_TEMPFAIL of sysexits.h: the run can be taken up again
 FILE_VARIABLE = "SPO_EXIT_STATUS_FILE"
 
 

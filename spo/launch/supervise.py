@@ -14,7 +14,8 @@ from pathlib import Path
 
 import psutil
 
-from spo.launch.exit_status import FAILED, FILE_VARIABLE, STOPPED, handed_over, has_handlers
+from spo.errors import FAILED, STOPPED
+from spo.launch.exit_status import FILE_VARIABLE, handed_over, has_handlers
 
 AT_ONCE = 128 + signal.SIGINT  # a second Ctrl-C, as shells say it
 _PR_SET_PDEATHSIG = 1  # of linux/prctl.h

@@ -23,8 +23,8 @@ from accelerate.utils import (
 )
 from torch import Tensor, nn
 
-from spo.errors import RunError, UserError
-from spo.launch.exit_status import STOPPED, keep_status
+from spo.errors import STOPPED, RunError, UserError
+from spo.launch.exit_status import keep_status
 from spo.launch.liveness import Liveness
 from spo.launch.peers import connect_peers, own_name
 from spo.types import PreferencePairs

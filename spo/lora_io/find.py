@@ -9,11 +9,12 @@ from torch import Tensor, nn
 
 from spo.errors import UserError
 from spo.hub import list_files, resolve_file
+from spo.lora_io.diffusers_file import LORA_FILE, parameter_names
 from spo.lora_io.names import network_of
 from spo.lora_io.read import read_lora_file
 from spo.lora_io.write import ADAPTER_CONFIG, ADAPTER_WEIGHTS, LoraModule
 from spo.models.backbone import Backbone
-from spo.models.lora import FILE_NAME, Lora, parameter_names
+from spo.models.lora import Lora
 
 
 def find_lora(spec: str, key: str) -> Path:
@@ -45,8 +46,8 @@ def _choose(names: Sequence[str], spec: str, key: str) -> str:
     """The LoRA among the files of a folder; UserError where that could be several."""
     files = sorted(name for name in names if name.endswith(".safetensors"))
     here = [name for name in files if "/" not in name]
-    if FILE_NAME in here or not files:
-        return FILE_NAME  # which is reported where it is missing
+    if LORA_FILE in here or not files:
+        return LORA_FILE  # which is reported where it is missing
     if len(here) == 1:
         return here[0]
     found = ", ".join(here or files)

@@ -7,8 +7,8 @@ from diffusers import DiffusionPipeline, UNet2DConditionModel
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from spo.errors import UserError
-from spo.hub import LOAD_ERRORS, first_line, model_file
+from spo.errors import LOAD_ERRORS, UserError, first_line
+from spo.hub import model_file
 from spo.lora_io.find import layer_of
 from spo.lora_io.names import network_of
 from spo.lora_io.write import LoraModule, LoraWeights

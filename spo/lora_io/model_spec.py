@@ -11,8 +11,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from spo.errors import UserError
-from spo.hub import LOAD_ERRORS, first_line, list_files
+from spo.errors import LOAD_ERRORS, UserError, first_line
+from spo.hub import list_files
 from spo.lora_io.find import find_lora, read_folded
 from spo.models.backbone import Backbone, ModelSource, check_source
 

@@ -13,8 +13,7 @@ from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from spo.errors import UserError
-from spo.hub import first_line
+from spo.errors import UserError, first_line
 from spo.lora_io.names import from_kohya, is_module, network_of
 from spo.lora_io.write import ADAPTER_CONFIG, ADAPTER_WEIGHTS, TARGETS, LoraModule, LoraWeights
 

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from spo.errors import UserError
+from spo.lora_io.diffusers_file import safetensors_bytes
 from spo.lora_io.names import network_of, to_kohya
-from spo.models.lora import safetensors_bytes
 
 ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 TARGETS = "target_modules"  # header entry of our kohya files, and key of an adapter's config

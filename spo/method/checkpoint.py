@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from spo.launch.batch_plan import BatchPlan
+from spo.lora_io.diffusers_file import LORA_FILE, parameter_names, save_lora
 from spo.method.learner import Learner
 from spo.method.position import (
     Position,
@@ -20,11 +21,8 @@ from spo.method.position import (
     load_share,
     rollout_of,
 )
-from spo.models.lora import FILE_NAME, parameter_names, save_lora
 from spo.models.optimizers import optimizer_tensors, restore_optimizer
-from spo.run.checkpoint_folder import new_checkpoint, read_state, reading, write_state
-
-OPTIMIZER = "optimizer.safetensors"
+from spo.run.checkpoint_folder import OPTIMIZER, new_checkpoint, read_state, reading, write_state
 
 
 @dataclass(frozen=True)
@@ -45,10 +43,10 @@ class Progress:
 def save_networks(folder: Path, learner: Learner, metadata: dict[str, str]) -> None:
     """Write the policy LoRA into `folder`, and the EMA LoRA, if any, into `folder`/ema."""
     header = metadata | {"step": str(learner.updates)}
-    save_lora(folder / FILE_NAME, learner.lora, learner.lora.parameters, header)
+    save_lora(folder / LORA_FILE, learner.lora, learner.lora.parameters, header)
     if learner.ema is not None:
         (folder / "ema").mkdir(exist_ok=True)
-        save_lora(folder / "ema" / FILE_NAME, learner.lora, learner.ema, header)
+        save_lora(folder / "ema" / LORA_FILE, learner.lora, learner.ema, header)
 
 
 def own_tensors(learner: Learner, progress: Progress) -> dict[str, Tensor]:
@@ -96,9 +94,9 @@ def load_checkpoint(folder: Path, learner: Learner, plan: BatchPlan, rank: int) 
     """
     state = read_state(folder)
     with reading(folder):
-        learner.lora.assign(parameter_names(load_file(folder / FILE_NAME)))
+        learner.lora.assign(parameter_names(load_file(folder / LORA_FILE)))
         if learner.ema is not None:
-            ema = parameter_names(load_file(folder / "ema" / FILE_NAME))
+            ema = parameter_names(load_file(folder / "ema" / LORA_FILE))
             for name, tensor in learner.ema.items():
                 tensor.copy_(ema[name])
         restore_optimizer(learner.optimizer, learner.lora.parameters, load_file(folder / OPTIMIZER))

@@ -18,6 +18,7 @@ from spo.data.token_lengths import describe_lengths
 from spo.errors import RunError, Stopped
 from spo.launch.signals import StopSignals
 from spo.launch.workers import Workers
+from spo.lora_io.diffusers_file import LORA_FILE
 from spo.lora_io.find import find_lora, read_lora
 from spo.method import build, metrics
 from spo.method.checkpoint import (
@@ -34,13 +35,13 @@ from spo.method.preflight import Preflight, preflight, run_facts
 from spo.method.shared_rollout import SharedRollout
 from spo.models.backbone import Backbone
 from spo.models.device import set_up_device, speed_up
-from spo.models.lora import FILE_NAME, Lora
+from spo.models.lora import Lora
 from spo.models.optimizers import check_optimizer
 from spo.publish.push import Publishing
-from spo.run.checkpoint_folder import FOLDER
-from spo.run.folder import drop_metrics_after, open_run_dir, record_start
+from spo.run.folder import CHECKPOINTS, METRICS, drop_metrics_after, record_start
 from spo.run.resume import stopped_at
-from spo.run.tracking import METRICS, Tracking
+from spo.run.session import open_run_dir
+from spo.run.tracking import Tracking
 from spo.run.validation import draw_cells, save_samples, validation_grid
 from spo.scorers import load_scorer, tokenizers_of
 from spo.seeding import derive_seed
@@ -301,7 +302,7 @@ class Trainer:
     def save_checkpoint(self) -> Path:
         """Save, on the main process, everything that a resumed run needs, unless that is done."""
         progress = Progress(self.position, self.rollout)
-        folder = self.run_dir / FOLDER / progress.name()
+        folder = self.run_dir / CHECKPOINTS / progress.name()
         if folder == self.saved:
             return folder
         ema = {f"ema.{name}": tensor for name, tensor in (self.learner.ema or {}).items()}
@@ -336,7 +337,7 @@ class Trainer:
 
     def say_where(self) -> None:
         """Print where the results are."""
-        self.say(f"LoRA:     {self.run_dir / FILE_NAME}")
+        self.say(f"LoRA:     {self.run_dir / LORA_FILE}")
         self.say(f"metrics:  {self.run_dir / METRICS}")
         if self.ready.validation_prompts:
             self.say(f"pictures: {self.run_dir / 'validation'}")

@@ -29,8 +29,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from spo.data.token_lengths import readable
-from spo.errors import UserError
-from spo.hub import LOAD_ERRORS, PREFETCH, first_line, model_file
+from spo.errors import LOAD_ERRORS, UserError, first_line
+from spo.hub import PREFETCH, model_file
 from spo.method.ddim import DDIMSchedule, make_schedule
 from spo.models.decoder import check_decoder, decode, load_decoder
 from spo.types import Conditioning

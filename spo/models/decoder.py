@@ -11,8 +11,8 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 from torch import Tensor
 
-from spo.errors import UserError
-from spo.hub import LOAD_ERRORS, PREFETCH, first_line, model_file
+from spo.errors import LOAD_ERRORS, UserError, first_line
+from spo.hub import PREFETCH, model_file
 
 _KEY = "sample.decoder"
 # AutoencoderTiny saves a value that it does not take back.

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spo.errors import UserError
+from spo.errors import UserError, in_one_line
 
 ADAMW, ADAMW_8BIT = OPTIMIZERS = ("adamw", "adamw8bit")
 _KEY = "train.optimizer"
@@ -29,10 +29,9 @@ def check_optimizer(name: str, device: torch.device) -> None:
         optimizer.step()
     # Whatever a library that was built for other devices raises.
     except Exception as error:
-        reason = " ".join(str(error).split())[:200]
         raise UserError(
             f"{_KEY}: bitsandbytes does not run on {device.type} here ({type(error).__name__}: "
-            f"{reason}); use adamw."
+            f"{in_one_line(error)}); use adamw."
         ) from error
 
 

@@ -13,8 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from spo.errors import RunError, UserError
-from spo.hub import first_line
+from spo.errors import RunError, UserError, first_line
 from spo.preference.rows import RawBatch, Row
 from spo.preference.source import IMAGE_COLUMNS
 

@@ -12,22 +12,20 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from spo.atomic import replacing
-from spo.method.checkpoint import OPTIMIZER
 from spo.models.optimizers import optimizer_tensors, restore_optimizer
 from spo.preference.spm_learner import PreferenceLearner
-from spo.run.checkpoint_folder import new_checkpoint, read_state, reading, write_state
+from spo.run.checkpoint_folder import OPTIMIZER, new_checkpoint, read_state, reading, write_state
+from spo.run.folder import SPM_FILE
 from spo.scorers.step_aware_clip import StepAwareCLIP
-
-FILE_NAME = "step_aware_preference_model.safetensors"
 
 
 def save_spm(folder: Path, spm: StepAwareCLIP, as_bin: bool = False) -> None:
     """Write the state dict, as `preference.checkpoint` takes it; with `as_bin` as a .bin, too."""
     weights = {name: t.detach().cpu().contiguous() for name, t in spm.state_dict().items()}
-    with replacing(folder / FILE_NAME) as path:
+    with replacing(folder / SPM_FILE) as path:
         save_file(weights, path, metadata={"format": "pt"})
     if as_bin:
-        with replacing((folder / FILE_NAME).with_suffix(".bin")) as path:
+        with replacing((folder / SPM_FILE).with_suffix(".bin")) as path:
             torch.save(weights, path)
 
 
@@ -72,7 +70,7 @@ def load_checkpoint(folder: Path, learner: PreferenceLearner) -> Tally:
     """Put `learner` into the state that was saved; UserError where a file is missing or unfit."""
     state = read_state(folder)
     with reading(folder):
-        learner.spm.load_state_dict(load_file(folder / FILE_NAME), strict=True)
+        learner.spm.load_state_dict(load_file(folder / SPM_FILE), strict=True)
         parameters = dict(learner.spm.named_parameters())
         restore_optimizer(learner.optimizer, parameters, load_file(folder / OPTIMIZER))
         if state["scaler"]:  # empty where the checkpoint is not of fp16

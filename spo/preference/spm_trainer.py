@@ -28,7 +28,6 @@ from spo.preference.batches import PairBatch, decoded
 from spo.preference.rows import FAULTS, Share, stream_batches, table_batches, validation_batches
 from spo.preference.source import open_split
 from spo.preference.spm_checkpoint import (
-    FILE_NAME,
     Tally,
     checkpoint_name,
     load_checkpoint,
@@ -37,10 +36,10 @@ from spo.preference.spm_checkpoint import (
 )
 from spo.preference.spm_metrics import Seen, minibatch_sums, step_metrics
 from spo.preference.spm_preflight import Preflight, describe_faults, preflight
-from spo.run.checkpoint_folder import FOLDER
-from spo.run.folder import drop_metrics_after, open_run_dir, record_start
+from spo.run.folder import CHECKPOINTS, METRICS, SPM_FILE, drop_metrics_after, record_start
 from spo.run.resume import facts, stopped_at
-from spo.run.tracking import METRICS, Tracking
+from spo.run.session import open_run_dir
+from spo.run.tracking import Tracking
 
 _NAMED = 4  # pairs that an error names
 
@@ -121,7 +120,7 @@ class PreferenceTrainer:
                 with writing(self.run_dir):
                     save_spm(self.run_dir, self.learner.spm, as_bin=self.config.export.bin)
                 self.tracking.close()
-        self.say(f"preference model: {self.run_dir / FILE_NAME}")
+        self.say(f"preference model: {self.run_dir / SPM_FILE}")
         self.say(f"metrics:          {self.run_dir / METRICS}")
         self.say(f"rows left out:    {describe_faults(self.tally.left_out) or 'none'}")
 
@@ -213,7 +212,7 @@ class PreferenceTrainer:
 
     def save_checkpoint(self) -> Path:
         """Save, on the main process, everything that a resumed run needs, unless that is done."""
-        folder = self.run_dir / FOLDER / checkpoint_name(self.learner)
+        folder = self.run_dir / CHECKPOINTS / checkpoint_name(self.learner)
         if folder == self.saved:
             return folder
         with self.workers.together():

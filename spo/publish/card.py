@@ -16,12 +16,12 @@ import huggingface_hub
 
 from spo.evaluation.results import table
 from spo.hub import Destination, is_hub_id
-from spo.models.lora import FILE_NAME
+from spo.lora_io.diffusers_file import LORA_FILE
 from spo.publish.card_text import citations, facts, markdown_table, snippet, title
 from spo.publish.record import RunRecord
+from spo.run.folder import SAMPLES
 
 GRID = "validation.png"
-SAMPLES = "samples"
 NUM_SAMPLES = 4  # images that are published one by one
 _SECTION = re.compile(r"<!-- spo:run (\{[^\n]*\}) -->\n.*?<!-- spo:end -->", re.DOTALL)
 _LICENSES = {
@@ -111,7 +111,7 @@ def _text(record: RunRecord, to: Destination) -> str:
         f"## {to.subfolder + ': ' if to.subfolder else ''}{title(record)}",
         "",
         f"A LoRA of rank {record.config.lora.rank} for `{base}` "
-        f"({'policy' if record.weights == 'policy' else 'EMA'} weights), in `{to.path(FILE_NAME)}`.",
+        f"({'policy' if record.weights == 'policy' else 'EMA'} weights), in `{to.path(LORA_FILE)}`.",
         f"Licence: {_license(record, to) or 'the terms of the base model'}.",
     ]
     if not is_hub_id(base):

@@ -9,7 +9,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from spo.hub import Destination
-from spo.models.lora import FILE_NAME
+from spo.lora_io.diffusers_file import LORA_FILE
 from spo.publish.record import RunRecord
 
 _TITLES = {"gradspo": "GradSPO", "spo": "SPO"}
@@ -110,7 +110,7 @@ def snippet(record: RunRecord, to: Destination) -> str:
             _quoted(to.repo_id),
             _option("subfolder", to.subfolder),
             _option("revision", to.branch),
-            _option("weight_name", FILE_NAME),
+            _option("weight_name", LORA_FILE),
         )
     ]
     draw = _call(
@@ -148,7 +148,7 @@ def _preference_model(preference: ConfigDict) -> str:
 
 
 def _has_ema(record: RunRecord) -> bool:
-    return (record.run_dir / "ema" / FILE_NAME).is_file()
+    return (record.run_dir / "ema" / LORA_FILE).is_file()
 
 
 def _pairs_per_update(start: Mapping[str, Any]) -> int | None:

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
-from spo.errors import RunError, UserError
+from spo.errors import RunError, UserError, in_one_line
 
 _TOKENS = "https://huggingface.co/settings/tokens"
-_LONGEST = 300  # characters of another's message
 
 
 def may_pass(error: Exception) -> bool:
@@ -50,12 +49,6 @@ def explain(error: Exception, repo_id: str, key: str) -> UserError:
     if status is not None and not may_pass(error):
         return UserError(f"{key}: the Hub refuses the push to {repo_id} ({in_one_line(error)}).")
     return RunError(f"{key}: cannot push to {repo_id} ({in_one_line(error)}); try again later.")
-
-
-def in_one_line(error: Exception) -> str:
-    """The message of an exception, cut to what can be read."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= _LONGEST else text[:_LONGEST] + "…"
 
 
 def _status(error: BaseException | None) -> int | None:

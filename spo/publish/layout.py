@@ -9,14 +9,12 @@ from pathlib import Path
 
 from spo.evaluation import results
 from spo.hub import Destination
-from spo.models.lora import FILE_NAME
-from spo.publish.card import GRID, SAMPLES, make_card, published_samples
+from spo.lora_io.diffusers_file import LORA_FILE
+from spo.publish.card import GRID, make_card, published_samples
 from spo.publish.record import RunRecord, read_record
-from spo.run.folder import CONFIG
-from spo.run.tracking import METRICS
+from spo.run.folder import CONFIG, METRICS, SAMPLES, TABLE
 
 CARD = "README.md"
-TABLE = "table.md"
 _FOLDER = "hub"
 
 
@@ -54,7 +52,7 @@ def stage(run_dir: Path, to: Destination, evaluation: Path | None = None) -> Sta
 
 def _files(record: RunRecord) -> dict[str, Path]:
     """Files that are published as they are, by their name there."""
-    files = {FILE_NAME: record.lora}
+    files = {LORA_FILE: record.lora}
     files |= {f"{SAMPLES}/{path.name}": path for path in published_samples(record)}
     if record.grid is not None:
         files[GRID] = record.grid

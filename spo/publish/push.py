@@ -16,10 +16,10 @@ from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import disable_progress_bars, validate_repo_id
 from huggingface_hub.utils import logging as hub_logging
 
-from spo.errors import UserError
-from spo.hub import Destination, first_line
+from spo.errors import UserError, first_line, in_one_line
+from spo.hub import Destination
 from spo.publish.card import merge_cards
-from spo.publish.hub_errors import explain, in_one_line, is_refusal, may_pass
+from spo.publish.hub_errors import explain, is_refusal, may_pass
 from spo.publish.layout import CARD, Staged, stage
 
 SCRIPT = "python scripts/push_to_hub.py"

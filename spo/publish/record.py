@@ -13,13 +13,11 @@ from safetensors import SafetensorError, safe_open
 
 from spo.atomic import whole_lines
 from spo.command_line.config_files import load_config
-from spo.errors import UserError
+from spo.errors import UserError, first_line
 from spo.evaluation import results
-from spo.hub import first_line, public_name
-from spo.models.lora import FILE_NAME
-from spo.run.folder import CONFIG, STARTS
-from spo.run.tracking import METRICS
-from spo.run.validation import SAMPLES, SAMPLES_INDEX
+from spo.hub import public_name
+from spo.lora_io.diffusers_file import LORA_FILE
+from spo.run.folder import CONFIG, METRICS, RESULTS, SAMPLES, SAMPLES_INDEX, STARTS
 
 
 @dataclass(frozen=True)
@@ -56,7 +54,7 @@ def read_record(run_dir: Path, weights: str, evaluation: Path | None = None) -> 
     Raises UserError where config or LoRA is missing, or a file cannot be read.
     """
     config = read_config(run_dir)
-    lora = run_dir / FILE_NAME if weights == "policy" else run_dir / weights / FILE_NAME
+    lora = run_dir / LORA_FILE if weights == "policy" else run_dir / weights / LORA_FILE
     updates = _updates(lora)
     lines = [line for line in _read_lines(run_dir / METRICS) if line["step"] <= updates]
     reached = lines[-1] if lines else {}
@@ -114,7 +112,7 @@ def _public_start(start: Mapping[str, Any], source: str) -> dict[str, Any]:
 
 
 def _evaluations(run_dir: Path, evaluation: Path | None) -> dict[str, results.Results]:
-    own = sorted(path.parent for path in run_dir.glob(f"evaluation*/{results.FILE_NAME}"))
+    own = sorted(path.parent for path in run_dir.glob(f"evaluation*/{RESULTS}"))
     folders = (
         {path.name: path for path in own} if evaluation is None else {"evaluation": evaluation}
     )

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from spo.atomic import PARTIAL, sync_file, sync_folder, write_file, writing
-from spo.errors import UserError
-from spo.hub import LOAD_ERRORS, first_line
+from spo.errors import LOAD_ERRORS, UserError, first_line
+from spo.run.folder import CHECKPOINTS
 
-FOLDER = "checkpoints"
 STATE = "training_state.json"
+OPTIMIZER = "optimizer.safetensors"
 _MANIFEST = "manifest.json"  # size and SHA-256 of every other file
 _DAMAGED = ".damaged"
 # What reading a damaged or foreign checkpoint raises, wherever it goes wrong.
@@ -30,7 +30,7 @@ def new_checkpoint(run_dir: Path, name: str, limit: int) -> Iterator[Path]:
     Only then are the oldest checkpoints beyond `limit` deleted (0 keeps all). RunError where the disk
     refuses; the checkpoints before remain.
     """
-    folder = run_dir / FOLDER / name
+    folder = run_dir / CHECKPOINTS / name
     partial = folder.with_name(name + PARTIAL)
     with writing(folder):
         folder.parent.mkdir(exist_ok=True)  # a run directory that vanished is not made anew
@@ -56,7 +56,7 @@ def checkpoints(run_dir: Path) -> list[Path]:
     Names tell how far it came by numbers from coarse to fine: epoch_0003 is before
     epoch_0003_rollout_000012, and that before epoch_0003_rollout_000012_pair_000040.
     """
-    found = [p for p in (run_dir / FOLDER).glob("*_[0-9]*") if not p.suffix]
+    found = [p for p in (run_dir / CHECKPOINTS).glob("*_[0-9]*") if not p.suffix]
     return sorted(found, key=lambda folder: [int(n) for n in re.findall(r"\d+", folder.name)])
 
 

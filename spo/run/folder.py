@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import json
 import math
+import platform
 import sys
 import time
-from collections.abc import Iterable
+from importlib.metadata import version
 from pathlib import Path
 
 from ml_collections import ConfigDict
 
 from spo.atomic import whole_lines, write_lines, writing
-from spo.command_line.config_files import save_config
 from spo.errors import UserError
-from spo.run.checkpoint_folder import set_aside
-from spo.run.resume import versions
-from spo.run.tracking import METRICS
 
+# The files and folders of a run, and of an evaluation.
 CONFIG = "config.json"
 STARTS = "starts.jsonl"
+METRICS = "metrics.jsonl"
+CHECKPOINTS = "checkpoints"
+SAMPLES, SAMPLES_INDEX = "samples", "samples.json"  # the newest validation images one by one
+SPM_FILE = "step_aware_preference_model.safetensors"
+REPORT, RESULTS, TABLE = "report.html", "results.json", "table.md"
+
+
+_PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft")
 
 
 def run_name(config: ConfigDict, method: str) -> str:
@@ -29,17 +35,9 @@ def run_name(config: ConfigDict, method: str) -> str:
     return f"{method.rpartition(':')[2]}_{config.family}_{time.strftime('%Y%m%d_%H%M%S')}"
 
 
-def open_run_dir(run_dir: Path, config: ConfigDict, damaged: Iterable[Path] = ()) -> None:
-    """Make the directory, save the resolved config in it, put `damaged` checkpoints out of the way.
-
-    UserError where it can't be written.
-    """
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        save_config(config, run_dir / CONFIG)
-        set_aside(damaged)
-    except OSError as error:
-        raise UserError(f"logdir: cannot write to {run_dir} ({error.strerror}).") from error
+def versions() -> dict[str, str]:
+    """Those of Python and of the libraries that the numbers depend on."""
+    return {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}}
 
 
 def record_start(run_dir: Path, facts: dict) -> None:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +15,7 @@ from spo.errors import Stopped, UserError
 from spo.launch.batch_plan import UpdatePlan
 from spo.run.checkpoint_folder import checkpoints as checkpoints_of
 from spo.run.checkpoint_folder import find_fault, is_checkpoint, newest_whole
-from spo.run.tracking import METRICS
-
-_PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft")
+from spo.run.folder import METRICS, versions
 
 
 @dataclass(frozen=True)
@@ -87,11 +83,6 @@ def _named_checkpoint(name: str, run_dir: Path, own: list[Path]) -> Path:
 def facts(config: ConfigDict, plan: UpdatePlan) -> dict[str, Any]:
     """What a checkpoint tells of the run that saved it, for `compare`."""
     return {"config": json.loads(config.to_json()), "plan": asdict(plan), "versions": versions()}
-
-
-def versions() -> dict[str, str]:
-    """Those of Python and of the libraries that the numbers depend on."""
-    return {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}}
 
 
 def compare(

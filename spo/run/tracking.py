@@ -18,11 +18,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from spo.atomic import append_line, write_file, writing
-from spo.errors import UserError
-from spo.hub import first_line
+from spo.errors import UserError, first_line
+from spo.run.folder import METRICS
 
 TRACKERS = ("wandb", "tensorboard", "none")
-METRICS = "metrics.jsonl"
 
 
 def check_tracker(name: str) -> None:

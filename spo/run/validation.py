@@ -10,10 +10,9 @@ from PIL import Image
 
 from spo.models.backbone import Backbone
 from spo.models.plain_images import ImageSettings, sample_images
+from spo.run.folder import SAMPLES, SAMPLES_INDEX
 from spo.run.pictures import Cell, grid, to_pil
 
-SAMPLES = "samples"
-SAMPLES_INDEX = "samples.json"
 _COLUMNS = 4
 
 

@@ -24,8 +24,8 @@ from transformers import (
 )
 
 from spo.data.token_lengths import readable
-from spo.errors import UserError
-from spo.hub import LOAD_ERRORS, PREFETCH, first_line, model_file, resolve_file
+from spo.errors import LOAD_ERRORS, UserError, first_line
+from spo.hub import PREFETCH, model_file, resolve_file
 from spo.plugins import find
 from spo.scorers.step_aware_clip import StepAwareCLIP, load_step_aware_clip, text_features
 

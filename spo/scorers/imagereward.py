@@ -10,8 +10,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from spo.data.token_lengths import readable
-from spo.errors import UserError
-from spo.hub import LOAD_ERRORS, first_line, resolve_file
+from spo.errors import LOAD_ERRORS, UserError, first_line, in_one_line
+from spo.hub import resolve_file
 from spo.scorers.linear_heads import linear_head
 from spo.scorers.state_dicts import read_state_dict
 
@@ -98,5 +98,4 @@ def _read(checkpoint: str, key: str, head_width: int) -> tuple[Blip, nn.Module]:
         blip = build_blip(weights, head_width)
         return blip, linear_head(head, blip.text.config.hidden_size)
     except (KeyError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"{key}: {path} is not ImageReward: {reason}") from error
+        raise UserError(f"{key}: {path} is not ImageReward: {in_one_line(error)}") from error

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from spo.errors import UserError
+from spo.errors import UserError, first_line, in_one_line
 
 
 def read_state_dict(path: Path, key: str) -> dict[str, Tensor]:
@@ -22,8 +22,9 @@ def read_state_dict(path: Path, key: str) -> dict[str, Tensor]:
         weights = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         # Which exception a damaged or malicious file raises depends on where the damage is.
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{key}: {path} cannot be read as a state dict: {reason}") from error
+        raise UserError(
+            f"{key}: {path} cannot be read as a state dict: {first_line(error)}"
+        ) from error
     if isinstance(weights, dict):
         weights = weights.get("state_dict", weights)
     if not isinstance(weights, dict) or not all(isinstance(v, Tensor) for v in weights.values()):
@@ -38,5 +39,4 @@ def load_strictly(
     try:
         module.load_state_dict(weights, strict=True)
     except RuntimeError as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"{key}: {path} does not fit: {reason}") from error
+        raise UserError(f"{key}: {path} does not fit: {in_one_line(error)}") from error

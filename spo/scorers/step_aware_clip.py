@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
-from spo.errors import UserError
+from spo.errors import UserError, in_one_line
 from spo.scorers.state_dicts import read_state_dict
 
 _FREQUENCIES = 256  # width of the sinusoidal embedding
@@ -152,10 +152,9 @@ def load_step_aware_clip(
         spm.load_state_dict(weights, strict=True, assign=True)
     except RuntimeError as error:
         section = key.rpartition(".")[0]
-        reason = " ".join(str(error).split())[:300]
         raise UserError(
             f"{key}: {checkpoint} does not fit {section}.backbone as a step-aware "
-            f"preference model: {reason}"
+            f"preference model: {in_one_line(error)}"
         ) from error
     for embeddings in (spm.model.text_model.embeddings, spm.model.vision_model.embeddings):
         positions = embeddings.position_embedding.num_embeddings
