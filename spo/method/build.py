@@ -29,6 +29,7 @@ from spo.models.optimizers import OptimizerSettings
 from spo.run.tracking import TrackerSettings
 from spo.run.validation import ValidationSettings
 from spo.scorers import ScorerSource
+from spo.seeding import derive_seed
 
 
 @dataclass(frozen=True)
@@ -189,6 +190,20 @@ def read_recipe(config: ConfigDict) -> Recipe:
         tracker=fill(TrackerSettings, config.tracker),
         hub=fill(Destination, config.hub),
     )
+
+
+def build_lora(recipe: Recipe, unet: nn.Module) -> Lora:
+    """Adds the LoRA that a run starts from to `unet`."""
+    settings = recipe.lora
+    if recipe.run.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    lora = settings.add_to(unet, seed=derive_seed(recipe.run.seed, "lora"))
+    if settings.init_from:
+        from spo.lora_io.find import find_lora, read_lora
+
+        path = find_lora(settings.init_from, "lora.init_from")
+        lora.assign(read_lora(path, lora, "lora.init_from"))
+    return lora
 
 
 def build_learner(

@@ -13,7 +13,14 @@ from spo.command_line.values import require_number, require_whole
 from spo.data.prompts import epoch_order
 from spo.launch.batch_plan import BatchPlan
 from spo.method.ddim import DDIM
-from spo.method.pairs import PairSettings, choose, concatenate_pairs, differ_enough, make_pairs
+from spo.method.pairs import (
+    PairSettings,
+    choose,
+    concatenate_pairs,
+    differ_enough,
+    make_pairs,
+    no_pairs,
+)
 from spo.method.position import Position
 from spo.method.rollout import RolloutSettings, stepwise_rollout
 from spo.models import lora
@@ -132,6 +139,15 @@ def score_candidates(
         overflowed = ~seen.isfinite().flatten(1).all(dim=1)
         scores.append(found.masked_fill(overflowed.to(found.device), torch.nan))
     return torch.cat(scores).reshape(k, b)
+
+
+def join(parts: Sequence[Collected], backbone: Backbone, settings: PairSettings) -> Collected:
+    """Joins the rollouts of one process; without any, returns 0 pairs in the right shapes."""
+    comparisons = tuple(comparison for part in parts for comparison in part.comparisons)
+    if parts:
+        return Collected(concatenate_pairs([part.pairs for part in parts]), comparisons)
+    nothing = backbone.encode_prompts([""])
+    return Collected(no_pairs(nothing, backbone.latent_shape, settings), comparisons)
 
 
 @dataclass(frozen=True)

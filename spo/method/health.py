@@ -75,6 +75,15 @@ def _describe(what: str, batch: PreferencePairs, prompts: Sequence[str]) -> str:
     return f"{what} not finite at t = {batch.timesteps.unique().tolist()} for the prompts {own}"
 
 
+def check_faults(faults: Sequence[Fault], rollout: int, step: int) -> None:
+    """Raises RunError that names the origin of `faults`, if there are any."""
+    if faults:
+        raise RunError(
+            f"{min(faults).text}, in rollout {rollout}, about step {step}; the last checkpoint is "
+            "good: resume from it with a lower train.learning_rate or mixed_precision=bf16."
+        )
+
+
 def check_skipped(in_a_row: int, limit: int) -> None:
     """Raises RunError if the fp16 gradients of `limit` updates in a row overflowed."""
     if in_a_row >= limit:

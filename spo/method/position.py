@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from torch import Tensor
 
 from spo.method.learner import Step
-from spo.method.metrics import Metrics
+from spo.method.metrics import Metrics, summary
 from spo.types import PreferencePairs
 
 
@@ -64,6 +64,21 @@ class RolloutInProgress:
             skipped_updates=self.skipped_updates
             + (step.update is not None and step.update.skipped),
         )
+
+    def summary(self, sums: Mapping[str, float]) -> dict[str, Any]:
+        """Returns the numbers of metrics.jsonl; `sums` are the metrics of all processes."""
+        measured = {"loss": None, "grad_norm": None} | summary(sums)
+        images = measured.pop("images")
+        return {
+            **measured,
+            "minibatches": self.minibatches,
+            "updates": self.updates,
+            "skipped_updates": self.skipped_updates,
+            "pairs_left_over": self.left_over,
+            "seconds_rollout": self.seconds_rollout,
+            "seconds_train": self.seconds_train,
+            "images_per_second": images / self.seconds_rollout,
+        }
 
     def numbers(self) -> dict[str, Any]:
         """Returns the fields that are the same on every process."""

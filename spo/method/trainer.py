@@ -6,7 +6,6 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from ml_collections import ConfigDict
@@ -14,26 +13,23 @@ from ml_collections import ConfigDict
 from spo.atomic import writing
 from spo.data.prompts import epoch_order
 from spo.data.token_lengths import describe_lengths
-from spo.errors import RunError, Stopped
+from spo.errors import Stopped
 from spo.launch.workers import Workers
 from spo.lora_io.diffusers_file import LORA_FILE
-from spo.method.build import build_learner
+from spo.method.build import build_learner, build_lora
 from spo.method.checkpoint import load_checkpoint, own_tensors, save_checkpoint, save_networks
-from spo.method.collect import Collected, Slice, collect_rollout, slices_of
-from spo.method.health import check_scores, check_skipped, find_faults
+from spo.method.collect import Collected, Slice, collect_rollout, join, slices_of
+from spo.method.health import check_faults, check_scores, check_skipped, find_faults
 from spo.method.learner import Step
-from spo.method.metrics import Metrics, note_rollout, peak_memory_gib, summary, time_left
-from spo.method.pairs import concatenate_pairs, no_pairs
+from spo.method.metrics import Metrics, note_rollout, peak_memory_gib, time_left
 from spo.method.position import Position, RolloutInProgress, TrainingState, chunks_left
 from spo.method.preflight import Preflight, preflight
 from spo.models.device import set_up_device, speed_up
-from spo.models.lora import Lora
 from spo.models.optimizers import check_optimizer
 from spo.run.folder import METRICS
 from spo.run.session import Session, open_run_dir
-from spo.run.validation import draw_cells, save_samples, validation_grid
+from spo.run.validation import draw_validation_images
 from spo.scorers import load_scorer, tokenizers_of
-from spo.seeding import derive_seed
 from spo.types import PreferencePairs
 
 
@@ -66,7 +62,7 @@ class Trainer:
         with workers.together():
             self.backbone = self.recipe.load_backbone(workers.device)
             self.scorer = load_scorer(self.recipe.scorer, workers.device)
-            lora = self._make_lora()
+            lora = build_lora(self.recipe, self.backbone.unet)
             speed_up(self.backbone, self.scorer, self.recipe.speed)
         unet, steps = workers.wrap(self.backbone.unet), self.plan.accumulation_steps
         self.learner = build_learner(self.recipe, self.backbone, unet, lora, steps)
@@ -74,18 +70,6 @@ class Trainer:
         self.rollout: RolloutInProgress | None = None
         self._resume()
         self.start = self.position
-
-    def _make_lora(self) -> Lora:
-        settings, unet = self.recipe.lora, self.backbone.unet
-        if self.recipe.run.gradient_checkpointing:
-            unet.enable_gradient_checkpointing()
-        lora = settings.add_to(unet, seed=derive_seed(self.recipe.run.seed, "lora"))
-        if settings.init_from:
-            from spo.lora_io.find import find_lora, read_lora
-
-            path = find_lora(settings.init_from, "lora.init_from")
-            lora.assign(read_lora(path, lora, "lora.init_from"))
-        return lora
 
     def _resume(self) -> None:
         """Restores the checkpoint, if any, and starts to record."""
@@ -166,16 +150,11 @@ class Trainer:
         mine = slices_of(chunk, self.plan, self.recipe.run.seed, self.position, self.workers.rank)
         with self.workers.together():
             parts = [self._collect_slice(part) for part in mine if part.prompt_ids]
-        if parts:
-            pairs = concatenate_pairs([part.pairs for part in parts])
-        else:
-            nothing = self.backbone.encode_prompts([""])
-            pairs = no_pairs(nothing, self.backbone.latent_shape, self.recipe.collect.pairs)
-        metrics, timesteps = Metrics(self.workers.device), self.learner.sampler.timesteps
-        comparisons = [comparison for part in parts for comparison in part.comparisons]
-        branching = timesteps[self.recipe.collect.rollout.branch_from :]
-        note_rollout(metrics, comparisons, pairs.timesteps, branching)
-        dealt, left_over = self.workers.deal(pairs, mine[0].generator)
+        own = join(parts, self.backbone, self.recipe.collect.pairs)
+        metrics = Metrics(self.workers.device)
+        branching = self.learner.sampler.timesteps[self.recipe.collect.rollout.branch_from :]
+        note_rollout(metrics, own.comparisons, own.pairs.timesteps, branching)
+        dealt, left_over = self.workers.deal(own.pairs, mine[0].generator)
         seconds = time.perf_counter() - started
         return RolloutInProgress(dealt, metrics, len(chunk), left_over, seconds_rollout=seconds)
 
@@ -220,19 +199,22 @@ class Trainer:
         """Raises RunError on every process unless all numbers of the last minibatches are finite."""
         found = self.workers.gather(find_faults(self.trained, self.prompts))
         with self.workers.together():
-            if found:
-                raise RunError(
-                    f"{min(found).text}, in rollout {self.position.rollouts + 1}, about step "
-                    f"{self.learner.updates}; the last checkpoint is good: resume from it with a "
-                    "lower train.learning_rate or mixed_precision=bf16."
-                )
+            check_faults(found, self.position.rollouts + 1, self.learner.updates)
             limit = self.recipe.update.max_skipped_updates
             check_skipped(self.learner.skipped_in_a_row, limit)
 
     def complete_rollout(self, chunk: Sequence[int], prompts_per_epoch: int) -> None:
         """Logs the rollout whose pairs are used up, and saves a checkpoint if one is due."""
         rollout, run = self.rollout, self.recipe.run
-        line = self.metrics_line(rollout)
+        line = {
+            "epoch": self.position.epochs + 1,
+            "rollout": self.position.rollouts + 1,
+            "step": self.learner.updates,
+            **rollout.summary(self.workers.sum_named(rollout.metrics.sums)),
+            "ema_distance": self.learner.ema_distance(),
+            "learning_rate": self.learner.optimizer.param_groups[0]["lr"],
+            "peak_memory_gib": peak_memory_gib(self.workers.device),
+        }
         if self.position == self.start:
             left = (run.num_epochs - self.position.epochs) * prompts_per_epoch
             left -= self.position.prompts + len(chunk)
@@ -245,28 +227,6 @@ class Trainer:
         ):
             self.save_checkpoint()
 
-    def metrics_line(self, rollout: RolloutInProgress) -> dict[str, Any]:
-        """Returns the line of metrics.jsonl of a rollout and its training, over all processes."""
-        sums = self.workers.sum_named(rollout.metrics.sums)
-        measured = {"loss": None, "grad_norm": None} | summary(sums)
-        images = measured.pop("images")
-        return {
-            "epoch": self.position.epochs + 1,
-            "rollout": self.position.rollouts + 1,
-            "step": self.learner.updates,
-            **measured,
-            "minibatches": rollout.minibatches,
-            "updates": rollout.updates,
-            "skipped_updates": rollout.skipped_updates,
-            "pairs_left_over": rollout.left_over,
-            "ema_distance": self.learner.ema_distance(),
-            "learning_rate": self.learner.optimizer.param_groups[0]["lr"],
-            "seconds_rollout": rollout.seconds_rollout,
-            "seconds_train": rollout.seconds_train,
-            "images_per_second": images / rollout.seconds_rollout,
-            "peak_memory_gib": peak_memory_gib(self.workers.device),
-        }
-
     def draw_validation_images(self) -> None:
         """Draws the validation grid if it is due; only between epochs.
 
@@ -276,19 +236,10 @@ class Trainer:
         epochs, interval = self.position.epochs, self.recipe.run.eval_interval
         if not prompts or self.state.inside_epoch or epochs % interval:
             return
-        mine = range(self.workers.rank, len(prompts), self.workers.count)
-        watched = self.session.signals.watch(self.session.bar(mine, "validation images"))
-        with self.workers.together(), self.learner.network(settings.weights):
-            cells = draw_cells(self.backbone, prompts, watched, settings.images)
-        cells = self.workers.gather_to_main(cells)
-
-        def show() -> None:
-            name = f"validation/epoch_{epochs:04d}_{settings.weights}"
-            picture = validation_grid(cells, f"{settings.weights} LoRA after epoch {epochs}")
-            self.session.picture(name, picture, step=self.learner.updates)
-            save_samples(self.ready.run_dir, cells, settings.weights, epochs)
-
-        self.session.on_main(show)
+        with self.learner.network(settings.weights):
+            draw_validation_images(
+                self.session, self.backbone, prompts, settings, epochs, self.learner.updates
+            )
 
     def save_networks(self) -> None:
         """Writes the current LoRAs into the run directory."""

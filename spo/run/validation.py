@@ -15,6 +15,7 @@ from spo.models.backbone import Backbone
 from spo.models.plain_images import ImageSettings, sample_images
 from spo.run.folder import SAMPLES, SAMPLES_INDEX
 from spo.run.pictures import Cell, grid, to_pil
+from spo.run.session import Session
 
 _COLUMNS = 4
 
@@ -48,6 +49,31 @@ class ValidationSettings:
     def read_prompts(self) -> tuple[str, ...]:
         """Reads the prompts to draw; UserError if there are none."""
         return read_prompts(self.prompts, key="eval.prompts").prompts[: self.num_images]
+
+
+def draw_validation_images(
+    session: Session,
+    backbone: Backbone,
+    prompts: Sequence[str],
+    settings: ValidationSettings,
+    epochs: int,
+    step: int,
+) -> None:
+    """Draws the prompts with the UNet's current weights on all processes, and saves the images."""
+    workers = session.workers
+    mine = range(workers.rank, len(prompts), workers.count)
+    watched = session.signals.watch(session.bar(mine, "validation images"))
+    with workers.together():
+        cells = draw_cells(backbone, prompts, watched, settings.images)
+    cells = workers.gather_to_main(cells)
+
+    def show() -> None:
+        name = f"validation/epoch_{epochs:04d}_{settings.weights}"
+        picture = validation_grid(cells, f"{settings.weights} LoRA after epoch {epochs}")
+        session.picture(name, picture, step)
+        save_samples(session.run_dir, cells, settings.weights, epochs)
+
+    session.on_main(show)
 
 
 def draw_cells(
