@@ -5,20 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from spo.launch.batch_plan import BatchPlan
 from spo.lora_io.diffusers_file import LORA_FILE, parameter_names, save_lora
-from spo.method.learner import Learner
 from spo.method.metrics import Metrics
 from spo.method.position import METRICS, PAIRS, TEXT, Position, RolloutInProgress, TrainingState
 from spo.models.optimizers import optimizer_tensors, restore_optimizer
 from spo.run.checkpoint_folder import OPTIMIZER, new_checkpoint, read_state, reading, write_state
 from spo.types import Conditioning, PreferencePairs
+
+if TYPE_CHECKING:
+    from spo.launch.batch_plan import BatchPlan
+    from spo.method.learner import Learner
 
 _GRADIENT = "gradient:"
 

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from spo.command_line.values import require_number, require_whole
-from spo.data.prompts import epoch_order
-from spo.launch.batch_plan import BatchPlan
-from spo.method.ddim import DDIM
 from spo.method.pairs import (
     PairSettings,
     choose,
@@ -21,13 +19,17 @@ from spo.method.pairs import (
     make_pairs,
     no_pairs,
 )
-from spo.method.position import Position
+from spo.method.position import Position, epoch_order
 from spo.method.rollout import RolloutSettings, stepwise_rollout
 from spo.models import lora
-from spo.models.backbone import Backbone
-from spo.scorers import Scorer
 from spo.seeding import derive_seed
 from spo.types import Candidates, Comparison, Conditioning, PreferencePairs
+
+if TYPE_CHECKING:
+    from spo.launch.batch_plan import BatchPlan
+    from spo.method.ddim import DDIM
+    from spo.models.backbone import Backbone
+    from spo.scorers import Scorer
 
 
 @dataclass(frozen=True)

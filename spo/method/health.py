@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from spo.data.token_lengths import named
 from spo.errors import RunError
-from spo.method.learner import Step
 from spo.types import Comparison, PreferencePairs
+
+if TYPE_CHECKING:
+    from spo.method.learner import Step
 
 
 def check_scores(comparisons: Sequence[Comparison], prompts: Sequence[str]) -> None:

@@ -5,19 +5,22 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from spo.command_line.values import require_choice, require_number, require_whole
 from spo.errors import UserError
-from spo.method.ddim import DDIM
-from spo.method.losses import Loss
 from spo.method.metrics import Metrics
-from spo.models.backbone import Backbone
 from spo.models.lora import Lora, MergedLora
 from spo.models.optimizers import Update, apply_gradients
 from spo.types import LossOutput, NoisePredictions, PreferencePairs
+
+if TYPE_CHECKING:
+    from spo.method.ddim import DDIM
+    from spo.method.losses import Loss
+    from spo.models.backbone import Backbone
 
 
 @dataclass(frozen=True)

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
-from spo.method.learner import Step
 from spo.method.metrics import Metrics, summary
+from spo.seeding import derive_seed
 from spo.types import PreferencePairs
+
+if TYPE_CHECKING:
+    from spo.method.learner import Step
 
 
 @dataclass(frozen=True)
@@ -117,6 +121,12 @@ class TrainingState:
         if self.inside_epoch:
             name += f"_rollout_{self.position.rollouts:06d}"
         return name + (f"_pair_{self.rollout.used:06d}" if self.rollout else "")
+
+
+def epoch_order(num_prompts: int, seed: int, epoch: int) -> list[int]:
+    """Returns the shuffled order of the prompts in an epoch."""
+    generator = torch.Generator().manual_seed(derive_seed("epoch_order", seed, epoch))
+    return torch.randperm(num_prompts, generator=generator).tolist()
 
 
 def chunks_left(order: Sequence[int], state: TrainingState, size: int) -> list[Sequence[int]]:

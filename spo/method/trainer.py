@@ -4,33 +4,38 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from ml_collections import ConfigDict
 
 from spo.atomic import writing
-from spo.data.prompts import epoch_order
-from spo.data.token_lengths import describe_lengths
 from spo.errors import Stopped
-from spo.launch.workers import Workers
 from spo.lora_io.diffusers_file import LORA_FILE
-from spo.method.build import build_learner, build_lora
-from spo.method.checkpoint import load_checkpoint, own_tensors, save_checkpoint, save_networks
+from spo.method.checkpoint import own_tensors, save_checkpoint, save_networks
 from spo.method.collect import Collected, Slice, collect_rollout, join, slices_of
 from spo.method.health import check_faults, check_scores, check_skipped, find_faults
-from spo.method.learner import Step
 from spo.method.metrics import Metrics, note_rollout, peak_memory_gib, time_left
-from spo.method.position import Position, RolloutInProgress, TrainingState, chunks_left
-from spo.method.preflight import Preflight, preflight
-from spo.models.device import set_up_device, speed_up
-from spo.models.optimizers import check_optimizer
+from spo.method.position import (
+    Position,
+    RolloutInProgress,
+    TrainingState,
+    chunks_left,
+    epoch_order,
+)
 from spo.run.folder import METRICS
-from spo.run.session import Session, open_run_dir
-from spo.run.validation import draw_validation_images
-from spo.scorers import load_scorer, tokenizers_of
 from spo.types import PreferencePairs
+
+if TYPE_CHECKING:
+    from ml_collections import ConfigDict
+
+    from spo.launch.workers import Workers
+    from spo.method.learner import Learner, Step
+    from spo.method.preflight import Preflight
+    from spo.models.backbone import Backbone
+    from spo.run.session import Session
+    from spo.scorers import Scorer
 
 
 def train(config: ConfigDict) -> None:
@@ -39,58 +44,33 @@ def train(config: ConfigDict) -> None:
     Raises UserError for bad input before any model loads, RunError if a run cannot continue, and
     Stopped after a signal.
     """
-    with Workers(config.rank_timeout) as workers:
-        ready = None
-        with workers.together():
-            if workers.is_main:
-                ready = preflight(config, workers.count)
-                check_optimizer(config.train.optimizer, workers.device)
-                open_run_dir(ready.run_dir, config, ready.resume.damaged)
-        Trainer(workers.from_main(ready), workers).run()
+    from spo.method.start import (
+        start,  # config, files, processes and models, which the loop is given
+    )
+
+    with start(config) as trainer:
+        trainer.run()
 
 
 class Trainer:
-    """A training run on one of its processes."""
+    """A training run on one of its processes, from `state` on."""
 
-    def __init__(self, ready: Preflight, workers: Workers) -> None:
+    def __init__(
+        self,
+        ready: Preflight,
+        workers: Workers,
+        session: Session,
+        backbone: Backbone,
+        scorer: Scorer,
+        learner: Learner,
+        state: TrainingState,
+    ) -> None:
         self.ready, self.recipe, self.plan = ready, ready.recipe, ready.plan
-        self.workers, self.prompts = workers, ready.prompts.prompts
-        self.session = Session(ready.run_dir, workers, ready.resume.checkpoint)
-        self.session.say(ready.prompts.describe())
-        self.session.say(ready.plan.describe())
-        set_up_device(workers.device, self.recipe.run.allow_tf32)
-        with workers.together():
-            self.backbone = self.recipe.load_backbone(workers.device)
-            self.scorer = load_scorer(self.recipe.scorer, workers.device)
-            lora = build_lora(self.recipe, self.backbone.unet)
-            speed_up(self.backbone, self.scorer, self.recipe.speed)
-        unet, steps = workers.wrap(self.backbone.unet), self.plan.accumulation_steps
-        self.learner = build_learner(self.recipe, self.backbone, unet, lora, steps)
-        self.position: Position = Position()
-        self.rollout: RolloutInProgress | None = None
-        self._resume()
-        self.start = self.position
-
-    def _resume(self) -> None:
-        """Restores the checkpoint, if any, and starts to record."""
-        session, ready = self.session, self.ready
-        if session.saved is not None:
-            with self.workers.together():
-                state = load_checkpoint(session.saved, self.learner, self.plan, self.workers.rank)
-            self.position, self.rollout = state.position, state.rollout
-            session.say("\n".join([*ready.resume.describe(), *ready.changes]))
-        tokenizers = self.backbone.tokenizers | tokenizers_of(self.scorer)
-        lengths = describe_lengths(self.prompts, tokenizers)
-        session.say(lengths)
-        facts = {
-            "plan": asdict(self.plan),
-            "prompts": ready.prompts.describe(),
-            "prompt_lengths": lengths,
-            "device": self.workers.device.type,
-        }
-        last = self.position.rollouts
-        session.start(self.recipe.tracker, self.recipe.config, facts, counter="rollout", last=last)
-        session.start_publishing(self.recipe.hub, self.recipe.run.push_every)
+        self.workers, self.session, self.prompts = workers, session, ready.prompts.prompts
+        self.backbone, self.scorer, self.learner = backbone, scorer, learner
+        self.position: Position = state.position
+        self.rollout: RolloutInProgress | None = state.rollout
+        self.start = state.position
 
     def run(self) -> None:
         """Trains the epochs that are left, then writes the final LoRA.
@@ -236,6 +216,8 @@ class Trainer:
         epochs, interval = self.position.epochs, self.recipe.run.eval_interval
         if not prompts or self.state.inside_epoch or epochs % interval:
             return
+        from spo.run.validation import draw_validation_images
+
         with self.learner.network(settings.weights):
             draw_validation_images(
                 self.session, self.backbone, prompts, settings, epochs, self.learner.updates
