@@ -60,5 +60,5 @@ def start(config: ConfigDict) -> Iterator[Trainer]:
             "device": workers.device.type,
         }
         session.start(recipe.tracker, recipe.config, facts, "rollout", state.position.rollouts)
-        session.start_publishing(recipe.hub, recipe.run.push_every)
+        session.start_publishing(recipe.hub, recipe.push_every)
         yield Trainer(ready, workers, session, backbone, scorer, learner, state)
