@@ -8,6 +8,8 @@ from typing import Any
 
 from spo.errors import UserError
 
+_GENERIC = ("objective", "loss")  # attributes that do not say which algorithm they hold
+
 
 def find(name: str, table: Mapping[str, Any], key: str) -> Any:
     """`table[name]`, or what "module:name" names; UserError naming config `key` where there is none."""
@@ -21,3 +23,13 @@ def find(name: str, table: Mapping[str, Any], key: str) -> Any:
         return getattr(importlib.import_module(module_name), attribute)
     except (ImportError, AttributeError, ValueError) as error:
         raise UserError(f"{key}: cannot import {name!r}: {error}") from error
+
+
+def algorithm_name(algorithm: str) -> str:
+    """Returns the name that run folders, model cards and Hub tags give to `config.algorithm`.
+
+    "gradspo" is its own name; "package.module:name" is called "name", or "module" if the name is
+    generic.
+    """
+    module, _, name = algorithm.rpartition(":")
+    return module.rpartition(".")[2] if module and name in _GENERIC else name

@@ -12,12 +12,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from spo.errors import LOAD_ERRORS, UserError, first_line
-from spo.hub import list_files
+from spo.hub import is_hub_id, list_files
 from spo.lora_io.find import find_lora, read_folded
 from spo.models.backbone import Backbone, ModelSource, check_source
 
 _NAME = re.compile(r"\w[\w.-]*")
-_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
@@ -69,7 +68,7 @@ def _read(text: str, base: ModelSource, family: str, key: str) -> ModelSpec:
     folder = Path(location).expanduser()
     if folder.is_dir() and (images := _image_folder(folder)):
         return ModelSpec(name, text, None, images=images)
-    if folder.is_dir() or _HUB_ID.fullmatch(location):
+    if folder.is_dir() or is_hub_id(location):
         where = str(folder) if folder.is_dir() else location
         files = _files(folder) if folder.is_dir() else list_files(location, key)
         if "model_index.json" in files:

@@ -14,7 +14,7 @@ from typing import Any
 
 import huggingface_hub
 
-from spo.evaluation.results import table
+from spo.evaluation.results import summary_table
 from spo.hub import Destination, is_hub_id
 from spo.lora_io.diffusers_file import LORA_FILE
 from spo.publish.card_text import citations, facts, markdown_table, snippet, title
@@ -122,7 +122,7 @@ def _text(record: RunRecord, to: Destination) -> str:
     lines += ["", "### Use", "", "```python", snippet(record, to), "```"]
     lines += ["", "### How it was trained", "", markdown_table(facts(record))]
     for results in record.evaluations.values():
-        lines += ["", f"### Results: {results.title}", "", table(results).rstrip()]
+        lines += ["", f"### Results: {results.title}", "", summary_table(results)]
         lines += ["", "Means with 95 % intervals; every score is in results.json."]
     lines += ["", "### Citation", "", "```bibtex", citations(record), "```", ""]
     return "\n".join(lines)

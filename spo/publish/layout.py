@@ -44,7 +44,7 @@ def stage(run_dir: Path, to: Destination, evaluation: Path | None = None) -> Sta
         target = folder / to.path(name)
         target.mkdir()
         results.write_results(found, target)
-        (target / TABLE).write_text(results.table(found))
+        (target / TABLE).write_text(results.summary_table(found) + "\n")
     make_card(record, to).save(folder / CARD)
     reached = f" after epoch {record.epochs}" if record.epochs else ""
     return Staged(folder, f"{record.config.algorithm} LoRA, {to.weights} weights{reached}")

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from spo.atomic import whole_lines, write_lines, writing
 from spo.errors import UserError
+from spo.plugins import algorithm_name
 
 # The files and folders of a run, and of an evaluation.
 CONFIG = "config.json"
@@ -32,7 +33,7 @@ def run_name(config: ConfigDict, method: str) -> str:
     """The name of the run directory: `config.run_name`, or method, family and start time."""
     if config.run_name:
         return config.run_name
-    return f"{method.rpartition(':')[2]}_{config.family}_{time.strftime('%Y%m%d_%H%M%S')}"
+    return f"{algorithm_name(method)}_{config.family}_{time.strftime('%Y%m%d_%H%M%S')}"
 
 
 def versions() -> dict[str, str]:
