@@ -14,11 +14,8 @@ Weights, ranks and alphas stay as they are, bit for bit, unless --dtype rounds t
 """
 
 import argparse
-import sys
 from dataclasses import replace
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from spo.atomic import check_output, new_output
 from spo.command_line.flags import exit_on_user_error

@@ -7,11 +7,8 @@ What is not given is taken from config.hub of the run. Several runs share a repo
 """
 
 import argparse
-import sys
 from dataclasses import fields, replace
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from spo.command_line.flags import exit_on_user_error
 
