@@ -8,7 +8,7 @@ from typing import Any
 
 from spo.errors import UserError
 
-_GENERIC = ("objective", "loss")  # attributes that do not say which algorithm they hold
+_GENERIC = ("objective", "loss", "make")  # attributes that do not say which algorithm they hold
 
 
 def find(name: str, table: Mapping[str, Any], key: str) -> Any:
