@@ -7,12 +7,7 @@
 Afterwards the run works offline (HF_HUB_OFFLINE=1).
 """
 
-import sys
-from pathlib import Path
-
 from absl import app
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from spo.command_line.config_files import BASE, EVAL_BASE, SPM_BASE
 from spo.command_line.flags import define_config, exit_on_user_error, parse_flags

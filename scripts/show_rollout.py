@@ -7,12 +7,9 @@ One row per comparison: the decoded candidates with their scores, the best frame
 and which one the rollout went on from. `--lora` draws with a trained LoRA (run, file or Hub id).
 """
 
-import sys
 from pathlib import Path
 
 from absl import app, flags
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from spo.command_line.flags import define_config, exit_on_user_error, parse_flags
 

@@ -21,7 +21,7 @@ from spo.errors import UserError
 from spo.evaluation.curves import TRAINING, draw_curves, panels_of
 from spo.evaluation.page import embedded_image
 from spo.evaluation.report import chosen_prompts, write_report
-from spo.evaluation.results import ModelInfo, Results, ScorerInfo, compare, write_results
+from spo.evaluation.results import ModelInfo, Results, ScorerInfo, summarize, write_results
 from spo.evaluation.run_report import write_run_report
 from spo.method import metrics
 from spo.method.collect import Comparison
@@ -175,10 +175,10 @@ def test_the_page_needs_no_other_file_and_a_prompt_stays_text(tmp_path):
     assert policy[0].startswith("default-src 'none'")
 
 
-def test_the_table_says_what_compare_found(tmp_path):
+def test_the_table_says_what_the_summary_says(tmp_path):
     results = three_models(tmp_path, n=12)
     page = read(write_report(tmp_path, results))
-    rows = compare(results)
+    rows = summarize(results)
     numbers = page.all("td", **{"class": "number"})
     assert f"{rows[0].mean.mean:.3f}" in numbers and f"{rows[2].difference.mean:+.3f}" in numbers
     assert f"{100 * rows[2].win_rate.mean:.0f}" in numbers

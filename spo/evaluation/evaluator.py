@@ -19,7 +19,7 @@ from spo.data.token_lengths import describe_lengths
 from spo.errors import Stopped, UserError
 from spo.evaluation.image_sets import DrawSettings, ImageSet, claim, claim_prompts, image_set
 from spo.evaluation.report import write_report
-from spo.evaluation.results import ModelInfo, Results, table, write_results
+from spo.evaluation.results import ModelInfo, Results, summary_table, write_results
 from spo.evaluation.scores import ScoreFolder
 from spo.launch.signals import StopSignals
 from spo.launch.workers import Workers
@@ -227,9 +227,9 @@ class Evaluation:
             ),
         )
         results_file = write_results(results, folder)
-        (folder / TABLE).write_text(table(results))
+        (folder / TABLE).write_text(summary_table(results) + "\n")
         report = write_report(folder, results, self.config.report_prompts)
-        print(f"\n{table(results)}\nresults: {results_file}\nreport:  {report}")
+        print(f"\n{summary_table(results)}\nresults: {results_file}\nreport:  {report}")
 
     def share(self, batches: list[range], name: str) -> Iterator[range]:
         """This process's part of `batches`, with a progress bar on the main process."""

@@ -9,13 +9,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from spo.evaluation.figures import INK, colour, panel, shortened, style
-from spo.evaluation.results import Comparison
+from spo.evaluation.results import SummaryRow
 from spo.evaluation.statistics import Estimate
 
 _BINS = 25  # odd: the middle one is centred at no difference
 
 
-def plot_means(rows: Sequence[Comparison]) -> Figure:
+def plot_means(rows: Sequence[SummaryRow]) -> Figure:
     """The mean of each model by one scorer, with its interval: points, as no axis starts at 0."""
     with style():
         figure, axes = panel(_height(len(rows)))
@@ -27,7 +27,7 @@ def plot_means(rows: Sequence[Comparison]) -> Figure:
     return figure
 
 
-def plot_win_rates(rows: Sequence[Comparison]) -> Figure:
+def plot_win_rates(rows: Sequence[SummaryRow]) -> Figure:
     """The win rate of every model but the first by one scorer, with its interval."""
     with style():
         figure, axes = panel(_height(len(rows)))

@@ -11,6 +11,7 @@ from typing import Any
 from spo.errors import UserError
 from spo.evaluation.statistics import Estimate, bootstrap_mean, paired_difference, win_rate
 from spo.run.folder import RESULTS
+from spo.run.tables import markdown_table
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Results:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class SummaryRow:
     """One model by one scorer, on its own and beside the first model."""
 
     scorer: ScorerInfo
@@ -58,9 +59,9 @@ class Comparison:
     n: int
 
 
-def compare(results: Results) -> list[Comparison]:
+def summarize(results: Results) -> list[SummaryRow]:
     """Every model by every scorer, in their order."""
-    comparisons = []
+    rows = []
     for scorer in results.scorers:
         first = results.models[0].scores[scorer.name]
         for model in results.models:
@@ -69,30 +70,27 @@ def compare(results: Results) -> list[Comparison]:
             if model is not results.models[0]:
                 ties = sum(int(a == b) for a, b in zip(first, scores, strict=True))
                 paired = (paired_difference(first, scores), win_rate(first, scores), ties)
-            comparisons.append(
-                Comparison(scorer, model.name, bootstrap_mean(scores), *paired, n=len(scores))
+            rows.append(
+                SummaryRow(scorer, model.name, bootstrap_mean(scores), *paired, n=len(scores))
             )
-    return comparisons
+    return rows
 
 
-def table(results: Results) -> str:
-    """The comparison as a Markdown table, intervals of 95 % in brackets."""
+def summary_table(results: Results) -> str:
+    """Returns the comparison as a Markdown table, with intervals of 95 % in brackets."""
     first = results.models[0].name
-    lines = [
-        f"| scorer | model | mean | difference to {first} | win rate | ties | n |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for row in compare(results):
-        title = row.scorer.title + (f" x {row.scorer.scale:g}" if row.scorer.scale != 1 else "")
-        mean = f"{row.mean.mean:.3f} [{row.mean.low:.3f}, {row.mean.high:.3f}]"
-        cells = ["", "", ""]
-        if row.difference is not None:
-            gain = row.difference
-            cells[0] = f"{gain.mean:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}]"
-            cells[1] = row.win_rate.percent()
-            cells[2] = str(row.ties)
-        lines.append(" | ".join(["| " + title, row.model, mean, *cells, f"{row.n} |"]))
-    return "\n".join(lines) + "\n"
+    header = ("scorer", "model", "mean", f"difference to {first}", "win rate", "ties", "n")
+    return markdown_table(header, map(_cells, summarize(results)))
+
+
+def _cells(row: SummaryRow) -> tuple[object, ...]:
+    title = row.scorer.title + (f" x {row.scorer.scale:g}" if row.scorer.scale != 1 else "")
+    mean = f"{row.mean.mean:.3f} [{row.mean.low:.3f}, {row.mean.high:.3f}]"
+    if row.difference is None:
+        return title, row.model, mean, "", "", "", row.n
+    gain = row.difference
+    difference = f"{gain.mean:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}]"
+    return title, row.model, mean, difference, row.win_rate.percent(), row.ties, row.n
 
 
 def write_results(results: Results, folder: Path) -> Path:
@@ -103,7 +101,7 @@ def write_results(results: Results, folder: Path) -> Path:
         "versions": results.versions,
         "scorers": [asdict(scorer) for scorer in results.scorers],
         "models": [{"name": model.name, "spec": model.spec} for model in results.models],
-        "summary": [asdict(row) | {"scorer": row.scorer.name} for row in compare(results)],
+        "summary": [asdict(row) | {"scorer": row.scorer.name} for row in summarize(results)],
         "prompts": [
             {
                 "prompt": prompt,

@@ -12,6 +12,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import diffusers
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -34,9 +35,10 @@ from spo.errors import LOAD_ERRORS, UserError, first_line
 from spo.hub import PREFETCH, model_file
 from spo.method.ddim import DDIM, NoiseSchedule, make_sampler, noise_schedule
 from spo.models.decoder import check_decoder, decode, load_decoder
+from spo.models.families import FAMILIES
 from spo.types import Conditioning
 
-_PIPELINES = {"sd15": StableDiffusionPipeline, "sdxl": StableDiffusionXLPipeline}
+_PIPELINES = {name: getattr(diffusers, family.pipeline) for name, family in FAMILIES.items()}
 # A LoRA that leaves the text encoders alone is no reason for a warning.
 logging.getLogger("diffusers.loaders.lora_base").addFilter(
     lambda record: "No LoRA keys associated to" not in record.getMessage()

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from spo.data.prompts import HUB_ID
 from spo.errors import UserError
+from spo.hub import is_hub_id
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -79,7 +79,7 @@ def _open(data: DataSource, split: str) -> Dataset | IterableDataset:
         return datasets.load_dataset(
             "parquet", data_files={split: files}, split=split, streaming=data.streaming
         )
-    if not HUB_ID.fullmatch(data.source):
+    if not is_hub_id(data.source):
         raise UserError(
             f"data.source: no file or folder {data.source!r}, and no id of a Hub dataset either."
         )
