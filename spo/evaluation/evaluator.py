@@ -26,7 +26,8 @@ from spo.launch.workers import Workers
 from spo.lora_io.model_spec import ModelSpec, read_specs, use_loras
 from spo.method import build
 from spo.method.health import check_images
-from spo.models.backbone import DTYPES, Backbone, ModelSource, check_source
+from spo.models.backbone import DTYPES, Backbone
+from spo.models.loading import ModelSource, check_source
 from spo.models.plain_images import ImageSettings, sample_images
 from spo.run.folder import TABLE
 from spo.run.pictures import to_pil

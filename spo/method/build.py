@@ -30,8 +30,9 @@ from spo.method.learner import Learner, UpdateSettings
 from spo.method.losses import Loss, make_loss
 from spo.method.pairs import PairSettings
 from spo.method.rollout import RolloutSettings
-from spo.models.backbone import DTYPES, Backbone, ModelSource, model_source
+from spo.models.backbone import DTYPES, Backbone
 from spo.models.device import SpeedSettings
+from spo.models.loading import ModelSource, model_source
 from spo.models.lora import Lora, LoraSettings
 from spo.models.optimizers import OptimizerSettings
 from spo.run.tracking import TrackerSettings
