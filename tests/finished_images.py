@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from spo.scorers.image_scorers import load_image_scorer
+from spo.scorers import ImageScorerSource, Scorer, check_scorer, load_scorer
 
 CPU = torch.device("cpu")
 PROMPTS = ("a fox reading a map", "Tiny house, in a meadow", "blue whale " * 40)  # one is truncated
@@ -26,8 +26,19 @@ def pictures(sizes=SIZES, seed=0):
     return found
 
 
+def load(name, options) -> Scorer:
+    """Returns a scorer of finished images, on the CPU."""
+    return load_scorer(ImageScorerSource(name, options), CPU)
+
+
+def check(name, options):
+    """Raises UserError for a wrong scorer of finished images."""
+    check_scorer(ImageScorerSource(name, options))
+
+
 def score(name, options, images, prompts=PROMPTS):
-    return load_image_scorer(name, options, CPU).score(images, prompts)
+    """Returns the scores of finished images by the named scorer."""
+    return load(name, options).score_images(images, prompts)
 
 
 def tiny_open_clip(folder: Path, **changes) -> Path:

@@ -11,7 +11,8 @@ from helpers import MODELS, PROMPTS, randn, scorer_source
 from transformers import CLIPModel
 
 from spo.errors import UserError
-from spo.scorers import ImagePreparation, check_source, load_scorer
+from spo.scorers import check_scorer, load_scorer
+from spo.scorers.clip import ImagePreparation
 
 CPU = torch.device("cpu")
 MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -138,13 +139,19 @@ class Constant:
     def __init__(self, device, value):
         self.device, self.value = device, value
 
+    def encode_prompts(self, prompts):
+        return torch.zeros(len(prompts), device=self.device)
+
+    def score(self, images, prompt_features, timestep):
+        return prompt_features + self.value
+
 
 def test_a_scorer_by_its_dotted_path():
     source = scorer_source(f"{__name__}:Constant", kwargs={"value": 3})
-    check_source(source)
+    check_scorer(source)
     scorer = load_scorer(source, CPU)
-    assert isinstance(scorer, Constant)
-    assert (scorer.value, scorer.device) == (3, CPU)
+    found = scorer.score(randn(3, 3, 8, 8, seed=0), scorer.encode_prompts(PROMPTS), 951)
+    assert found.tolist() == [3, 3, 3] and found.device == CPU
 
 
 @pytest.mark.parametrize(
@@ -175,4 +182,4 @@ def test_what_cannot_be_loaded_is_named(changes, message):
 )
 def test_what_is_seen_before_loading(changes, message):
     with pytest.raises(UserError, match=message):
-        check_source(scorer_source(**({"scorer": "step_aware_clip"} | changes)))
+        check_scorer(scorer_source(**({"scorer": "step_aware_clip"} | changes)))

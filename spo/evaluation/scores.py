@@ -12,7 +12,7 @@ from typing import Any
 from spo.errors import RunError, UserError
 from spo.evaluation.image_sets import ImageSet, batches, file_digest, write_json
 from spo.evaluation.results import ScorerInfo
-from spo.scorers.image_scorers import ImageScorer
+from spo.scorers import Scorer
 
 _SCORER = "scorer.json"
 
@@ -41,7 +41,7 @@ class ScoreFolder:
             )
         return ScorerInfo(**found["scorer"])
 
-    def claim(self, scorer: ImageScorer) -> None:
+    def claim(self, scorer: Scorer) -> None:
         """Note whose scores these are."""
         info = asdict(ScorerInfo(self.name, scorer.title, scorer.scale))
         self.path.mkdir(parents=True, exist_ok=True)
@@ -55,13 +55,11 @@ class ScoreFolder:
             if self._read(images, batch) is None
         ]
 
-    def score(
-        self, scorer: ImageScorer, images: ImageSet, batch: range, prompts: Sequence[str]
-    ) -> None:
+    def score(self, scorer: Scorer, images: ImageSet, batch: range, prompts: Sequence[str]) -> None:
         """Score a batch and keep the result; RunError where a score is not finite."""
         digests = [file_digest(images.files[i]) for i in batch]
         pictures = [images.read(i, prompts[i]) for i in batch]
-        scores = scorer.score(pictures, [prompts[i] for i in batch]).tolist()
+        scores = scorer.score_images(pictures, [prompts[i] for i in batch]).tolist()
         for i, score in zip(batch, scores, strict=True):
             if not math.isfinite(score):
                 raise RunError(f"{self.name} gives {score} to {images.files[i]} ({prompts[i]!r}).")

@@ -136,9 +136,7 @@ def rollout_source(config: ConfigDict) -> ModelSource:
 
 
 def scorer_source(config: ConfigDict) -> ScorerSource:
-    source = ScorerSource(**config.preference.to_dict())
-    paths = {name: os.path.expanduser(getattr(source, name)) for name in ("backbone", "processor")}
-    return replace(source, **paths)
+    return ScorerSource(**config.preference.to_dict())
 
 
 def build_lora(config: ConfigDict, unet: nn.Module, seed: int) -> Lora:

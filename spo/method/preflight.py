@@ -66,7 +66,7 @@ def preflight(config: ConfigDict, num_processes: int) -> Preflight:
     run_dir = Path(config.logdir).expanduser() / run_name(config, config.algorithm)
     resume = find_checkpoint(config, run_dir)
     backbone.check_source(build.rollout_source(config), config.family)
-    scorers.check_source(build.scorer_source(config))
+    scorers.check_scorer(build.scorer_source(config))
     if config.lora.init_from:
         find_lora(config.lora.init_from, "lora.init_from")
     validation_prompts = read_validation_prompts(config) if config.eval_interval else ()

@@ -43,7 +43,7 @@ from spo.run.resume import stopped_at
 from spo.run.session import open_run_dir
 from spo.run.tracking import Tracking
 from spo.run.validation import draw_cells, save_samples, validation_grid
-from spo.scorers import load_scorer, tokenizers_of
+from spo.scorers import load_scorer
 from spo.seeding import derive_seed
 from spo.types import PreferencePairs
 
@@ -130,7 +130,7 @@ class Trainer:
         return lora
 
     def _start_tracking(self) -> Tracking:
-        tokenizers = self.backbone.tokenizers | tokenizers_of(self.scorer)
+        tokenizers = self.backbone.tokenizers | self.scorer.tokenizers
         self.say(lengths := describe_lengths(self.prompts, tokenizers))
         facts = {
             "plan": asdict(self.plan),

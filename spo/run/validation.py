@@ -11,7 +11,8 @@ from PIL import Image
 from spo.models.backbone import Backbone
 from spo.models.plain_images import ImageSettings, sample_images
 from spo.run.folder import SAMPLES, SAMPLES_INDEX
-from spo.run.pictures import Cell, grid, to_pil
+from spo.run.pictures import Cell, grid
+from spo.scorers.pixels import to_pil
 
 _COLUMNS = 4
 

@@ -9,32 +9,30 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from spo.evaluation.images import unit_pixels
+from spo.scorers import ImageScorer
 from spo.scorers.open_clip import OpenClip, load_open_clip
+from spo.scorers.pixels import unit_pixels
 
-_HUB = "hf://xswu/HPSv2"
 
-
-class HPSv2:
+class HPSv2(ImageScorer):
     """cos(image, text) of a CLIP that was trained on human preferences.
 
-    Images are prepared as by the package hpsv2 1.2.0, which is not how open_clip evaluates: nothing is
-    cut off. An image is scaled to [0, 1], resized (bicubic) so that its longer side fits, and padded
-    with black around the middle to a square. The package computes in mixed precision, this in fp32.
+    Images are prepared as in the package hpsv2 1.2.0; unlike open_clip's evaluation, it cuts nothing
+    off. An image is scaled to [0, 1], resized (bicubic) so that its longer side fits, and padded with
+    black to a square, itself in the middle. The package computes in mixed precision, this in fp32.
     """
 
     scale = 100.0
 
     def __init__(self, title: str, clip: OpenClip, antialias: bool) -> None:
-        self.title = title
-        self._clip, self._antialias = clip, antialias
+        self.title, self._clip, self._antialias = title, clip, antialias
 
-    def score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
-        image = self._clip.image_features([self.prepare(image) for image in images])
-        return (image * self._clip.text_features(prompts)).sum(dim=-1).cpu()
+    def score_images(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
+        features = self._clip.image_features(map(self.prepare, images))
+        return (features * self._clip.text_features(prompts)).sum(dim=-1).cpu()
 
     def prepare(self, image: Image.Image) -> Tensor:
-        """Pixels (3, S, S) of an image."""
+        """Returns the pixels (3, S, S) of an image."""
         to = self._clip.preparation
         return to.normalise(fit_square(unit_pixels(image), to.size, self._antialias))
 
@@ -51,27 +49,27 @@ def fit_square(pixels: Tensor, size: int, antialias: bool) -> Tensor:
 
 def load_hpsv2(
     device: torch.device,
+    section: str,
     *,
     model: str = "ViT-H-14",
-    checkpoint: str = f"{_HUB}/HPS_v2_compressed.pt",
+    checkpoint: str = "hf://xswu/HPSv2/HPS_v2_compressed.pt",
     antialias: bool = True,
 ) -> HPSv2:
-    """HPSv2; `model` and `checkpoint` as in `load_open_clip`, UserError where they cannot be loaded.
+    """Returns HPSv2; `model` and `checkpoint` as in `load_open_clip`.
 
-    `antialias`: as the official code does with torchvision 0.17 or newer. Older ones, current when the
-    scores of the paper were computed, resize tensors without.
+    `antialias`: True as the official code with torchvision 0.17 or newer; older versions, current when
+    the paper's scores were computed, resize tensors without antialiasing.
     """
-    clip = load_open_clip(model, checkpoint, "scorer_options.hpsv2", device)
-    return HPSv2("HPSv2", clip, antialias)
+    return HPSv2("HPSv2", load_open_clip(model, checkpoint, section, device), antialias)
 
 
 def load_hpsv2_1(
     device: torch.device,
+    section: str,
     *,
     model: str = "ViT-H-14",
-    checkpoint: str = f"{_HUB}/HPS_v2.1_compressed.pt",
+    checkpoint: str = "hf://xswu/HPSv2/HPS_v2.1_compressed.pt",
     antialias: bool = True,
 ) -> HPSv2:
-    """HPSv2.1: the same with newer weights; options as of `load_hpsv2`."""
-    clip = load_open_clip(model, checkpoint, "scorer_options.hpsv2.1", device)
-    return HPSv2("HPSv2.1", clip, antialias)
+    """Returns HPSv2.1: the same with newer weights; options as in `load_hpsv2`."""
+    return HPSv2("HPSv2.1", load_open_clip(model, checkpoint, section, device), antialias)

@@ -19,7 +19,7 @@ from torch import Tensor
 from spo.data.token_lengths import readable
 from spo.errors import UserError
 from spo.hub import check_file, resolve_file
-from spo.scorers import ImagePreparation
+from spo.scorers.clip import ImagePreparation
 from spo.scorers.state_dicts import load_strictly, read_state_dict
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from torch import Tensor
 from spo.method import ddim
 from spo.models.backbone import Backbone, ModelSource
 from spo.models.decoder import decode
-from spo.scorers import CLIPInputs, load_clip
+from spo.scorers.clip import CLIPInputs, load_clip
 from spo.tiny_world.base_model import draw_images, image_error
 from spo.tiny_world.fitting import Fit, fit
 
