@@ -1,6 +1,7 @@
 """Scorers of finished images by name: PickScore, the SPM at t = 0, and what all have in common."""
 
 import importlib
+import inspect
 import sys
 from pathlib import Path
 from unittest.mock import patch
@@ -19,7 +20,7 @@ from spo.method.collect import score_candidates
 from spo.plugins import find
 from spo.scorers import SCORERS, ImageScorer, Scorer, ScorerSource, check_scorer, load_scorer
 from spo.scorers.pixels import to_pil, unit_pixels
-from spo.types import Candidates
+from spo.types import Candidates, Transition
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "assets" / "tiny"
@@ -130,7 +131,7 @@ FILES = [
     (name, option)
     for name in SCORERS
     for option in ("checkpoint", "head")
-    if option in find(SCORERS[name], {}, "scorers").__kwdefaults__
+    if option in inspect.signature(find(SCORERS[name], {}, "scorers")).parameters
 ]
 
 
@@ -321,3 +322,37 @@ def test_options_of_a_candidate_scorer_are_named(options):
         for use in (check_scorer, lambda source: load_scorer(source, CPU)):
             with pytest.raises(UserError, match=message):
                 use(source("hpsv2", **kwargs))
+
+
+class LatentMean(Scorer):
+    looks_at = "latents"
+
+    def encode_prompts(self, prompts):
+        return torch.zeros(len(prompts))
+
+    def score(self, images, prompt_features, timestep):
+        return images.mean(dim=(1, 2, 3)) + timestep + prompt_features
+
+
+def latent_mean(device):
+    return LatentMean()
+
+
+def test_a_scorer_of_latents_sees_the_noisy_ones():
+    scorer = load_scorer(ScorerSource(f"{__name__}:latent_mean", "", "", "", "float32", {}), CPU)
+    x0, noisy = randn(2, 3, 4, 8, 8, seed=0), randn(2, 3, 4, 8, 8, seed=1)
+    transition = Transition(501, x0[:1], x0, noisy, x0[:1])
+    candidates = Candidates((transition,), x0, 451, is_final=False)
+    found = score_candidates(candidates, None, scorer, scorer.encode_prompts(PROMPTS), 4)
+    torch.testing.assert_close(found, noisy.mean(dim=(2, 3, 4)) + 451)
+    with pytest.raises(UserError, match="latent_mean looks at latents, not at finished images"):
+        scorer.score_images(pictures(), PROMPTS)
+
+
+def nothing(device):
+    return device
+
+
+def test_an_object_that_is_no_scorer():
+    with pytest.raises(UserError, match=r"scorers: a device is no scorer"):
+        load(f"{__name__}:nothing", {})

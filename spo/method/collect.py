@@ -109,12 +109,16 @@ def score_candidates(
     prompt_features: Tensor,
     batch_size: int,
 ) -> Tensor:
-    """Scores (K, B) of the candidates' images, decoded and scored `batch_size` at a time.
+    """Returns scores (K, B) of the candidates, decoded and scored `batch_size` at a time.
 
-    That of an image that is not finite is NaN, whatever the scorer makes of it.
+    A scorer that looks at latents gets the noisy latents x_t' at the score's timestep, undecoded. An
+    image or latent that is not finite scores NaN, whatever the scorer returns.
     """
     k, b = candidates.latents.shape[:2]
-    latents = candidates.latents.flatten(0, 1)
+    if scorer.looks_at == "latents":
+        latents, decode = candidates.window[-1].next_latents.flatten(0, 1), lambda noisy: noisy
+    else:
+        latents = candidates.latents.flatten(0, 1)
     of_row = torch.arange(b, device=latents.device).repeat(k)
     scores = []
     for part, rows in zip(latents.split(batch_size), of_row.split(batch_size), strict=True):

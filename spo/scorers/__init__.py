@@ -38,11 +38,11 @@ if TYPE_CHECKING:
 SCORERS = {
     "step_aware_clip": "spo.scorers.step_aware_clip:load_step_aware_scorer",
     "pickscore": "spo.scorers.pickscore:load_pickscore",
-    "hpsv2": "spo.scorers.hpsv2:load_hpsv2",
-    "hpsv2.1": "spo.scorers.hpsv2:load_hpsv2_1",
-    "aesthetic": "spo.scorers.aesthetic:load_aesthetic",
-    "clipscore": "spo.scorers.clipscore:load_clipscore",
-    "imagereward": "spo.scorers.imagereward:load_imagereward",
+    "hpsv2": "spo.scorers.hpsv2:HPSv2",
+    "hpsv2.1": "spo.scorers.hpsv2:HPSv2_1",
+    "aesthetic": "spo.scorers.aesthetic:Aesthetic",
+    "clipscore": "spo.scorers.clipscore:CLIPScore",
+    "imagereward": "spo.scorers.imagereward:ImageReward",
 }
 # The scorers whose options are keys of `preference`; the options of all others are `preference.kwargs`.
 _PREFERENCE_KEYS = {
@@ -56,8 +56,8 @@ class Scorer:
 
     title = ""  # as papers name the scorer; empty: its name in the config
     scale = 1.0  # papers print `scale` times the score
-    looks_at = "images"  # decoded images in [-1, 1]; or the noisy "latents" themselves
-    # The tokenizers that cut its prompts, by the name that messages give the model behind each.
+    looks_at = "images"  # or "latents": `score` gets the noisy latents, not decoded images
+    # The tokenizers that truncate prompts, each by the name of its model in messages.
     tokenizers: Mapping[str, PreTrainedTokenizerBase] = {}
 
     def compile(self) -> None:
@@ -66,23 +66,28 @@ class Scorer:
         raise UserError(f"compile.scorer: {name} has no method `compile`; set it to False.")
 
     def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
-        """Returns all that `score` needs of each prompt, (B, ...); called once per prompt."""
+        """Returns features (B, ...), all that `score` needs of each prompt; called once per prompt.
+
+        If they are no tensor, `features[rows]` must select them by a tensor of indices (n,).
+        """
         raise NotImplementedError
 
     def score(self, images: Tensor, prompt_features: Tensor, timestep: int) -> Tensor:
         """Returns scores (n,) of images (n, 3, H, W), nominally in [-1, 1], decoded at `timestep`.
 
-        `prompt_features` (n, ...) has the row of each image's prompt. If the scorer looks at latents,
-        `images` are latents (n, C, h, w) at `timestep`.
+        `prompt_features` (n, ...) has the row of each image's prompt. If `looks_at` is "latents",
+        `images` are the candidates' noisy latents (n, C, h, w) at `timestep`.
         """
         raise NotImplementedError
 
     @torch.no_grad()
     def score_images(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
         """Returns scores (n,) of finished images, float32, not scaled, on the CPU."""
-        features = self.encode_prompts(prompts)
-        scores = []
-        for image, row in zip(images, features.split(1), strict=True):  # sizes may differ
+        if self.looks_at == "latents":
+            raise UserError(f"scorers: {self.title} looks at latents, not at finished images.")
+        features, scores = self.encode_prompts(prompts), []
+        # One by one, because their sizes may differ.
+        for image, row in zip(images, features.split(1), strict=True):
             pixels = unit_pixels(image).to(features.device)[None] * 2 - 1
             scores.append(self.score(pixels, row, timestep=0))
         return torch.cat(scores).float().cpu()
@@ -90,7 +95,7 @@ class Scorer:
 
 @dataclass(frozen=True)
 class PromptRows:
-    """Prompts as features: `rows[index]` selects prompts as it would rows of a tensor."""
+    """Prompts as features: `rows[index]` selects prompts by a tensor of indices (n,)."""
 
     prompts: tuple[str, ...]
 
@@ -110,13 +115,13 @@ class ImageScorer(Scorer):
         return PromptRows(tuple(prompts))
 
     def score(self, images: Tensor, prompt_features: PromptRows, timestep: int) -> Tensor:
-        """Returns the scores (n,) of the images as PIL images, at whatever timestep."""
+        """Returns scores (n,) of images (n, 3, H, W) in [-1, 1]; `timestep` plays no part."""
         return self.score_images(to_pil(images), prompt_features.prompts).to(images.device)
 
 
 @dataclass(frozen=True)
 class ScorerSource:
-    """The scorer of candidates that `config.preference` names; config/base.py explains each field."""
+    """The scorer that `config.preference` names; config/base.py explains each field."""
 
     scorer: str
     checkpoint: str
@@ -170,7 +175,7 @@ def load_scorer(source: ScorerSource | ImageScorerSource, device: torch.device) 
     """
     factory, bound = _bind(source, device)
     found = factory(*bound.args, **bound.kwargs)
-    scorer = found if isinstance(found, Scorer) else _completed(found)
+    scorer = found if isinstance(found, Scorer) else _completed(found, source.key)
     scorer.title = scorer.title or source.name
     return scorer
 
@@ -178,7 +183,7 @@ def load_scorer(source: ScorerSource | ImageScorerSource, device: torch.device) 
 def check_scorer(source: ScorerSource | ImageScorerSource) -> None:
     """Raises UserError for a wrong name or option, as far as small files tell.
 
-    Downloads the checkpoint of `preference.checkpoint`, once, before training starts its processes.
+    Downloads `preference.checkpoint`, so that the processes of a run find it in the cache.
     """
     _, bound = _bind(source, torch.device("cpu"))
     if source.name not in SCORERS:
@@ -189,8 +194,8 @@ def check_scorer(source: ScorerSource | ImageScorerSource) -> None:
 
         check_open_clip(values["model"], values["checkpoint"], section)
     elif "checkpoint" in values:
-        look_at = resolve_file if section == "preference" else check_file
-        look_at(values["checkpoint"], f"{section}.checkpoint")
+        look_up = resolve_file if section == "preference" else check_file
+        look_up(values["checkpoint"], f"{section}.checkpoint")
     if "head" in values:
         check_file(values["head"], f"{section}.head")
     if "dtype" in values:
@@ -201,10 +206,12 @@ def check_scorer(source: ScorerSource | ImageScorerSource) -> None:
         model_file(values["tokenizer"], "tokenizer_config.json", f"{section}.tokenizer")
 
 
-def _completed(found: Any) -> Scorer:
+def _completed(found: Any, key: str) -> Scorer:
     """Returns a scorer with the attributes of an object of another class, and defaults for the rest."""
-    scorer = Scorer() if hasattr(found, "encode_prompts") else ImageScorer()
     names = [name for name in vars(Scorer) if name[0] != "_" and hasattr(found, name)]
+    if not {"score", "score_images"} & set(names):
+        raise UserError(f"{key}: a {type(found).__name__} is no scorer: it has no method `score`.")
+    scorer = Scorer() if "encode_prompts" in names else ImageScorer()
     own = {name: getattr(found, name) for name in names}
     if isinstance(scorer, ImageScorer) and "score" in own:
         own.setdefault("score_images", own.pop("score"))
@@ -223,8 +230,9 @@ def _bind(
         bound = inspect.signature(factory).bind(**given, **options)
     except TypeError as error:
         raise UserError(f"{section}: {name} takes other options: {error}") from error
-    for option, default in factory.__kwdefaults__.items() if name in SCORERS else ():
-        if type(options.get(option, default)) is not type(default):
-            raise UserError(f"{section}.{option}: {options[option]!r} is none like {default!r}.")
+    for option, value in options.items() if name in SCORERS else ():
+        default = bound.signature.parameters[option].default
+        if type(value) is not type(default):
+            raise UserError(f"{section}.{option}: {value!r} is none like {default!r}.")
     bound.apply_defaults()
     return factory, bound

@@ -9,32 +9,28 @@ from PIL import Image
 from torch import Tensor
 
 from spo.scorers import ImageScorer
-from spo.scorers.open_clip import OpenClip, load_open_clip
+from spo.scorers.open_clip import load_open_clip
 
 
 class CLIPScore(ImageScorer):
-    """max(cos(image, text), 0) of a CLIP.
+    """max(cos(image, text), 0) of a CLIP, by default OpenAI's ViT-L/14.
 
     Printed times 100, without a prefix to the prompt, as papers on image generation do; Hessel et al.
-    multiply by 2.5 and put "A photo depicts" before each text.
+    multiply by 2.5 and put "A photo depicts" before each text. Options as in `load_open_clip`.
     """
 
     title, scale = "CLIPScore", 100.0
 
-    def __init__(self, clip: OpenClip) -> None:
-        self._clip = clip
+    def __init__(
+        self,
+        device: torch.device,
+        section: str,
+        *,
+        model: str = "ViT-L-14-quickgelu",
+        checkpoint: str = "openai",
+    ) -> None:
+        self._clip = load_open_clip(model, checkpoint, section, device)
 
     def score_images(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
         features = self._clip.image_features(map(self._clip.transform, images))
         return (features * self._clip.text_features(prompts)).sum(dim=-1).clamp(min=0).cpu()
-
-
-def load_clipscore(
-    device: torch.device,
-    section: str,
-    *,
-    model: str = "ViT-L-14-quickgelu",
-    checkpoint: str = "openai",
-) -> CLIPScore:
-    """Returns CLIPScore, by default of OpenAI's ViT-L/14; options as in `load_open_clip`."""
-    return CLIPScore(load_open_clip(model, checkpoint, section, device))

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from spo.scorers import ImageScorer
-from spo.scorers.open_clip import OpenClip, load_open_clip
+from spo.scorers.open_clip import load_open_clip
 from spo.scorers.pixels import unit_pixels
 
 
@@ -20,12 +20,25 @@ class HPSv2(ImageScorer):
     Images are prepared as in the package hpsv2 1.2.0; unlike open_clip's evaluation, it cuts nothing
     off. An image is scaled to [0, 1], resized (bicubic) so that its longer side fits, and padded with
     black to a square, itself in the middle. The package computes in mixed precision, this in fp32.
+
+    `model` and `checkpoint` as in `load_open_clip`. `antialias`: True as the official code with
+    torchvision 0.17 or newer; older versions, current when the paper's scores were computed, resize
+    tensors without antialiasing.
     """
 
-    scale = 100.0
+    title, scale = "HPSv2", 100.0
 
-    def __init__(self, title: str, clip: OpenClip, antialias: bool) -> None:
-        self.title, self._clip, self._antialias = title, clip, antialias
+    def __init__(
+        self,
+        device: torch.device,
+        section: str,
+        *,
+        model: str = "ViT-H-14",
+        checkpoint: str = "hf://xswu/HPSv2/HPS_v2_compressed.pt",
+        antialias: bool = True,
+    ) -> None:
+        self._clip = load_open_clip(model, checkpoint, section, device)
+        self._antialias = antialias
 
     def score_images(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
         features = self._clip.image_features(map(self.prepare, images))
@@ -47,29 +60,18 @@ def fit_square(pixels: Tensor, size: int, antialias: bool) -> Tensor:
     return F.pad(pixels, (left, size - shape[1] - left, top, size - shape[0] - top))
 
 
-def load_hpsv2(
-    device: torch.device,
-    section: str,
-    *,
-    model: str = "ViT-H-14",
-    checkpoint: str = "hf://xswu/HPSv2/HPS_v2_compressed.pt",
-    antialias: bool = True,
-) -> HPSv2:
-    """Returns HPSv2; `model` and `checkpoint` as in `load_open_clip`.
+class HPSv2_1(HPSv2):
+    """HPSv2 with newer weights."""
 
-    `antialias`: True as the official code with torchvision 0.17 or newer; older versions, current when
-    the paper's scores were computed, resize tensors without antialiasing.
-    """
-    return HPSv2("HPSv2", load_open_clip(model, checkpoint, section, device), antialias)
+    title = "HPSv2.1"
 
-
-def load_hpsv2_1(
-    device: torch.device,
-    section: str,
-    *,
-    model: str = "ViT-H-14",
-    checkpoint: str = "hf://xswu/HPSv2/HPS_v2.1_compressed.pt",
-    antialias: bool = True,
-) -> HPSv2:
-    """Returns HPSv2.1: the same with newer weights; options as in `load_hpsv2`."""
-    return HPSv2("HPSv2.1", load_open_clip(model, checkpoint, section, device), antialias)
+    def __init__(
+        self,
+        device: torch.device,
+        section: str,
+        *,
+        model: str = "ViT-H-14",
+        checkpoint: str = "hf://xswu/HPSv2/HPS_v2.1_compressed.pt",
+        antialias: bool = True,
+    ) -> None:
+        super().__init__(device, section, model=model, checkpoint=checkpoint, antialias=antialias)

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer
 
 from spo.data.token_lengths import readable
 from spo.errors import LOAD_ERRORS, UserError, first_line, in_one_line
 from spo.hub import resolve_file
 from spo.scorers import ImageScorer
 from spo.scorers.blip import Blip, build_blip
-from spo.scorers.linear_heads import linear_head
-from spo.scorers.state_dicts import read_state_dict
+from spo.scorers.state_dicts import linear_head, read_state_dict
 
 # Mean and standard deviation of the rewards, and the length of a text, from the published code.
 _MEAN, _STD, _TOKENS = 0.16717362830052426, 1.0333394966054072, 35
@@ -24,20 +23,36 @@ _UNUSED = ("blip.vision_proj.", "blip.text_proj.")  # in the checkpoint, but no 
 
 
 class ImageReward(ImageScorer):
-    """A reward from a BLIP's multimodal features, with mean 0 and variance 1 over its data."""
+    """A reward from a BLIP's multimodal features, with mean 0 and variance 1 over its data.
+
+    `checkpoint`: the published state dict, a path or hf://user/repo/file. `tokenizer`: a Hub id or
+    folder. `head_width`: width of an attention head in both towers, the one size that the shapes of the
+    weights do not tell. Raises UserError for files that cannot be loaded.
+    """
 
     title = "ImageReward"
 
     def __init__(
         self,
-        blip: Blip,
-        head: nn.Module,
-        tokenizer: PreTrainedTokenizerBase,
-        transform: Callable[[Image.Image], Tensor],
         device: torch.device,
+        section: str,
+        *,
+        checkpoint: str = "hf://THUDM/ImageReward/ImageReward.pt",
+        tokenizer: str = "google-bert/bert-base-uncased",
+        head_width: int = 64,
     ) -> None:
+        from open_clip.transform import PreprocessCfg, image_transform_v2
+
+        blip, head = _read(checkpoint, f"{section}.checkpoint", head_width)
         self._blip, self._head, self._device = blip.to(device), head.to(device), device
-        self._tokenizer, self._transform = tokenizer, transform
+        try:
+            self._tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+        except LOAD_ERRORS as error:
+            raise UserError(
+                f"{section}.tokenizer: {tokenizer!r} cannot be loaded ({first_line(error)})."
+            ) from error
+        # Resize, centre crop and normalisation are those of OpenAI's CLIP.
+        self._transform = image_transform_v2(PreprocessCfg(size=blip.image_size), is_train=False)
 
     @torch.no_grad()
     def score_images(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
@@ -51,33 +66,6 @@ class ImageReward(ImageScorer):
         ).to(self._device)
         features = self._blip(pixels, tokens.input_ids, tokens.attention_mask)
         return ((self._head(features)[:, 0] - _MEAN) / _STD).cpu()
-
-
-def load_imagereward(
-    device: torch.device,
-    section: str,
-    *,
-    checkpoint: str = "hf://THUDM/ImageReward/ImageReward.pt",
-    tokenizer: str = "google-bert/bert-base-uncased",
-    head_width: int = 64,
-) -> ImageReward:
-    """Returns ImageReward with the published state dict in `checkpoint`, a path or hf://user/repo/file.
-
-    `tokenizer`: a Hub id or folder. `head_width`: width of an attention head in both towers, the one
-    size that the shapes of the weights do not tell. Raises UserError for files that cannot be loaded.
-    """
-    from open_clip.transform import PreprocessCfg, image_transform_v2
-
-    blip, head = _read(checkpoint, f"{section}.checkpoint", head_width)
-    try:
-        tokens = AutoTokenizer.from_pretrained(tokenizer)
-    except LOAD_ERRORS as error:
-        raise UserError(
-            f"{section}.tokenizer: {tokenizer!r} cannot be loaded ({first_line(error)})."
-        ) from error
-    # Resize, centre crop and normalisation are those of OpenAI's CLIP.
-    transform = image_transform_v2(PreprocessCfg(size=blip.image_size), is_train=False)
-    return ImageReward(blip, head, tokens, transform, device)
 
 
 def _read(checkpoint: str, key: str, head_width: int) -> tuple[Blip, nn.Module]:

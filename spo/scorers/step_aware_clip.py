@@ -25,7 +25,7 @@ _MAX_PERIOD = 10_000
 
 
 class TimestepEmbedder(nn.Module):
-    """Timesteps (n,) -> embeddings (n, width)."""
+    """Timesteps (n,) -> embeddings (n, width): sinusoids, then an MLP."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
