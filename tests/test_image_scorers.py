@@ -285,6 +285,7 @@ def test_every_kind_of_scorer_takes_finished_images_and_candidates(factory, titl
     rows = torch.tensor([2, 0, 0])
     with torch.no_grad():
         found = scorer.score(pixels, scorer.encode_prompts(PROMPTS)[rows], 951)
+    expected = expected * (scale if isinstance(scorer, ImageScorer) else 1)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     with pytest.raises(UserError, match=r"compile\.scorer: .* has no method `compile`"):
         scorer.compile()
@@ -292,7 +293,7 @@ def test_every_kind_of_scorer_takes_finished_images_and_candidates(factory, titl
 
 @pytest.mark.parametrize("name", SCORERS)
 def test_all_score_the_candidates_of_a_rollout(options, name, sd15):
-    """Scorers of PIL images give candidates the scores of the same images, finished."""
+    """Scorers of PIL images give candidates the scores of the same images, finished and scaled."""
     own = name in ("step_aware_clip", "pickscore")
     paths = options[name] if own else {"backbone": "", "processor": ""}
     values = {"checkpoint": "", "dtype": "float32", "kwargs": {} if own else options[name]} | paths
@@ -305,8 +306,8 @@ def test_all_score_the_candidates_of_a_rollout(options, name, sd15):
     assert found.shape == (2, 2) and found.isfinite().all()
     for k in range(2) if not own else ():  # which prepare tensors otherwise than PIL images
         images = to_pil(sd15.decode_candidates(candidates.latents[k]))
-        expected = scorer.score_images(images, PROMPTS[:2])
-        torch.testing.assert_close(found[k], expected, rtol=0, atol=1e-5)
+        expected = scorer.scale * scorer.score_images(images, PROMPTS[:2])
+        torch.testing.assert_close(found[k], expected, rtol=0, atol=1e-4)
 
 
 def test_options_of_a_candidate_scorer_are_named(options):

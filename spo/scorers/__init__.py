@@ -115,8 +115,13 @@ class ImageScorer(Scorer):
         return PromptRows(tuple(prompts))
 
     def score(self, images: Tensor, prompt_features: PromptRows, timestep: int) -> Tensor:
-        """Returns scores (n,) of images (n, 3, H, W) in [-1, 1]; `timestep` plays no part."""
-        return self.score_images(to_pil(images), prompt_features.prompts).to(images.device)
+        """Returns scores (n,), times `scale`, of images (n, 3, H, W); `timestep` plays no part.
+
+        Times `scale`, because `sample.threshold` compares softmax probabilities of scores: those of
+        cosines hardly differ, and HPSv2, too, was trained on cosines times 100.
+        """
+        scores = self.scale * self.score_images(to_pil(images), prompt_features.prompts)
+        return scores.to(images.device)
 
 
 @dataclass(frozen=True)

@@ -10,15 +10,14 @@ from torch import Tensor
 
 from spo.errors import UserError
 from spo.hub import resolve_file
-from spo.scorers import ImageScorer
-from spo.scorers.open_clip import load_open_clip
+from spo.scorers.open_clip import OpenClipScorer
 from spo.scorers.state_dicts import linear_head, read_state_dict
 
 
-class Aesthetic(ImageScorer):
+class Aesthetic(OpenClipScorer):
     """A rating of about 1 to 10 from a CLIP's unit-norm image features; prompts play no part.
 
-    `model` and `checkpoint` as in `load_open_clip`; `head`: LAION's MLP, or its single linear layer.
+    `model` and `checkpoint` as in `OpenClipScorer`; `head`: LAION's MLP, or its single linear layer.
     Raises UserError for files that cannot be loaded, and for a CLIP without QuickGELU: the heads belong
     to OpenAI's CLIP, which has it.
     """
@@ -35,16 +34,17 @@ class Aesthetic(ImageScorer):
         # sac+logos+ava1-l14-linearMSE of the project above, in TRL's copy on the Hub.
         head: str = "hf://trl-lib/ddpo-aesthetic-predictor/aesthetic-model.pth",
     ) -> None:
-        self._clip, key = load_open_clip(model, checkpoint, section, device), f"{section}.head"
-        if not self._clip.quick_gelu:
+        super().__init__(device, section, model, checkpoint)
+        if not self.architecture.get("quick_gelu", False):
             raise UserError(f"{section}.model: {model!r} has no QuickGELU, as OpenAI's CLIPs have.")
+        key = f"{section}.head"
         path = resolve_file(head, key)
         weights = read_state_dict(path, key)
         try:
-            self._head = linear_head(weights, self._clip.width).to(device)
+            self._head = linear_head(weights, self.architecture["embed_dim"]).to(device)
         except ValueError as error:
             raise UserError(f"{key}: {path} is no head for this CLIP: {error}.") from error
 
     @torch.no_grad()
     def score_images(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
-        return self._head(self._clip.image_features(map(self._clip.transform, images)))[:, 0].cpu()
+        return self._head(self.image_features(images))[:, 0].cpu()

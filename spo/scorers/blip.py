@@ -33,10 +33,6 @@ class Blip(nn.Module):
         super().__init__()
         self.vision, self.text = vision, text
 
-    @property
-    def image_size(self) -> int:
-        return self.vision.config.image_size
-
     def forward(self, pixels: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Returns the first token (n, D) of texts (n, L) that attend to pixels (n, 3, S, S)."""
         image = self.vision(pixels).last_hidden_state
@@ -68,10 +64,8 @@ def _part(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 def _vision_name(name: str) -> str:
     for pattern, replacement in _VISION:
-        renamed, count = re.subn(f"^{pattern}", replacement, name)
-        if count:
-            return renamed
-    return name  # unknown: strict loading names it
+        name = re.sub(f"^{pattern}", replacement, name)
+    return name  # strict loading names an unknown one
 
 
 def _vision_config(weights: Mapping[str, Tensor], head_width: int) -> BlipVisionConfig:

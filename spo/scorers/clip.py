@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -67,11 +68,9 @@ class CLIPInputs:
     """
 
     def __init__(self, processor: str, section: str = "preference") -> None:
-        try:
+        with loading(processor, f"{section}.processor"):
             self.tokenizer = AutoTokenizer.from_pretrained(processor)
             self.image_processor = CLIPImageProcessor.from_pretrained(processor)
-        except LOAD_ERRORS as error:
-            raise _cannot_load(f"{section}.processor", processor, error) from error
         self.prepare = ImagePreparation(
             self.image_processor.size["shortest_edge"],
             tuple(self.image_processor.image_mean),
@@ -86,6 +85,18 @@ class CLIPInputs:
         return encoded.input_ids
 
 
+@contextlib.contextmanager
+def loading(model: str, key: str) -> Iterator[None]:
+    """Raises UserError that names `model` and the config `key` if transformers cannot load it."""
+    try:
+        yield
+    except LOAD_ERRORS as error:
+        message = (
+            f"{key}: {model!r} cannot be loaded ({first_line(error)}); to download it: {PREFETCH}"
+        )
+        raise UserError(message) from error
+
+
 def text_features(clip: CLIPModel, input_ids: Tensor) -> Tensor:
     """Returns unit-norm text features (n, D); the end-of-text token hides the padding behind it."""
     features = clip.text_projection(clip.text_model(input_ids=input_ids).pooler_output)
@@ -94,18 +105,14 @@ def text_features(clip: CLIPModel, input_ids: Tensor) -> Tensor:
 
 def load_clip(backbone: str, section: str = "preference") -> CLIPModel:
     """Returns a CLIP with its weights, in fp32 on the CPU; raises UserError if it cannot be loaded."""
-    try:
+    with loading(backbone, f"{section}.backbone"):
         return CLIPModel.from_pretrained(backbone, dtype=torch.float32)
-    except LOAD_ERRORS as error:
-        raise _cannot_load(f"{section}.backbone", backbone, error) from error
 
 
 def clip_config(backbone: str, section: str = "preference") -> CLIPConfig:
     """Returns the architecture of a CLIP; raises UserError if it cannot be read."""
-    try:
+    with loading(backbone, f"{section}.backbone"):
         return CLIPConfig.from_pretrained(backbone)
-    except LOAD_ERRORS as error:
-        raise _cannot_load(f"{section}.backbone", backbone, error) from error
 
 
 def check_clip(backbone: str, processor: str, section: str = "preference") -> None:
@@ -122,9 +129,3 @@ def weight_dtype(name: str, section: str = "preference") -> torch.dtype:
     if name not in WEIGHT_DTYPES:
         raise UserError(f"{section}.dtype: {name!r} is none of {', '.join(WEIGHT_DTYPES)}.")
     return WEIGHT_DTYPES[name]
-
-
-def _cannot_load(key: str, name: str, error: Exception) -> UserError:
-    return UserError(
-        f"{key}: {name!r} cannot be loaded ({first_line(error)}); to download it: {PREFETCH}"
-    )

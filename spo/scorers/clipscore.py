@@ -8,15 +8,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from spo.scorers import ImageScorer
-from spo.scorers.open_clip import load_open_clip
+from spo.scorers.open_clip import OpenClipScorer
 
 
-class CLIPScore(ImageScorer):
+class CLIPScore(OpenClipScorer):
     """max(cos(image, text), 0) of a CLIP, by default OpenAI's ViT-L/14.
 
     Printed times 100, without a prefix to the prompt, as papers on image generation do; Hessel et al.
-    multiply by 2.5 and put "A photo depicts" before each text. Options as in `load_open_clip`.
+    multiply by 2.5 and put "A photo depicts" before each text. Options as in `OpenClipScorer`.
     """
 
     title, scale = "CLIPScore", 100.0
@@ -29,8 +28,7 @@ class CLIPScore(ImageScorer):
         model: str = "ViT-L-14-quickgelu",
         checkpoint: str = "openai",
     ) -> None:
-        self._clip = load_open_clip(model, checkpoint, section, device)
+        super().__init__(device, section, model, checkpoint)
 
     def score_images(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
-        features = self._clip.image_features(map(self._clip.transform, images))
-        return (features * self._clip.text_features(prompts)).sum(dim=-1).clamp(min=0).cpu()
+        return super().score_images(images, prompts).clamp(min=0)

@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from spo.scorers import ImageScorer
-from spo.scorers.open_clip import load_open_clip
+from spo.scorers.open_clip import OpenClipScorer
 from spo.scorers.pixels import unit_pixels
 
 
-class HPSv2(ImageScorer):
+class HPSv2(OpenClipScorer):
     """cos(image, text) of a CLIP that was trained on human preferences.
 
     Images are prepared as in the package hpsv2 1.2.0; unlike open_clip's evaluation, it cuts nothing
     off. An image is scaled to [0, 1], resized (bicubic) so that its longer side fits, and padded with
     black to a square, itself in the middle. The package computes in mixed precision, this in fp32.
 
-    `model` and `checkpoint` as in `load_open_clip`. `antialias`: True as the official code with
+    `model` and `checkpoint` as in `OpenClipScorer`. `antialias`: True as the official code with
     torchvision 0.17 or newer; older versions, current when the paper's scores were computed, resize
     tensors without antialiasing.
     """
@@ -37,16 +34,12 @@ class HPSv2(ImageScorer):
         checkpoint: str = "hf://xswu/HPSv2/HPS_v2_compressed.pt",
         antialias: bool = True,
     ) -> None:
-        self._clip = load_open_clip(model, checkpoint, section, device)
+        super().__init__(device, section, model, checkpoint)
         self._antialias = antialias
-
-    def score_images(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
-        features = self._clip.image_features(map(self.prepare, images))
-        return (features * self._clip.text_features(prompts)).sum(dim=-1).cpu()
 
     def prepare(self, image: Image.Image) -> Tensor:
         """Returns the pixels (3, S, S) of an image."""
-        to = self._clip.preparation
+        to = self.preparation
         return to.normalise(fit_square(unit_pixels(image), to.size, self._antialias))
 
 

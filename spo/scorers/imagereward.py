@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 from spo.data.token_lengths import readable
-from spo.errors import LOAD_ERRORS, UserError, first_line, in_one_line
+from spo.errors import UserError, in_one_line
 from spo.hub import resolve_file
 from spo.scorers import ImageScorer
 from spo.scorers.blip import Blip, build_blip
+from spo.scorers.clip import loading
 from spo.scorers.state_dicts import linear_head, read_state_dict
 
 # Mean and standard deviation of the rewards, and the length of a text, from the published code.
@@ -45,14 +46,11 @@ class ImageReward(ImageScorer):
 
         blip, head = _read(checkpoint, f"{section}.checkpoint", head_width)
         self._blip, self._head, self._device = blip.to(device), head.to(device), device
-        try:
+        with loading(tokenizer, f"{section}.tokenizer"):
             self._tokenizer = AutoTokenizer.from_pretrained(tokenizer)
-        except LOAD_ERRORS as error:
-            raise UserError(
-                f"{section}.tokenizer: {tokenizer!r} cannot be loaded ({first_line(error)})."
-            ) from error
         # Resize, centre crop and normalisation are those of OpenAI's CLIP.
-        self._transform = image_transform_v2(PreprocessCfg(size=blip.image_size), is_train=False)
+        preprocess = PreprocessCfg(size=blip.vision.config.image_size)
+        self._transform = image_transform_v2(preprocess, is_train=False)
 
     @torch.no_grad()
     def score_images(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:

@@ -107,25 +107,19 @@ def fresh_step_aware_clip(clip: CLIPModel, seed: int) -> StepAwareCLIP:
     embedder starts at N(0, 0.02).
     """
     spm = StepAwareCLIP(clip.config)
-    missing, unexpected = spm.model.load_state_dict(clip.state_dict(), strict=False)
-    new = ("adaLN_modulation", "t_embedder")
-    if unexpected or not all(any(part in name for part in new) for name in missing):
-        raise ValueError(f"not a CLIP state dict: missing {missing}, unexpected {unexpected}")
+    spm.model.load_state_dict(clip.state_dict(), strict=False)
+    vision, embedder = spm.model.vision_model, spm.model.t_embedder.mlp
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for linear in (spm.model.t_embedder.mlp[0], spm.model.t_embedder.mlp[2]):
+        for linear in (embedder[0], embedder[2]):
             linear.weight.copy_(0.02 * torch.randn(linear.weight.shape, generator=generator))
             linear.bias.zero_()
-        for module in spm.modules():
-            head = getattr(module, "adaLN_modulation", None)
-            if head is None:
-                continue
-            head[1].weight.zero_()
-            head[1].bias.zero_()
-            if isinstance(module, StepAwareEncoderLayer):
-                gates = head[1].bias.view(6, -1)
-                gates[2].fill_(1)
-                gates[5].fill_(1)
+        for module in (vision, *vision.encoder.layers):
+            module.adaLN_modulation[1].weight.zero_()
+            module.adaLN_modulation[1].bias.zero_()
+        for layer in vision.encoder.layers:
+            # Of shift, scale and gate for the attention, then for the MLP.
+            layer.adaLN_modulation[1].bias.view(6, -1)[[2, 5]] = 1
     return spm
 
 
