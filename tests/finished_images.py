@@ -1,4 +1,4 @@
-"""Pictures and tiny models for the tests of scorers of finished images."""
+"""Pictures and tiny models for the tests of scorers."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ SIZES = ((96, 64), (40, 72), (64, 64))  # landscape, portrait, square
 
 
 def pictures(sizes=SIZES, seed=0):
-    """Smooth colourful RGB images with some grain, of (width, height) each."""
+    """Returns smooth colourful RGB images with some grain, one of each (width, height)."""
     rng = np.random.default_rng(seed)
     found = []
     for width, height in sizes:
@@ -42,7 +42,7 @@ def score(name, options, images, prompts=PROMPTS):
 
 
 def tiny_open_clip(folder: Path, **changes) -> Path:
-    """A random CLIP of 32 x 32 pixels in a folder as open_clip writes it; `changes` in its model."""
+    """Writes a random CLIP of 32 x 32 pixels in open_clip's format; `changes` go into its config."""
     import open_clip
     from safetensors.torch import save_file
 

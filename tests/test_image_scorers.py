@@ -1,4 +1,4 @@
-"""Scorers of finished images by name: PickScore, the SPM at t = 0, and what all have in common."""
+"""Every scorer by name, on finished images and on candidates, and scorers of a user's own."""
 
 import importlib
 import inspect
@@ -29,7 +29,7 @@ CLIP = str(TINY / "clip")
 
 @pytest.fixture(scope="module")
 def options(tmp_path_factory):
-    """For each scorer, options that name tiny local models."""
+    """Returns options for each scorer that name tiny local models."""
     folder = tiny_open_clip(tmp_path_factory.mktemp("clip") / "tiny")
     recorded = ROOT / "tests" / "data" / "imagereward"
     head = folder.parent / "head.pth"
@@ -118,7 +118,7 @@ def test_any_mode_of_an_image_will_do(options, name):
 
 
 class Trap:
-    """Creates a file where its pickle is run."""
+    """Creates a file if its pickle is run."""
 
     def __init__(self, path):
         self.path = path
@@ -263,7 +263,7 @@ def of_images(device):
 
 
 @pytest.mark.parametrize(
-    ("factory", "title", "scale", "factor"),
+    ("factory", "title", "scale", "line"),
     [
         (f"{__name__}:of_tensors", f"{__name__}:of_tensors", 1, (1, 0)),
         (f"{__name__}:of_images", "PIL", 1, (1, 0)),
@@ -271,9 +271,9 @@ def of_images(device):
         ("scorers_for_tests:image_brightness", "Brightness", 100, (1, 0)),
     ],
 )
-def test_every_kind_of_scorer_takes_finished_images_and_candidates(factory, title, scale, factor):
-    """Each scores a * brightness + b, with (a, b) = `factor` and the brightness in [0, 1]."""
-    images, (a, b) = pictures([(64, 64)] * 3), factor
+def test_every_kind_of_scorer_takes_finished_images_and_candidates(factory, title, scale, line):
+    """Each scores a * brightness + b, with (a, b) = `line` and the brightness in [0, 1]."""
+    images, (a, b) = pictures([(64, 64)] * 3), line
     brightness = torch.tensor([np.asarray(image).mean() / 255 for image in images])
     expected = (a * brightness + b).float()
     scorer = load(factory, {})

@@ -1,4 +1,4 @@
-"""ImageReward against what its official code said of the same weights, images and prompts."""
+"""ImageReward against the scores of its official code for the same weights, images and prompts."""
 
 import json
 from pathlib import Path
@@ -82,7 +82,7 @@ def test_the_tokenizer_is_named():
 
 
 def test_the_published_size(weights):
-    """ViT-L/16 at 224 pixels and BERT base, by the shapes of their first tensors and the default."""
+    """Shapes and the default head width tell ViT-L/16 at 224 pixels and BERT base."""
     from spo.scorers import blip
 
     def zeros(*shape):

@@ -31,7 +31,7 @@ def options(folder):
 
 @pytest.fixture(scope="module")
 def reference(folder):
-    """open_clip's own model and transform of the folder, and the tokens of the prompts."""
+    """Returns open_clip's own model and transform of the folder, and the tokens of the prompts."""
     model, _, transform = open_clip.create_model_and_transforms(f"local-dir:{folder}")
     tokens = open_clip.get_tokenizer(f"local-dir:{folder}")(list(PROMPTS))
     assert tokens.shape == (3, 16) and tokens[2, -1] == 49407  # truncated, but still ended
@@ -58,7 +58,7 @@ def test_clipscore(reference, options):
 
 
 def official_pixels(image, size, antialias):
-    """As hpsv2 1.2.0 prepares an image, in torchvision's own operations."""
+    """Returns the pixels that hpsv2 1.2.0 prepares, by torchvision's own operations."""
     width, height = image.size
     ratio = size / max(image.size)
     new = (round(height * ratio), round(width * ratio))
@@ -101,7 +101,7 @@ def test_the_whole_image_is_fitted_and_padded_with_black():
 
 
 def mlp(widths):
-    """Weights in the published names, with dropout between all but the last two layers."""
+    """Returns weights with the published names; dropout stood between all but the last two layers."""
     generator = torch.Generator().manual_seed(1)
     weights = {}
     for number, i, o in zip((0, 2, 4, 6, 7), widths[:-1], widths[1:], strict=True):
@@ -156,7 +156,7 @@ def test_a_head_of_another_shape(tmp_path, options, change, message):
 
 
 def test_the_activation_is_the_architectures(tmp_path, folder, options):
-    """QuickGELU is not in the weights: a local file must get it from the architecture."""
+    """Weights do not tell QuickGELU: for a local file the architecture decides."""
     plain = tiny_open_clip(tmp_path / "plain", quick_gelu=False)
     quick, other = (
         score("clipscore", options | {"model": str(m)}, pictures()) for m in (folder, plain)

@@ -1,4 +1,4 @@
-"""Scorers: image preparation by hand, CLIP's own scores, and scorers by name."""
+"""Scorers of candidates: image preparation by hand, CLIP's own scores, and scorers by name."""
 
 import json
 import shutil
@@ -21,13 +21,13 @@ PREPARE = ImagePreparation(32, MEAN, STD)
 
 
 def normalised(images):
-    """Images in [-1, 1], already of the right size, in numpy."""
+    """Returns CLIP's pixels of images in [-1, 1] that have the right size, computed in numpy."""
     unit = np.clip(images.numpy().astype(np.float64) / 2 + 0.5, 0, 1)
     return (unit - np.array(MEAN)[:, None, None]) / np.array(STD)[:, None, None]
 
 
 def halved(images):
-    """Bicubic (a = -0.75), half a pixel off, no antialiasing: taps at distance 1.5, 0.5, 0.5, 1.5."""
+    """Returns images at half the size: bicubic (a = -0.75), no antialiasing, taps at 0.5 and 1.5."""
     taps = torch.tensor([-0.09375, 0.59375, 0.59375, -0.09375])
     kernel = torch.outer(taps, taps).expand(3, 1, 4, 4)
     return F.conv2d(F.pad(images, (1, 1, 1, 1), mode="replicate"), kernel, stride=2, groups=3)
@@ -68,7 +68,7 @@ def pickscore():
 
 
 def tokens_by_hand(prompts, length):
-    """Start, a token for each byte-level character, end, padded with ends."""
+    """Returns token ids: start, one for each byte-level character, end, padded with ends."""
     vocabulary = json.loads((MODELS / "tiny-clip" / "vocab.json").read_text())
     rows = []
     for prompt in prompts:

@@ -117,8 +117,8 @@ class ImageScorer(Scorer):
     def score(self, images: Tensor, prompt_features: PromptRows, timestep: int) -> Tensor:
         """Returns scores (n,), times `scale`, of images (n, 3, H, W); `timestep` plays no part.
 
-        Times `scale`, because `sample.threshold` compares softmax probabilities of scores: those of
-        cosines hardly differ, and HPSv2, too, was trained on cosines times 100.
+        Scaled, because `sample.threshold` compares softmax probabilities of scores, which would hardly
+        differ for plain cosines; CLIPs are trained on cosines times about 100, too.
         """
         scores = self.scale * self.score_images(to_pil(images), prompt_features.prompts)
         return scores.to(images.device)
@@ -126,7 +126,7 @@ class ImageScorer(Scorer):
 
 @dataclass(frozen=True)
 class ScorerSource:
-    """The scorer that `config.preference` names; config/base.py explains each field."""
+    """The scorer of candidates: `config.preference`; config/base.py explains each field."""
 
     scorer: str
     checkpoint: str
@@ -148,19 +148,19 @@ class ScorerSource:
 
     @property
     def section(self) -> str:
-        """The config section of `options`."""
+        """Returns the config section that holds `options`."""
         return "preference" if self.scorer in _PREFERENCE_KEYS else "preference.kwargs"
 
     @property
     def options(self) -> Mapping[str, Any]:
-        """Keyword arguments of the factory."""
+        """Returns the keyword arguments of the factory."""
         keys = _PREFERENCE_KEYS.get(self.scorer)
         return self.kwargs if keys is None else {key: getattr(self, key) for key in keys}
 
 
 @dataclass(frozen=True)
 class ImageScorerSource:
-    """A scorer of finished images: a name in `scorers`, and its `scorer_options`."""
+    """A scorer of finished images: a name in `config.scorers`, and its `config.scorer_options`."""
 
     name: str
     options: Mapping[str, Any]
@@ -169,7 +169,7 @@ class ImageScorerSource:
 
     @property
     def section(self) -> str:
-        """The config section of `options`."""
+        """Returns the config section that holds `options`."""
         return f"scorer_options.{self.name}"
 
 

@@ -1,4 +1,4 @@
-"""CLIPs of transformers: their inputs, their loading, and the scorers' common part."""
+"""CLIPs of transformers: preparation of images and prompts, loading, checks."""
 
 from __future__ import annotations
 

@@ -14,9 +14,9 @@ from spo.scorers.pixels import unit_pixels
 class HPSv2(OpenClipScorer):
     """cos(image, text) of a CLIP that was trained on human preferences.
 
-    Images are prepared as in the package hpsv2 1.2.0; unlike open_clip's evaluation, it cuts nothing
-    off. An image is scaled to [0, 1], resized (bicubic) so that its longer side fits, and padded with
-    black to a square, itself in the middle. The package computes in mixed precision, this in fp32.
+    Images are prepared as in the package hpsv2 1.2.0: scaled to [0, 1], resized (bicubic) so that the
+    longer side fits, and padded with black on both sides to a square; open_clip's own evaluation crops
+    instead. The package computes in mixed precision, this class in fp32.
 
     `model` and `checkpoint` as in `OpenClipScorer`. `antialias`: True as the official code with
     torchvision 0.17 or newer; older versions, current when the paper's scores were computed, resize

@@ -20,7 +20,8 @@ from spo.scorers.state_dicts import linear_head, read_state_dict
 # Mean and standard deviation of the rewards, and the length of a text, from the published code.
 _MEAN, _STD, _TOKENS = 0.16717362830052426, 1.0333394966054072, 35
 _USED = ("blip.visual_encoder.", "blip.text_encoder.", "mlp.")
-_UNUSED = ("blip.vision_proj.", "blip.text_proj.")  # in the checkpoint, but no part of the reward
+# In the checkpoint, but no part of the reward.
+_UNUSED = ("blip.vision_proj.", "blip.text_proj.")
 
 
 class ImageReward(ImageScorer):

@@ -1,6 +1,6 @@
 """CLIPs of open_clip: architecture by name or from a folder, weights from a file.
 
-open_clip is imported on first use, because that takes seconds.
+open_clip takes seconds to import, so the functions that need it import it.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _OTHER_TEXT = {"hf_model_name", "hf_tokenizer_name", "tokenizer_kwargs"}
 
 
 class OpenClipScorer(ImageScorer):
-    """cos(image, text) of a CLIP of open_clip in fp32; base of the scorers with one.
+    """cos(image, text) of one of open_clip's CLIPs, in fp32; base of HPSv2, CLIPScore and Aesthetic.
 
     `model`: an architecture that open_clip knows, or a folder with open_clip's open_clip_config.json.
     `checkpoint`: a path, hf://user/repo/file, or one of open_clip's tags for that architecture.
@@ -55,7 +55,7 @@ class OpenClipScorer(ImageScorer):
         self.preparation = ImagePreparation(preprocess.size, preprocess.mean, preprocess.std)
 
     def prepare(self, image: Image.Image) -> Tensor:
-        """Returns the pixels (3, S, S) of an image, as open_clip evaluates."""
+        """Returns the pixels (3, S, S) of an image, prepared as in open_clip's evaluation."""
         return self._transform(image)
 
     @torch.no_grad()
@@ -77,7 +77,7 @@ class _Source:
     """The CLIP that `model` and `checkpoint` name, before any weights are loaded."""
 
     architecture: dict[str, Any]  # arguments of open_clip.CLIP
-    preprocess: dict[str, Any]  # has the settings of the image preparation that are not the default
+    preprocess: dict[str, Any]  # arguments of PreprocessCfg that are not the default, and others
     weights: str  # path or hf://user/repo/file
 
 

@@ -1,4 +1,4 @@
-"""State dicts in files, read without running anything that is in them, and the heads in some."""
+"""State dicts, read from files without running their pickles, and the linear heads in some."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def read_state_dict(path: Path, key: str) -> dict[str, Tensor]:
             return load_file(path)
         weights = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        # Which exception a damaged or malicious file raises depends on where the damage is.
+        # The exception depends on where a file is damaged or malicious.
         raise UserError(
             f"{key}: {path} cannot be read as a state dict: {first_line(error)}"
         ) from error

@@ -65,7 +65,7 @@ class StepAwareEncoderLayer(CLIPEncoderLayer):
 
 
 class StepAwareCLIP(nn.Module):
-    """CLIP with a step-aware vision tower; scores (image, prompt, timestep)."""
+    """A CLIP with a step-aware vision tower, which scores (image, prompt, timestep)."""
 
     def __init__(self, config: CLIPConfig) -> None:
         super().__init__()
@@ -118,7 +118,7 @@ def fresh_step_aware_clip(clip: CLIPModel, seed: int) -> StepAwareCLIP:
             module.adaLN_modulation[1].weight.zero_()
             module.adaLN_modulation[1].bias.zero_()
         for layer in vision.encoder.layers:
-            # Of shift, scale and gate for the attention, then for the MLP.
+            # Shift, scale, gate of the attention, then of the MLP: the gates are rows 2 and 5.
             layer.adaLN_modulation[1].bias.view(6, -1)[[2, 5]] = 1
     return spm
 
@@ -134,7 +134,8 @@ def load_step_aware_clip(
     weights = read_state_dict(checkpoint, key)
     # Constant buffers that old transformers saved; today's models do not have them.
     weights = {k: v for k, v in weights.items() if not k.endswith("embeddings.position_ids")}
-    with torch.device("meta"):  # no second copy, no time spent on random weights
+    # Built without memory: the weights are assigned, not copied.
+    with torch.device("meta"):
         spm = StepAwareCLIP(config)
     try:
         spm.load_state_dict(weights, strict=True, assign=True)
