@@ -55,7 +55,7 @@ def prefetch_preference_model(config) -> None:
     """Load what the training of a preference model needs: the CLIPs, the base model, the rows."""
     from spo.preference import spm_build
     from spo.preference.spm_preflight import read_rows
-    from spo.scorers import CLIPInputs, load_clip
+    from spo.scorers.clip import CLIPInputs, load_clip
 
     spm_build.check(config)
     spm_build.load_spm(config)
@@ -79,14 +79,15 @@ def prefetch_evaluation(config) -> None:
     import torch
 
     from spo.evaluation.evaluator import preflight
-    from spo.scorers.image_scorers import load_image_scorer
+    from spo.scorers import ImageScorerSource, load_scorer
 
     ready = preflight(config, num_processes=1)
     print(ready.prompts.describe())
     for source in {spec.source for spec in ready.models if spec.source is not None}:
         load_base_model(source, config)
     for scorer in ready.scorers:
-        loaded = load_image_scorer(scorer.name, scorer.options, torch.device("cpu"))
+        source = ImageScorerSource(scorer.name, scorer.options)
+        loaded = load_scorer(source, torch.device("cpu"))
         print(f"scorer: {loaded.title}")
 
 

@@ -149,7 +149,7 @@ class Constant:
     def __init__(self, value):
         self.value = value
 
-    def score(self, images, prompts):
+    def score_images(self, images, prompts):
         return torch.full((len(images),), self.value)
 
 

@@ -30,8 +30,8 @@ from spo.models.backbone import DTYPES, Backbone
 from spo.models.loading import ModelSource, check_source
 from spo.models.plain_images import ImageSettings, sample_images
 from spo.run.folder import TABLE
-from spo.run.pictures import to_pil
-from spo.scorers.image_scorers import check_image_scorer, load_image_scorer
+from spo.scorers import ImageScorerSource, check_scorer, load_scorer
+from spo.scorers.pixels import to_pil
 
 _PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "open-clip-torch")
 
@@ -59,7 +59,7 @@ def preflight(config: ConfigDict, num_processes: int) -> Preflight:
     scorers = []
     for scorer in config.scorers:
         options = config.scorer_options.get(scorer, ConfigDict()).to_dict()
-        check_image_scorer(scorer, options)
+        check_scorer(ImageScorerSource(scorer, options))
         scorers.append(ScoreFolder(folder / "scores" / scorer.replace(":", "."), scorer, options))
     prompts = read_prompt_set(**config.prompts)
     for scores in scorers:
@@ -195,7 +195,8 @@ class Evaluation:
         if not any(missing):
             return
         with self.workers.together():
-            scorer = load_image_scorer(scores.name, scores.options, self.workers.device)
+            source = ImageScorerSource(scores.name, scores.options)
+            scorer = load_scorer(source, self.workers.device)
             if self.workers.is_main:
                 scores.claim(scorer)
         with self.workers.together():

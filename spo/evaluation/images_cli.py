@@ -23,7 +23,8 @@ from spo.lora_io.model_spec import ModelSpec, read_specs, use_loras
 from spo.models.backbone import DTYPES, SCHEDULERS, Backbone
 from spo.models.loading import ModelSource, check_source, family_of
 from spo.run.folder import CONFIG
-from spo.run.pictures import Cell, grid, to_pil, write_png
+from spo.run.pictures import Cell, grid, write_png
+from spo.scorers.pixels import to_pil
 
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 

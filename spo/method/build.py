@@ -141,7 +141,7 @@ def read_recipe(config: ConfigDict) -> Recipe:
         run=fill(RunSettings, config, gradient_checkpointing=train.gradient_checkpointing),
         prompts=fill(PromptSettings, config.prompts),
         model=model_source(config.pretrained, decoder=sample.decoder),
-        scorer=ScorerSource.of_config(config.preference),
+        scorer=ScorerSource(**config.preference.to_dict()),
         speed=SpeedSettings(config.channels_last, layout.unet, layout.vae, layout.scorer),
         lora=fill(LoraSettings, config.lora),
         sampler=fill(SamplerSettings, sample),

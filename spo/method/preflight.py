@@ -21,7 +21,7 @@ from spo.plugins import algorithm_name
 from spo.run.checkpoint_folder import read_state, reading
 from spo.run.folder import run_folder
 from spo.run.resume import Resume, changes, checkpoint_facts, find_checkpoint
-from spo.scorers import check_source as check_scorer
+from spo.scorers import check_scorer
 
 
 @dataclass(frozen=True)

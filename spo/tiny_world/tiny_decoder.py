@@ -14,7 +14,7 @@ from spo.method import ddim
 from spo.models.backbone import Backbone
 from spo.models.decoder import decode
 from spo.models.loading import ModelSource
-from spo.scorers import CLIPInputs, load_clip
+from spo.scorers.clip import CLIPInputs, load_clip
 from spo.tiny_world.base_model import draw_images, image_error
 from spo.tiny_world.fitting import Fit, fit
 
