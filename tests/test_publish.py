@@ -24,7 +24,7 @@ from spo.errors import UserError
 from spo.evaluation.results import ModelInfo, Results, ScorerInfo, write_results
 from spo.hub import Destination, is_hub_id
 from spo.lora_io.diffusers_file import save_lora
-from spo.method.build import lora_metadata
+from spo.method.build import read_recipe
 from spo.models.backbone import Backbone, ModelSource
 from spo.models.lora import add_lora
 from spo.publish import push as publish
@@ -60,7 +60,7 @@ def made_run(tmp_path_factory):
     source = ModelSource(str(ROOT / "assets" / "tiny" / "sd15"))
     unet = Backbone(source, "sd15", "no", torch.device("cpu")).unet
     lora = add_lora(unet, 4, 4, ATTENTION, seed=0)
-    header = lora_metadata(config) | {"step": "30"}
+    header = read_recipe(config).lora_metadata() | {"step": "30"}
     (run_dir / "ema").mkdir()
     save_lora(run_dir / LORA, lora, random_weights(lora, 1), header)
     save_lora(run_dir / "ema" / LORA, lora, random_weights(lora, 2), header)
@@ -142,7 +142,7 @@ def test_what_is_uploaded_is_what_the_run_holds(hub, run_dir, capsys):
     add_evaluation(run_dir / "evaluation")
     config, _ = load_config(str(run_dir / "config.json"))
     config.pretrained.model = f"{HOME}/models/mine"
-    assert lora_metadata(config)["base_model"] == "mine"
+    assert read_recipe(config).lora_metadata()["base_model"] == "mine"
     save_config(config, run_dir / "config.json")
     push(run_dir, "--message=mine")
     assert f"pushed to {hub.url}/user/name" in capsys.readouterr().out

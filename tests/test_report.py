@@ -24,11 +24,11 @@ from spo.evaluation.report import chosen_prompts, write_report
 from spo.evaluation.results import ModelInfo, Results, ScorerInfo, summarize, write_results
 from spo.evaluation.run_report import write_run_report
 from spo.method import metrics
-from spo.method.collect import Comparison
 from spo.preference.accuracy import TIMESTEPS, accuracy
 from spo.preference.spm_metrics import step_metrics
 from spo.run.folder import record_start
 from spo.run.tracking import Tracking
+from spo.types import Comparison
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "scripts" / "report.py"
@@ -264,17 +264,19 @@ def test_a_missing_image_is_named(tmp_path):
 def metrics_line(rollout, updates_per_rollout=2):
     """What the trainer logs of a rollout, made by the functions that it calls."""
     generator = torch.Generator().manual_seed(rollout)
-    comparisons = [Comparison(t, torch.randn(4, 2, generator=generator)) for t in TIMESTEPS_OF_RUN]
+    scores = [torch.randn(4, 2, generator=generator) for _ in TIMESTEPS_OF_RUN]
+    comparisons = [
+        Comparison(t, each, gaps=each.amax(dim=0) - each.amin(dim=0))
+        for t, each in zip(TIMESTEPS_OF_RUN, scores, strict=True)
+    ]
+    found = metrics.Metrics(torch.device("cpu"))
     pairs = torch.tensor([751, 751, 501, 1])
-    sums = metrics.rollout_sums(comparisons, pairs, TIMESTEPS_OF_RUN)
-    sums |= metrics.training_sums([], torch.device("cpu"))
-    sums = {name: value.item() for name, value in sums.items()}
+    metrics.note_rollout(found, comparisons, pairs, TIMESTEPS_OF_RUN)
     return {
         "epoch": 1,
         "rollout": rollout,
         "step": rollout * updates_per_rollout,
-        **metrics.training_metrics(sums, 1),
-        **metrics.rollout_metrics(sums),
+        **metrics.summary({name: value.item() for name, value in found.sums.items()}),
         "seconds_rollout": 61.0,
         "seconds_train": 1.0,
         "peak_memory_gib": metrics.peak_memory_gib(torch.device("cpu")),

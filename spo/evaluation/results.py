@@ -1,4 +1,4 @@
-"""What an evaluation found: every score, the comparison with the first model, and a table of it."""
+"""The results of an evaluation: every score, and the comparison with the first model."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class ScorerInfo:
 
     name: str  # as in the config
     title: str  # as papers call it
-    scale: float  # scores are stored and printed as papers do: `scale` times what the scorer gives
+    scale: float  # factor of the scores that are stored and printed, as in papers
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class ModelInfo:
     """A model of an evaluation."""
 
     name: str
-    spec: str  # what was asked for, e.g. "runs/NAME"
+    spec: str  # as the user wrote it, e.g. "runs/NAME"
     files: tuple[str, ...]  # images, one per prompt, relative to the evaluation's folder
     scores: Mapping[str, tuple[float, ...]]  # by scorer, one per prompt
 
@@ -42,8 +42,8 @@ class Results:
     versions: Mapping[str, str]
     scorers: tuple[ScorerInfo, ...]
     prompts: tuple[str, ...]
-    seeds: tuple[int | None, ...]  # of each prompt's image; None where images came as files
-    models: tuple[ModelInfo, ...]  # the others are compared with the first
+    seeds: tuple[int | None, ...]  # of each prompt's image; None if all images came as files
+    models: tuple[ModelInfo, ...]  # each is compared with the first
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class SummaryRow:
 
 
 def summarize(results: Results) -> list[SummaryRow]:
-    """Every model by every scorer, in their order."""
+    """Returns a row for every model by every scorer, in their order."""
     rows = []
     for scorer in results.scorers:
         first = results.models[0].scores[scorer.name]
@@ -94,7 +94,7 @@ def _cells(row: SummaryRow) -> tuple[object, ...]:
 
 
 def write_results(results: Results, folder: Path) -> Path:
-    """Write results.json: settings, versions, the comparison, and per prompt each model's image."""
+    """Writes results.json: settings, versions, the comparison, and each model's image per prompt."""
     content = {
         "title": results.title,
         "settings": results.settings,
@@ -123,7 +123,7 @@ def write_results(results: Results, folder: Path) -> Path:
 
 
 def read_results(folder: Path) -> Results:
-    """The inverse of `write_results`; UserError where the file is missing or is none of ours."""
+    """Returns the inverse of `write_results`; raises UserError if there is no such file of ours."""
     path = folder / RESULTS
     try:
         content = json.loads(path.read_text())

@@ -1,4 +1,4 @@
-"""Pictures that people look at: labelled grids of images."""
+"""Pictures to look at: labelled grids of images."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Cell:
 
 
 def write_png(path: Path, image: Image.Image, text: Mapping[str, str]) -> None:
-    """Save a PNG with `text` in it, whole or not at all."""
+    """Saves a PNG with `text` in it, whole or not at all."""
     chunks = PngImagePlugin.PngInfo()
     for key, value in text.items():
         chunks.add_itxt(key, value)
@@ -37,7 +37,7 @@ def write_png(path: Path, image: Image.Image, text: Mapping[str, str]) -> None:
 def grid(
     rows: Sequence[Sequence[Cell]], title: str, labels: Sequence[str] = (), side: int = 256
 ) -> Image.Image:
-    """Rows of cells under a title; `labels` stand left of the rows, in one or more lines each."""
+    """Draws rows of cells under a title; `labels`, of one or more lines, stand left of the rows."""
     font = ImageFont.load_default(size=max(11, side // 18))
     line_height = font.size + 3
     lines = [line for label in labels for line in label.splitlines()]
@@ -68,7 +68,7 @@ def _draw_cell(
     font: ImageFont.FreeTypeFont,
 ) -> None:
     x, y = corner
-    # Small images are shown as the pixels they are, large ones smoothly.
+    # Small images are enlarged without smoothing, so that their pixels show.
     method = Image.Resampling.NEAREST if cell.image.width < side else Image.Resampling.LANCZOS
     sheet.paste(cell.image.resize((side, side), method), corner)
     if cell.frame:
