@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from spo.command_line.config_files import EVAL_BASE
 from spo.command_line.flags import define_config, exit_on_user_error, parse_flags
 
-CONFIG = define_config(EVAL_BASE, EVAL_BASE)
+CONFIG = define_config(EVAL_BASE, base=EVAL_BASE)
 # How spo.launch checks the config.
 PLAN = None
 PREFLIGHT = "spo.evaluation.evaluator:preflight"

@@ -43,7 +43,7 @@ def evaluate(options: argparse.Namespace) -> None:
     from spo.tiny_world.evaluation import Bench, before_and_after, compare, summary
 
     run_dir = options.run_dir
-    config, _ = load_config(str(run_dir / CONFIG))
+    config = load_config(str(run_dir / CONFIG))
     name = "GradSPO" if config.algorithm == "gradspo" else config.algorithm.upper()
     prompts = read_prompts(options.prompts, key="--prompts").prompts[: options.num_images]
     images = ImageSettings(config.eval.num_steps, config.eval.guidance_scale, options.seed)

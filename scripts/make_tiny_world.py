@@ -99,9 +99,9 @@ def write_prompts(file: Path, captions) -> None:
 
 def train_preference_model(out: Path, shorten: int) -> None:
     """The preference model of the world, by the script that trains the real ones."""
-    from spo.command_line.config_files import load_config
+    from spo.command_line.config_files import SPM_BASE, load_config
 
-    config, _ = load_config("config/spm_tiny.py", "config/spm_base.py")
+    config = load_config("config/spm_tiny.py", SPM_BASE)
     command = [
         *(sys.executable, REPO / "scripts" / "train_preference_model.py"),
         f"--config={REPO / 'config' / 'spm_tiny.py'}",

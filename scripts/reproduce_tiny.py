@@ -109,7 +109,7 @@ def arm_config(arm: str, seed: int, folder: Path):
     """config/tiny.py with the changes of an arm."""
     from spo.command_line.config_files import leaves, load_config
 
-    config, _ = load_config("config/tiny.py")
+    config = load_config("config/tiny.py")
     changes = dict(ARMS[arm])
     if arm == FLIPPED:
         preference = config.preference
@@ -119,7 +119,7 @@ def arm_config(arm: str, seed: int, folder: Path):
             "seed": seed,
         }
     if arm == "official":
-        paper, official = (leaves(load_config(f)[0]) for f in ("config/sd15.py", OFFICIAL))
+        paper, official = (leaves(load_config(f)) for f in ("config/sd15.py", OFFICIAL))
         changes = {key: value for key, value in official.items() if value != paper[key]}
     config.update_from_flattened_dict(
         changes
@@ -158,7 +158,7 @@ def bench():
     from spo.method import build
     from spo.tiny_world.evaluation import Bench
 
-    config, _ = load_config("config/tiny.py")
+    config = load_config("config/tiny.py")
     prompts = read_prompts("assets/tiny/prompts/held_out.txt", key="prompts").prompts
     return Bench(config, prompts, build.image_settings(config))
 

@@ -140,7 +140,7 @@ def add_evaluation(folder):
 
 def test_what_is_uploaded_is_what_the_run_holds(hub, run_dir, capsys):
     add_evaluation(run_dir / "evaluation")
-    config, _ = load_config(str(run_dir / "config.json"))
+    config = load_config(str(run_dir / "config.json"))
     config.pretrained.model = f"{HOME}/models/mine"
     assert lora_metadata(config)["base_model"] == "mine"
     save_config(config, run_dir / "config.json")
@@ -156,7 +156,7 @@ def test_what_is_uploaded_is_what_the_run_holds(hub, run_dir, capsys):
     assert files["samples/03.png"] == (run_dir / "samples/03.png").read_bytes()
     assert not hub.repos["user/name"].private
     (run_dir / "config.json").write_bytes(files["config.json"])
-    published, _ = load_config(str(run_dir / "config.json"))
+    published = load_config(str(run_dir / "config.json"))
     assert published.prompts.source == "prompts.txt" and published.logdir == "runs"
     assert all(HOME.encode() not in content for content in files.values())
 
@@ -216,7 +216,7 @@ def test_the_card_says_what_the_run_recorded(run_dir):
 
 def test_metadata_are_the_hubs(run_dir, monkeypatch):
     monkeypatch.chdir(ROOT)
-    config, _ = load_config(str(run_dir / "config.json"))
+    config = load_config(str(run_dir / "config.json"))
     card = stage(run_dir, Destination("user/name", "sd1_5")).folder / "README.md"
     found = metadata(card.read_text())
     # A folder is no base model that the Hub could know.
@@ -247,7 +247,7 @@ def test_metadata_are_the_hubs(run_dir, monkeypatch):
 
 
 def test_sdxl_with_a_vae_of_its_own_and_another_scorer(run_dir):
-    config, _ = load_config("config/spo_sdxl.py")
+    config = load_config("config/spo_sdxl.py")
     config.preference.scorer, config.pretrained.variant = "pickscore", "fp16"
     save_config(config, run_dir / "config.json")
     shutil.rmtree(run_dir / "ema")
@@ -262,7 +262,7 @@ def test_sdxl_with_a_vae_of_its_own_and_another_scorer(run_dir):
 
 
 def test_runs_share_a_card_and_keep_each_others_sections(hub, run_dir):
-    config, _ = load_config(str(run_dir / "config.json"))
+    config = load_config(str(run_dir / "config.json"))
     bases = {
         "sd1_5": "stable-diffusion-v1-5/stable-diffusion-v1-5",
         "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",

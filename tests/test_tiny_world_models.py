@@ -85,7 +85,7 @@ def test_flipped_preferences_flip_half_of_the_comparisons(spm_scorer):
 
 @pytest.fixture(scope="module")
 def bench():
-    config, _ = load_config("config/tiny.py")
+    config = load_config("config/tiny.py")
     prompts = ["a small red circle on a blue background"] * 3
     return Bench(config, prompts, ImageSettings(4, 2.0, seed=0))
 
@@ -104,7 +104,7 @@ def test_a_lora_without_effect_ties_with_the_base(bench, tmp_path):
 
 
 def test_other_models_are_refused():
-    config, _ = load_config("tests/data/random_models.py")
+    config = load_config("tests/data/random_models.py")
     with pytest.raises(UserError, match="draws 16 pixels"):
         Bench(config, ["a fox"], ImageSettings(4, 2.0, seed=0))
 
