@@ -159,7 +159,7 @@ def bench():
     from spo.tiny_world.evaluation import Bench
 
     config = load_config("config/tiny.py")
-    prompts = read_prompts("assets/tiny/prompts/held_out.txt", key="prompts").prompts
+    prompts = read_prompts("assets/tiny/prompts/held_out.txt").prompts
     return Bench(config, prompts, build.image_settings(config))
 
 

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from spo.data.token_lengths import named
-from spo.errors import RunError
+from spo.errors import RunError, named
 from spo.method.collect import Comparison
 from spo.method.learner import Step
 from spo.types import PreferencePairs
