@@ -25,7 +25,7 @@ FLIPPED = "preferences flipped at random"
 ARMS = {
     "GradSPO": {},
     "SPO": {"algorithm": "spo"},
-    FLIPPED: {"preference.scorer": "spo.tiny_world.controls:flipped_preferences"},
+    FLIPPED: {"preference.scorer": "spo.tiny_world.preferences:flipped_preferences"},
     "ema_decay 0": {"train.ema_decay": 0.0},
     "ema_decay 0.5": {"train.ema_decay": 0.5},
     "ema_decay 0.99": {"train.ema_decay": 0.99},
@@ -138,9 +138,9 @@ def arm_config(arm: str, seed: int, folder: Path):
 def judge(folder: Path) -> dict:
     """What the run's LoRA is worth against the base, on the held-out captions."""
     from spo.run.folder import METRICS
-    from spo.tiny_world.evaluation import compare
+    from spo.tiny_world.evaluation import Verdict
 
-    verdict = compare(bench().base, bench().judge(folder))
+    verdict = Verdict.of(bench().base, bench().score(folder))
     last = json.loads((folder / METRICS).read_text().splitlines()[-1])
     return {
         "quality": verdict.difference.mean,
@@ -153,14 +153,21 @@ def judge(folder: Path) -> dict:
 @cache
 def bench():
     """The base model and its images of the held-out captions, once in each process."""
+    import torch
+
     from spo.command_line.config_files import load_config
     from spo.data.prompts import read_prompts
     from spo.method import build
+    from spo.models.backbone import Backbone
     from spo.tiny_world.evaluation import Bench
 
     config = load_config("config/tiny.py")
     prompts = read_prompts("assets/tiny/prompts/held_out.txt").prompts
-    return Bench(config, prompts, build.image_settings(config))
+    backbone = Backbone(
+        build.model_source(config), config.family, config.mixed_precision, torch.device("cpu")
+    )
+    lora = build.build_lora(config, backbone.unet, seed=0)
+    return Bench(backbone, lora, prompts, build.image_settings(config))
 
 
 def summarise(results: list[dict]) -> dict:
