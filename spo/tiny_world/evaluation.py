@@ -72,13 +72,12 @@ class Verdict:
     def as_json(self) -> dict:
         """Returns the verdict for a json file."""
         models = {"base": self.base, "trained": self.trained}
+        estimates = ("difference", "win_rate", "faithfulness")
         return {
             "num_images": len(self.base.quality),
             "quality": {name: float(model.quality.mean()) for name, model in models.items()},
             "faithful": {name: float(model.faithful.mean()) for name, model in models.items()},
-            "difference": asdict(self.difference),
-            "win_rate": asdict(self.win_rate),
-            "faithfulness": asdict(self.faithfulness),
+            **{name: asdict(getattr(self, name)) for name in estimates},
         }
 
 
@@ -122,15 +121,11 @@ def before_and_after(
     """Returns a picture of the first prompts: the base's image, and below it the trained model's."""
     rows, labels = [], []
     for start in range(0, 2 * columns, columns):
+        shown = slice(start, start + columns)
+        asked = [f"  {p.replace('a ', '').removesuffix(' background')}" for p in prompts[shown]]
         for label, model in (("base", verdict.base), (name, verdict.trained)):
-            pictures = to_pil(model.images[start : start + columns])
-            captions = [f"{quality:.1f}" for quality in model.quality[start : start + columns]]
-            if model is verdict.base:
-                asked = (prompt.replace("a ", "") for prompt in prompts[start : start + columns])
-                captions = [
-                    f"{number}  {prompt.removesuffix(' background')}"
-                    for number, prompt in zip(captions, asked, strict=True)
-                ]
-            rows.append([Cell(p, c) for p, c in zip(pictures, captions, strict=True)])
+            words = asked if model is verdict.base else [""] * len(asked)
+            cells = zip(to_pil(model.images[shown]), model.quality[shown], words, strict=True)
+            rows.append([Cell(image, f"{quality:.1f}{text}") for image, quality, text in cells])
             labels.append(label)
     return grid(rows, "Same prompt, same noise; the number is the hidden quality", labels, side=128)

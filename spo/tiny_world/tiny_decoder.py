@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderTiny
 from torch import Tensor
+from transformers import CLIPModel
 
 from spo.method import ddim
 from spo.models.backbone import Backbone, ModelSource
@@ -44,29 +45,22 @@ def _draw_examples(backbone: Backbone, n: int) -> tuple[Tensor, Tensor]:
     return torch.cat(latents), torch.cat(images)
 
 
-class _Perception:
-    """The error of images in a CLIP's features, layer by layer.
+def _perceptual_error(clip: CLIPModel, pixels: Tensor, wanted: Tensor) -> Tensor:
+    """Returns the error () of normalised pixels (n, 3, S, S) in a CLIP's features, over all layers.
 
     Candidates differ by less than the pixels of decoded images err.
     """
+    with torch.no_grad():
+        expected = _features(clip, wanted)
+    return sum(
+        (one - other).square().mean() / other.square().mean()
+        for one, other in zip(_features(clip, pixels), expected, strict=True)
+    )
 
-    def __init__(self, folder: Path) -> None:
-        self._clip = load_clip(str(folder)).requires_grad_(False).eval()
-        self._prepare = CLIPInputs(str(folder)).prepare
 
-    def error(self, images: Tensor, wanted: Tensor) -> Tensor:
-        """Returns the error () of images (n, 3, H, W), summed over the layers."""
-        found = self._features(images)
-        with torch.no_grad():
-            expected = self._features(wanted)
-        return sum(
-            (one - other).square().mean() / other.square().mean()
-            for one, other in zip(found, expected, strict=True)
-        )
-
-    def _features(self, images: Tensor) -> list[Tensor]:
-        vision = self._clip.vision_model(self._prepare(images), output_hidden_states=True)
-        return [*vision.hidden_states[1:], self._clip.visual_projection(vision.pooler_output)]
+def _features(clip: CLIPModel, pixels: Tensor) -> list[Tensor]:
+    vision = clip.vision_model(pixels, output_hidden_states=True)
+    return [*vision.hidden_states[1:], clip.visual_projection(vision.pooler_output)]
 
 
 def train_decoder(
@@ -83,7 +77,8 @@ def train_decoder(
     """
     backbone = Backbone(ModelSource(str(sd15_folder)), "sd15", "no", torch.device("cpu"))
     latents, images = _draw_examples(backbone, num_images)
-    perception = _Perception(clip_folder)
+    clip = load_clip(str(clip_folder)).requires_grad_(False).eval()
+    prepare = CLIPInputs(str(clip_folder)).prepare
     torch.manual_seed(0)
     tiny = AutoencoderTiny(
         latent_channels=backbone.latent_shape[0],
@@ -96,7 +91,8 @@ def train_decoder(
     def loss(generator: torch.Generator) -> Tensor:
         rows = torch.randint(len(latents), (16,), generator=generator)
         decoded, wanted = decode(tiny, latents[rows]), images[rows]
-        return image_error(decoded, wanted) + _PERCEPTION * perception.error(decoded, wanted)
+        perceptual = _perceptual_error(clip, prepare(decoded), prepare(wanted))
+        return image_error(decoded, wanted) + _PERCEPTION * perceptual
 
     fit("decoder", tiny.decoder, loss, rounds, state_file)
     tiny.save_pretrained(folder)
