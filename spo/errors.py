@@ -24,13 +24,13 @@ class UserError(Exception):
 
 
 class RunError(UserError):
-    """A run that cannot go on, for no fault in its input that could have been seen before."""
+    """A run that cannot continue, for a reason that no check of its input could find."""
 
     exit_status = FAILED
 
 
 class Stopped(UserError):
-    """A run that a signal stopped; no fault, but its line and exit status are told the same way."""
+    """A run that a signal stopped: not a fault, but told by one line and an exit status, too."""
 
     exit_status = STOPPED
     label = "stopped"

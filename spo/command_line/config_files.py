@@ -40,10 +40,9 @@ def load_config(path: str, base: Base = BASE) -> ConfigDict:
     config = _run_python(REPO_ROOT / base)
     unknown = [name for name in values if name not in config]
     if unknown:
-        hint = (
-            suggest(unknown[0], list(leaves(config))) or f"; this script takes the keys of {base}"
-        )
-        raise UserError(f"{path}: unknown key {unknown[0]}{hint}")
+        key, known = unknown[0], list(leaves(config))
+        hint = suggest(key, known) or f"; this script takes the keys of {base}"
+        raise UserError(f"{path}: unknown key {key}{hint}")
     _overlay(config, values, source=path)
     return config
 

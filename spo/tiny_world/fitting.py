@@ -23,7 +23,7 @@ Loss = Callable[[torch.Generator], Tensor]
 
 @dataclass(frozen=True)
 class Fit:
-    """How long and how fast to train."""
+    """The length and speed of one round of training."""
 
     steps: int
     learning_rate: float  # peak; linear warm-up over the first 5 %, then a cosine down to 0
