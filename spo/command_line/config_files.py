@@ -52,24 +52,21 @@ def save_config(config: ConfigDict, path: Path) -> None:
     write_file(path, (config.to_json(indent=2) + "\n").encode())
 
 
-def leaves(config: ConfigDict, references: bool = False) -> dict[str, object]:
-    """Returns all settings by their dotted names; an empty section counts as a setting.
+def leaves(config: ConfigDict, only_optional: bool = False) -> dict[str, object]:
+    """Returns all settings, or only settings that may be None, by their dotted names.
 
-    With `references`, a key that may be None is its FieldReference.
+    An empty section counts as a setting.
     """
     found = {}
-    for name, value in config.items(preserve_field_references=references):
+    for name, value in config.items(preserve_field_references=True):
         if _is_section(value):
-            found |= {f"{name}.{key}": leaf for key, leaf in leaves(value, references).items()}
-        else:
+            section = leaves(value, only_optional)
+            found |= {f"{name}.{key}": leaf for key, leaf in section.items()}
+        elif isinstance(value, FieldReference):
+            found[name] = value.get()
+        elif not only_optional:
             found[name] = value
     return found
-
-
-def optional_keys(config: ConfigDict) -> set[str]:
-    """Returns the dotted names of the settings that may be None."""
-    settings = leaves(config, references=True)
-    return {key for key, value in settings.items() if isinstance(value, FieldReference)}
 
 
 def check_leaves(config: ConfigDict) -> None:
@@ -138,7 +135,7 @@ def _run_python(file: Path) -> ConfigDict:
 
 def _overlay(config: ConfigDict, values: dict, source: str, prefix: str = "") -> None:
     """Sets `values` on `config` in place; only its own keys and types are allowed."""
-    optional = optional_keys(config)
+    optional = leaves(config, only_optional=True)
     for name, value in values.items():
         key = prefix + name
         if name not in config:

@@ -19,7 +19,6 @@ from spo.command_line.config_files import (
     Base,
     leaves,
     load_config,
-    optional_keys,
     suggest,
 )
 from spo.errors import UserError
@@ -135,7 +134,7 @@ def _lay_over(config: ConfigDict, argv: list[str], values: flags.FlagValues) -> 
     except flags.Error as error:
         # absl says "flag --config.train.beta=x: expected a number".
         raise UserError(str(error).replace("flag --config.", "config: ", 1)) from error
-    optional = optional_keys(config)
+    optional = leaves(config, only_optional=True)
     for key, value in values["config"].override_values.items():
         if value is None and key not in optional:
             raise UserError(f"config: {key} cannot be None")
