@@ -6,9 +6,12 @@ The other files in this folder are overlays: they change this config and hold on
 On the command line:
 
     --config=config/sdxl.py --config.train.beta=5 --config.train.max_grad_norm=None
+
+A placeholder is None and takes values of its type; a FieldReference has a value and takes None, too.
+No other key takes None.
 """
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FieldReference
 from ml_collections.config_dict import placeholder
 
 
@@ -138,11 +141,12 @@ def get_config() -> ConfigDict:
     train.adam_beta2 = 0.999
     train.adam_weight_decay = 1e-4
     train.adam_epsilon = 1e-8
-    train.max_grad_norm = 1.0  # clip the global gradient norm; None: no clipping
+    train.max_grad_norm = FieldReference(1.0)  # clip the global gradient norm; None: no clipping
     # fp16: updates in a row that are skipped, as their gradients overflow, before the run stops.
     train.max_skipped_updates = 50
     train.beta = 10.0  # inverse temperature of the preference loss (paper, SPO)
-    train.clip_eps = 0.1  # likelihood ratios are clipped to 1 +- clip_eps; None: no clipping
+    # Likelihood ratios are clipped to 1 +- clip_eps; None: no clipping.
+    train.clip_eps = FieldReference(0.1)
     train.grad_scale = 0.5  # gamma, strength of the gradient guidance (paper: 0.5); GradSPO only
     train.ema_decay = 0.9  # mu: ema = mu ema + (1 - mu) policy (paper: 0.9); GradSPO only
     # EMA moves at each "optimizer_step", or by "window": whenever the number of minibatches since

@@ -8,7 +8,7 @@ On the command line:
     --config=config/spm_sdxl.py --config.train.batch_size=8 --config.data.source=/data/pickapic
 """
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FieldReference
 from ml_collections.config_dict import placeholder
 
 
@@ -70,7 +70,7 @@ def get_config() -> ConfigDict:
     train.batch_size = 16  # largest minibatch of pairs on one GPU (SPO: 16)
     # Pairs of one optimizer step: minibatch x GPUs x accumulation, which are chosen to make it
     # (SPO: 4 GPUs x 16); None: one minibatch of train.batch_size on each GPU.
-    train.global_batch_size = 64
+    train.global_batch_size = FieldReference(64)
     train.predict_batch_size = 8  # images that the base model encodes, predicts, decodes at once
     train.gradient_checkpointing = False  # recompute the SPM's activations: less memory, slower
     train.guidance_scale = 5.0  # of the base model's predictions (SPO)
@@ -81,7 +81,7 @@ def get_config() -> ConfigDict:
     train.adam_beta2 = 0.999
     train.adam_epsilon = 1e-8
     train.adam_weight_decay = 0.3  # on all weights (SPO)
-    train.max_grad_norm = 1.0  # clip the global gradient norm; None: no clipping
+    train.max_grad_norm = FieldReference(1.0)  # clip the global gradient norm; None: no clipping
     # fp16: updates in a row that are skipped, as their gradients overflow, before the run stops.
     train.max_skipped_updates = 50
 

@@ -152,7 +152,7 @@ class Run:
 
 
 def make_config(folder: Path):
-    config, _ = load_config("tests/data/random_models.py")
+    config = load_config("tests/data/random_models.py")
     own = {"logdir": str(folder.parent), "run_name": folder.name, "resume_from": "auto"}
     config.update_from_flattened_dict(SIZES | own)
     return config
