@@ -12,12 +12,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from spo.command_line.config_files import SPM_BASE
 from spo.command_line.flags import define_config, exit_on_user_error, parse_flags
-from spo.launch.batch_plan import plan_updates
 
 CONFIG = define_config("config/spm_sd15.py", SPM_BASE)
-# How spo.launch checks the config.
-PLAN = plan_updates
-PREFLIGHT = "spo.preference.spm_preflight:preflight"
 
 
 def main(_):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from functools import cached_property
@@ -22,20 +23,17 @@ from accelerate.utils import (
     gather_object,
 )
 from torch import Tensor, nn
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
-from spo.errors import STOPPED, RunError, UserError
-from spo.launch.exit_status import keep_status
-from spo.launch.liveness import Liveness
-from spo.launch.peers import connect_peers, own_name
+from spo.errors import RunError, UserError
 from spo.types import PreferencePairs
 
 
 class Workers:
     """The processes of a run, seen from one of them.
 
-    Precision and gradient accumulation are the learner's affair; accelerate starts the processes and
-    wraps the UNet. Where one process fails, dies, or is silent for `rank_timeout` seconds, the others
-    stop; a context manager, so that the end of its block tells them how this one ended.
+    Precision and gradient accumulation are the learner's; accelerate joins the processes and wraps
+    the UNet. A collective that a process does not answer within `rank_timeout` seconds fails.
     """
 
     def __init__(self, rank_timeout: int) -> None:
@@ -43,31 +41,22 @@ class Workers:
             raise UserError(f"rank_timeout: {rank_timeout} must be a whole number from 1.")
         _refuse_sharding()
         ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
-        # The main process may have to download before the others can go on.
-        group = InitProcessGroupKwargs(timeout=timedelta(minutes=30))
+        self._timeout = timedelta(seconds=rank_timeout)
+        group = InitProcessGroupKwargs(timeout=self._timeout)
         self.accelerator = Accelerator(mixed_precision="no", kwargs_handlers=[ddp, group])
         self.device = self.accelerator.device
         self.rank = self.accelerator.process_index
         self.count = self.accelerator.num_processes
         self.is_main = self.accelerator.is_main_process
-        self._shared_error: UserError | None = None  # that all processes raise
-        self._liveness = None
-        if self.count > 1:
-            with self.together():
-                peers = connect_peers(self.rank, self.count, self.from_main)
-            self._liveness = Liveness(self.rank, peers, rank_timeout)
 
     def __enter__(self) -> Workers:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
-        """Leave the process group, or tell the others what went wrong here."""
-        if self._liveness is not None:
-            if error is None or error is self._shared_error or _is_stop(error):
-                self._liveness.leave()
-            else:
-                keep_status()
-                self._liveness.fail(" ".join(f"{kind.__name__}: {error}".split()))
+        """Leaves the process group."""
+        if isinstance(error, Exception):
+            # Before the connections close: errors that follow from this one must be later.
+            get_error_handler().record_exception(error)
         self.accelerator.end_training()
 
     def wrap(self, unet: nn.Module) -> nn.Module:
@@ -103,7 +92,6 @@ class Workers:
             error = caught
         met = [e for e in self.gather([error]) if e is not None]
         if met:
-            self._shared_error = met[0]
             raise met[0]
 
     def check_equal(self, what: str, tensors: Mapping[str, Tensor]) -> None:
@@ -112,7 +100,8 @@ class Workers:
         Compares a sum of the bits of each tensor.
         """
         sums = [tensor.detach().view(torch.int32).sum() for tensor in tensors.values()]
-        (_, first), *others = self.gather([(own_name(self.rank), torch.stack(sums).tolist())])
+        name = f"rank {self.rank} ({socket.gethostname()}, pid {os.getpid()})"
+        (_, first), *others = self.gather([(name, torch.stack(sums).tolist())])
         different = [name for name, own in others if own != first]
         with self.together():
             if different:
@@ -126,13 +115,6 @@ class Workers:
         stacked = torch.stack([value.double() for value in values.values()])
         total = self.accelerator.reduce(stacked, reduction="sum")
         return dict(zip(values, total.tolist(), strict=True))
-
-    def mean(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Averages of the tensors over all processes; every process passes the same names."""
-        return {
-            name: self.accelerator.reduce(tensor.clone(), reduction="mean")
-            for name, tensor in tensors.items()
-        }
 
     def deal(
         self, pairs: PreferencePairs, generator: torch.Generator
@@ -174,7 +156,7 @@ class Workers:
     @cached_property
     def _on_cpu(self) -> dist.ProcessGroup:
         """All processes, for what must not wait for a GPU."""
-        return dist.new_group(backend="gloo")
+        return dist.new_group(timeout=self._timeout, backend="gloo")
 
     def any(self, flag: bool) -> bool:
         """Whether `flag` is set in at least one process."""
@@ -213,12 +195,6 @@ class Workers:
             if not self.is_main:
                 for tensor in filter(torch.numel, mine.values()):
                     dist.send(tensor, 0, group=self._on_cpu)
-
-
-def _is_stop(error: BaseException) -> bool:
-    """Whether it ends a run that was asked to stop, which the processes agree on."""
-    status = error.code if isinstance(error, SystemExit) else getattr(error, "exit_status", None)
-    return status == STOPPED
 
 
 def _refuse_sharding() -> None:
