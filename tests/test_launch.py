@@ -99,6 +99,7 @@ def test_a_process_count_that_cannot_work_is_refused():
     assert "1, 2, 4, 5, 8, 10, 20, 40" in err and err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_two_launches_of_two_cpu_processes_at_the_same_time(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)

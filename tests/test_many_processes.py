@@ -77,6 +77,7 @@ def prompts_of(folder, count):
     return Counter(prompt for part in lines for prompt in part)
 
 
+@pytest.mark.slow
 def test_four_processes_some_without_valid_pairs(tmp_path):
     """Uneven and missing pairs, then fewer pairs than processes; all hold the same weights."""
     # Of 6 + 6 comparisons rank 0 has a pair in 7, rank 1 in none, rank 2 in 3, rank 3 in 6.
@@ -101,6 +102,7 @@ def test_four_processes_some_without_valid_pairs(tmp_path):
     assert weights[0] == weights[1] == weights[2] == weights[3]
 
 
+@pytest.mark.slow
 def test_two_processes_see_every_prompt_once_and_lose_what_one_loses(tmp_path):
     sizes = {"sample__global_batch_size": 2, "train__global_batch_size": 6, "num_epochs": 2}
     for count in (1, 2):
@@ -118,6 +120,7 @@ def test_two_processes_see_every_prompt_once_and_lose_what_one_loses(tmp_path):
     assert len(set(weights[0])) == len(weights[0]) == 10 and weights[0] == weights[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dead", [0, 1])
 def test_a_killed_rank_ends_the_other_with_a_line(tmp_path, dead):
     scorer = {"event": "kill", "rank": dead, "at": 8}  # in the second rollout
@@ -128,6 +131,7 @@ def test_a_killed_rank_ends_the_other_with_a_line(tmp_path, dead):
     assert " was killed by SIGKILL; this run stops" in error
 
 
+@pytest.mark.slow
 def test_a_rank_that_raises_ends_the_other_with_its_error(tmp_path):
     scorer = {"event": "raise", "rank": 1, "at": 2}
     status, err = launch(2, *arguments(tmp_path, scorer, prompts__num=4))

@@ -121,6 +121,7 @@ def test_a_second_interrupt_kills_everything_at_once(launch, processes):
     assert gone(process.training, timeout=5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
 def test_training_saves_and_ends_if_the_launcher_is_killed(launch, processes):
     process = launch(processes, "train")
@@ -183,7 +184,7 @@ def test_a_process_that_is_killed_is_told(launch, processes):
     pid = process.training[-1].pid
     process.training[-1].kill()
     _, err = process.communicate(timeout=20)
-    assert process.returncode == 1 and err.count("\n") == 1
+    assert process.returncode == 1 and err.strip().count("\n") == 0
     if processes == 1:
         assert err == "error: the training process was killed by SIGKILL\n"
     else:
@@ -191,6 +192,7 @@ def test_a_process_that_is_killed_is_told(launch, processes):
     assert gone(process.training, timeout=5)
 
 
+@pytest.mark.slow
 def test_another_status_is_kept(launch):
     process = launch(2, "status")
     _, err = process.communicate(timeout=60)

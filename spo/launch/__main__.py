@@ -61,15 +61,14 @@ def main() -> None:
     """Checks the command line, prints the plan and runs the script; bad input is one line, status 2."""
     options, script_args = parse_options()
     with exit_on_user_error():
-        script = find_script(options.script)
+        script = SCRIPTS.get(Path(options.script).name, Script())
         config = read_config(options.script, script, script_args)
         world = cpu_world(options) if options.cpu else gpu_world(options)
         if script.plan is not None:
             print(script.plan(config, world.processes).describe())
         if world.processes > 1:
             # Sooner than in the processes, which find in the cache what is downloaded here.
-            preflight: Callable[[ConfigDict, int], Any] = find(script.preflight, {}, "preflight")
-            preflight(config, world.processes)
+            find(script.preflight, {}, "preflight")(config, world.processes)
         command = [sys.executable, options.script, *script_args]
         print("$", shlex.join(command), flush=True)
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, num_cores() // world.here)))
@@ -101,15 +100,10 @@ def parse_options() -> tuple[argparse.Namespace, list[str]]:
     return options, script_args
 
 
-def find_script(path: str) -> Script:
-    """Returns the row of SCRIPTS for `path`; raises UserError if there is no such file."""
-    if not Path(path).is_file():
-        raise UserError(f"no such script: {path}")
-    return SCRIPTS.get(Path(path).name, Script())
-
-
 def read_config(path: str, script: Script, script_args: list[str]) -> ConfigDict:
     """Returns the config that `script_args` make of the script's default."""
+    if not Path(path).is_file():
+        raise UserError(f"no such script: {path}")
     if not script.config and not any(a.partition("=")[0] == "--config" for a in script_args):
         raise UserError(f"--config=FILE is missing; a default is known for {', '.join(SCRIPTS)}")
     holder = define_config(script.config, *script.bases)
@@ -118,28 +112,16 @@ def read_config(path: str, script: Script, script_args: list[str]) -> ConfigDict
 
 
 def cpu_world(options: argparse.Namespace) -> World:
-    """Returns the processes that share the CPU.
-
-    Raises UserError if several machines lack an address or cannot share the processes.
-    """
+    """Returns the processes that share the CPU; raises the errors of `make_world`."""
     os.environ["ACCELERATE_USE_CPU"] = "true"
-    machines = options.num_machines or 1
-    processes = options.num_processes or machines
-    here = share_of_machine(processes, machines)
-    if machines == 1:
-        return World(processes, here, port=options.main_process_port or 0)
-    for name in ("machine_rank", "main_process_ip"):
-        if getattr(options, name) is None:
-            raise UserError(f"--num_machines={machines}: --{name} is missing")
-    port = options.main_process_port or PORT
-    return World(processes, here, machines, options.machine_rank, options.main_process_ip, port)
+    return make_world(options, {}, per_machine=1)
 
 
 def gpu_world(options: argparse.Namespace) -> World:
     """Returns one process for each GPU, or the processes of an accelerate file.
 
-    Raises UserError if GPUs, the file or the first machine's address are missing, and if the file
-    asks for more than data parallel training.
+    Raises UserError if GPUs or the file are missing and if the file asks for more than data
+    parallel training.
     """
     import torch  # slow, and not needed to find a mistake on the command line
     from accelerate.commands.config import load_config_from_file
@@ -154,42 +136,49 @@ def gpu_world(options: argparse.Namespace) -> World:
     file = Path(options.accelerate_config or ACCELERATE_CONFIGS / ours)
     if not file.is_file():
         raise UserError(f"--accelerate_config: no such file: {file}")
-    settings = load_config_from_file(str(file))
-    if settings.distributed_type.value not in ("NO", "MULTI_GPU"):
+    settings = vars(load_config_from_file(str(file)))
+    kind = settings["distributed_type"].value
+    if kind not in ("NO", "MULTI_GPU"):
         raise UserError(
-            f"{file}: distributed_type {settings.distributed_type.value} is not supported: every "
-            "process holds the whole model here; use MULTI_GPU, see docs/distributed.md"
+            f"{file}: distributed_type {kind} is not supported: every process holds the whole model "
+            "here; use MULTI_GPU, see docs/distributed.md"
         )
-    machines = options.num_machines or settings.num_machines
-    default = settings.num_processes if options.accelerate_config else num_gpus * machines
-    processes = options.num_processes or default
-    here = share_of_machine(processes, machines)
-    if here > num_gpus:
+    if not options.accelerate_config:
+        del settings["num_processes"]  # our files fit any number of GPUs
+    world = make_world(options, settings, per_machine=num_gpus)
+    if world.here > num_gpus:
         raise UserError(
-            f"{processes} processes on {machines} machine(s) of {num_gpus} GPU(s): a process needs "
-            "a GPU; see --num_processes"
+            f"{world.processes} processes on {world.machines} machine(s) of {num_gpus} GPU(s): a "
+            "process needs a GPU; see --num_processes"
         )
-    if settings.gpu_ids not in (None, "all"):
-        os.environ["CUDA_VISIBLE_DEVICES"] = settings.gpu_ids
+    if settings["gpu_ids"] not in (None, "all"):
+        os.environ["CUDA_VISIBLE_DEVICES"] = settings["gpu_ids"]
     if not check_cuda_p2p_ib_support():  # RTX 4000, which accelerate refuses without these
         os.environ.update(NCCL_P2P_DISABLE="1", NCCL_IB_DISABLE="1")
-    port = options.main_process_port or settings.main_process_port
-    if machines == 1:
-        return World(processes, here, port=port or 0)
-    address = options.main_process_ip or settings.main_process_ip
-    if not address:
-        raise UserError(f"{machines} machines: --main_process_ip is missing")
-    rank = settings.machine_rank if options.machine_rank is None else options.machine_rank
-    return World(processes, here, machines, rank, address, port or PORT)
+    return world
 
 
-def share_of_machine(processes: int, machines: int) -> int:
-    """Returns the processes of one machine; raises UserError unless all machines have as many."""
+def make_world(options: argparse.Namespace, settings: dict[str, Any], per_machine: int) -> World:
+    """Returns the processes that `options` ask for, or else the `settings` of an accelerate file.
+
+    There are `per_machine` on each machine if neither says how many. Raises UserError if machines
+    lack an address or cannot share the processes equally.
+    """
+    given = settings | {key: value for key, value in vars(options).items() if value is not None}
+    machines = given.get("num_machines", 1)
+    processes = given.get("num_processes", per_machine * machines)
     if processes % machines:
         raise UserError(
             f"--num_processes={processes} counts those of all machines: a multiple of {machines}"
         )
-    return processes // machines
+    here, port = processes // machines, given.get("main_process_port")
+    if machines == 1:
+        return World(processes, here, port=port or 0)
+    for name in ("machine_rank", "main_process_ip"):
+        if given.get(name) is None:
+            raise UserError(f"{machines} machines: --{name} is missing")
+    place = given["machine_rank"], given["main_process_ip"], port or PORT
+    return World(processes, here, machines, *place)
 
 
 def num_cores() -> int:

@@ -24,7 +24,7 @@ from spo.errors import FAILED, STOPPED, RunError, Stopped, UserError, first_line
 if TYPE_CHECKING:  # torch takes seconds to load, and one process does not need it here
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
-_INTERRUPTED = 128 + signal.SIGINT  # exit status after a second Ctrl-C, as in a shell
+_KILLED = 128 + signal.SIGINT  # exit status after a second Ctrl-C, as in a shell
 _TICK = 0.1  # seconds between two looks at signals
 _NOT_STARTED = 20  # ticks without a child after which a signal ends the launcher
 _STOPPED_OUTSIDE = "stopped outside of training; nothing is lost"
@@ -76,7 +76,7 @@ class _Relay:
                 children = psutil.Process().children()
                 childless = 0 if children else childless + 1
                 if self.received.count(signal.SIGINT) > 1:
-                    _end("error: killed by the second interrupt; nothing was saved", _INTERRUPTED)
+                    _end("error: killed by the second interrupt; nothing was saved", _KILLED)
                 if childless > _NOT_STARTED:
                     _end(_STOPPED_OUTSIDE, STOPPED)
                 for child in children:
@@ -164,8 +164,8 @@ def _tell(failures: dict[int, ProcessFailure], stopping: bool) -> int:
         end = f"was killed by {first.signal_name()}"
     else:
         end = f"failed (exit code {first.exitcode}): {one_line(message) or 'no error is known'}"
-    print(
-        f"{trace}error: rank {rank} ({socket.gethostname()}, pid {first.pid}) {end}; this run stops, "
+    print(  # below a progress bar
+        f"\n{trace}error: rank {rank} ({socket.gethostname()}, pid {first.pid}) {end}; this run stops, "
         "and resumes from its last checkpoint by --config.run_name=NAME --config.resume_from=auto",
         file=sys.stderr,
     )

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT: a run stops where nothing that it computed is lost."""
+"""SIGTERM and SIGINT stop a run at a point at which it can save all that it computed."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ _PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
 class StopSignals:
-    """Within the context, SIGTERM and SIGINT only ask for a stop; a second SIGINT kills at once.
+    """A context in which SIGTERM and SIGINT only ask for a stop; a second SIGINT kills at once.
 
-    Signals are this process's own: the processes of a run have to agree on what follows from one.
+    Each process gets its own signals, so the processes of a run must agree before they stop.
     """
 
     def __init__(self) -> None:
@@ -44,12 +44,12 @@ class StopSignals:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     def check(self) -> None:
-        """Raise Stopped where a stop was asked for."""
+        """Raises Stopped if a stop was asked for."""
         if self.requested:
             raise Stopped("by a signal.")
 
     def watch(self, items: Iterable[Item]) -> Iterator[Item]:
-        """`items`, with a check before each."""
+        """Yields `items`, with a check before each."""
         for item in items:
             self.check()
             yield item

@@ -1,6 +1,6 @@
-"""What the processes of a run do together, on top of accelerate.
+"""Operations that all processes of a run call together, on top of accelerate.
 
-Everything here works in one process as well, where it does nothing but its local part.
+In a single process each does its local part only.
 """
 
 from __future__ import annotations
@@ -60,21 +60,21 @@ class Workers:
         self.accelerator.end_training()
 
     def wrap(self, unet: nn.Module) -> nn.Module:
-        """The UNet for the pass with gradients: its DDP wrapper, or itself in one process."""
+        """Returns the UNet for the pass with gradients: its DDP wrapper, or itself in one process."""
         return self.accelerator.prepare_model(unet, device_placement=False)
 
     def from_main(self, value: Any) -> Any:
-        """The main process's `value`, everywhere."""
+        """Returns the main process's `value` on every process."""
         return broadcast_object_list([value])[0]
 
     def gather(self, values: list) -> list:
-        """The items of all processes' lists, in the order of their ranks."""
+        """Returns the items of all processes' lists, in the order of the ranks."""
         return gather_object(values)
 
     def gather_to_main(self, values: list) -> list:
-        """The items of all processes' lists on the main process, in the order of their ranks.
+        """Returns the items of all processes' lists on the main process, [] on every other.
 
-        On the others, nothing: for what is too large to be sent to every process.
+        For values that are too large to be sent to every process.
         """
         if self.count == 1:
             return values
@@ -84,7 +84,7 @@ class Workers:
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
-        """A UserError that any process meets within is raised on all at the end; none waits forever."""
+        """Raises a UserError of any process on all of them at the end of the context."""
         error = None
         try:
             yield
@@ -95,9 +95,9 @@ class Workers:
             raise met[0]
 
     def check_equal(self, what: str, tensors: Mapping[str, Tensor]) -> None:
-        """RunError on every process unless the fp32 `tensors` are the same on all, bit for bit.
+        """Raises RunError on every process unless all have the same fp32 `tensors`, bit for bit.
 
-        Compares a sum of the bits of each tensor.
+        Compares the sum of the bits of each tensor.
         """
         sums = [tensor.detach().view(torch.int32).sum() for tensor in tensors.values()]
         name = f"rank {self.rank} ({socket.gethostname()}, pid {os.getpid()})"
@@ -111,7 +111,7 @@ class Workers:
                 )
 
     def sum(self, values: dict[str, Tensor]) -> dict[str, float]:
-        """Sums of scalars over all processes; every process passes the same keys."""
+        """Returns the sums of scalars over all processes; every process passes the same keys."""
         stacked = torch.stack([value.double() for value in values.values()])
         total = self.accelerator.reduce(stacked, reduction="sum")
         return dict(zip(values, total.tolist(), strict=True))
@@ -119,12 +119,11 @@ class Workers:
     def deal(
         self, pairs: PreferencePairs, generator: torch.Generator
     ) -> tuple[PreferencePairs, int]:
-        """Shuffle the pairs of all processes together and deal them out evenly.
+        """Shuffles the pairs of all processes together and deals them out evenly.
 
-        The permutation is drawn by the main process from its `generator`. Returns this process's
-        share, in training order, and how many pairs were left over (the last total mod processes).
-        As long as minibatch x processes x accumulation stays the same, so do the pairs of each update,
-        whatever the number of processes.
+        The main process draws the permutation from its `generator`. Returns this process's share, in
+        training order, and the number of pairs left over (the last total mod processes). The pairs of
+        an update depend on minibatch x processes x accumulation only, not on the three factors.
         """
         counts = self.gather([len(pairs)])
         total = sum(counts)
@@ -155,11 +154,11 @@ class Workers:
 
     @cached_property
     def _on_cpu(self) -> dist.ProcessGroup:
-        """All processes, for what must not wait for a GPU."""
+        """The group of all processes for exchanges that must not wait for a GPU."""
         return dist.new_group(timeout=self._timeout, backend="gloo")
 
     def any(self, flag: bool) -> bool:
-        """Whether `flag` is set in at least one process."""
+        """Returns True if `flag` is set in at least one process."""
         if self.count == 1:
             return flag
         found = torch.tensor(int(flag))
@@ -168,9 +167,9 @@ class Workers:
 
     @contextlib.contextmanager
     def to_main(self, tensors: Mapping[str, Tensor]) -> Iterator[Iterator[dict[str, Tensor]]]:
-        """In the main process, within the context: the tensors of each process in turn, on the CPU.
+        """A context that gives the main process the tensors of each process in turn, on the CPU.
 
-        One process's are held at a time. In the others it is empty.
+        The main process holds those of one process at a time; every other gets an empty iterator.
         """
         mine = {
             name: tensor.detach().to("cpu", copy=True).contiguous()
@@ -190,7 +189,7 @@ class Workers:
         try:
             yield arriving
         finally:
-            for _ in arriving:  # those that an error left: their senders wait
+            for _ in arriving:  # if an error left any: their senders wait
                 pass
             if not self.is_main:
                 for tensor in filter(torch.numel, mine.values()):
@@ -198,7 +197,7 @@ class Workers:
 
 
 def _refuse_sharding() -> None:
-    """UserError where accelerate was told to split the model over the processes."""
+    """Raises UserError if accelerate was told to split the model over the processes."""
     for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
         if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true":
             raise UserError(
