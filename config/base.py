@@ -33,7 +33,9 @@ def get_config() -> ConfigDict:
     config.eval_interval = 1  # epochs between grids of validation images; 0 draws none
     # Count, before anything long, what a step costs, and warn of what will not fit into memory.
     config.estimate_costs = True
-    config.rank_timeout = 120  # seconds of silence after which the others take a process for dead
+    # Seconds after which a collective fails that a process does not answer; the main process may have
+    # to download while the others wait.
+    config.rank_timeout = 1800
 
     # ---- speed, without another result but for rounding (docs/performance.md) ---------------------
     config.allow_tf32 = True  # GPUs round fp32 products, the scorer's above all, to 10 bits inside

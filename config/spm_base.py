@@ -27,7 +27,9 @@ def get_config() -> ConfigDict:
     config.save_steps = 1000  # optimizer steps between checkpoints
     config.eval_steps = 1000  # optimizer steps between measurements of accuracy; 0: none
     config.log_steps = 10  # optimizer steps that a line of metrics averages over
-    config.rank_timeout = 120  # seconds of silence after which the others take a process for dead
+    # Seconds after which a collective fails that a process does not answer; the main process may have
+    # to download while the others wait.
+    config.rank_timeout = 1800
 
     # ---- the base model, whose predictions the SPM learns to judge -----------------------------
     config.pretrained = pretrained = ConfigDict()

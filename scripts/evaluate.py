@@ -12,9 +12,6 @@ from spo.command_line.config_files import EVAL_BASE
 from spo.command_line.flags import define_config, exit_on_user_error, parse_flags
 
 CONFIG = define_config(EVAL_BASE, base=EVAL_BASE)
-# How spo.launch checks the config.
-PLAN = None
-PREFLIGHT = "spo.evaluation.evaluator:preflight"
 
 
 def main(_):

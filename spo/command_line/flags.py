@@ -14,20 +14,14 @@ from copy import deepcopy
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
-from spo.command_line.config_files import (
-    BASE,
-    Base,
-    leaves,
-    load_config,
-    suggest,
-)
-from spo.errors import UserError
-from spo.launch.exit_status import hand_over
+from spo.command_line.config_files import BASE, Base, leaves, load_config, suggest
+from spo.errors import FAILED, UserError
 
 # absl lists a flag under the module that defines it: let that be the script, not this file.
 flags.disclaim_key_flags()
 
 FLAGS = flags.FLAGS
+LAUNCHER_VARIABLE = "SPO_LAUNCHER_PID"  # set by spo.launch for the processes that it starts
 _LINE = 1500  # characters of an error, whose end says what to do
 OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]+)")
 
@@ -61,16 +55,31 @@ config_flags.register_flag_parser_for_type(str, _OrNone(flags.ArgumentParser(), 
 def exit_on_user_error() -> Iterator[None]:
     """Turns a UserError into one line on stderr, of a machine's first process, and its exit status.
 
-    A status other than 0, of SystemExit too, reaches spo.launch past torchrun.
+    Of several processes that spo.launch started, it prints the error of the one that failed first.
     """
     try:
         yield
     except UserError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # set where several processes were started
+        # LOCAL_RANK is set where several processes were started.
+        if not _left_to_launcher(error) and os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"{error.label}: {one_line(str(error))}", file=sys.stderr)
-        sys.exit(hand_over(error.exit_status))
-    except SystemExit as end:
-        sys.exit(hand_over(end.code) if isinstance(end.code, int) else end.code)
+        sys.exit(error.exit_status)
+    except Exception as error:
+        if _left_to_launcher(error):
+            sys.exit(FAILED)
+        raise
+
+
+def _left_to_launcher(error: Exception) -> bool:
+    """Writes `error` to the file that torch's launcher reads; False without spo.launch."""
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if file is None or LAUNCHER_VARIABLE not in os.environ:
+        return False
+    if not os.path.exists(file):  # else spo.launch.workers has written it
+        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+        get_error_handler().record_exception(error)
+    return True
 
 
 def one_line(text: str) -> str:
