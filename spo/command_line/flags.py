@@ -14,13 +14,7 @@ from copy import deepcopy
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
-from spo.command_line.config_files import (
-    BASE,
-    Base,
-    leaves,
-    load_config,
-    suggest,
-)
+from spo.command_line.config_files import BASE, Base, leaves, load_config, suggest
 from spo.errors import UserError
 from spo.launch.exit_status import hand_over
 
