@@ -7,23 +7,27 @@
 Afterwards the run works offline (HF_HUB_OFFLINE=1).
 """
 
+from collections.abc import Collection
+
 from absl import app
 
 from spo.command_line.config_files import BASE, EVAL_BASE, SPM_BASE
 from spo.command_line.flags import define_config, exit_on_user_error, parse_flags
 
-CONFIG = define_config("config/sd15.py", BASE, SPM_BASE, EVAL_BASE)
+
+def base_of(keys: Collection[str]) -> str:
+    """Returns the base of a config: evaluations have `models`, preference models have `data`."""
+    return EVAL_BASE if "models" in keys else SPM_BASE if "data" in keys else BASE
+
+
+CONFIG = define_config("config/sd15.py", base=base_of)
 
 
 def main(_) -> None:
     with exit_on_user_error():
         config = CONFIG.value
-        if "models" in config:
-            prefetch_evaluation(config)
-        elif "data" in config:
-            prefetch_preference_model(config)
-        else:
-            prefetch(config)
+        commands = {EVAL_BASE: prefetch_evaluation, SPM_BASE: prefetch_preference_model}
+        commands.get(base_of(config), prefetch)(config)
         print("Everything is there.")
 
 
@@ -55,7 +59,7 @@ def prefetch_preference_model(config) -> None:
     """Load what the training of a preference model needs: the CLIPs, the base model, the rows."""
     from spo.preference import spm_build
     from spo.preference.spm_preflight import read_rows
-    from spo.scorers import CLIPInputs, load_clip
+    from spo.scorers.clip import CLIPInputs, load_clip
 
     spm_build.check(config)
     spm_build.load_spm(config)
@@ -79,14 +83,15 @@ def prefetch_evaluation(config) -> None:
     import torch
 
     from spo.evaluation.evaluator import preflight
-    from spo.scorers.image_scorers import load_image_scorer
+    from spo.scorers import ImageScorerSource, load_scorer
 
     ready = preflight(config, num_processes=1)
     print(ready.prompts.describe())
     for source in {spec.source for spec in ready.models if spec.source is not None}:
         load_base_model(source, config)
     for scorer in ready.scorers:
-        loaded = load_image_scorer(scorer.name, scorer.options, torch.device("cpu"))
+        source = ImageScorerSource(scorer.name, scorer.options)
+        loaded = load_scorer(source, torch.device("cpu"))
         print(f"scorer: {loaded.title}")
 
 

@@ -82,7 +82,8 @@ def show_rollout(config, prompt: str, lora_spec: str, seed: int, out: Path) -> N
 def draw_rows(seen, settings):
     """Rows of cells and their labels from (candidates, scores (K,), images (K, 3, H, W))."""
     from spo.method.pairs import preference_gap
-    from spo.run.pictures import Cell, to_pil
+    from spo.run.pictures import Cell
+    from spo.scorers.pixels import to_pil
 
     rows, labels = [], []
     for i, (candidates, scores, images) in enumerate(seen):

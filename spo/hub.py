@@ -1,4 +1,4 @@
-"""Names on the Hugging Face Hub: files to read by a path or hf://user/repo/file, repos to write."""
+"""Reads files by a path or hf://user/repo/file, and names repos of the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PREFETCH = "python scripts/prefetch.py --config=..."
 
 @dataclass(frozen=True)
 class Destination:
-    """The repo on the Hub that a run is pushed to; the keys of config.hub."""
+    """The repo that a run is pushed to, and the weights that are pushed; the keys of config.hub."""
 
     repo_id: str
     subfolder: str = ""
@@ -38,7 +38,7 @@ class Destination:
 def resolve_file(spec: str, key: str, revision: str | None = None) -> Path:
     """Returns the local path of `spec`, a path or hf://user/repo/file, downloaded if necessary.
 
-    Raises UserError that names the config `key`, and for the Hub the repo, the file and the command
+    Raises UserError that names the config `key` and, for the Hub, the repo, the file and the command
     that downloads it.
     """
     check_file(spec, key)
@@ -54,7 +54,7 @@ def resolve_file(spec: str, key: str, revision: str | None = None) -> Path:
             f"download it first: {PREFETCH}"
         ) from error
     except Exception as error:
-        # The Hub's client changes its network library, and with it the errors of a broken connection.
+        # The Hub's client changes its network library, and so the errors of a broken connection.
         raise UserError(
             f"{key}: cannot download {name} of {repo} ({first_line(error)}); check the name and your "
             f"access, then: {PREFETCH}"
@@ -62,7 +62,7 @@ def resolve_file(spec: str, key: str, revision: str | None = None) -> Path:
 
 
 def check_file(spec: str, key: str) -> None:
-    """Raises UserError for a path without a file, or a malformed hf://; downloads nothing."""
+    """Raises UserError for a path without a file or a malformed hf://, without downloading."""
     if not spec.startswith(_SCHEME):
         if not Path(spec).expanduser().is_file():
             raise UserError(f"{key}: no file {spec!r}; name a file, or hf://user/repo/file.")
@@ -73,7 +73,7 @@ def check_file(spec: str, key: str) -> None:
 
 
 def list_files(repo: str, key: str) -> list[str]:
-    """Returns the files of a Hub repo; if the Hub cannot be reached, those in the local cache.
+    """Returns the files of a Hub repo, or of its local cache if the Hub cannot be reached.
 
     Raises UserError that names the config `key` or flag.
     """
@@ -81,7 +81,7 @@ def list_files(repo: str, key: str) -> list[str]:
         return HfApi().list_repo_files(repo)
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise UserError(f"{key}: no repo {repo} on the Hub ({first_line(error)}).") from error
-    except Exception as error:  # of any network library, as above
+    except Exception as error:  # of whatever network library, as above
         try:
             folder = Path(snapshot_download(repo, local_files_only=True))
         except LocalEntryNotFoundError:
@@ -94,7 +94,7 @@ def list_files(repo: str, key: str) -> list[str]:
 
 
 def model_file(model: str, name: str, key: str, revision: str | None = None) -> Path:
-    """Returns the local path of file `name` of a model: a folder, or the Hub id user/name.
+    """Returns the local path of the file `name` of a model, a folder or the Hub id user/name.
 
     Raises UserError that names the config `key`.
     """
@@ -116,5 +116,5 @@ def is_hub_id(name: str) -> bool:
 
 def public_name(spec: str) -> str:
     """Returns `spec` safe to publish: an absolute or home path is reduced to its last component."""
-    tells = Path(spec).is_absolute() or spec.startswith(("~", ".."))
-    return Path(spec).name if tells else spec
+    is_private = Path(spec).is_absolute() or spec.startswith(("~", ".."))
+    return Path(spec).name if is_private else spec

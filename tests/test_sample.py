@@ -17,7 +17,7 @@ from spo.lora_io.diffusers_file import save_lora
 from spo.models.backbone import SCHEDULERS
 from spo.models.families import FAMILIES
 from spo.models.plain_images import ImageSettings, sample_images
-from spo.run.pictures import to_pil
+from spo.scorers.pixels import to_pil
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPTS = ["a fox reading a map", "ein Fuchs 🦊"]

@@ -18,7 +18,8 @@ from spo.preference.noised import PairNoise, draw_noise, predicted_images
 from spo.preference.preparation import Labeller, Preparation
 from spo.preference.rows import RawBatch
 from spo.preference.spm_learner import PreferenceLearner, UpdateSettings
-from spo.scorers import CLIPInputs, load_scorer
+from spo.scorers import load_scorer
+from spo.scorers.clip import CLIPInputs
 
 CLIP = str(MODELS / "tiny-clip")
 SIZE = 16  # pixels; the tiny VAEs halve them

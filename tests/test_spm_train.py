@@ -25,7 +25,8 @@ from spo.preference import preparation, spm_learner
 from spo.preference.spm_preflight import preflight
 from spo.preference.spm_trainer import train
 from spo.run.checkpoint_folder import _seal, checkpoints, read_state
-from spo.scorers import clip_config, load_scorer
+from spo.scorers import load_scorer
+from spo.scorers.clip import clip_config
 from spo.scorers.step_aware_clip import load_step_aware_clip
 
 ROOT = Path(__file__).resolve().parent.parent

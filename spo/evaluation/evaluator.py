@@ -24,12 +24,13 @@ from spo.evaluation.scores import ScoreFolder
 from spo.launch.workers import Workers
 from spo.lora_io.model_spec import ModelSpec, read_specs, use_loras
 from spo.method.health import check_images
-from spo.models.backbone import Backbone, ModelSource, check_source, model_source
+from spo.models.backbone import Backbone
+from spo.models.loading import ModelSource, check_source, model_source
 from spo.models.plain_images import sample_images
 from spo.run.folder import CONFIG, TABLE, run_folder
-from spo.run.pictures import to_pil
 from spo.run.session import Session
-from spo.scorers.image_scorers import check_image_scorer, load_image_scorer
+from spo.scorers import ImageScorerSource, check_scorer, load_scorer
+from spo.scorers.pixels import to_pil
 
 _PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "open-clip-torch")
 
@@ -89,7 +90,7 @@ def preflight(config: ConfigDict, num_processes: int) -> EvaluationPlan:
     scorers = []
     for name in settings.scorers:
         options = settings.scorer_options.get(name, {})
-        check_image_scorer(name, options)
+        check_scorer(ImageScorerSource(name, options))
         scorers.append(ScoreFolder(folder / "scores" / name.replace(":", "."), name, options))
     prompts = read_prompt_set(**config.prompts)
     for scores in scorers:
@@ -191,7 +192,8 @@ class Evaluation:
         if not any(missing):
             return
         with self.workers.together():
-            scorer = load_image_scorer(scores.name, scores.options, self.workers.device)
+            source = ImageScorerSource(scores.name, scores.options)
+            scorer = load_scorer(source, self.workers.device)
             if self.workers.is_main:
                 scores.claim(scorer)
         with self.workers.together():

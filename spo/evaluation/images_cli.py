@@ -21,10 +21,12 @@ from spo.data.prompts import read_prompts
 from spo.errors import UserError
 from spo.lora_io.find import find_lora
 from spo.lora_io.model_spec import ModelSpec, read_specs, use_loras
-from spo.models.backbone import DTYPES, SCHEDULERS, Backbone, ModelSource, check_source, family_of
+from spo.models.backbone import DTYPES, SCHEDULERS, Backbone
 from spo.models.families import FAMILIES
+from spo.models.loading import ModelSource, check_source, family_of
 from spo.run.folder import CONFIG
-from spo.run.pictures import Cell, grid, to_pil, write_png
+from spo.run.pictures import Cell, grid, write_png
+from spo.scorers.pixels import to_pil
 
 
 @dataclass(frozen=True)

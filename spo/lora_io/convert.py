@@ -17,7 +17,7 @@ from spo.lora_io.find import find_lora, layer_of
 from spo.lora_io.names import network_of
 from spo.lora_io.read import read_lora_file
 from spo.lora_io.write import WRITERS, LoraWeights
-from spo.models.backbone import ModelSource, family_of, load_pipeline
+from spo.models.loading import ModelSource, family_of, load_pipeline
 
 _UNET_WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 _STORED_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}

@@ -14,7 +14,8 @@ from pathlib import Path
 from spo.errors import LOAD_ERRORS, UserError, first_line
 from spo.hub import is_hub_id, list_files
 from spo.lora_io.find import find_lora, read_folded
-from spo.models.backbone import Backbone, ModelSource, check_source
+from spo.models.backbone import Backbone
+from spo.models.loading import ModelSource, check_source
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 

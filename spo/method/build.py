@@ -12,7 +12,15 @@ from ml_collections import ConfigDict
 from torch import nn
 
 from spo.command_line.config_files import check_leaves
-from spo.command_line.values import fill, require_choice, require_number, require_whole
+from spo.command_line.values import (
+    Checked,
+    choice,
+    fill,
+    not_negative,
+    require_choice,
+    require_number,
+    whole,
+)
 from spo.data.prompts import PromptSet, read_prompts
 from spo.errors import UserError
 from spo.hub import Destination, public_name
@@ -22,8 +30,9 @@ from spo.method.learner import Learner, UpdateSettings
 from spo.method.losses import Loss, make_loss
 from spo.method.pairs import PairSettings
 from spo.method.rollout import RolloutSettings
-from spo.models.backbone import DTYPES, Backbone, ModelSource, model_source
+from spo.models.backbone import DTYPES, Backbone
 from spo.models.device import SpeedSettings
+from spo.models.loading import ModelSource, model_source
 from spo.models.lora import Lora, LoraSettings
 from spo.models.optimizers import OptimizerSettings
 from spo.run.tracking import TrackerSettings
@@ -33,46 +42,34 @@ from spo.seeding import derive_seed
 
 
 @dataclass(frozen=True)
-class RunSettings:
+class RunSettings(Checked):
     """The course of a run; `config` explains each."""
 
     algorithm: str
     family: str
     seed: int
-    num_epochs: int
-    mixed_precision: str
+    num_epochs: int = whole()
+    mixed_precision: str = choice(*DTYPES)
     logdir: str
     run_name: str
     resume_from: str
-    save_interval: int
-    save_every_rollouts: int
-    checkpoint_limit: int
-    eval_interval: int
+    save_interval: int = whole()
+    save_every_rollouts: int = not_negative()
+    checkpoint_limit: int = not_negative()
+    eval_interval: int = not_negative()
     allow_tf32: bool
     gradient_checkpointing: bool  # train.gradient_checkpointing
-    push_every: int  # hub.push_every
-
-    def __post_init__(self) -> None:
-        require_choice("mixed_precision", self.mixed_precision, DTYPES)
-        for name in ("num_epochs", "save_interval"):
-            require_whole(name, getattr(self, name))
-        for name in ("checkpoint_limit", "save_every_rollouts", "eval_interval"):
-            require_number(name, getattr(self, name), "0 or more", lambda v: v >= 0)
-        require_number("hub.push_every", self.push_every, "0 or more", lambda v: v >= 0)
 
 
 @dataclass(frozen=True)
-class PromptSettings:
+class PromptSettings(Checked, section="prompts"):
     """The prompts to train on; `config.prompts` explains each."""
 
     source: str
     split: str
     column: str
-    num: int
+    num: int = not_negative()
     seed: int
-
-    def __post_init__(self) -> None:
-        require_number("prompts.num", self.num, "0 or more", lambda v: v >= 0)
 
     def read(self) -> PromptSet:
         """Reads the prompts, from the Hub or a file; UserError if there are none."""
@@ -100,6 +97,7 @@ class Recipe:
     validation: ValidationSettings
     tracker: TrackerSettings
     hub: Destination
+    push_every: int  # hub.push_every
 
     def load_backbone(self, device: Any) -> Backbone:
         """Loads the base model onto a torch.device."""
@@ -132,64 +130,46 @@ _YOUNGER = (
 def read_recipe(config: ConfigDict) -> Recipe:
     """Returns a training config as values; UserError for everything wrong that needs no file."""
     check_leaves(config)
-    sample, train = config.sample, config.train
+    sample, train, layout = config.sample, config.train, config.compile
     loss = make_loss(config.algorithm, train, train.loss_kwargs)
-    if loss.shares_latents and sample.num_inner_steps > 0:
-        raise UserError(
-            f"sample.num_inner_steps: {config.algorithm} compares candidates of one shared x_t and "
-            "cannot use inner steps; set it to 0, or algorithm=spo."
-        )
-    for key, weights in (
-        ("eval.weights", config.eval.weights),
-        ("hub.weights", config.hub.weights),
-    ):
-        require_choice(key, weights, ("policy", "ema"))
-        if weights == "ema" and not loss.uses_ema:
-            raise UserError(f"{key}: {config.algorithm} has no EMA; use policy.")
-    keep_predictions = loss.uses_ema and train.ema_prediction == "rollout"
+    _check_loss_fits(config, loss)
+    keep = loss.uses_ema and train.ema_prediction == "rollout"
+    pairs = fill(PairSettings, sample, shares_latents=loss.shares_latents, keep_predictions=keep)
+    update = {"accumulation_steps": 1, "guidance_scale": sample.guidance_scale}
     return Recipe(
         config=json.loads(config.to_json()),
-        run=fill(
-            RunSettings,
-            config,
-            gradient_checkpointing=train.gradient_checkpointing,
-            push_every=config.hub.push_every,
-        ),
+        run=fill(RunSettings, config, gradient_checkpointing=train.gradient_checkpointing),
         prompts=fill(PromptSettings, config.prompts),
         model=model_source(config.pretrained, decoder=sample.decoder),
-        scorer=ScorerSource.of_config(config.preference),
-        speed=SpeedSettings(
-            channels_last=config.channels_last,
-            compile_unet=config.compile.unet,
-            compile_vae=config.compile.vae,
-            compile_scorer=config.compile.scorer,
-        ),
+        scorer=ScorerSource(**config.preference.to_dict()),
+        speed=SpeedSettings(config.channels_last, layout.unet, layout.vae, layout.scorer),
         lora=fill(LoraSettings, config.lora),
         sampler=fill(SamplerSettings, sample),
-        collect=fill(
-            CollectSettings,
-            sample,
-            rollout=fill(RolloutSettings, sample),
-            pairs=fill(
-                PairSettings,
-                sample,
-                shares_latents=loss.shares_latents,
-                keep_predictions=keep_predictions,
-            ),
-        ),
+        collect=fill(CollectSettings, sample, rollout=fill(RolloutSettings, sample), pairs=pairs),
         loss=loss,
-        update=fill(
-            UpdateSettings,
-            train,
-            accumulation_steps=1,
-            guidance_scale=sample.guidance_scale,
-            merge=config.lora.merge,
-        ),
+        update=fill(UpdateSettings, train, merge=config.lora.merge, **update),
         optimizer=fill(OptimizerSettings, train),
         validation=fill(ValidationSettings, config.eval),
         tracker=fill(TrackerSettings, config.tracker),
         hub=fill(Destination, config.hub),
+        push_every=config.hub.push_every,
     )
+
+
+def _check_loss_fits(config: ConfigDict, loss: Loss) -> None:
+    if loss.shares_latents and config.sample.num_inner_steps > 0:
+        raise UserError(
+            f"sample.num_inner_steps: {config.algorithm} compares candidates of one shared x_t and "
+            "cannot use inner steps; set it to 0, or algorithm=spo."
+        )
+    require_choice("hub.weights", config.hub.weights, ("policy", "ema"))
+    require_number("hub.push_every", config.hub.push_every, "0 or more", lambda v: v >= 0)
+    for key, weights in (
+        ("eval.weights", config.eval.weights),
+        ("hub.weights", config.hub.weights),
+    ):
+        if weights == "ema" and not loss.uses_ema:
+            raise UserError(f"{key}: {config.algorithm} has no EMA; use policy.")
 
 
 def build_lora(recipe: Recipe, unet: nn.Module) -> Lora:

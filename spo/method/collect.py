@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from spo.command_line.values import require_number, require_whole
+from spo.command_line.values import Checked, not_negative, whole
 from spo.method.pairs import (
     PairSettings,
     choose,
@@ -41,17 +41,13 @@ class Collected:
 
 
 @dataclass(frozen=True)
-class CollectSettings:
+class CollectSettings(Checked, section="sample"):
     """Everything that shapes a rollout and its pairs."""
 
     rollout: RolloutSettings
     pairs: PairSettings
-    guidance_scale: float
-    decode_batch_size: int
-
-    def __post_init__(self) -> None:
-        require_number("sample.guidance_scale", self.guidance_scale, "0 or more", lambda v: v >= 0)
-        require_whole("sample.decode_batch_size", self.decode_batch_size)
+    guidance_scale: float = not_negative()
+    decode_batch_size: int = whole()
 
 
 @torch.no_grad()
@@ -128,7 +124,7 @@ def score_candidates(
     The scorer looks at their decoded images, or at the noisy latents themselves. The score of an image
     that is not finite is NaN, whatever the scorer returns for it.
     """
-    at_images = getattr(scorer, "looks_at", "images") == "images"
+    at_images = scorer.looks_at == "images"
     latents = candidates.latents if at_images else candidates.noisy_latents
     k, b = latents.shape[:2]
     prompts = torch.arange(b, device=latents.device).repeat(k)

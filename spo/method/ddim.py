@@ -16,7 +16,7 @@ import torch
 from diffusers import DDIMScheduler
 from torch import Tensor
 
-from spo.command_line.values import require_number
+from spo.command_line.values import Checked, number
 from spo.errors import UserError
 from spo.plugins import find
 from spo.types import Prediction
@@ -37,30 +37,22 @@ def trailing(num_steps: int, alphas_cumprod: Tensor, steps_offset: int) -> list[
     return [round(total - step * total / num_steps) - 1 for step in range(num_steps)]
 
 
+NUM_STEPS = "a whole number from 1 to 1000, the timesteps that models are trained with"
 TIMESTEPS: dict[str, Timesteps] = {"leading": leading, "trailing": trailing}
 
 
 @dataclass(frozen=True)
-class SamplerSettings:
+class SamplerSettings(Checked, section="sample"):
     """How candidates are denoised; `config.sample` explains each."""
 
-    num_steps: int
-    eta: float
+    num_steps: int = number(NUM_STEPS, lambda v: 1 <= v <= 1000)
+    eta: float = number(
+        "above 0 (at 0 all candidates are the same) and at most 1", lambda v: 0 < v <= 1
+    )
     timesteps: str
 
     def __post_init__(self) -> None:
-        require_number(
-            "sample.num_steps",
-            self.num_steps,
-            "a whole number from 1 to 1000, the timesteps that models are trained with",
-            lambda v: 1 <= v <= 1000,
-        )
-        require_number(
-            "sample.eta",
-            self.eta,
-            "above 0 (at 0 all candidates are the same) and at most 1",
-            lambda v: 0 < v <= 1,
-        )
+        super().__post_init__()
         find(self.timesteps, TIMESTEPS, "sample.timesteps")
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from spo.command_line.values import require_choice, require_number, require_whole
+from spo.command_line.values import Checked, choice, number, positive, whole
 from spo.errors import UserError
 from spo.method.metrics import Metrics
 from spo.models.lora import Lora, MergedLora
@@ -24,25 +24,21 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class UpdateSettings:
+class UpdateSettings(Checked, section="train"):
     """How minibatches become updates; `config.train` explains each."""
 
     accumulation_steps: int  # minibatches of one optimizer step
     guidance_scale: float  # sample.guidance_scale
     merge: bool  # lora.merge
-    max_grad_norm: float | None
-    max_skipped_updates: int
+    max_grad_norm: float | None = positive()
+    max_skipped_updates: int = whole()
     clip_eps: float | None
-    ema_decay: float
-    ema_every: str  # "optimizer_step" or "window"
-    ema_prediction: str  # "fresh", "rollout" or "none"
+    ema_decay: float = number("from 0 to 1", lambda v: 0 <= v <= 1)
+    ema_every: str = choice("optimizer_step", "window")
+    ema_prediction: str = choice("fresh", "rollout", "none")
 
     def __post_init__(self) -> None:
-        require_number("train.max_grad_norm", self.max_grad_norm, "above 0", lambda v: v > 0)
-        require_whole("train.max_skipped_updates", self.max_skipped_updates)
-        require_number("train.ema_decay", self.ema_decay, "from 0 to 1", lambda v: 0 <= v <= 1)
-        require_choice("train.ema_every", self.ema_every, ("optimizer_step", "window"))
-        require_choice("train.ema_prediction", self.ema_prediction, ("fresh", "rollout", "none"))
+        super().__post_init__()
         if self.ema_prediction == "none" and self.clip_eps is not None:
             raise UserError(
                 "train.ema_prediction: without the EMA's prediction the clips cannot be computed; set "

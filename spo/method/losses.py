@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spo.command_line.values import require_number
+from spo.command_line.values import Checked, number, positive
 from spo.errors import UserError
 from spo.method.ddim import DDIM
 from spo.plugins import find
@@ -35,23 +35,23 @@ class Loss(Protocol):
         """Returns the loss of n pairs, with gradients, and its terms without."""
 
 
+def _clip_eps() -> Any:
+    return number("above 0 and below 1, or None", lambda v: 0 < v < 1)
+
+
 @dataclass(frozen=True)
-class GradSPO:
+class GradSPO(Checked, section="train"):
     """Pulls the prediction from the EMA's towards the win's noise, away from the lose's.
 
     With g = (z_win - z_lose) / 2 and lam = grad_scale sqrt(1 - abar_t) the targets are
     eps_ema -+ lam g; l is minus the mean squared error to them. Tee et al., NeurIPS 2025.
     """
 
-    beta: float
-    clip_eps: float | None
-    grad_scale: float
+    beta: float = positive()
+    clip_eps: float | None = _clip_eps()
+    grad_scale: float = positive()
     uses_ema: ClassVar[bool] = True
     shares_latents: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        _check_clipped(self.beta, self.clip_eps)
-        require_number("train.grad_scale", self.grad_scale, "above 0", lambda v: v > 0)
 
     def __call__(
         self, predictions: NoisePredictions, pairs: PreferencePairs, sampler: DDIM
@@ -75,19 +75,16 @@ class GradSPO:
 
 
 @dataclass(frozen=True)
-class SPO:
+class SPO(Checked, section="train"):
     """Raises the likelihood of the win's x_t' under the transition from x_t, lowers the lose's.
 
     Liang et al., CVPR 2025, arXiv 2406.04314.
     """
 
-    beta: float
-    clip_eps: float | None
+    beta: float = positive()
+    clip_eps: float | None = _clip_eps()
     uses_ema: ClassVar[bool] = False
     shares_latents: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        _check_clipped(self.beta, self.clip_eps)
 
     def __call__(
         self, predictions: NoisePredictions, pairs: PreferencePairs, sampler: DDIM
@@ -176,8 +173,3 @@ def _clipped_log_ratio(difference: Tensor, clip_eps: float | None) -> tuple[Tens
         return difference, torch.zeros_like(difference, dtype=torch.bool)
     low, high = math.log1p(-clip_eps), math.log1p(clip_eps)
     return difference.clamp(low, high), (difference < low) | (difference > high)
-
-
-def _check_clipped(beta: float, clip_eps: float | None) -> None:
-    require_number("train.beta", beta, "above 0", lambda v: v > 0)
-    require_number("train.clip_eps", clip_eps, "above 0 and below 1, or None", lambda v: 0 < v < 1)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from spo.command_line.values import require_choice, require_number
+from spo.command_line.values import Checked, choice, number
 from spo.plugins import find
 from spo.types import Candidates, Conditioning, PreferencePairs, Transition
 
@@ -42,27 +42,23 @@ PAIRINGS: dict[str, Pairing] = {"best_worst": best_worst}
 
 
 @dataclass(frozen=True)
-class PairSettings:
+class PairSettings(Checked, section="sample"):
     """Which pairs a comparison gives; `config.sample` explains each."""
 
     pairing: str
-    threshold: float
+    threshold: float = number(
+        "from 0 to 1, or -1 to keep every pair", lambda v: 0 <= v <= 1 or v == -1
+    )
     keep_all_final: bool
-    final_direction: str  # "window" or "last"
+    final_direction: str = choice("window", "last")
     final_step: str
     num_inner_steps: int
     shares_latents: bool  # the loss needs one x_t: only a window's first transition makes pairs
     keep_predictions: bool  # keep the sampler's epsilon (train.ema_prediction == "rollout")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         find(self.pairing, PAIRINGS, "sample.pairing")
-        require_number(
-            "sample.threshold",
-            self.threshold,
-            "from 0 to 1, or -1 to keep every pair",
-            lambda v: 0 <= v <= 1 or v == -1,
-        )
-        require_choice("sample.final_direction", self.final_direction, ("window", "last"))
 
     @property
     def one_x_t(self) -> bool:

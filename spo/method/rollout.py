@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from spo.command_line.values import require_choice
+from spo.command_line.values import Checked, choice
 from spo.errors import UserError
 from spo.method.ddim import DDIM
 from spo.types import Candidates, Conditioning, Prediction, Transition
@@ -22,7 +22,7 @@ Network = Callable[[Tensor, int, Conditioning], Tensor]
 
 
 @dataclass(frozen=True)
-class RolloutSettings:
+class RolloutSettings(Checked, section="sample"):
     """The shape of a rollout; `config.sample` explains each.
 
     Raises UserError unless at least one comparison fits into `num_steps` steps.
@@ -32,12 +32,11 @@ class RolloutSettings:
     num_candidates: int
     branch_from: int
     num_inner_steps: int
-    final_step: str  # "branch" or "extend"
-    final_score_timestep: str  # "zero" or "t"
+    final_step: str = choice("branch", "extend")
+    final_score_timestep: str = choice("zero", "t")
 
     def __post_init__(self) -> None:
-        require_choice("sample.final_step", self.final_step, ("branch", "extend"))
-        require_choice("sample.final_score_timestep", self.final_score_timestep, ("zero", "t"))
+        super().__post_init__()
         if self.num_candidates < 2:
             raise UserError(
                 f"sample.num_candidates: {self.num_candidates} candidates cannot be compared; use 2 or "

@@ -15,25 +15,23 @@ from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from spo.command_line.values import require_choice, require_whole
+from spo.command_line.values import Checked, choice, whole
 from spo.errors import UserError
 
 
 @dataclass(frozen=True)
-class LoraSettings:
+class LoraSettings(Checked, section="lora"):
     """The LoRA of a run; `config.lora` explains each."""
 
-    rank: int
-    alpha: int | None
+    rank: int = whole()
+    alpha: int | None = whole()
     target_modules: tuple[str, ...]
     init_from: str
     merge: bool
-    reference: str  # "base" or "init"
+    reference: str = choice("base", "init")
 
     def __post_init__(self) -> None:
-        require_whole("lora.rank", self.rank)
-        require_whole("lora.alpha", self.alpha)
-        require_choice("lora.reference", self.reference, ("base", "init"))
+        super().__post_init__()
         modules = self.target_modules
         if not modules or not all(isinstance(name, str) for name in modules):
             raise UserError("lora.target_modules: name at least one layer, and nothing but layers.")

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spo.command_line.values import require_choice, require_number
+from spo.command_line.values import Checked, choice, not_negative, number, positive
 from spo.errors import UserError, in_one_line
 
 ADAMW, ADAMW_8BIT = OPTIMIZERS = ("adamw", "adamw8bit")
@@ -21,27 +21,15 @@ _SHARED = ("qmap1", "qmap2")
 
 
 @dataclass(frozen=True)
-class OptimizerSettings:
+class OptimizerSettings(Checked, section="train"):
     """AdamW's numbers; `config.train` explains each."""
 
-    optimizer: str
-    learning_rate: float
-    adam_beta1: float
-    adam_beta2: float
-    adam_weight_decay: float
-    adam_epsilon: float
-
-    def __post_init__(self) -> None:
-        require_choice(_KEY, self.optimizer, OPTIMIZERS)
-        for name in ("learning_rate", "adam_epsilon"):
-            require_number(f"train.{name}", getattr(self, name), "above 0", lambda v: v > 0)
-        for name in ("adam_beta1", "adam_beta2"):
-            require_number(
-                f"train.{name}", getattr(self, name), "from 0 to below 1", lambda v: 0 <= v < 1
-            )
-        require_number(
-            "train.adam_weight_decay", self.adam_weight_decay, "0 or more", lambda v: v >= 0
-        )
+    optimizer: str = choice(*OPTIMIZERS)
+    learning_rate: float = positive()
+    adam_beta1: float = number("from 0 to below 1", lambda v: 0 <= v < 1)
+    adam_beta2: float = number("from 0 to below 1", lambda v: 0 <= v < 1)
+    adam_weight_decay: float = not_negative()
+    adam_epsilon: float = positive()
 
     def make(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
         """Returns the optimizer of `parameters`; UserError if it is not installed."""

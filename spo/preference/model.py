@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from spo.hub import resolve_file
 from spo.preference.loss import PairFeatures
-from spo.scorers import clip_config, load_clip
+from spo.scorers.clip import clip_config, load_clip
 from spo.scorers.step_aware_clip import StepAwareCLIP, fresh_step_aware_clip, load_step_aware_clip
 
 

@@ -13,7 +13,8 @@ from spo.preference.batches import PairBatch
 from spo.preference.labels import relabel
 from spo.preference.noised import PairNoise, draw_noise, predicted_images
 from spo.preference.spm_learner import TrainingPairs
-from spo.scorers import CLIPInputs, Scorer
+from spo.scorers import Scorer
+from spo.scorers.clip import CLIPInputs
 from spo.seeding import derive_seed
 
 

@@ -16,7 +16,8 @@ from spo.preference.model import PairScorer, build_spm
 from spo.preference.preparation import Labeller, Preparation
 from spo.preference.source import DataSource
 from spo.preference.spm_learner import PreferenceLearner, UpdateSettings
-from spo.scorers import CLIPInputs, PickScoreScorer, load_clip
+from spo.scorers.clip import CLIPInputs, load_clip
+from spo.scorers.pickscore import PickScore
 from spo.scorers.step_aware_clip import StepAwareCLIP
 from spo.seeding import derive_seed
 
@@ -99,7 +100,7 @@ def build_preparation(config: ConfigDict, device: torch.device) -> Preparation:
     labeller = None
     if config.labels.source == "pickscore":
         inputs = CLIPInputs(config.labels.processor, "labels")
-        scorer = PickScoreScorer(load_clip(config.labels.backbone, "labels"), inputs, device)
+        scorer = PickScore(load_clip(config.labels.backbone, "labels"), inputs, device)
         labeller = Labeller(scorer, config.labels.margin)
     return Preparation(
         backbone=Backbone(model_source(config), config.family, config.mixed_precision, device),

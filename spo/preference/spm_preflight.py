@@ -9,7 +9,6 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from spo import scorers
 from spo.command_line.config_files import check_leaves
 from spo.command_line.values import fill
 from spo.errors import UserError
@@ -25,6 +24,7 @@ from spo.run.checkpoint_folder import read_state, reading
 from spo.run.folder import run_name
 from spo.run.resume import Resume, compare, find_checkpoint
 from spo.run.tracking import TrackerSettings
+from spo.scorers.clip import check_clip
 
 _FIRST_ROWS = 10_000  # of a stream, to look at before a run starts
 
@@ -60,11 +60,11 @@ def preflight(config: ConfigDict, num_processes: int) -> Preflight:
     resume = find_checkpoint(config, run_dir)
     changes = changes_since(resume.checkpoint, config, plan)
     backbone.check_source(model_source(config), config.family)
-    scorers.check_clip(config.preference.backbone, config.preference.processor)
+    check_clip(config.preference.backbone, config.preference.processor)
     if config.preference.init_from:
         resolve_file(config.preference.init_from, "preference.init_from")
     if config.labels.source == "pickscore":
-        scorers.check_clip(config.labels.backbone, config.labels.processor, "labels")
+        check_clip(config.labels.backbone, config.labels.processor, "labels")
     train = read_rows(config, config.data.train_split)
     validation = None
     if config.eval_steps and config.data.validation_split:

@@ -7,9 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
-from torch import Tensor
 
 from spo.atomic import replacing
 
@@ -24,12 +22,6 @@ class Cell:
     image: Image.Image
     caption: str = ""
     frame: str | None = None
-
-
-def to_pil(images: Tensor) -> list[Image.Image]:
-    """Returns PIL images of a tensor (n, 3, H, W) in [-1, 1]; values outside are clamped."""
-    pixels = (images.float() / 2 + 0.5).clamp(0, 1).mul(255).round().byte()
-    return [Image.fromarray(np.asarray(p)) for p in pixels.permute(0, 2, 3, 1).cpu()]
 
 
 def write_png(path: Path, image: Image.Image, text: Mapping[str, str]) -> None:

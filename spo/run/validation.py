@@ -9,37 +9,29 @@ from pathlib import Path
 
 from PIL import Image
 
-from spo.command_line.values import require_number, require_whole
+from spo.command_line.values import Checked, choice, not_negative, number, whole
 from spo.data.prompts import read_prompts
+from spo.method.ddim import NUM_STEPS
 from spo.models.backbone import Backbone
 from spo.models.plain_images import ImageSettings, sample_images
 from spo.run.folder import SAMPLES, SAMPLES_INDEX
-from spo.run.pictures import Cell, grid, to_pil
+from spo.run.pictures import Cell, grid
 from spo.run.session import Session
+from spo.scorers.pixels import to_pil
 
 _COLUMNS = 4
 
 
 @dataclass(frozen=True)
-class ValidationSettings:
+class ValidationSettings(Checked, section="eval"):
     """The validation images of a training run; `config.eval` explains each."""
 
     prompts: str
-    num_images: int
+    num_images: int = whole()
     seed: int
-    num_steps: int
-    guidance_scale: float
-    weights: str
-
-    def __post_init__(self) -> None:
-        require_whole("eval.num_images", self.num_images)
-        require_number(
-            "eval.num_steps",
-            self.num_steps,
-            "a whole number from 1 to 1000, the timesteps that models are trained with",
-            lambda v: 1 <= v <= 1000,
-        )
-        require_number("eval.guidance_scale", self.guidance_scale, "0 or more", lambda v: v >= 0)
+    num_steps: int = number(NUM_STEPS, lambda v: 1 <= v <= 1000)
+    guidance_scale: float = not_negative()
+    weights: str = choice("policy", "ema")
 
     @property
     def images(self) -> ImageSettings:
