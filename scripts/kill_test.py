@@ -33,7 +33,7 @@ from spo.run.folder import CHECKPOINTS, METRICS, STARTS
 
 # A kill is drawn as one of these; a run has a rollout, minibatches and a checkpoint every second.
 KINDS = ("any moment", "any moment", "checkpoint", "after SIGTERM")
-UNEQUAL = ("seconds_rollout", "seconds_train", "images_per_second", "peak_memory_gib", "tflops")
+UNEQUAL = ("seconds_rollout", "seconds_train", "images_per_second", "peak_memory_gib")
 LIMIT = 240  # seconds after which a run hangs
 SIZES = {
     "prompts.num": 6,

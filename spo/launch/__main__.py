@@ -61,10 +61,18 @@ def main() -> None:
         script = read_script(options.script, script_args)
         launcher = cpu_launcher(options) if options.cpu else gpu_launcher(options)
         if script.plan is not None:
-            print(script.plan(script.config, launcher.processes).describe())
+            plan = script.plan(script.config, launcher.processes)
+            print(plan.describe())
         if launcher.processes > 1:
             # Sooner than in the processes; and what is downloaded here, they find in the cache.
             script.preflight(script.config, launcher.processes)
+        if script.plan is plan_batches and script.config.estimate_costs:
+            import torch  # slow
+
+            from spo.costs.startup import print_estimate
+
+            device = torch.device("cpu" if options.cpu else "cuda")
+            print_estimate(script.config, plan, device, launcher.here)
     command = [sys.executable, *launcher.arguments, options.script, *script_args]
     print("$", shlex.join(command), flush=True)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, num_cores() // launcher.here)))

@@ -108,6 +108,17 @@ def speed_metrics(rollout: RolloutInProgress) -> dict:
     }
 
 
+def time_left(rollout: RolloutInProgress, prompts: int) -> str:
+    """Returns a line: the seconds of each prompt of `rollout`, and the time of `prompts` more."""
+    each = (rollout.seconds_rollout + rollout.seconds_train) / rollout.prompts
+    hours = each * prompts / 3600
+    time = f"{hours:.3g} hours" if hours >= 1 else f"{hours * 60:.3g} minutes"
+    return (
+        f"rate: {each:.3g} s for a prompt and its pairs; at this rate the {prompts} prompts that are "
+        f"left take {time}"
+    )
+
+
 def peak_memory_gib(device: torch.device) -> float:
     """Peak memory so far: of the allocator on a GPU, resident memory of the process on a CPU."""
     if device.type == "cuda":

@@ -38,6 +38,11 @@ def differ_enough(candidates: Candidates, scores: Tensor, settings: PairSettings
     return preference_gap(scores) > settings.threshold
 
 
+def best_and_worst(scores: Tensor) -> Tensor:
+    """Returns the best and the worst of K candidates, (B, 2) indices, by scores (K, B)."""
+    return torch.stack([scores.argmax(dim=0), scores.argmin(dim=0)], dim=1)
+
+
 def best_against_worst(
     candidates: Candidates,
     scores: Tensor,
@@ -50,7 +55,7 @@ def best_against_worst(
     Pairs come transition by transition of the window, within a transition prompt by prompt; scores
     are (K, B). All are returned, as to pick out some would wait for a GPU.
     """
-    ranked = torch.stack([scores.argmax(dim=0), scores.argmin(dim=0)], dim=1)  # (B, 2)
+    ranked = best_and_worst(scores)
     prompts = torch.arange(len(ranked), device=ranked.device)[:, None]
 
     def of_win_and_lose(values: Tensor) -> Tensor:  # (K, B, ...) -> (B, 2, ...)

@@ -12,7 +12,6 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from spo.atomic import writing
-from spo.costs.startup import Forecast, make_forecast
 from spo.data.prompts import epoch_order
 from spo.data.token_lengths import describe_lengths
 from spo.errors import RunError, Stopped
@@ -74,9 +73,6 @@ class Trainer:
         self.say(ready.prompts.describe())
         self.say(ready.plan.describe())
         set_up_device(workers.device, config.allow_tf32)
-        self.forecast = Forecast()
-        if workers.is_main:  # the others load their models in the meantime
-            self.forecast = make_forecast(config, self.plan, workers.device, self.say)
         with workers.together():
             self.backbone = Backbone(
                 build.rollout_source(config),
@@ -189,7 +185,7 @@ class Trainer:
             self.train_on_pairs()
             line = self.metrics_line()
             if self.position == self.start:
-                self.say(self.forecast.rest(self.rollout, self.prompts_left() - len(chunk)))
+                self.say(metrics.time_left(self.rollout, self.prompts_left() - len(chunk)))
             self.position, self.rollout = self.position.after(len(chunk), len(order)), None
             self.log(line)
             config = self.config
@@ -216,7 +212,6 @@ class Trainer:
             "pairs_left_over": rollout.left_over,
             **metrics.state_metrics(self.learner),
             **metrics.speed_metrics(rollout),
-            "tflops": self.forecast.tflops(rollout),
             "peak_memory_gib": metrics.peak_memory_gib(device),
         }
 
