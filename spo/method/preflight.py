@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from spo import scorers
 from spo.command_line.config_files import check_leaves
+from spo.command_line.values import fill
 from spo.data.prompts import PromptSet, read_prompts
 from spo.errors import UserError
 from spo.launch.batch_plan import BatchPlan, plan_batches
@@ -21,10 +22,10 @@ from spo.method import build
 from spo.models import backbone
 from spo.models.optimizers import ADAMW
 from spo.publish import push as publish
-from spo.run import tracking
 from spo.run.checkpoint_folder import read_state, reading
 from spo.run.folder import run_name
 from spo.run.resume import Resume, compare, facts, find_checkpoint
+from spo.run.tracking import TrackerSettings
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def preflight(config: ConfigDict, num_processes: int) -> Preflight:
     """Check config and files and read the prompts; nothing is written. UserError in one line."""
     check_leaves(config)
     build.check(config)
-    tracking.check_tracker(config.tracker.name)
+    fill(TrackerSettings, config.tracker)
     if config.hub.repo_id:
         publish.check_access(build.destination(config))
     plan = plan_batches(config, num_processes)

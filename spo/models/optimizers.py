@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -57,6 +58,32 @@ def _adamw_8bit() -> type[torch.optim.Optimizer]:
             "use adamw."
         ) from error
     return AdamW8bit
+
+
+@dataclass(frozen=True)
+class Update:
+    """One optimizer step."""
+
+    grad_norm: Tensor  # () before clipping
+    skipped: bool  # the fp16 gradients overflowed and the parameters stayed
+
+
+def apply_gradients(
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    parameters: Iterable[nn.Parameter],
+    max_grad_norm: float | None,
+) -> Update:
+    """Clips the gradients, makes one optimizer step, and clears the gradients; None: no clipping."""
+    scaler.unscale_(optimizer)
+    limit = float("inf") if max_grad_norm is None else max_grad_norm
+    norm = nn.utils.clip_grad_norm_(parameters, limit)
+    scale = scaler.get_scale()
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    # The scaler lowers its scale when gradients overflowed.
+    return Update(norm, skipped=scaler.get_scale() < scale)
 
 
 def moment_bytes(name: str, parameters: Iterable[Tensor]) -> int:

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from spo import scorers
 from spo.command_line.config_files import check_leaves
+from spo.command_line.values import fill
 from spo.errors import UserError
 from spo.hub import resolve_file
 from spo.launch.batch_plan import UpdatePlan, plan_updates
@@ -20,10 +21,10 @@ from spo.preference import spm_build
 from spo.preference.batches import decode_pair
 from spo.preference.rows import fault_of, pick, usable_rows
 from spo.preference.source import open_split
-from spo.run import tracking
 from spo.run.checkpoint_folder import read_state, reading
 from spo.run.folder import run_name
 from spo.run.resume import Resume, compare, find_checkpoint
+from spo.run.tracking import TrackerSettings
 
 _FIRST_ROWS = 10_000  # of a stream, to look at before a run starts
 
@@ -53,7 +54,7 @@ def preflight(config: ConfigDict, num_processes: int) -> Preflight:
     """Check config, files and rows; nothing is written. UserError in one line."""
     check_leaves(config)
     spm_build.check(config)
-    tracking.check_tracker(config.tracker.name)
+    fill(TrackerSettings, config.tracker)
     plan = plan_updates(config, num_processes)
     run_dir = Path(config.logdir).expanduser() / run_name(config, "spm")
     resume = find_checkpoint(config, run_dir)

@@ -1,22 +1,29 @@
-"""What the long jobs share."""
+"""The life of a long job: what it says, logs and draws, and how it stops without losing anything."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from ml_collections import ConfigDict
+from PIL import Image
+from tqdm import tqdm
 
 from spo.command_line.config_files import save_config
-from spo.errors import UserError
+from spo.errors import Stopped, UserError
+from spo.launch.signals import StopSignals
+from spo.launch.workers import Workers
 from spo.run.checkpoint_folder import set_aside
-from spo.run.folder import CONFIG
+from spo.run.folder import CHECKPOINTS, CONFIG, drop_metrics_after, record_start
+from spo.run.resume import stopped_at
+from spo.run.tracking import TrackerSettings, Tracking
 
 
 def open_run_dir(run_dir: Path, config: ConfigDict, damaged: Iterable[Path] = ()) -> None:
-    """Make the directory, save the resolved config in it, put `damaged` checkpoints out of the way.
+    """Makes the directory, saves the resolved config in it, and renames `damaged` checkpoints.
 
-    UserError where it can't be written.
+    Raises UserError if the directory cannot be written.
     """
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -24,3 +31,86 @@ def open_run_dir(run_dir: Path, config: ConfigDict, damaged: Iterable[Path] = ()
         set_aside(damaged)
     except OSError as error:
         raise UserError(f"logdir: cannot write to {run_dir} ({error.strerror}).") from error
+
+
+class Session:
+    """A long job on one of its processes; lines, files and pictures are the main process's.
+
+    `saved` is the newest checkpoint, at first the one that the job resumes from.
+    """
+
+    def __init__(self, run_dir: Path, workers: Workers, saved: Path | None = None) -> None:
+        self.run_dir, self.workers, self.saved = run_dir, workers, saved
+        self.signals = StopSignals()
+        self._tracking: Tracking | None = None
+
+    def say(self, text: str) -> None:
+        """Prints a line without breaking the progress bars."""
+        if self.workers.is_main:
+            tqdm.write(text)
+
+    def bar(self, items: Iterable, name: str) -> tqdm:
+        """Returns `items` with a progress bar."""
+        return tqdm(items, desc=name, disable=not self.workers.is_main, leave=False)
+
+    def on_main(self, work: Callable[[], object]) -> None:
+        """Runs `work` on the main process; every process raises its UserError."""
+        with self.workers.together():
+            if self.workers.is_main:
+                work()
+
+    def start(
+        self,
+        tracker: TrackerSettings,
+        config: Mapping[str, Any],
+        facts: Mapping[str, Any],
+        counter: str,
+        last: int,
+    ) -> None:
+        """Records the start, and drops the metrics whose `counter` is past `last`.
+
+        A resumed job writes these lines again.
+        """
+
+        def start() -> None:
+            drop_metrics_after(self.run_dir, last, counter)
+            record_start(self.run_dir, {**facts, "resumed_from": str(self.saved or "")})
+            self._tracking = Tracking(self.run_dir, tracker.name, tracker.project, config)
+
+        self.on_main(start)
+
+    def log(self, line: Mapping[str, Any]) -> None:
+        """Appends a line to metrics.jsonl and sends it to the tracker, at its "step"."""
+        self.on_main(lambda: self._tracking.log(line, step=line["step"]))
+
+    def picture(self, name: str, image: Image.Image, step: int) -> Path:
+        """Saves a picture as `name`.png and sends it to the tracker; main process only."""
+        return self._tracking.picture(name, image, step)
+
+    def close(self) -> None:
+        """Ends the tracker's run."""
+        if self._tracking is not None:
+            self._tracking.close()
+
+    def check_signals(self) -> None:
+        """Raises Stopped on every process if any of them was asked to stop."""
+        if self.workers.any(self.signals.requested):
+            raise Stopped("by a signal.")
+
+    def run(self, work: Callable[[], None], save_checkpoint: Callable[[], Path]) -> None:
+        """Runs `work`; after a signal saves a checkpoint and raises a Stopped that names it."""
+        with self.signals:
+            try:
+                work()
+            except Stopped as stopped:
+                folder = save_checkpoint()
+                self.close()
+                raise stopped_at(folder) from stopped
+
+    def save_once(self, name: str, save: Callable[[], None]) -> Path:
+        """Runs `save`, unless the checkpoint `name` is the newest one already; returns its folder."""
+        folder = self.run_dir / CHECKPOINTS / name
+        if folder != self.saved:
+            save()
+            self.saved = folder
+        return folder

@@ -8,6 +8,7 @@ import json
 import netrc
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -18,24 +19,33 @@ from PIL import Image
 from tqdm import tqdm
 
 from spo.atomic import append_line, write_file, writing
+from spo.command_line.values import require_choice
 from spo.errors import UserError, first_line
 from spo.run.folder import METRICS
 
 TRACKERS = ("wandb", "tensorboard", "none")
 
 
-def check_tracker(name: str) -> None:
-    """Raise UserError unless `name` is a tracker that is installed."""
-    if name not in TRACKERS:
-        raise UserError(f"tracker.name: {name!r} is none of {', '.join(TRACKERS)}.")
-    if name == "tensorboard":
-        try:
-            import torch.utils.tensorboard  # noqa: F401
-        except ImportError as error:
-            raise UserError(
-                'tracker.name: tensorboard is not installed; pip install "spo[tensorboard]", or '
-                "tracker.name=none."
-            ) from error
+@dataclass(frozen=True)
+class TrackerSettings:
+    """Where metrics go besides the run directory; `config.tracker` explains each.
+
+    Raises UserError unless the tracker is known and installed.
+    """
+
+    name: str
+    project: str
+
+    def __post_init__(self) -> None:
+        require_choice("tracker.name", self.name, TRACKERS)
+        if self.name == "tensorboard":
+            try:
+                import torch.utils.tensorboard  # noqa: F401
+            except ImportError as error:
+                raise UserError(
+                    'tracker.name: tensorboard is not installed; pip install "spo[tensorboard]", '
+                    "or tracker.name=none."
+                ) from error
 
 
 def has_wandb_key() -> bool:
