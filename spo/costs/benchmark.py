@@ -9,15 +9,9 @@ from typing import Any
 
 import torch
 
-from spo.costs.count import BATCH_KEYS, CHECKPOINTED, count_costs, training_part
+from spo.costs.count import BATCH_KEYS, count_costs, training_part
 from spo.costs.load import Models
-from spo.costs.measure import (
-    Measured,
-    Work,
-    count_work,
-    measure_peak,
-    time_parts,
-)
+from spo.costs.measure import Measured, Work, count_work, measure_peak, time_parts
 from spo.costs.meter import ROLLOUT
 from spo.method.metrics import peak_memory_gib
 from spo.run.tables import markdown_table
@@ -70,14 +64,11 @@ def print_times(
     figures = {}
     for name, measured in found.items():
         parts = {part: _figures(measured, part, baseline) for part in measured.turns[0]}
-        whole = {
-            "peak_memory_gib": measured.peak_gib,
-            "peak_tflops": measured.peak_flops / 1e12,
-        }
+        peaks = {"peak_memory_gib": measured.peak_gib, "peak_tflops": measured.peak_flops / 1e12}
         rows = [[part, *map(_number, row.values())] for part, row in parts.items()]
         print(markdown_table([name, *parts[ROLLOUT]], rows))
-        print(*(f"{key}: {_number(value)}" for key, value in whole.items()), "", sep="\n")
-        figures[name] = {"parts": parts} | whole
+        print(*(f"{key}: {_number(value)}" for key, value in peaks.items()), "", sep="\n")
+        figures[name] = {"parts": parts} | peaks
     return figures
 
 
@@ -112,13 +103,9 @@ def print_costs(models: Models, prompts: int, tflops: float, num_gpus: int) -> d
     _print("of a prompt; training: of a pair", "TFLOP", teraflops)
     _print("all the time", "GiB", resident | {"sum": sum(resident.values())})
     _print("on top, of a prompt, an image or a pair", "GiB", peaks)
-    checkpointed = {CHECKPOINTED: ", gradient checkpointing"}
     rows = [
-        [
-            BATCH_KEYS[part] + checkpointed.get(part, ""),
-            *(str(fits[c][part] or "none") for c in CARDS),
-        ]
-        for part in peaks
+        [f"{key} ({part})", *(str(fits[c][part] or "none") for c in CARDS)]
+        for part, key in BATCH_KEYS.items()
     ]
     print(markdown_table(["largest that fits on a card of", *(f"{c} GiB" for c in CARDS)], rows))
     print(

@@ -12,15 +12,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from spo.costs.load import Models
-from spo.costs.meter import (
-    EMA,
-    ROLLOUT,
-    TRAINING,
-    Meter,
-    draw_pairs,
-    flop_counter,
-    train_on_pairs,
-)
+from spo.costs.meter import EMA, ROLLOUT, TRAINING, Meter, draw_pairs, flop_counter, train_on_pairs
 from spo.errors import UserError
 
 ITERATION = "rollout and training"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, astuple, dataclass, fields
 from functools import partial
 
 import torch
@@ -95,13 +95,9 @@ class Judge:
 
     def judge(self, candidates: Candidates, prompts: Sequence[str], features: Tensor) -> Judged:
         """Judges one comparison of each of B prompts; RunError if a score is not finite."""
-        scores = score_candidates(
-            candidates,
-            partial(decode, self.decoder),
-            self.scorer,
-            features,
-            self.decode_batch_size,
-        )
+        decoding = partial(decode, self.decoder)
+        size = self.decode_batch_size
+        scores = score_candidates(candidates, decoding, self.scorer, features, size)
         check_scores([Comparison(candidates.score_timestep, scores)], prompts)
         return Judged(
             torch.full((len(prompts),), candidates.score_timestep),
@@ -119,15 +115,15 @@ def judge_rollout(
     judges: Sequence[Judge],
     prompts: Sequence[str],
     generator: torch.Generator,
-) -> list[list[Judged]]:
-    """Rolls out B prompts once with the UNet as it is; returns each judge's verdicts, step by step."""
+) -> list[Judged]:
+    """Rolls out B prompts once with the UNet as it is, and returns the verdicts of each judge."""
     conditioning = model.encode_prompts(prompts)
     features = [judge.scorer.encode_prompts(prompts) for judge in judges]
     steps = [
         [j.judge(candidates, prompts, known) for j, known in zip(judges, features, strict=True)]
         for candidates in roll_out(model, schedule, settings, conditioning, generator)
     ]
-    return [list(of_judge) for of_judge in zip(*steps, strict=True)]
+    return [concatenate(of_judge) for of_judge in zip(*steps, strict=True)]
 
 
 def concatenate(parts: Sequence[Judged]) -> Judged:
@@ -189,14 +185,12 @@ def compare_judges(configs: Mapping[str, ConfigDict], rollouts: int) -> dict:
         lora.assign(read_lora(path, lora, key))
     judges = load_judges(model, list(configs.values()))
     schedule, collect = model.schedule(config.sample.num_steps), build.collect_settings(config)
-    found: list[list[Judged]] = [[] for _ in judges]
+    found = []
     slices = first_slices(len(prompts), plan, config.seed, rollouts)
     for part in tqdm(slices, desc="slices", leave=False):
         rows = [prompts[i] for i in part.prompt_ids]
-        steps = judge_rollout(model, schedule, collect, judges, rows, part.generator)
-        for of_judge, new in zip(found, steps, strict=True):
-            of_judge.extend(new)
-    ours, *others = map(concatenate, found)
+        found.append(judge_rollout(model, schedule, collect, judges, rows, part.generator))
+    ours, *others = map(concatenate, zip(*found, strict=True))
     figures = {}
     for name, theirs in zip(list(configs)[1:], others, strict=True):
         rows = {"all": agreement(ours, theirs)}
@@ -210,10 +204,6 @@ def compare_judges(configs: Mapping[str, ConfigDict], rollouts: int) -> dict:
 
 def as_table(rows: Mapping[str, Agreement]) -> str:
     """Returns agreements by their names as a Markdown table."""
-    head = ["", "comparisons", "best", "worst", "both", "both, of pairs", "kept or not"]
-    cells = []
-    for name, row in rows.items():
-        shares = (row.best, row.worst, row.both, row.both_of_pairs, row.kept)
-        percent = [f"{100 * share:.1f} %" for share in shares]
-        cells.append([name, str(row.comparisons), *percent, f"{row.correlation:.3f}"])
-    return markdown_table([*head, "correlation"], cells)
+    head = ["", *(field.name.replace("_", " ") for field in fields(Agreement))]
+    cells = [[name, *(f"{value:.3g}" for value in astuple(row))] for name, row in rows.items()]
+    return markdown_table(head, cells)

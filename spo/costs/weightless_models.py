@@ -22,22 +22,14 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 from transformers import CLIPModel, CLIPTokenizer
 
+from spo import scorers
 from spo.command_line.config_files import REPO_ROOT
 from spo.errors import LOAD_ERRORS, UserError, first_line
 from spo.hub import is_hub_id
 from spo.models import backbone
 from spo.models.backbone import Backbone, ModelSource
 from spo.plugins import find
-from spo.scorers import (
-    DTYPES,
-    CLIPInputs,
-    PickScoreScorer,
-    Scorer,
-    ScorerSource,
-    StepAwareScorer,
-    clip_config,
-    load_scorer,
-)
+from spo.scorers import CLIPInputs, PickScoreScorer, Scorer, ScorerSource, StepAwareScorer
 from spo.scorers.step_aware_clip import StepAwareCLIP
 
 ARCHITECTURES = REPO_ROOT / "assets" / "architectures"
@@ -72,10 +64,10 @@ _SCORERS = {
 def unloaded_scorer(source: ScorerSource, device: torch.device) -> Scorer:
     """Returns a scorer without its weights; on the meta device a user's own costs nothing."""
     if source.scorer not in _SCORERS:
-        return _FreeScorer() if device == META else load_scorer(source, device)
+        return _FreeScorer() if device == META else scorers.load_scorer(source, device)
     network, scorer = _SCORERS[source.scorer]
-    config = clip_config(_folder(source.backbone, "clip_h", "preference.backbone"))
-    dtype = find(source.dtype, DTYPES, "preference.dtype")
+    config = scorers.clip_config(_folder(source.backbone, "clip_h", "preference.backbone"))
+    dtype = find(source.dtype, scorers.DTYPES, "preference.dtype")
     with _made_on(device, dtype):
         clip = network(config)
     inputs = CLIPInputs(_TOKENIZER)
