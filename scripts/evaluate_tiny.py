@@ -1,11 +1,11 @@
-"""Say what a run on the tiny world was worth, in five lines, a picture and curves.
+"""Compares a run on the tiny world with its base model, in five lines, a picture and curves.
 
     python scripts/evaluate_tiny.py runs/NAME [--weights ema] [--num_images 200]
 
-Draws the held-out captions with the base model and with the run's LoRA, from the same noise, and
-compares them by the hidden quality and by whether size, colour, shape and background are as asked: both
-read from the pixels, neither known to the training. Writes tiny_world.png, curves.png and
-tiny_world.json into the run directory.
+Draws the held-out captions with the base model and with the run's LoRA, from the same noise. Compares
+the images by the hidden quality, and by the share whose size, colour, shape and background are those of
+the caption: both are read from the pixels, and training knows neither. Writes tiny_world.png,
+curves.png and tiny_world.json into the run directory.
 """
 
 import argparse
@@ -30,7 +30,7 @@ def main() -> None:
 
 
 def evaluate(options: argparse.Namespace) -> None:
-    """Draw, judge, write and print."""
+    """Draws and judges the images, writes the files and prints the result."""
     from spo.command_line.config_files import load_config
     from spo.data.prompts import read_prompts
     from spo.evaluation.curves import draw_curves

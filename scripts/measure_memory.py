@@ -4,7 +4,7 @@
 
 Runs the same forward passes twice, each in a process of its own: with the base pipeline only, and with
 all three in use after an optimizer step. Exits with status 1 if peak resident memory grows by 0.2 of
-the UNet's bytes or more, besides LoRAs, optimizer and the weights that the EMA is merged into. The
+the UNet's bytes or more, not counting LoRAs, optimizer and the weights that the EMA is merged into. The
 UNet has random weights and the shape of SD1.5's, at 0.4 of its width.
 """
 

@@ -30,7 +30,7 @@ from spo.run.tables import markdown_table
 from spo.scorers import Scorer
 from spo.types import Candidates
 
-# The keys of which a judge consists, besides the section `preference`. All others shape the rollout.
+# A judge consists of these keys and of the section `preference`; all other keys shape the rollout.
 _JUDGE = (
     "sample.decoder",
     "sample.decode_batch_size",

@@ -1,4 +1,4 @@
-"""The paper's claims in miniature: every arm of the table, several seeds each, on the tiny world."""
+"""Tests the paper's claims in miniature: several seeds of every arm of a table on the tiny world."""
 
 from __future__ import annotations
 
