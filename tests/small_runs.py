@@ -19,7 +19,7 @@ from spo.method.trainer import train
 
 ROOT = Path(__file__).resolve().parent.parent
 LORA = "pytorch_lora_weights.safetensors"
-UNEQUAL = ("seconds_rollout", "seconds_train", "images_per_second", "peak_memory_gib", "tflops")
+UNEQUAL = ("seconds_rollout", "seconds_train", "images_per_second", "peak_memory_gib")
 # Two epochs of two rollouts of 4 pairs and minibatches, of which 3 make an update.
 SIZES = {
     "algorithm": "tests.small_runs:SignallingGradSPO",

@@ -3,7 +3,6 @@
 import functools
 import json
 import os
-import runpy
 import shutil
 import signal
 import subprocess
@@ -25,6 +24,7 @@ from spo.preference import preparation, spm_learner
 from spo.preference.spm_preflight import preflight
 from spo.preference.spm_trainer import train
 from spo.run.checkpoint_folder import _seal, checkpoints, read_state
+from spo.run.prefetch import prefetch
 from spo.scorers import load_scorer
 from spo.scorers.clip import clip_config
 from spo.scorers.step_aware_clip import load_step_aware_clip
@@ -463,17 +463,16 @@ def test_the_launcher_checks_by_the_scripts_own_config(own_flags):
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_prefetch_loads_everything_and_tells_of_the_rows(config, own_flags, capsys, streaming):
+def test_prefetch_loads_everything_and_tells_of_the_rows(config, streaming):
     config.update_from_flattened_dict({"data.streaming": streaming, "labels.source": "pickscore"})
-    runpy.run_path("scripts/prefetch.py")["prefetch_preference_model"](config)
-    out = capsys.readouterr().out
+    out = "\n".join(prefetch(config))
     for line in ("preference model: ", "labels: ", "base model: "):
         assert line in out
     assert ("24 of 24 rows usable" in out) == ("6 of 6 rows usable" in out) == (not streaming)
     assert ("The rows are not kept" in out) == streaming
     config.preference.init_from = "no.bin"
     with pytest.raises(UserError, match="preference.init_from: no file"):
-        runpy.run_path("scripts/prefetch.py")["prefetch_preference_model"](config)
+        list(prefetch(config))
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from spo.method.trainer import train
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = ROOT / "tests" / "data" / "golden" / "models"
 LORA = "pytorch_lora_weights.safetensors"
-TIMING = ("seconds_rollout", "seconds_train", "images_per_second", "peak_memory_gib", "tflops")
+TIMING = ("seconds_rollout", "seconds_train", "images_per_second", "peak_memory_gib")
 
 
 @pytest.fixture
