@@ -58,24 +58,25 @@ def prefetch(config) -> None:
 
 def prefetch_preference_model(config) -> None:
     """Load what the training of a preference model needs: the CLIPs, the base model, the rows."""
-    from spo.preference import spm_build
-    from spo.preference.spm_preflight import read_rows
+    from spo.preference.rows import find_usable_rows
+    from spo.preference.spm_recipe import build_spm, read_recipe
     from spo.scorers import CLIPInputs, load_clip
 
-    spm_build.check(config)
-    spm_build.load_spm(config)
-    CLIPInputs(config.preference.processor)
-    print(f"preference model: {config.preference.init_from or config.preference.backbone}")
-    if config.labels.source == "pickscore":
-        load_clip(config.labels.backbone, "labels")
-        CLIPInputs(config.labels.processor, "labels")
-        print(f"labels: {config.labels.backbone}")
-    load_base_model(spm_build.model_source(config), config)
+    recipe = read_recipe(config)
+    spm, labels, data = recipe.spm, recipe.labels, recipe.data
+    build_spm(spm, recipe.seed, gradient_checkpointing=False)
+    CLIPInputs(spm.processor)
+    print(f"preference model: {spm.init_from or spm.backbone}")
+    if labels.by_pickscore:
+        load_clip(labels.backbone, "labels")
+        CLIPInputs(labels.processor, "labels")
+        print(f"labels: {labels.backbone}")
+    load_base_model(recipe.base, config)
     # Last, as Pick-a-Pic is by far the largest.
-    print(read_rows(config, config.data.train_split).description)
-    if config.eval_steps and config.data.validation_split:
-        print(read_rows(config, config.data.validation_split, need_has_label=True).description)
-    if config.data.streaming:
+    print(find_usable_rows(data, data.train_split).description)
+    if recipe.validates:
+        print(find_usable_rows(data, data.validation_split, need_has_label=True).description)
+    if data.streaming:
         print("The rows are not kept: data.streaming reads them from their source in training.")
 
 

@@ -17,14 +17,15 @@ from spo.launch.batch_plan import plan_updates
 CONFIG = define_config("config/spm_sd15.py", SPM_BASE)
 # How spo.launch checks the config.
 PLAN = plan_updates
-PREFLIGHT = "spo.preference.spm_preflight:preflight"
+PREFLIGHT = "spo.preference.spm_recipe:check_training"
 
 
 def main(_):
-    from spo.preference.spm_trainer import train  # a bad command line fails before torch loads
+    # A bad command line fails before torch loads.
+    from spo.preference.spm_trainer import train_preference_model
 
     with exit_on_user_error():
-        train(CONFIG.value)
+        train_preference_model(CONFIG.value)
 
 
 if __name__ == "__main__":

@@ -10,14 +10,14 @@ import torch.nn.functional as F
 from helpers import MODELS, PROMPTS, official_scheduler, randn, scorer_source
 from labelled_pairs import make_row
 
+from config import spm_base
+from spo.command_line.values import fill
 from spo.errors import UserError
-from spo.preference.batches import decode_batch
-from spo.preference.labels import labels_of_scores
-from spo.preference.model import PairScorer, build_spm
+from spo.preference.batches import RawBatch, decode_batch
 from spo.preference.noised import PairNoise, draw_noise, predicted_images
-from spo.preference.preparation import Labeller, Preparation
-from spo.preference.rows import RawBatch
-from spo.preference.spm_learner import PreferenceLearner, UpdateSettings
+from spo.preference.preparation import Labeller, Preparation, labels_of_scores
+from spo.preference.spm_learner import PairScorer, PreferenceLearner, TrainSettings
+from spo.preference.spm_recipe import SPMSource, build_spm
 from spo.scorers import CLIPInputs, load_scorer
 
 CLIP = str(MODELS / "tiny-clip")
@@ -34,16 +34,11 @@ def preparation(backbone, labeller=None, seed=0, size=SIZE):
 
 
 def make_learner(gradient_checkpointing=False, dtype=torch.float32, **changes):
-    spm = build_spm(CLIP, str(MODELS / "tiny-spm.bin"), 0, gradient_checkpointing)
-    settings = UpdateSettings(1e-3, 0, 10, 1.0, in_batch_negatives=False)
-    return PreferenceLearner(
-        spm,
-        PairScorer(spm),
-        torch.optim.AdamW(spm.parameters(), lr=1e-3),
-        replace(settings, **changes),
-        torch.device("cpu"),
-        dtype,
-    )
+    source = SPMSource(CLIP, CLIP, str(MODELS / "tiny-spm.bin"))
+    spm = build_spm(source, 0, gradient_checkpointing)
+    steps = {"max_train_steps": 10, "warmup_steps": 0, "learning_rate": 1e-3}
+    settings = fill(TrainSettings, spm_base.get_config().train, **steps, **changes)
+    return PreferenceLearner(spm, PairScorer(spm), settings, torch.device("cpu"), dtype)
 
 
 def noise_for(backbone, timesteps, seed):
@@ -255,7 +250,7 @@ def test_pickscore_labels_replace_those_of_the_data(sd15):
 
 
 def test_a_fresh_spm_is_pickscore_in_fp32_and_trains():
-    spm = build_spm(CLIP, "", 0, False)
+    spm = build_spm(SPMSource(CLIP, CLIP, ""), 0, False)
     assert spm.training and all(p.requires_grad for p in spm.parameters())
     assert {p.dtype for p in spm.parameters()} == {torch.float32}
 

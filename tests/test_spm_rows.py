@@ -11,10 +11,11 @@ import pytest
 from labelled_pairs import make_row, picture, write_rows, write_splits
 from PIL import Image
 
+from config import spm_base
+from spo.command_line.values import fill
 from spo.errors import RunError, UserError
-from spo.preference.batches import decode_batch, decode_image, decode_pair, decoded
+from spo.preference.batches import RawBatch, decode_batch, decode_image, decode_pair, decoded
 from spo.preference.rows import (
-    RawBatch,
     Share,
     fault_of,
     stream_batches,
@@ -22,7 +23,7 @@ from spo.preference.rows import (
     usable_rows,
     validation_batches,
 )
-from spo.preference.source import COLUMNS, DataSource, open_split
+from spo.preference.source import COLUMNS, PairData, open_split
 
 
 @pytest.fixture(autouse=True)
@@ -33,7 +34,8 @@ def own_cache(tmp_path, monkeypatch):
 
 
 def data_source(source, streaming=False):
-    return DataSource(str(source), None, streaming, "train")
+    data = spm_base.get_config().data
+    return fill(PairData, data, source=str(source), streaming=streaming, train_split="train")
 
 
 FAULTY = {

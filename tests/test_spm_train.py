@@ -22,8 +22,8 @@ from config import spm_tiny
 from spo.errors import RunError, Stopped, UserError
 from spo.launch.__main__ import read_script
 from spo.preference import preparation, spm_learner
-from spo.preference.spm_preflight import preflight
-from spo.preference.spm_trainer import train
+from spo.preference.spm_recipe import check_training
+from spo.preference.spm_trainer import train_preference_model
 from spo.run.checkpoint_folder import _seal, checkpoints, read_state
 from spo.scorers import clip_config, load_scorer
 from spo.scorers.step_aware_clip import load_step_aware_clip
@@ -89,7 +89,7 @@ def run(config, **changes):
     """Train a copy of `config` with `changes`; the keys have __ for a dot."""
     changed = config.copy_and_resolve_references()
     changed.update_from_flattened_dict({k.replace("__", "."): v for k, v in changes.items()})
-    train(changed)
+    train_preference_model(changed)
     return Path(changed.logdir) / changed.run_name
 
 
@@ -221,7 +221,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_a_changed_key_told(
         own = {"run_name": "damaged", "resume_from": "auto", key: value}
         changed.update_from_flattened_dict(own)
         with pytest.raises(UserError, match=f"^{key}: .*, but the checkpoint was trained with"):
-            preflight(changed, 1)
+            check_training(changed, 1)
 
 
 def test_a_run_that_stopped_before_its_first_checkpoint_starts_anew(config, whole, tmp_path):
@@ -428,7 +428,7 @@ def test_bad_input_is_told_before_any_model_loads(config, name):
     processes = changes.get("num_processes", 1)
     config.update_from_flattened_dict({k: v for k, v in changes.items() if k != "num_processes"})
     with pytest.raises(UserError, match=message):
-        preflight(config, processes)
+        check_training(config, processes)
     assert not (Path(config.logdir) / "run").exists()
 
 
@@ -440,7 +440,7 @@ def test_data_without_a_usable_row_is_an_error(config, tmp_path, rows, streaming
     config.data.source = str(write_splits(tmp_path / "d", rows, [make_row(0)]))
     config.data.streaming = streaming
     with pytest.raises(UserError, match=r"split 'train', has no usable row \(left out: 1 "):
-        preflight(config, 1)
+        check_training(config, 1)
 
 
 @pytest.fixture

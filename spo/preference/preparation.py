@@ -2,19 +2,45 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from spo.command_line.values import require_choice, require_number
 from spo.errors import UserError
 from spo.models.backbone import Backbone
 from spo.preference.batches import PairBatch
-from spo.preference.labels import relabel
 from spo.preference.noised import PairNoise, draw_noise, predicted_images
 from spo.preference.spm_learner import TrainingPairs
 from spo.scorers import CLIPInputs, Scorer
 from spo.seeding import derive_seed
+
+
+@dataclass(frozen=True)
+class LabelSource:
+    """Whose labels are learnt; `config.labels` explains each field."""
+
+    source: str
+    margin: float
+    backbone: str
+    processor: str
+
+    def __post_init__(self) -> None:
+        require_choice("labels.source", self.source, ("data", "pickscore"))
+        require_number("labels.margin", self.margin, "from 0 to below 1", lambda v: 0 <= v < 1)
+
+    @property
+    def by_pickscore(self) -> bool:
+        """True if PickScore labels the pairs (SPO's SDXL model), not people."""
+        return self.source == "pickscore"
+
+
+def labels_of_scores(scores: Tensor, margin: float) -> Tensor:
+    """Returns labels (n,) of scores (n, 2): 1 or 0, or 0.5 unless softmax differs by > `margin`."""
+    difference = scores.softmax(dim=-1) @ scores.new_tensor([1.0, -1.0])
+    return torch.where(difference.abs() > margin, (difference > 0).float(), 0.5)
 
 
 @dataclass(frozen=True)
@@ -24,9 +50,15 @@ class Labeller:
     scorer: Scorer
     margin: float
 
+    def labels(self, images: Tensor, captions: Sequence[str]) -> Tensor:
+        """Returns labels (n,) of clean images (n, 2, 3, H, W) in [-1, 1]."""
+        features = self.scorer.encode_prompts(captions).repeat_interleave(2, dim=0)
+        scores = self.scorer.score(images.flatten(0, 1), features, timestep=0)
+        return labels_of_scores(scores.view(-1, 2), self.margin)
+
 
 class Preparation:
-    """The models that stand between the rows and the SPM, on one device; None of them is trained.
+    """The frozen models between the rows and the SPM, on one device.
 
     Without a `labeller` the labels are those of the data. `at_once`: see `predicted_images`.
     """
@@ -54,7 +86,7 @@ class Preparation:
         self.latent_shape = (backbone.latent_shape[0], side, side)
 
     def training_pairs(self, batch: PairBatch, total_weight: float) -> TrainingPairs:
-        """A minibatch at random timesteps; `total_weight` is that of all pairs of the update."""
+        """Returns a minibatch at random timesteps; `total_weight` sums all pairs of the update."""
         noise = self._noise("training", batch)
         return TrainingPairs(
             pixels=self._noised_pixels(batch, noise),
@@ -65,7 +97,7 @@ class Preparation:
         )
 
     def validation_pixels(self, batch: PairBatch, timestep: int) -> Tensor:
-        """Pixels (n, 2, 3, S, S) of a minibatch at `timestep`; at 0 those of the clean images."""
+        """Returns pixels (n, 2, 3, S, S) of a minibatch at `timestep`; at 0 of the clean images."""
         if timestep == 0:
             return self._pixels(self.clean_images(batch))
         noise = self._noise(f"validation/{timestep}", batch)
@@ -73,18 +105,17 @@ class Preparation:
         return self._noised_pixels(batch, replace(noise, timesteps=timesteps))
 
     def labels(self, batch: PairBatch) -> Tensor:
-        """(n,) P(image 0 wins), by the data or by the labeller."""
+        """Returns (n,) P(image 0 wins), by the data or by the labeller."""
         if self.labeller is None:
             return batch.labels.to(self.backbone.device)
-        captions, margin = list(batch.captions), self.labeller.margin
-        return relabel(self.labeller.scorer, self.clean_images(batch), captions, margin)
+        return self.labeller.labels(self.clean_images(batch), batch.captions)
 
     def input_ids(self, batch: PairBatch) -> Tensor:
-        """Token ids (n, L) of the prompts for the SPM."""
+        """Returns token ids (n, L) of the prompts for the SPM."""
         return self.inputs.tokenize(batch.captions).to(self.backbone.device)
 
     def clean_images(self, batch: PairBatch) -> Tensor:
-        """(n, 2, 3, H, W) in [-1, 1]."""
+        """Returns the images (n, 2, 3, H, W) in [-1, 1]."""
         return batch.images.to(self.backbone.device).float() / 127.5 - 1
 
     def _noise(self, use: str, batch: PairBatch) -> PairNoise:

@@ -1,0 +1,194 @@
+"""From the config of an SPM's training to its values, its checks, and the models it starts from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from ml_collections import ConfigDict
+
+from spo import scorers
+from spo.command_line.config_files import check_leaves, leaves
+from spo.command_line.values import expand, fill, require_choice, require_whole
+from spo.hub import resolve_file
+from spo.launch.batch_plan import UpdatePlan, fit_update
+from spo.models import backbone
+from spo.models.backbone import DTYPES, Backbone, ModelSource
+from spo.preference.preparation import Labeller, LabelSource, Preparation
+from spo.preference.rows import UsableRows, find_usable_rows
+from spo.preference.source import PairData
+from spo.preference.spm_learner import TrainSettings
+from spo.run.checkpoint_folder import read_state, reading
+from spo.run.folder import run_name
+from spo.run.resume import Resume, compare, find_checkpoint
+from spo.run.tracking import TrackerSettings
+from spo.scorers import CLIPInputs, PickScoreScorer
+from spo.scorers.step_aware_clip import StepAwareCLIP, fresh_step_aware_clip, load_step_aware_clip
+from spo.seeding import derive_seed
+
+
+@dataclass(frozen=True)
+class SPMSource:
+    """The SPM to start from; `config.preference` explains each field."""
+
+    backbone: str
+    processor: str
+    init_from: str
+
+
+@dataclass(frozen=True)
+class SPMRecipe:
+    """The values of a training; the config explains each field of its name."""
+
+    family: str
+    seed: int
+    mixed_precision: str
+    checkpoint_limit: int
+    save_steps: int
+    eval_steps: int
+    log_steps: int
+    export_bin: bool
+    base: ModelSource  # `config.pretrained`
+    spm: SPMSource
+    data: PairData
+    labels: LabelSource
+    train: TrainSettings
+    tracker: TrackerSettings
+    config: Mapping[str, Any]  # the whole config, to be recorded
+
+    def __post_init__(self) -> None:
+        require_choice("mixed_precision", self.mixed_precision, DTYPES)
+        require_whole("checkpoint_limit", self.checkpoint_limit, least=0)
+        require_whole("save_steps", self.save_steps)
+        require_whole("eval_steps", self.eval_steps, least=0)
+        require_whole("log_steps", self.log_steps)
+
+    @property
+    def validates(self) -> bool:
+        """True if the run measures accuracy."""
+        return bool(self.eval_steps and self.data.validation_split)
+
+
+def read_recipe(config: ConfigDict) -> SPMRecipe:
+    """Returns the values of `config`; raises UserError for a value that no run can work with."""
+    check_leaves(config)
+    pretrained, data = config.pretrained, config.data
+    return fill(
+        SPMRecipe,
+        config,
+        export_bin=config.export.bin,
+        base=fill(
+            ModelSource, pretrained, model=expand(pretrained.model), vae=expand(pretrained.vae)
+        ),
+        spm=fill(SPMSource, config.preference),
+        data=fill(PairData, data, source=expand(data.source)),
+        labels=fill(LabelSource, config.labels),
+        train=fill(TrainSettings, config.train, max_train_steps=config.max_train_steps),
+        tracker=fill(TrackerSettings, config.tracker),
+        config=config.to_dict(),
+    )
+
+
+@dataclass(frozen=True)
+class CheckedTraining:
+    """A recipe, with what is known of its run before models load."""
+
+    recipe: SPMRecipe
+    plan: UpdatePlan
+    train: UsableRows
+    validation: UsableRows | None
+    run_dir: Path
+    resume: Resume
+    changes: tuple[str, ...]  # since the checkpoint to resume from, a line each
+
+
+def check_training(config: ConfigDict, num_processes: int) -> CheckedTraining:
+    """Checks config, files and rows without writing anything; raises UserError in one line."""
+    recipe = read_recipe(config)
+    train, data, spm, labels = recipe.train, recipe.data, recipe.spm, recipe.labels
+    plan = fit_update(num_processes, train.batch_size, train.global_batch_size)
+    run_dir = Path(config.logdir).expanduser() / run_name(config, "spm")
+    resume = find_checkpoint(config, run_dir)
+    changes = () if resume.checkpoint is None else _changes(resume.checkpoint, recipe, plan)
+    backbone.check_source(recipe.base, recipe.family)
+    scorers.check_clip(spm.backbone, spm.processor)
+    if spm.init_from:
+        resolve_file(spm.init_from, "preference.init_from")
+    if labels.by_pickscore:
+        scorers.check_clip(labels.backbone, labels.processor, "labels")
+    rows = find_usable_rows(data, data.train_split)
+    validation = None
+    if recipe.validates:
+        validation = find_usable_rows(data, data.validation_split, need_has_label=True)
+    return CheckedTraining(recipe, plan, rows, validation, run_dir, resume, changes)
+
+
+# Sections and keys that a resumed run may not change, with the reason ...
+_WEIGHTS = "its weights and optimizer state mean nothing to another"
+_ROWS = "which rows come next follows from it"
+_FIXED = {
+    **dict.fromkeys(("family", "pretrained", "preference"), _WEIGHTS),
+    **dict.fromkeys(("seed", "data"), _ROWS),
+}
+# ... except for these keys; a change of any key that is not refused is told in a line.
+_MAY_CHANGE = (
+    *("pretrained.revision", "pretrained.variant", "pretrained.vae"),
+    *("preference.processor", "preference.init_from"),
+    *("data.source", "data.revision", "data.image_size", "data.num_workers"),
+    *("data.validation_split", "data.max_validation"),
+)
+
+
+def refused_keys(keys: Iterable[str]) -> dict[str, str]:
+    """Returns which keys of a checkpoint's config a resumed run may not change, and why."""
+    fixed = {key: _FIXED.get(key.partition(".")[0]) for key in keys if key not in _MAY_CHANGE}
+    return {key: reason for key, reason in fixed.items() if reason is not None}
+
+
+def _changes(checkpoint: Path, recipe: SPMRecipe, plan: UpdatePlan) -> tuple[str, ...]:
+    """Returns a line for each change since a checkpoint; raises UserError if it may not be."""
+    state = read_state(checkpoint)
+    with reading(checkpoint):
+        refused = refused_keys(leaves(ConfigDict(state["config"])))
+        lines = compare(state, ConfigDict(recipe.config), plan, refused)
+        before = UpdatePlan(**state["plan"]).pairs_per_update
+    if before != plan.pairs_per_update:
+        lines.append(
+            f"resume: {before} pairs per update before, {plan.pairs_per_update} from here on: rows "
+            "are counted by updates, so that some come again or never"
+        )
+    return tuple(lines)
+
+
+def build_spm(source: SPMSource, seed: int, gradient_checkpointing: bool) -> StepAwareCLIP:
+    """Returns an SPM in fp32, on the CPU, to train all of; raises UserError if it cannot load."""
+    if source.init_from:
+        key = "preference.init_from"
+        path = resolve_file(source.init_from, key)
+        spm = load_step_aware_clip(path, scorers.clip_config(source.backbone), key).float()
+    else:
+        spm = fresh_step_aware_clip(scorers.load_clip(source.backbone), derive_seed(seed, "spm"))
+    if gradient_checkpointing:
+        spm.model.gradient_checkpointing_enable({"use_reentrant": False})
+    return spm.requires_grad_(True).train()
+
+
+def build_preparation(recipe: SPMRecipe, device: torch.device) -> Preparation:
+    """Loads the base model and the labeller; raises UserError if one cannot be loaded."""
+    labels, labeller = recipe.labels, None
+    if labels.by_pickscore:
+        inputs = CLIPInputs(labels.processor, "labels")
+        clip = scorers.load_clip(labels.backbone, "labels")
+        labeller = Labeller(PickScoreScorer(clip, inputs, device), labels.margin)
+    return Preparation(
+        backbone=Backbone(recipe.base, recipe.family, recipe.mixed_precision, device),
+        inputs=CLIPInputs(recipe.spm.processor),
+        image_size=recipe.data.image_size,
+        guidance_scale=recipe.train.guidance_scale,
+        seed=recipe.seed,
+        at_once=recipe.train.predict_batch_size,
+        labeller=labeller,
+    )
