@@ -67,7 +67,7 @@ def prefetch_preference_model(config) -> None:
     build_spm(spm, recipe.seed, gradient_checkpointing=False)
     CLIPInputs(spm.processor)
     print(f"preference model: {spm.init_from or spm.backbone}")
-    if labels.by_pickscore:
+    if labels.source == "pickscore":
         load_clip(labels.backbone, "labels")
         CLIPInputs(labels.processor, "labels")
         print(f"labels: {labels.backbone}")

@@ -14,8 +14,14 @@ from config import spm_base
 from spo.command_line.values import fill
 from spo.errors import UserError
 from spo.preference.batches import RawBatch, decode_batch
-from spo.preference.noised import PairNoise, draw_noise, predicted_images
-from spo.preference.preparation import Labeller, Preparation, labels_of_scores
+from spo.preference.preparation import (
+    Labeller,
+    PairNoise,
+    Preparation,
+    draw_noise,
+    labels_of_scores,
+    predicted_images,
+)
 from spo.preference.spm_learner import PairScorer, PreferenceLearner, TrainSettings
 from spo.preference.spm_recipe import SPMSource, build_spm
 from spo.scorers import CLIPInputs, load_scorer

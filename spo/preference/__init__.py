@@ -4,7 +4,7 @@ spm_recipe   config -> the values of a training, checked, and the objects that t
 source       where labelled pairs come from
 rows         which rows are used, and which process takes which
 batches      rows -> tensors
-preparation  tensors -> (labels) -> predictions of the base model (noised) -> pixels for the SPM
+preparation  tensors -> labels, predictions of the base model -> pixels for the SPM
 spm_learner  pixels -> features -> loss -> gradients -> update
 spm_metrics, spm_checkpoint, spm_trainer
 """

@@ -49,9 +49,6 @@ class PairBatch:
     places: tuple[int, ...]  # see RawBatch
     faults: Counter  # why rows were left out, including the faults of the RawBatch
 
-    def __len__(self) -> int:
-        return len(self.captions)
-
 
 def decode_image(data: object, size: int) -> np.ndarray:
     """Returns a square RGB picture (size, size, 3) uint8 of encoded bytes.

@@ -1,4 +1,7 @@
-"""From decoded images and prompts to what the SPM takes, by way of the base model."""
+"""From decoded images and prompts to what the SPM takes: predictions of the base model.
+
+SPO, arXiv 2406.04314. Randomness is an argument: `draw_noise` makes it from one seed per pair.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +13,72 @@ from torch import Tensor
 
 from spo.command_line.values import require_choice, require_number
 from spo.errors import UserError
+from spo.method import ddim
+from spo.method.ddim import DDIMSchedule
 from spo.models.backbone import Backbone
 from spo.preference.batches import PairBatch
-from spo.preference.noised import PairNoise, draw_noise, predicted_images
 from spo.preference.spm_learner import TrainingPairs
 from spo.scorers import CLIPInputs, Scorer
 from spo.seeding import derive_seed
+from spo.types import Conditioning
+
+
+@dataclass(frozen=True)
+class PairNoise:
+    """The random numbers of n pairs."""
+
+    timesteps: Tensor  # (n,) one per pair, uniform
+    posterior: Tensor  # (n, 2, C, h, w) standard normal; samples each image's latents from the VAE
+    noise: Tensor  # (n, C, h, w) standard normal, the same for both images
+
+
+def draw_noise(
+    seeds: Sequence[int],
+    latent_shape: tuple[int, int, int],
+    num_timesteps: int,
+    device: torch.device | str = "cpu",
+) -> PairNoise:
+    """Draws the random numbers of one pair per seed, on the CPU; timesteps in [0, num_timesteps)."""
+    timesteps, normals = [], []
+    for seed in seeds:
+        generator = torch.Generator().manual_seed(seed)
+        timesteps.append(torch.randint(num_timesteps, (), generator=generator))
+        normals.append(torch.randn(3, *latent_shape, generator=generator))
+    normal = torch.stack(normals).to(device)
+    return PairNoise(torch.stack(timesteps).to(device), normal[:, :2], normal[:, 2])
+
+
+@torch.no_grad()
+def predicted_images(
+    backbone: Backbone,
+    schedule: DDIMSchedule,
+    images: Tensor,
+    conditioning: Conditioning,
+    noise: PairNoise,
+    guidance_scale: float,
+    at_once: int,
+) -> Tensor:
+    """Returns the images (n, 2, 3, H, W) that the base model predicts from noised `images` at t.
+
+    `images` has the same shape; both are nominally in [-1, 1]. `conditioning` is that of the n
+    prompts. At most `at_once` images go through the VAE and the UNet together.
+    """
+    n = len(images)
+    pair_of = torch.arange(n, device=images.device).repeat_interleave(2)
+    parts = []
+    for rows in torch.arange(2 * n, device=images.device).split(at_once):
+        pairs = pair_of[rows]
+        latents = backbone.encode_images(
+            images.flatten(0, 1)[rows], noise.posterior.flatten(0, 1)[rows]
+        )
+        timesteps = noise.timesteps[pairs]
+        abar = schedule.abar(timesteps, latents)
+        noisy = ddim.add_noise(latents, noise.noise[pairs], abar)
+        output = backbone.predict(
+            backbone.unet, noisy, timesteps, conditioning.select(pairs), guidance_scale
+        )
+        parts.append(backbone.decode(ddim.to_x0(schedule, output, noisy, abar)))
+    return torch.cat(parts).unflatten(0, (n, 2))
 
 
 @dataclass(frozen=True)
@@ -30,11 +93,6 @@ class LabelSource:
     def __post_init__(self) -> None:
         require_choice("labels.source", self.source, ("data", "pickscore"))
         require_number("labels.margin", self.margin, "from 0 to below 1", lambda v: 0 <= v < 1)
-
-    @property
-    def by_pickscore(self) -> bool:
-        """True if PickScore labels the pairs (SPO's SDXL model), not people."""
-        return self.source == "pickscore"
 
 
 def labels_of_scores(scores: Tensor, margin: float) -> Tensor:
@@ -121,8 +179,7 @@ class Preparation:
     def _noise(self, use: str, batch: PairBatch) -> PairNoise:
         # A seed for each pair: nothing depends on how pairs are shared out over processes.
         seeds = [derive_seed(self.seed, use, place) for place in batch.places]
-        noise = draw_noise(seeds, self.latent_shape, self.num_timesteps)
-        return noise.to(self.backbone.device)
+        return draw_noise(seeds, self.latent_shape, self.num_timesteps, self.backbone.device)
 
     def _noised_pixels(self, batch: PairBatch, noise: PairNoise) -> Tensor:
         images = predicted_images(

@@ -8,16 +8,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import count, islice
-from typing import TYPE_CHECKING
+
+from datasets import Dataset, IterableDataset
+from datasets.distributed import split_dataset_by_node
 
 from spo.data.prompts import epoch_order
 from spo.errors import UserError
 from spo.preference.batches import IMAGE_FAULTS, RawBatch, Row, decode_pair
 from spo.preference.source import LABEL_COLUMNS, PairData, open_split
 from spo.seeding import derive_seed
-
-if TYPE_CHECKING:
-    from datasets import Dataset, IterableDataset
 
 # Why rows are left out. The images of a row are looked at when they are needed, the rest before.
 FAULTS = (
@@ -53,15 +52,10 @@ def _number(value: object) -> float:
 def usable_rows(rows: Dataset, need_has_label: bool = False) -> tuple[list[int], Counter]:
     """Returns the indices of the rows that `fault_of` passes, and the number of rows per fault."""
     table = rows.select_columns(list(LABEL_COLUMNS)).with_format("arrow")[:]
-    columns = [table.column(name).to_pylist() for name in LABEL_COLUMNS]
-    usable, faults = [], Counter()
-    for index, values in enumerate(zip(*columns, strict=True)):
-        fault = fault_of(dict(zip(LABEL_COLUMNS, values, strict=True)), need_has_label)
-        if fault is None:
-            usable.append(index)
-        else:
-            faults[fault] += 1
-    return usable, faults
+    labels = (row for batch in table.to_batches() for row in batch.to_pylist())
+    found = [fault_of(row, need_has_label) for row in labels]
+    usable = [index for index, fault in enumerate(found) if fault is None]
+    return usable, Counter(fault for fault in found if fault is not None)
 
 
 @dataclass(frozen=True)
@@ -84,7 +78,7 @@ def find_usable_rows(data: PairData, split: str, need_has_label: bool = False) -
         name = f"{data.source}, split {split!r}, streamed"
     else:
         usable, faults = usable_rows(rows, need_has_label)
-        candidates = (pick(rows, [index])[0] for index in usable)
+        candidates = (rows[index] for index in usable)
         name = f"{data.source}, split {split!r}: {len(usable):,} of {len(rows):,} rows usable"
     seen = Counter()
     for row in candidates:
@@ -119,14 +113,6 @@ class Share:
         return range(first, first + self.size)
 
 
-def pick(rows: Dataset, indices: Sequence[int]) -> list[Row]:
-    """Returns rows of a dataset that can be indexed."""
-    columns = rows[list(indices)]
-    return [
-        dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)
-    ]
-
-
 def table_batches(
     rows: Dataset, usable: Sequence[int], seed: int, share: Share, start: int
 ) -> Iterator[RawBatch]:
@@ -138,8 +124,8 @@ def table_batches(
     for minibatch in count(start):
         places = share.places(minibatch)
         split = [divmod(place, len(usable)) for place in places]
-        indices = [usable[order(epoch)[position]] for epoch, position in split]
-        yield RawBatch(pick(rows, indices), places, Counter())
+        batch = [rows[usable[order(epoch)[position]]] for epoch, position in split]
+        yield RawBatch(batch, places, Counter())
 
 
 def stream_batches(
@@ -165,8 +151,6 @@ def stream_batches(
 
 
 def _endless(rows: IterableDataset, seed: int, buffer_size: int, share: Share) -> Iterator[Row]:
-    from datasets.distributed import split_dataset_by_node
-
     for epoch in count():
         shuffled = rows.shuffle(derive_seed(seed, "stream", epoch) % 2**32, buffer_size=buffer_size)
         usable = False
@@ -190,8 +174,9 @@ def validation_batches(
     if usable is None:
         sound = (row for row in rows if fault_of(row, need_has_label=True) is None)
     else:
-        sound = iter(usable)
+        sound = usable
     mine = islice(enumerate(islice(sound, limit or None)), share.rank, None, share.processes)
     while chunk := list(islice(mine, share.size)):
         places, found = zip(*chunk, strict=True)
-        yield RawBatch(found if usable is None else pick(rows, found), places, Counter())
+        batch = found if usable is None else [rows[index] for index in found]
+        yield RawBatch(batch, places, Counter())

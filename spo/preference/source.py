@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import datasets
+from datasets import Dataset, IterableDataset
 
 from spo.command_line.values import require_whole
 from spo.data.prompts import HUB_ID
 from spo.errors import UserError, in_one_line
-
-if TYPE_CHECKING:
-    from datasets import Dataset, IterableDataset
 
 LABEL_COLUMNS = ("caption", "label_0", "label_1", "has_label", "num_example_per_prompt")
 IMAGE_COLUMNS = ("jpg_0", "jpg_1")
@@ -44,8 +43,6 @@ def open_split(data: PairData, split: str) -> Dataset | IterableDataset:
 
     Raises UserError if the source, the split or a column does not exist.
     """
-    import datasets  # takes seconds
-
     try:
         rows = _open(data, split)
         # Some formats tell their columns only by a row.
@@ -72,8 +69,6 @@ def open_split(data: PairData, split: str) -> Dataset | IterableDataset:
 
 
 def _open(data: PairData, split: str) -> Dataset | IterableDataset:
-    import datasets
-
     path = Path(data.source)
     if path.is_dir() and any((path / n).exists() for n in ("state.json", "dataset_dict.json")):
         saved = datasets.load_from_disk(str(path))

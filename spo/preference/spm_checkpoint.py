@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from spo.atomic import replacing
 from spo.models.optimizers import optimizer_tensors, restore_optimizer
 from spo.preference.spm_learner import PreferenceLearner
-from spo.run.checkpoint_folder import OPTIMIZER, new_checkpoint, read_state, reading, write_state
+from spo.run.checkpoint_folder import OPTIMIZER, read_state, reading, write_state
 from spo.run.folder import SPM_FILE
 from spo.scorers.step_aware_clip import StepAwareCLIP
 
@@ -39,18 +39,10 @@ class Tally:
     line_is_due: bool = False
 
 
-def spm_checkpoint_name(learner: PreferenceLearner) -> str:
-    """Returns the folder name of a checkpoint of the learner's present state."""
-    return f"step_{learner.step:07d}"
-
-
 def save_spm_checkpoint(
-    run_dir: Path, learner: PreferenceLearner, tally: Tally, facts: Mapping[str, Any], limit: int
+    folder: Path, learner: PreferenceLearner, tally: Tally, facts: Mapping[str, Any]
 ) -> None:
-    """Writes a checkpoint, then deletes the oldest ones beyond `limit` (0 keeps all).
-
-    `facts` is what `spo.run.resume.facts` returns.
-    """
+    """Writes the files of a checkpoint; `facts` is what `spo.run.resume.facts` returns."""
     (group,) = learner.optimizer.param_groups
     state = {
         "step": learner.step,
@@ -61,10 +53,9 @@ def save_spm_checkpoint(
         **facts,
     }
     tensors = optimizer_tensors(learner.optimizer, dict(learner.spm.named_parameters()))
-    with new_checkpoint(run_dir, spm_checkpoint_name(learner), limit) as folder:
-        save_spm(folder, learner.spm)
-        save_file(tensors, folder / OPTIMIZER)
-        write_state(folder, state)
+    save_spm(folder, learner.spm)
+    save_file(tensors, folder / OPTIMIZER)
+    write_state(folder, state)
 
 
 def load_spm_checkpoint(folder: Path, learner: PreferenceLearner) -> Tally:

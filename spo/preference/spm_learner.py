@@ -6,7 +6,6 @@ import contextlib
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_gather
 
@@ -74,8 +73,11 @@ class TrainingPairs:
 
 @dataclass(frozen=True)
 class ScoredPairs:
-    """Losses and scores of a minibatch of n pairs, without gradients."""
+    """Losses and scores of TrainingPairs, without gradients."""
 
+    timesteps: Tensor  # (n,)
+    labels: Tensor  # (n,)
+    weights: Tensor  # (n,)
     losses: Tensor  # (n,) not weighted
     scores: Tensor  # (n, 2)
 
@@ -137,7 +139,8 @@ class PreferenceLearner:
             # The weights sum to 1 over all processes, whose gradients DDP averages.
             loss = (pairs.weights * losses).sum() * self.processes
             self.scaler.scale(loss).backward()
-        return ScoredPairs(losses.detach(), features.scores.detach())
+        losses, scores = losses.detach(), features.scores.detach()
+        return ScoredPairs(pairs.timesteps, pairs.labels, pairs.weights, losses, scores)
 
     @torch.no_grad()
     def features(self, pixels: Tensor, timesteps: Tensor, input_ids: Tensor) -> PairFeatures:
@@ -159,18 +162,13 @@ class PreferenceLearner:
 
     def _gather(self, features: PairFeatures, valid: Tensor) -> tuple[PairFeatures, Tensor]:
         """Returns all processes' rows; gradients flow back to the process of each row."""
-        width = features.text.shape[1]
         # As one matrix: torch mixes up the gradients of gathered tensors that are not contiguous.
-        rows = torch.cat([features.image.flatten(1), features.text], dim=1)
-        rows = torch.cat(all_gather(rows))
-        everyone = PairFeatures(
-            image=rows[:, : 2 * width].unflatten(1, (2, width)),
-            text=rows[:, 2 * width :],
-            scale=features.scale,
+        rows = torch.cat([features.image.flatten(1), features.text, valid[:, None]], dim=1)
+        image_0, image_1, text, valid = torch.cat(all_gather(rows)).split(
+            [*[features.text.shape[1]] * 3, 1], dim=1
         )
-        gathered = [torch.empty_like(valid) for _ in range(self.processes)]
-        dist.all_gather(gathered, valid)
-        return everyone, torch.cat(gathered)
+        image = torch.stack([image_0, image_1], dim=1)
+        return PairFeatures(image, text, features.scale), valid.squeeze(1) > 0
 
     def update(self) -> Update:
         """Makes an optimizer step with the gradients added since the last one."""

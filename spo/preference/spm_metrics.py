@@ -3,53 +3,42 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
 from spo.preference.batches import PairBatch
+from spo.preference.preparation import Preparation
 from spo.preference.rows import FAULTS
-from spo.preference.spm_learner import ScoredPairs, TrainingPairs
+from spo.preference.spm_learner import PreferenceLearner, ScoredPairs
 
 TIMESTEPS = (0, 251, 501, 701, 951)  # of validation; 0: the clean images themselves
 _BUCKETS = 5  # equal parts of the timesteps, for the running accuracy
 
 
-@dataclass(frozen=True)
-class LossRecord:
-    """The losses of a minibatch of n pairs, kept until its update is known to be finite."""
-
-    captions: tuple[str, ...]
-    timesteps: Tensor  # (n,)
-    weights: Tensor  # (n,)
-    losses: Tensor  # (n,)
-
-    def not_finite(self) -> list[str]:
-        """Returns the timestep and prompt of each pair whose loss is not finite."""
-        bad = ~self.losses.isfinite() & (self.weights > 0)
-        timesteps = self.timesteps.tolist()
-        return [f"t = {timesteps[i]} for {self.captions[i]!r}" for i in bad.nonzero().flatten()]
+def not_finite(batch: PairBatch, scored: ScoredPairs) -> list[str]:
+    """Returns the timestep and prompt of each pair whose loss is not finite."""
+    bad = ~scored.losses.isfinite() & (scored.weights > 0)
+    timesteps = scored.timesteps.tolist()
+    return [f"t = {timesteps[i]} for {batch.captions[i]!r}" for i in bad.nonzero().flatten()]
 
 
-def minibatch_sums(
-    batch: PairBatch, pairs: TrainingPairs, scored: ScoredPairs, num_timesteps: int
-) -> dict[str, Tensor]:
+def minibatch_sums(batch: PairBatch, scored: ScoredPairs, num_timesteps: int) -> dict[str, Tensor]:
     """Returns sums over the pairs of a minibatch of one process; scalars."""
-    sound, tie = pairs.weights > 0, pairs.labels == 0.5
-    right = is_right(scored.scores, pairs.labels)
+    sound, tie = scored.weights > 0, scored.labels == 0.5
+    right = is_right(scored.scores, scored.labels)
     sums = {
-        "loss": (pairs.weights * scored.losses).sum(),
+        "loss": (scored.weights * scored.losses).sum(),
         "pairs": sound.sum(),
         "ties": (sound & tie).sum(),
     }
-    bucket = pairs.timesteps * _BUCKETS // num_timesteps
+    bucket = scored.timesteps * _BUCKETS // num_timesteps
     for number, name in enumerate(bucket_names(num_timesteps)):
         decided = sound & ~tie & (bucket == number)
         sums[f"decided {name}"] = decided.sum()
         sums[f"right {name}"] = (decided & right).sum()
-    device = pairs.weights.device
+    device = scored.weights.device
     return sums | {name: torch.tensor(batch.faults[name], device=device) for name in FAULTS}
 
 
@@ -84,26 +73,26 @@ def bucket_names(num_timesteps: int) -> list[str]:
 
 @torch.no_grad()
 def validation_sums(
-    batches: Iterable[PairBatch],
-    scores_at: Callable[[PairBatch, int], Tensor],
-    labels_of: Callable[[PairBatch], Tensor],
-    device: torch.device,
+    batches: Iterable[PairBatch], preparation: Preparation, learner: PreferenceLearner
 ) -> dict[str, Tensor]:
     """Counts, per timestep, the validation pairs of this process that are ranked right; scalars.
 
-    `scores_at` gives the scores (n, 2) of a minibatch at a timestep, `labels_of` its labels (n,).
     Ties and rows without sound images are left out; "pairs" counts the remaining ones.
     """
     names = [*(f"t{t}" for t in TIMESTEPS), "pairs", "ties", "damaged"]
-    sums = {name: torch.zeros((), device=device) for name in names}
+    sums = {name: torch.zeros((), device=learner.device) for name in names}
     for batch in batches:
-        labels, sound = labels_of(batch), batch.weights.to(device) > 0
+        labels, input_ids = preparation.labels(batch), preparation.input_ids(batch)
+        sound = batch.weights.to(learner.device) > 0
         decided = sound & (labels != 0.5)
         sums["pairs"] += decided.sum()
         sums["ties"] += (sound & ~decided).sum()
         sums["damaged"] += (~sound).sum()
         for t in TIMESTEPS:
-            sums[f"t{t}"] += (is_right(scores_at(batch, t), labels) & decided).sum()
+            pixels = preparation.validation_pixels(batch, t)
+            timesteps = torch.full((len(labels),), t, device=labels.device)
+            scores = learner.features(pixels, timesteps, input_ids).scores
+            sums[f"t{t}"] += (is_right(scores, labels) & decided).sum()
     return sums
 
 

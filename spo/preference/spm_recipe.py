@@ -117,7 +117,7 @@ def check_training(config: ConfigDict, num_processes: int) -> CheckedTraining:
     scorers.check_clip(spm.backbone, spm.processor)
     if spm.init_from:
         resolve_file(spm.init_from, "preference.init_from")
-    if labels.by_pickscore:
+    if labels.source == "pickscore":
         scorers.check_clip(labels.backbone, labels.processor, "labels")
     rows = find_usable_rows(data, data.train_split)
     validation = None
@@ -179,16 +179,11 @@ def build_spm(source: SPMSource, seed: int, gradient_checkpointing: bool) -> Ste
 def build_preparation(recipe: SPMRecipe, device: torch.device) -> Preparation:
     """Loads the base model and the labeller; raises UserError if one cannot be loaded."""
     labels, labeller = recipe.labels, None
-    if labels.by_pickscore:
+    if labels.source == "pickscore":
         inputs = CLIPInputs(labels.processor, "labels")
         clip = scorers.load_clip(labels.backbone, "labels")
         labeller = Labeller(PickScoreScorer(clip, inputs, device), labels.margin)
-    return Preparation(
-        backbone=Backbone(recipe.base, recipe.family, recipe.mixed_precision, device),
-        inputs=CLIPInputs(recipe.spm.processor),
-        image_size=recipe.data.image_size,
-        guidance_scale=recipe.train.guidance_scale,
-        seed=recipe.seed,
-        at_once=recipe.train.predict_batch_size,
-        labeller=labeller,
-    )
+    base = Backbone(recipe.base, recipe.family, recipe.mixed_precision, device)
+    inputs, size, train = CLIPInputs(recipe.spm.processor), recipe.data.image_size, recipe.train
+    guidance_scale, at_once = train.guidance_scale, train.predict_batch_size
+    return Preparation(base, inputs, size, guidance_scale, recipe.seed, at_once, labeller)

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 from ml_collections import ConfigDict
-from torch import Tensor
 
 from spo.atomic import writing
 from spo.errors import RunError
@@ -36,12 +35,11 @@ from spo.preference.spm_checkpoint import (
     load_spm_checkpoint,
     save_spm,
     save_spm_checkpoint,
-    spm_checkpoint_name,
 )
 from spo.preference.spm_learner import PairScorer, PreferenceLearner
 from spo.preference.spm_metrics import (
-    LossRecord,
     minibatch_sums,
+    not_finite,
     step_metrics,
     validation_metrics,
     validation_sums,
@@ -52,6 +50,7 @@ from spo.preference.spm_recipe import (
     build_spm,
     check_training,
 )
+from spo.run.checkpoint_folder import new_checkpoint
 from spo.run.folder import METRICS, SPM_FILE
 from spo.run.resume import facts
 from spo.run.session import Session, open_run_dir
@@ -102,23 +101,13 @@ class PreferenceTrainer:
             with workers.together():
                 self.tally = load_spm_checkpoint(self.session.saved, self.learner)
             self.session.say("\n".join([*checked.resume.describe(), *checked.changes]))
-        self.start_session()
-
-    def start_session(self) -> None:
-        """Records the start and the data of the run."""
-        step, splits = self.learner.step, {"train": self.checked.train}
-        splits["validation"] = self.checked.validation
-        self.session.start(
-            self.recipe.tracker,
-            self.recipe.config,
-            {
-                "plan": asdict(self.plan),
-                "data": {name: rows and rows.description for name, rows in splits.items()},
-            },
-            counter="step",
-            # A run that starts from the beginning writes the line of step 0 itself.
-            last=step - self.tally.line_is_due if step else -1,
-        )
+        splits = {"train": checked.train, "validation": checked.validation}
+        data = {name: rows and rows.description for name, rows in splits.items()}
+        start = {"plan": asdict(plan), "data": data}
+        step = self.learner.step
+        # A run that starts from the beginning writes the line of step 0 itself.
+        last = step - self.tally.line_is_due if step else -1
+        self.session.start(recipe.tracker, recipe.config, start, counter="step", last=last)
 
     def run(self) -> None:
         """Makes the remaining optimizer steps, then writes the SPM.
@@ -169,15 +158,13 @@ class PreferenceTrainer:
         """Makes an optimizer step on its minibatches; raises RunError if it is not finite."""
         weight = torch.stack([batch.weights.sum() for batch in minibatches]).sum()
         total = self.workers.sum({"weight": weight.to(self.workers.device)})["weight"]
-        sums, records = [], []
+        sums, done = [], []
         for number, batch in enumerate(minibatches, start=1):
             # If no pair of an update is sound, its weights are 0 whatever they are divided by.
             pairs = self.preparation.training_pairs(batch, total or 1.0)
             scored = self.learner.backward(pairs, last=number == len(minibatches))
-            sums.append(minibatch_sums(batch, pairs, scored, self.preparation.num_timesteps))
-            records.append(
-                LossRecord(batch.captions, pairs.timesteps, pairs.weights, scored.losses)
-            )
+            sums.append(minibatch_sums(batch, scored, self.preparation.num_timesteps))
+            done.append((batch, scored))
         summed = self.workers.sum({name: sum(part[name] for part in sums) for name in sums[0]})
         self.tally.totals.update(summed, steps=total > 0)
         if total == 0:
@@ -186,7 +173,7 @@ class PreferenceTrainer:
         update = self.learner.update()
         norm = 0.0 if update.skipped else update.grad_norm.item()
         if not (math.isfinite(summed["loss"]) and math.isfinite(norm)):
-            self.raise_not_finite(records)
+            self.raise_not_finite([text for pair in done for text in not_finite(*pair)])
         if update.skipped:  # on every process, or on none
             with self.workers.together():
                 limit = self.recipe.train.max_skipped_updates
@@ -194,9 +181,9 @@ class PreferenceTrainer:
         counts = {"skipped_updates": update.skipped, "updates": not update.skipped}
         self.tally.totals.update(counts, grad_norm=norm)
 
-    def raise_not_finite(self, records: Sequence[LossRecord]) -> None:
-        """Raises the RunError of a loss or gradient that is not finite."""
-        found = self.workers.gather([text for record in records for text in record.not_finite()])
+    def raise_not_finite(self, pairs: list[str]) -> None:
+        """Raises the RunError of a loss or gradient that is not finite, due to `pairs` here."""
+        found = self.workers.gather(pairs)
         places = "; ".join(found[:_NAMED]) or "no pair by itself"
         if len(found) > _NAMED:
             places += f"; and {len(found) - _NAMED} more"
@@ -227,12 +214,13 @@ class PreferenceTrainer:
     def save_checkpoint(self) -> Path:
         """Saves everything that a resumed run needs, unless that is done; returns the folder."""
         run_dir, limit = self.session.run_dir, self.recipe.checkpoint_limit
+        name = f"step_{self.learner.step:07d}"
 
         def save() -> None:
-            facts_of_run = facts(ConfigDict(self.recipe.config), self.plan)
-            save_spm_checkpoint(run_dir, self.learner, self.tally, facts_of_run, limit)
+            of_run = facts(ConfigDict(self.recipe.config), self.plan)
+            with new_checkpoint(run_dir, name, limit) as folder:
+                save_spm_checkpoint(folder, self.learner, self.tally, of_run)
 
-        name = spm_checkpoint_name(self.learner)
         return self.session.save_once(name, lambda: self.session.on_main(save))
 
     def metrics_line(self) -> dict:
@@ -255,19 +243,9 @@ class PreferenceTrainer:
         batches = decoded(raw, data.image_size, data.num_workers)
         batches = self.session.bar(batches, "validation: minibatches")
         with self.workers.together():  # a stream may fail in only one process
-            sums = validation_sums(
-                self.session.signals.watch(batches),
-                self.scores_at,
-                self.preparation.labels,
-                self.workers.device,
-            )
+            batches = self.session.signals.watch(batches)
+            sums = validation_sums(batches, self.preparation, self.learner)
         return validation_metrics(self.workers.sum(sums))
-
-    def scores_at(self, batch: PairBatch, timestep: int) -> Tensor:
-        """Returns scores (n, 2) of a validation minibatch."""
-        pixels = self.preparation.validation_pixels(batch, timestep)
-        timesteps = torch.full((len(batch),), timestep, device=pixels.device)
-        return self.learner.features(pixels, timesteps, self.preparation.input_ids(batch)).scores
 
     def log(self, line: dict) -> None:
         """Writes a line of metrics, and draws the accuracy if the line has it."""
