@@ -38,8 +38,8 @@ class RawBatch:
 class PairBatch:
     """A minibatch of n labelled pairs of one process, on the CPU.
 
-    A row whose images cannot be decoded keeps its place, grey and with weight 0, so that minibatches
-    have the same size on every process.
+    A row whose images cannot be decoded keeps its place, grey and with weight 0: minibatches have the
+    same size on every process.
     """
 
     captions: tuple[str, ...]
@@ -53,9 +53,9 @@ class PairBatch:
 def decode_image(data: object, size: int) -> np.ndarray:
     """Returns a square RGB picture (size, size, 3) uint8 of encoded bytes.
 
-    `data` may also be a dict with "bytes" or "path". The shorter side is resized with PIL's bilinear
-    filter, which is antialiased, and the centre cut out, as by torchvision's Resize and CenterCrop.
-    Raises ValueError if there is nothing to decode.
+    `data` may also be a dict with "bytes" or "path". PIL's bilinear filter, which is antialiased,
+    resizes the shorter side; the centre is cut out, as by torchvision's Resize and CenterCrop. Raises
+    ValueError if there is nothing to decode.
     """
     if isinstance(data, dict):
         data = data.get("bytes") or data.get("path")
@@ -108,25 +108,21 @@ def decoded(batches: Iterator[RawBatch], size: int, workers: int) -> Iterator[Pa
     0 workers decode on demand. Decoders release Python's lock, so threads do as well as processes.
     Raises RunError if the rows cannot be read any further.
     """
+    raws = _readable(batches)
     if workers == 0:
-        while (raw := _next_of(batches)) is not None:
-            yield decode_batch(raw, size)
+        yield from (decode_batch(raw, size) for raw in raws)
         return
     with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(workers) as pool:
-
-        def next_decoded() -> PairBatch | None:
-            raw = _next_of(batches)
-            return None if raw is None else decode_batch(raw, size, pool)
-
-        pending = deque(reader.submit(next_decoded) for _ in range(_AHEAD))
+        found = (decode_batch(raw, size, pool) for raw in raws)
+        pending = deque(reader.submit(next, found, None) for _ in range(_AHEAD))
         while (batch := pending.popleft().result()) is not None:
-            pending.append(reader.submit(next_decoded))
+            pending.append(reader.submit(next, found, None))
             yield batch
 
 
-def _next_of(batches: Iterator[RawBatch]) -> RawBatch | None:
+def _readable(batches: Iterator[RawBatch]) -> Iterator[RawBatch]:
     try:
-        return next(batches, None)
+        yield from batches
     except UserError:
         raise
     except Exception as error:  # whatever the network, the file systems and the formats raise

@@ -39,9 +39,7 @@ class Tally:
     line_is_due: bool = False
 
 
-def save_spm_checkpoint(
-    folder: Path, learner: PreferenceLearner, tally: Tally, facts: Mapping[str, Any]
-) -> None:
+def save(folder: Path, learner: PreferenceLearner, tally: Tally, facts: Mapping[str, Any]) -> None:
     """Writes the files of a checkpoint; `facts` is what `spo.run.resume.facts` returns."""
     (group,) = learner.optimizer.param_groups
     state = {
@@ -58,7 +56,7 @@ def save_spm_checkpoint(
     write_state(folder, state)
 
 
-def load_spm_checkpoint(folder: Path, learner: PreferenceLearner) -> Tally:
+def load(folder: Path, learner: PreferenceLearner) -> Tally:
     """Restores `learner` and returns the tally; raises UserError if a file is missing or unfit."""
     state = read_state(folder)
     with reading(folder):

@@ -20,6 +20,7 @@ from spo.launch.workers import Workers
 from spo.method.health import check_skipped
 from spo.method.metrics import peak_memory_gib
 from spo.models.backbone import DTYPES
+from spo.preference import spm_checkpoint, spm_metrics
 from spo.preference.batches import PairBatch, decoded
 from spo.preference.rows import (
     FAULTS,
@@ -30,20 +31,7 @@ from spo.preference.rows import (
     validation_batches,
 )
 from spo.preference.source import open_split
-from spo.preference.spm_checkpoint import (
-    Tally,
-    load_spm_checkpoint,
-    save_spm,
-    save_spm_checkpoint,
-)
 from spo.preference.spm_learner import PairScorer, PreferenceLearner
-from spo.preference.spm_metrics import (
-    minibatch_sums,
-    not_finite,
-    step_metrics,
-    validation_metrics,
-    validation_sums,
-)
 from spo.preference.spm_recipe import (
     CheckedTraining,
     build_preparation,
@@ -96,10 +84,10 @@ class PreferenceTrainer:
         self.learner = PreferenceLearner(
             spm, scorer, recipe.train, workers.device, dtype, workers.count, workers.rank
         )
-        self.tally = Tally(left_out=Counter(checked.train.faults))
+        self.tally = spm_checkpoint.Tally(left_out=Counter(checked.train.faults))
         if self.session.saved is not None:
             with workers.together():
-                self.tally = load_spm_checkpoint(self.session.saved, self.learner)
+                self.tally = spm_checkpoint.load(self.session.saved, self.learner)
             self.session.say("\n".join([*checked.resume.describe(), *checked.changes]))
         splits = {"train": checked.train, "validation": checked.validation}
         data = {name: rows and rows.description for name, rows in splits.items()}
@@ -119,7 +107,7 @@ class PreferenceTrainer:
 
         def finish() -> None:
             with writing(run_dir):
-                save_spm(run_dir, self.learner.spm, as_bin=self.recipe.export_bin)
+                spm_checkpoint.save_spm(run_dir, self.learner.spm, as_bin=self.recipe.export_bin)
             self.session.close()
 
         self.session.on_main(finish)
@@ -163,7 +151,7 @@ class PreferenceTrainer:
             # If no pair of an update is sound, its weights are 0 whatever they are divided by.
             pairs = self.preparation.training_pairs(batch, total or 1.0)
             scored = self.learner.backward(pairs, last=number == len(minibatches))
-            sums.append(minibatch_sums(batch, scored, self.preparation.num_timesteps))
+            sums.append(spm_metrics.minibatch_sums(batch, scored, self.preparation.num_timesteps))
             done.append((batch, scored))
         summed = self.workers.sum({name: sum(part[name] for part in sums) for name in sums[0]})
         self.tally.totals.update(summed, steps=total > 0)
@@ -173,7 +161,7 @@ class PreferenceTrainer:
         update = self.learner.update()
         norm = 0.0 if update.skipped else update.grad_norm.item()
         if not (math.isfinite(summed["loss"]) and math.isfinite(norm)):
-            self.raise_not_finite([text for pair in done for text in not_finite(*pair)])
+            self.raise_not_finite([text for pair in done for text in spm_metrics.not_finite(*pair)])
         if update.skipped:  # on every process, or on none
             with self.workers.together():
                 limit = self.recipe.train.max_skipped_updates
@@ -219,7 +207,7 @@ class PreferenceTrainer:
         def save() -> None:
             of_run = facts(ConfigDict(self.recipe.config), self.plan)
             with new_checkpoint(run_dir, name, limit) as folder:
-                save_spm_checkpoint(folder, self.learner, self.tally, of_run)
+                spm_checkpoint.save(folder, self.learner, self.tally, of_run)
 
         return self.session.save_once(name, lambda: self.session.on_main(save))
 
@@ -230,7 +218,7 @@ class PreferenceTrainer:
         self.tally.left_out.update({name: int(totals[name]) for name in FAULTS if totals[name]})
         return {
             "step": self.learner.step,
-            **step_metrics(totals, self.preparation.num_timesteps),
+            **spm_metrics.step_metrics(totals, self.preparation.num_timesteps),
             "learning_rate": self.learner.optimizer.param_groups[0]["lr"],
             "pairs_per_second": totals["pairs"] / seconds,
             "peak_memory_gib": peak_memory_gib(self.workers.device),
@@ -244,8 +232,8 @@ class PreferenceTrainer:
         batches = self.session.bar(batches, "validation: minibatches")
         with self.workers.together():  # a stream may fail in only one process
             batches = self.session.signals.watch(batches)
-            sums = validation_sums(batches, self.preparation, self.learner)
-        return validation_metrics(self.workers.sum(sums))
+            sums = spm_metrics.validation_sums(batches, self.preparation, self.learner)
+        return spm_metrics.validation_metrics(self.workers.sum(sums))
 
     def log(self, line: dict) -> None:
         """Writes a line of metrics, and draws the accuracy if the line has it."""
