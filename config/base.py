@@ -16,9 +16,7 @@ def get_config() -> ConfigDict:
     config = ConfigDict()
 
     # ---- the run -------------------------------------------------------------------------------
-    config.algorithm = (
-        "gradspo"  # "gradspo", "spo", or "module:name" of a spo.method.losses.Objective
-    )
+    config.algorithm = "gradspo"  # "gradspo", "spo", or "module:name" of a loss (docs/extending.md)
     config.family = "sd15"  # "sd15" or "sdxl"; must match pretrained.model
     config.seed = 42  # everything random in the run derives from it
     config.num_epochs = 10  # passes over the prompts (paper: 10)
@@ -88,12 +86,18 @@ def get_config() -> ConfigDict:
     # ---- rollout -------------------------------------------------------------------------------
     config.sample = sample = ConfigDict()
     sample.num_steps = 20  # DDIM steps (paper, SPO)
+    # Their timesteps: "leading" (951, 901, ..., 1; official), "trailing" (999, 949, ..., 49), or
+    # "module:function" of (num_steps, alphas_cumprod, steps_offset), see spo/method/ddim.py.
+    sample.timesteps = "leading"
     sample.eta = 1.0  # 1: as random as DDPM (paper, SPO); 0 is deterministic and cannot train
     sample.guidance_scale = 5.0  # classifier-free guidance, also in the loss; 1 turns it off
     sample.num_candidates = 4  # K: candidates drawn at each branching step (paper: 4)
     sample.branch_from = 4  # first step that branches: step 4 of 20 is t = 751 (paper: t <= 750)
     sample.num_inner_steps = 0  # further steps of each candidate before comparing (SPO on SDXL: 3)
-    # A pair is kept if softmax([best, worst]) differ by more (paper: 0.3 SD1.5, 0.4 SDXL).
+    # Rule that chooses winners and losers: "best_worst" (SPO), or "module:function" of (scores,
+    # generator), see spo/method/pairs.py.
+    sample.pairing = "best_worst"
+    # A pair is kept if softmax([win, lose]) differ by more (paper: 0.3 SD1.5, 0.4 SDXL); -1 keeps all.
     sample.threshold = 0.3
     # "branch": the last step draws K candidates as any other; "extend": each candidate of the
     # window before takes it once, and the images score that window (the official SDXL code).
@@ -140,10 +144,12 @@ def get_config() -> ConfigDict:
     # EMA moves at each "optimizer_step", or by "window": whenever the number of minibatches since
     # the rollout is a multiple of the accumulation steps (the official code).
     train.ema_every = "optimizer_step"
-    # Where the loss has the EMA's prediction from (GradSPO only): a "fresh" pass, as the paper; kept
-    # from the "rollout", whose EMA is some updates older; or "none", where clip_eps is None and it
-    # makes no difference. Each of the last two saves one of three passes.
+    # Source of GradSPO's EMA prediction: "fresh" makes a forward pass (paper); "rollout" reuses the
+    # one made when the pair was drawn (a few updates old); "none" skips it (only if clip_eps is None).
+    # The last two save one of three passes.
     train.ema_prediction = "fresh"
+
+    train.loss_kwargs = ConfigDict()  # further parameters of a loss of your own, by name
 
     # ---- validation images ---------------------------------------------------------------------
     config.eval = evaluation = ConfigDict()

@@ -9,6 +9,12 @@ from typing import Any
 from spo.errors import UserError
 
 
+def algorithm_name(name: str) -> str:
+    """Returns a short name for "module:name": the name, or the module if all modules share the name."""
+    module, _, attribute = name.rpartition(":")
+    return module.rpartition(".")[2] if attribute in ("loss", "make", "objective") else attribute
+
+
 def find(name: str, table: Mapping[str, Any], key: str) -> Any:
     """`table[name]`, or what "module:name" names; UserError naming config `key` where there is none."""
     if name in table:

@@ -1,11 +1,11 @@
-"""What the stages of a training iteration exchange.
+"""The values that the stages of a training iteration hand on.
 
 Letters in shapes: B prompts, K candidates, n pairs, (C, h, w) one latent, L tokens, D width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What the UNet is told about each of B prompts."""
+    """The UNet's text input for B prompts."""
 
     prompt_embeds: Tensor  # (B, L, D)
     negative_prompt_embeds: Tensor  # (1, L, D), the same for every prompt
@@ -26,11 +26,11 @@ class Conditioning:
         return self.prompt_embeds.shape[0]
 
     def select(self, index: Tensor | slice) -> Conditioning:
-        """Conditioning of the prompts at `index`, in that order."""
+        """Returns the conditioning of the prompts at `index`, in that order."""
         return self.map_rows(lambda rows: rows[index])
 
     def map_rows(self, change: Callable[[Tensor], Tensor]) -> Conditioning:
-        """`change` applied to every tensor with one row per prompt."""
+        """Applies `change` to every tensor with one row per prompt."""
         pooled = self.pooled_prompt_embeds
         return replace(
             self,
@@ -39,17 +39,34 @@ class Conditioning:
         )
 
     def repeat(self, times: int) -> Conditioning:
-        """All prompts, `times` over: row k B + b is prompt b."""
+        """Repeats all prompts `times` times: row k B + b is prompt b."""
         rows = torch.arange(len(self), device=self.prompt_embeds.device)
         return self.select(rows.repeat(times))
 
 
 @dataclass(frozen=True)
+class Prediction:
+    """The network's guided prediction at latents (n, C, h, w), or (K, B, C, h, w) of candidates."""
+
+    x0: Tensor  # shaped as the latents
+    epsilon: Tensor  # likewise
+
+    def per_candidate(self, k: int) -> Prediction:
+        """Turns rows (K B, ...) into (K, B, ...)."""
+        return Prediction(self.x0.unflatten(0, (k, -1)), self.epsilon.unflatten(0, (k, -1)))
+
+    def select(self, candidates: Tensor, prompts: Tensor) -> Prediction:
+        """Returns one candidate (B,) of each prompt (B,), as (1, B, ...)."""
+        chosen = (part[candidates, prompts] for part in (self.x0, self.epsilon))
+        return Prediction(*(part.unsqueeze(0) for part in chosen))
+
+
+@dataclass(frozen=True)
 class Transition:
-    """One DDIM transition x_t -> x_t' of every candidate."""
+    """One transition x_t -> x_t' of every candidate."""
 
     timestep: int  # t
-    latents: Tensor  # x_t: (K, B, C, h, w), or (1, B, C, h, w) where the candidates share it
+    latents: Tensor  # x_t: (K, B, C, h, w), or (1, B, C, h, w) if the candidates share it
     noise: Tensor  # z: (K, B, C, h, w)
     next_latents: Tensor  # x_t': (K, B, C, h, w)
     epsilon: Tensor  # the sampler's guided prediction at x_t, shaped as `latents`
@@ -60,9 +77,23 @@ class Candidates:
     """K candidates per prompt, ready to be compared, with the transitions that made them."""
 
     window: tuple[Transition, ...]  # the branching transition, then inner steps
-    latents: Tensor  # (K, B, C, h, w), what to decode: predicted x0, or the final latents
-    score_timestep: int  # timestep that the preference model is told
+    latents: Tensor  # (K, B, C, h, w) to be decoded: predicted x0, or the final latents
+    score_timestep: int  # timestep that the scorer is told
     is_final: bool  # `latents` are final, not a prediction
+
+    @property
+    def noisy_latents(self) -> Tensor:
+        """(K, B, C, h, w) x_t' at the end of the window, from which `latents` were predicted."""
+        return self.window[-1].next_latents
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The scores of one comparison of a rollout."""
+
+    score_timestep: int  # timestep that the scorer was told
+    scores: Tensor  # (K, B)
+    gaps: Tensor  # (n,) by which the n pairs of candidates that were chosen differ, see pairs.py
 
 
 @dataclass(frozen=True)
@@ -75,23 +106,23 @@ class PreferencePairs:
     next_latents: Tensor  # x_t' of win and lose: (n, 2, C, h, w)
     prompt_ids: Tensor  # (n,) int64, index of the prompt in the training set
     conditioning: Conditioning  # of n rows
-    # The sampler's guided prediction at x_t, shaped as `latents`; None where it was not kept.
+    # The sampler's guided prediction at x_t, shaped as `latents`; None if it was not kept.
     sampler_epsilon: Tensor | None = None
 
     def __len__(self) -> int:
         return self.timesteps.shape[0]
 
     def select(self, index: Tensor | slice) -> PreferencePairs:
-        """The pairs at `index`, in that order."""
+        """Returns the pairs at `index`, in that order."""
         return self.map_rows(lambda rows: rows[index])
 
     def map_rows(self, change: Callable[[Tensor], Tensor]) -> PreferencePairs:
-        """`change` applied to every tensor with one row per pair."""
+        """Applies `change` to every tensor with one row per pair."""
         changed = {name: change(rows) for name, rows in self.tensors().items()}
         return replace(self, **changed, conditioning=self.conditioning.map_rows(change))
 
     def tensors(self) -> dict[str, Tensor]:
-        """The fields with one row per pair, without the conditioning."""
+        """Returns the fields with one row per pair, without the conditioning."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
@@ -107,13 +138,9 @@ class NoisePredictions:
 
 @dataclass(frozen=True)
 class LossOutput:
-    """The loss of a minibatch and what it was made of; only `loss` carries gradients."""
+    """The loss of a minibatch of n pairs."""
 
-    loss: Tensor  # ()
-    win_policy: Tensor  # (n,) log-likelihood term l_win(policy)
-    win_reference: Tensor  # (n,)
-    lose_policy: Tensor  # (n,)
-    lose_reference: Tensor  # (n,)
-    win_ratio: Tensor  # (n,) likelihood ratio after clipping
-    lose_ratio: Tensor  # (n,)
-    clipped: Tensor  # (n,) share of the pair's two ratios that were clipped: 0, 0.5 or 1
+    loss: Tensor  # () carries gradients
+    # (n,) without gradients: numbers of each pair, by their names in metrics.jsonl. A number that is
+    # not finite stops the run.
+    terms: Mapping[str, Tensor]

@@ -1,12 +1,18 @@
-"""From a section of a config to a frozen dataclass that checks itself."""
+"""From a section of a config to a frozen dataclass that checks itself.
+
+@dataclass(frozen=True)
+class LoraSettings(Checked, section="lora"):
+    rank: int = whole()
+    reference: str = choice("base", "init")
+"""
 
 from __future__ import annotations
 
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import fields
-from typing import Any, TypeVar
+from dataclasses import field, fields
+from typing import Any, ClassVar, TypeVar
 
 from spo.errors import UserError
 
@@ -20,6 +26,50 @@ def fill(cls: type[Values], section: Mapping[str, Any], **others: Any) -> Values
     """
     names = [f.name for f in fields(cls) if f.init and f.name not in others and f.name in section]
     return cls(**{name: section[name] for name in names}, **others)
+
+
+class Checked:
+    """Base of a dataclass whose fields are keys of a config section, each with its check."""
+
+    _prefix: ClassVar[str] = ""
+
+    def __init_subclass__(cls, section: str = "") -> None:
+        cls._prefix = f"{section}." if section else ""
+
+    def __post_init__(self) -> None:
+        """Raises UserError that names the first key whose value does not hold."""
+        for each in fields(self):
+            if "check" in each.metadata:
+                each.metadata["check"](self._prefix + each.name, getattr(self, each.name))
+
+
+def _checked(check: Callable[[str, Any], None]) -> Any:
+    return field(metadata={"check": check})
+
+
+def number(wanted: str, holds: Callable[[float], bool]) -> Any:
+    """Declares a field that is a finite number that holds, or None."""
+    return _checked(lambda key, value: require_number(key, value, wanted, holds))
+
+
+def whole(least: int = 1) -> Any:
+    """Declares a field that is a whole number from `least`, or None."""
+    return _checked(lambda key, value: require_whole(key, value, least))
+
+
+def positive() -> Any:
+    """Declares a field that is a number above 0, or None."""
+    return number("above 0", lambda value: value > 0)
+
+
+def not_negative() -> Any:
+    """Declares a field that is a number from 0, or None."""
+    return number("0 or more", lambda value: value >= 0)
+
+
+def choice(*choices: str) -> Any:
+    """Declares a field that is one of `choices`."""
+    return _checked(lambda key, value: require_choice(key, value, choices))
 
 
 def require_number(

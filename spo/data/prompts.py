@@ -11,12 +11,10 @@ from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 from spo.data.prompt_files import READERS, check_column, file_rows
 from spo.errors import UserError
-from spo.seeding import derive_seed
 
 HUB_ID = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*")
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # half an emoji: no tokenizer or file takes it
@@ -74,12 +72,6 @@ def read_prompts(
     except UserError as error:
         prefix = "prompts.source" if key == "prompts" else key
         raise UserError(f"{prefix}: {error}") from error
-
-
-def epoch_order(num_prompts: int, seed: int, epoch: int) -> list[int]:
-    """The shuffled order of the prompts in an epoch, a pure function of its arguments."""
-    generator = torch.Generator().manual_seed(derive_seed("epoch_order", seed, epoch))
-    return torch.randperm(num_prompts, generator=generator).tolist()
 
 
 def collect_prompts(source: str, rows: Iterable[object]) -> PromptSet:

@@ -127,12 +127,11 @@ class Workers:
         total = self.accelerator.reduce(stacked, reduction="sum")
         return dict(zip(values, total.tolist(), strict=True))
 
-    def mean(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Averages of the tensors over all processes; every process passes the same names."""
-        return {
-            name: self.accelerator.reduce(tensor.clone(), reduction="mean")
-            for name, tensor in tensors.items()
-        }
+    def sum_named(self, values: Mapping[str, Tensor]) -> dict[str, float]:
+        """Returns sums of scalars over all processes; a name that a process lacks counts as 0 there."""
+        names = dict.fromkeys(name for own in self.gather([list(values)]) for name in own)
+        zero = torch.zeros((), device=self.device)
+        return self.sum({name: values.get(name, zero) for name in names}) if names else {}
 
     def deal(
         self, pairs: PreferencePairs, generator: torch.Generator

@@ -1,287 +1,208 @@
-"""From the config to the values that each stage uses, and every check that needs no file."""
+"""From the config to frozen values, once; and every check that is possible before a model loads."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
-import os
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ml_collections import ConfigDict
 from torch import nn
 
+from spo.command_line.config_files import check_leaves
+from spo.command_line.values import (
+    Checked,
+    choice,
+    fill,
+    not_negative,
+    require_choice,
+    require_number,
+    whole,
+)
+from spo.data.prompts import PromptSet, read_prompts
 from spo.errors import UserError
 from spo.hub import Destination, public_name
-from spo.method import rollout
 from spo.method.collect import CollectSettings
+from spo.method.ddim import SamplerSettings
 from spo.method.learner import Learner, UpdateSettings
-from spo.method.losses import LOSSES, LossSettings, Objective
+from spo.method.losses import Loss, make_loss
 from spo.method.pairs import PairSettings
 from spo.method.rollout import RolloutSettings
-from spo.models.backbone import DTYPES, Backbone, ModelSource
+from spo.models.backbone import DTYPES, Backbone, ModelSource, model_source
 from spo.models.device import SpeedSettings
-from spo.models.lora import Lora, add_lora
-from spo.models.optimizers import OPTIMIZERS, make_optimizer
-from spo.models.plain_images import ImageSettings
-from spo.plugins import find
+from spo.models.lora import Lora, LoraSettings
+from spo.models.optimizers import OptimizerSettings
+from spo.run.tracking import TrackerSettings
+from spo.run.validation import ValidationSettings
 from spo.scorers import ScorerSource
+from spo.seeding import derive_seed
 
 
-def objective(config: ConfigDict) -> Objective:
-    """The loss that `config.algorithm` names."""
-    found = find(config.algorithm, LOSSES, "algorithm")
-    if not isinstance(found, Objective):
-        raise UserError(f"algorithm: {config.algorithm} is not a spo.method.losses.Objective.")
-    return found
+@dataclass(frozen=True)
+class RunSettings(Checked):
+    """The course of a run; `config` explains each."""
+
+    algorithm: str
+    family: str
+    seed: int
+    num_epochs: int = whole()
+    mixed_precision: str = choice(*DTYPES)
+    logdir: str
+    run_name: str
+    resume_from: str
+    save_interval: int = whole()
+    save_every_rollouts: int = not_negative()
+    checkpoint_limit: int = not_negative()
+    eval_interval: int = not_negative()
+    allow_tf32: bool
+    gradient_checkpointing: bool  # train.gradient_checkpointing
 
 
-def rollout_settings(config: ConfigDict) -> RolloutSettings:
-    sample = config.sample
-    return RolloutSettings(
-        num_candidates=sample.num_candidates,
-        branch_from=sample.branch_from,
-        num_inner_steps=sample.num_inner_steps,
-        eta=sample.eta,
-        extend_final=sample.final_step == "extend",
-        final_score_timestep=sample.final_score_timestep,
-    )
+@dataclass(frozen=True)
+class PromptSettings(Checked, section="prompts"):
+    """The prompts to train on; `config.prompts` explains each."""
 
+    source: str
+    split: str
+    column: str
+    num: int = not_negative()
+    seed: int
 
-def pair_settings(config: ConfigDict) -> PairSettings:
-    sample = config.sample
-    one_transition = sample.num_inner_steps == 0 and sample.final_step == "branch"
-    shares_latents = objective(config).shares_latents
-    return PairSettings(
-        threshold=sample.threshold,
-        keep_all_final=sample.keep_all_final,
-        direction_from_last=sample.final_direction == "last",
-        branching_only=shares_latents,
-        one_x_t=shares_latents or one_transition,
-        keep_predictions=objective(config).uses_ema and config.train.ema_prediction == "rollout",
-    )
-
-
-def collect_settings(config: ConfigDict) -> CollectSettings:
-    return CollectSettings(
-        rollout=rollout_settings(config),
-        pairs=pair_settings(config),
-        guidance_scale=config.sample.guidance_scale,
-        decode_batch_size=config.sample.decode_batch_size,
-    )
-
-
-def loss_settings(config: ConfigDict) -> LossSettings:
-    train = config.train
-    return LossSettings(
-        beta=train.beta,
-        clip_eps=train.clip_eps,
-        grad_scale=train.grad_scale,
-        eta=config.sample.eta,
-    )
-
-
-def build_learner(
-    config: ConfigDict, backbone: Backbone, unet: nn.Module, lora: Lora, accumulation_steps: int
-) -> Learner:
-    """The learner of a run; `unet` is the backbone's, or its DDP wrapper."""
-    train, schedule = config.train, backbone.schedule(config.sample.num_steps)
-    if not objective(config).shares_latents and schedule.timesteps[-1] == 0:
-        raise UserError(
-            f"pretrained.model: the scheduler of {config.pretrained.model} ends at t = 0, where "
-            f"{config.algorithm} has no likelihood (sigma is 0); set its steps_offset to 1."
+    def read(self) -> PromptSet:
+        """Reads the prompts, from the Hub or a file; UserError if there are none."""
+        return read_prompts(
+            self.source, split=self.split, column=self.column, num=self.num, seed=self.seed
         )
-    optimizer = make_optimizer(
-        train.optimizer,
-        lora.parameters.values(),
-        lr=train.learning_rate,
-        betas=(train.adam_beta1, train.adam_beta2),
-        weight_decay=train.adam_weight_decay,
-        eps=train.adam_epsilon,
-    )
-    return Learner(
-        backbone=backbone,
-        unet=unet,
-        lora=lora,
-        optimizer=optimizer,
-        objective=objective(config),
-        schedule=schedule,
-        loss_settings=loss_settings(config),
-        settings=UpdateSettings(
-            accumulation_steps=accumulation_steps,
-            max_grad_norm=train.max_grad_norm,
-            ema_decay=train.ema_decay,
-            ema_every=train.ema_every,
-            merge_lora=config.lora.merge,
-            skip_ema_pass=config.train.ema_prediction == "none",
-        ),
-        guidance_scale=config.sample.guidance_scale,
-        reference=lora.snapshot() if config.lora.reference == "init" else None,
-    )
 
 
-def model_source(config: ConfigDict) -> ModelSource:
-    source = ModelSource(**config.pretrained.to_dict())
-    vae = None if source.vae is None else os.path.expanduser(source.vae)
-    return replace(source, model=os.path.expanduser(source.model), vae=vae)
+@dataclass(frozen=True)
+class Recipe:
+    """A config as checked values."""
+
+    config: Mapping[str, Any]  # as JSON, for records
+    run: RunSettings
+    prompts: PromptSettings
+    model: ModelSource
+    scorer: ScorerSource
+    speed: SpeedSettings
+    lora: LoraSettings
+    sampler: SamplerSettings
+    collect: CollectSettings
+    loss: Loss
+    update: UpdateSettings
+    optimizer: OptimizerSettings
+    validation: ValidationSettings
+    tracker: TrackerSettings
+    hub: Destination
+    push_every: int  # hub.push_every
+
+    def load_backbone(self, device: Any) -> Backbone:
+        """Loads the base model onto a torch.device."""
+        return Backbone(self.model, self.run.family, self.run.mixed_precision, device)
+
+    def lora_metadata(self) -> dict[str, str]:
+        """Returns metadata for a LoRA file, identical for identical training on any machine."""
+        sections = ("pretrained", "lora", "prompts", "preference", "sample", "train")
+        trained = {name: dict(self.config[name]) for name in sections}
+        trained |= {name: self.config[name] for name in ("seed", "num_epochs", "mixed_precision")}
+        # Keys younger than the hash stay out of it at their defaults, so that it keeps its meaning.
+        for section, name, default in _YOUNGER:
+            if trained[section].get(name) == default:
+                del trained[section][name]
+        text = json.dumps(trained, sort_keys=True)
+        return {
+            "base_model": public_name(self.config["pretrained"]["model"]),
+            "algorithm": self.run.algorithm,
+            "config_sha256": hashlib.sha256(text.encode()).hexdigest(),
+        }
 
 
-def rollout_source(config: ConfigDict) -> ModelSource:
-    """The base model with what decodes the candidates of its rollouts."""
-    decoder = config.sample.decoder
-    return replace(
-        model_source(config), decoder=None if decoder is None else os.path.expanduser(decoder)
-    )
+_YOUNGER = (
+    ("sample", "timesteps", "leading"),
+    ("sample", "pairing", "best_worst"),
+    ("train", "loss_kwargs", {}),
+)
 
 
-def scorer_source(config: ConfigDict) -> ScorerSource:
-    source = ScorerSource(**config.preference.to_dict())
-    paths = {name: os.path.expanduser(getattr(source, name)) for name in ("backbone", "processor")}
-    return replace(source, **paths)
-
-
-def build_lora(config: ConfigDict, unet: nn.Module, seed: int) -> Lora:
-    """A fresh LoRA on `unet`; its alpha is the rank where lora.alpha is None."""
-    lora = config.lora
-    alpha = lora.rank if lora.alpha is None else lora.alpha
-    return add_lora(unet, lora.rank, alpha, lora.target_modules, seed)
-
-
-def speed_settings(config: ConfigDict) -> SpeedSettings:
-    return SpeedSettings(
-        channels_last=config.channels_last,
-        compile_unet=config.compile.unet,
-        compile_vae=config.compile.vae,
-        compile_scorer=config.compile.scorer,
-    )
-
-
-def image_settings(config: ConfigDict) -> ImageSettings:
-    evaluation = config.eval
-    return ImageSettings(evaluation.num_steps, evaluation.guidance_scale, evaluation.seed)
-
-
-def destination(config: ConfigDict) -> Destination:
-    hub = config.hub
-    return Destination(
-        repo_id=hub.repo_id,
-        subfolder=hub.subfolder,
-        weights=hub.weights,
-        private=hub.private,
-        branch=hub.branch,
-        license=hub.license,
+def read_recipe(config: ConfigDict) -> Recipe:
+    """Returns a training config as values; UserError for everything wrong that needs no file."""
+    check_leaves(config)
+    sample, train, layout = config.sample, config.train, config.compile
+    loss = make_loss(config.algorithm, train, train.loss_kwargs)
+    _check_loss_fits(config, loss)
+    keep = loss.uses_ema and train.ema_prediction == "rollout"
+    pairs = fill(PairSettings, sample, shares_latents=loss.shares_latents, keep_predictions=keep)
+    update = {"accumulation_steps": 1, "guidance_scale": sample.guidance_scale}
+    return Recipe(
+        config=json.loads(config.to_json()),
+        run=fill(RunSettings, config, gradient_checkpointing=train.gradient_checkpointing),
+        prompts=fill(PromptSettings, config.prompts),
+        model=model_source(config.pretrained, decoder=sample.decoder),
+        scorer=ScorerSource.of_config(config.preference),
+        speed=SpeedSettings(config.channels_last, layout.unet, layout.vae, layout.scorer),
+        lora=fill(LoraSettings, config.lora),
+        sampler=fill(SamplerSettings, sample),
+        collect=fill(CollectSettings, sample, rollout=fill(RolloutSettings, sample), pairs=pairs),
+        loss=loss,
+        update=fill(UpdateSettings, train, merge=config.lora.merge, **update),
+        optimizer=fill(OptimizerSettings, train),
+        validation=fill(ValidationSettings, config.eval),
+        tracker=fill(TrackerSettings, config.tracker),
+        hub=fill(Destination, config.hub),
+        push_every=config.hub.push_every,
     )
 
 
-def lora_metadata(config: ConfigDict) -> dict[str, str]:
-    """What a LoRA file says of its origin; the same for equal training, wherever it ran."""
-    sections = ("pretrained", "lora", "prompts", "preference", "sample", "train")
-    recipe = {name: config[name].to_dict() for name in sections}
-    recipe |= {name: config[name] for name in ("seed", "num_epochs", "mixed_precision")}
-    text = json.dumps(recipe, sort_keys=True, default=list)
-    return {
-        "base_model": public_name(config.pretrained.model),
-        "algorithm": config.algorithm,
-        "config_sha256": hashlib.sha256(text.encode()).hexdigest(),
-    }
-
-
-def check(config: ConfigDict) -> None:
-    """Raise UserError for everything that is wrong with a config as far as no file is needed."""
-    if config.mixed_precision not in DTYPES:
-        raise UserError(
-            f"mixed_precision: {config.mixed_precision!r} is none of {', '.join(DTYPES)}."
-        )
-    _check_choices(config)
-    _check_numbers(config)
-    rollout.check_settings(rollout_settings(config), config.sample.num_steps)
-    if objective(config).shares_latents and config.sample.num_inner_steps > 0:
+def _check_loss_fits(config: ConfigDict, loss: Loss) -> None:
+    if loss.shares_latents and config.sample.num_inner_steps > 0:
         raise UserError(
             f"sample.num_inner_steps: {config.algorithm} compares candidates of one shared x_t and "
             "cannot use inner steps; set it to 0, or algorithm=spo."
         )
-    if config.train.ema_prediction == "none" and config.train.clip_eps is not None:
-        raise UserError(
-            "train.ema_prediction: without the EMA's prediction the clips cannot be computed; set "
-            "train.clip_eps=None with 'none', or use 'fresh' or 'rollout'."
-        )
-    modules = config.lora.target_modules
-    if not modules or not all(isinstance(name, str) for name in modules):
-        raise UserError("lora.target_modules: name at least one layer, and nothing but layers.")
-    if config.lora.reference == "init" and not config.lora.init_from:
-        raise UserError("lora.reference: 'init' needs lora.init_from to name a LoRA.")
-
-
-_CHOICES = {
-    "sample.final_step": ("branch", "extend"),
-    "sample.final_score_timestep": ("zero", "t"),
-    "sample.final_direction": ("window", "last"),
-    "train.optimizer": OPTIMIZERS,
-    "train.ema_every": ("optimizer_step", "window"),
-    "train.ema_prediction": ("fresh", "rollout", "none"),
-    "eval.weights": ("policy", "ema"),
-    "lora.reference": ("base", "init"),
-    "hub.weights": ("policy", "ema"),
-}
-
-
-def _check_choices(config: ConfigDict) -> None:
-    for key, choices in _CHOICES.items():
-        value = _get(config, key)
-        if value not in choices:
-            raise UserError(f"{key}: {value!r} is none of {', '.join(choices)}.")
-    for key in ("eval.weights", "hub.weights"):
-        if _get(config, key) == "ema" and not objective(config).uses_ema:
+    require_choice("hub.weights", config.hub.weights, ("policy", "ema"))
+    require_number("hub.push_every", config.hub.push_every, "0 or more", lambda v: v >= 0)
+    for key, weights in (
+        ("eval.weights", config.eval.weights),
+        ("hub.weights", config.hub.weights),
+    ):
+        if weights == "ema" and not loss.uses_ema:
             raise UserError(f"{key}: {config.algorithm} has no EMA; use policy.")
 
 
-# What each number must be; None in the config stands for "off" or "derived" and passes.
-_RULES = (
-    (
-        "a whole number from 1",
-        lambda v: v >= 1,
-        "num_epochs save_interval lora.rank lora.alpha sample.batch_size "
-        "sample.global_batch_size sample.decode_batch_size train.batch_size "
-        "train.global_batch_size train.gradient_accumulation_steps train.max_skipped_updates "
-        "eval.num_images",
-    ),
-    (
-        "a whole number from 1 to 1000, the timesteps that models are trained with",
-        lambda v: 1 <= v <= 1000,
-        "sample.num_steps eval.num_steps",
-    ),
-    (
-        "0 or more",
-        lambda v: v >= 0,
-        "checkpoint_limit save_every_rollouts eval_interval prompts.num sample.guidance_scale "
-        "train.adam_weight_decay eval.guidance_scale hub.push_every",
-    ),
-    (
-        "above 0",
-        lambda v: v > 0,
-        "train.learning_rate train.adam_epsilon train.max_grad_norm train.beta train.grad_scale",
-    ),
-    ("from 0 to 1", lambda v: 0 <= v <= 1, "sample.threshold train.ema_decay"),
-    ("from 0 to below 1", lambda v: 0 <= v < 1, "train.adam_beta1 train.adam_beta2"),
-    ("above 0 and below 1, or None", lambda v: 0 < v < 1, "train.clip_eps"),
-    (
-        "above 0 (at 0 all candidates are the same) and at most 1",
-        lambda v: 0 < v <= 1,
-        "sample.eta",
-    ),
-)
+def build_lora(recipe: Recipe, unet: nn.Module) -> Lora:
+    """Adds the LoRA that a run starts from to `unet`."""
+    settings = recipe.lora
+    if recipe.run.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    lora = settings.add_to(unet, seed=derive_seed(recipe.run.seed, "lora"))
+    if settings.init_from:
+        from spo.lora_io.find import find_lora, read_lora
+
+        path = find_lora(settings.init_from, "lora.init_from")
+        lora.assign(read_lora(path, lora, "lora.init_from"))
+    return lora
 
 
-def _check_numbers(config: ConfigDict) -> None:
-    for wanted, holds, keys in _RULES:
-        for key in keys.split():
-            value = _get(config, key)
-            if value is not None and not (math.isfinite(value) and holds(value)):
-                raise UserError(f"{key}: {value} must be {wanted}.")
-
-
-def _get(config: ConfigDict, key: str) -> Any:
-    for name in key.split("."):
-        config = config[name]
-    return config
+def build_learner(
+    recipe: Recipe, backbone: Backbone, unet: nn.Module, lora: Lora, accumulation_steps: int
+) -> Learner:
+    """Returns the learner of a run; `unet` is the backbone's, or its DDP wrapper."""
+    settings = recipe.sampler
+    sampler = backbone.sampler(settings.num_steps, settings.eta, settings.timesteps)
+    if not recipe.loss.shares_latents and sampler.timesteps[-1] == 0:
+        raise UserError(
+            f"pretrained.model: the scheduler of {recipe.model.model} ends at t = 0, where "
+            f"{recipe.run.algorithm} has no likelihood (sigma is 0); set its steps_offset to 1."
+        )
+    return Learner(
+        backbone=backbone,
+        unet=unet,
+        lora=lora,
+        optimizer=recipe.optimizer.make(lora.parameters.values()),
+        loss=recipe.loss,
+        sampler=sampler,
+        settings=replace(recipe.update, accumulation_steps=accumulation_steps),
+        reference=lora.snapshot() if recipe.lora.reference == "init" else None,
+    )

@@ -1,98 +1,83 @@
-"""What of a run survives on disk: checkpoints and the final LoRA, in safe formats alone."""
+"""Checkpoints and the final LoRA of a run, in safe formats only."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from spo.launch.batch_plan import BatchPlan
 from spo.lora_io.diffusers_file import LORA_FILE, parameter_names, save_lora
-from spo.method.learner import Learner
-from spo.method.position import (
-    Position,
-    RolloutInProgress,
-    gradient_tensors,
-    gradients_of,
-    load_share,
-    rollout_of,
-)
+from spo.method.metrics import Metrics
+from spo.method.position import METRICS, PAIRS, TEXT, Position, RolloutInProgress, TrainingState
 from spo.models.optimizers import optimizer_tensors, restore_optimizer
 from spo.run.checkpoint_folder import OPTIMIZER, new_checkpoint, read_state, reading, write_state
+from spo.types import Conditioning, PreferencePairs
+
+if TYPE_CHECKING:
+    from spo.launch.batch_plan import BatchPlan
+    from spo.method.learner import Learner
+
+_GRADIENT = "gradient:"
 
 
-@dataclass(frozen=True)
-class Progress:
-    """How far a run has come, as one of its processes sees it."""
-
-    position: Position
-    rollout: RolloutInProgress | None = None  # None: between rollouts
-
-    def name(self) -> str:
-        """The name of the checkpoint that is saved here; `checkpoints` sorts them by progress."""
-        name = f"epoch_{self.position.epochs:04d}"
-        if self.position.prompts or self.rollout:
-            name += f"_rollout_{self.position.rollouts:06d}"
-        return name + (f"_pair_{self.rollout.used:06d}" if self.rollout else "")
-
-
-def save_networks(folder: Path, learner: Learner, metadata: dict[str, str]) -> None:
-    """Write the policy LoRA into `folder`, and the EMA LoRA, if any, into `folder`/ema."""
-    header = metadata | {"step": str(learner.updates)}
+def save_networks(folder: Path, learner: Learner, metadata: Mapping[str, str]) -> None:
+    """Writes the policy LoRA into `folder`, and the EMA LoRA, if any, into `folder`/ema."""
+    header = {**metadata, "step": str(learner.updates)}
     save_lora(folder / LORA_FILE, learner.lora, learner.lora.parameters, header)
     if learner.ema is not None:
         (folder / "ema").mkdir(exist_ok=True)
         save_lora(folder / "ema" / LORA_FILE, learner.lora, learner.ema, header)
 
 
-def own_tensors(learner: Learner, progress: Progress) -> dict[str, Tensor]:
-    """What each process has for itself: the gradients it accumulated, and its pairs."""
-    pairs = progress.rollout.tensors() if progress.rollout else {}
-    return gradient_tensors(learner.gradients()) | pairs
+def own_tensors(learner: Learner, state: TrainingState) -> dict[str, Tensor]:
+    """Returns the tensors that only this process has: accumulated gradients, pairs, metrics."""
+    rollout = state.rollout.tensors() if state.rollout else {}
+    return {_GRADIENT + name: g for name, g in learner.gradients().items()} | rollout
 
 
 def save_checkpoint(
     run_dir: Path,
     learner: Learner,
-    progress: Progress,
+    state: TrainingState,
     shares: Iterable[Mapping[str, Tensor]],
     facts: Mapping[str, Any],
-    metadata: dict[str, str],
+    metadata: Mapping[str, str],
     limit: int,
 ) -> None:
-    """Write a checkpoint, then delete the oldest beyond `limit` (0 keeps all).
+    """Writes a checkpoint, then deletes the oldest beyond `limit` (0 keeps all).
 
-    `shares` are the `own_tensors` of one process after the other, written as they come; `facts` are
-    those that `resume.compare` knows.
+    `shares` are the `own_tensors` of one process after the other, written as they arrive; `facts` are
+    the entries that `resume.changes` reads.
     """
-    state = {
-        "position": asdict(progress.position),
-        "rollout": progress.rollout and progress.rollout.numbers(),
+    numbers = {
+        "position": asdict(state.position),
+        "rollout": state.rollout and state.rollout.numbers(),
         "accumulated": learner.minibatches % learner.settings.accumulation_steps,
         "updates": learner.updates,
         "skipped_in_a_row": learner.skipped_in_a_row,
         "scaler": learner.scaler.state_dict(),
         **facts,
     }
-    with new_checkpoint(run_dir, progress.name(), limit) as folder:
+    with new_checkpoint(run_dir, state.name(), limit) as folder:
         save_networks(folder, learner, metadata)
         tensors = optimizer_tensors(learner.optimizer, learner.lora.parameters)
         save_file(tensors, folder / OPTIMIZER)
         for rank, share in enumerate(shares):
             save_file(dict(share), folder / _process_file(rank))
-        write_state(folder, state)
+        write_state(folder, numbers)
 
 
-def load_checkpoint(folder: Path, learner: Learner, plan: BatchPlan, rank: int) -> Progress:
-    """Put `learner` into the state that was saved; UserError where a file is missing or unfit.
+def load_checkpoint(folder: Path, learner: Learner, plan: BatchPlan, rank: int) -> TrainingState:
+    """Restores `learner`, and returns how far the run was; UserError if a file is missing or unfit.
 
-    Another number of processes, or other minibatches, deal out anew what was not used yet.
+    With another number of processes or minibatch size, unused pairs are dealt out again.
     """
-    state = read_state(folder)
+    numbers = read_state(folder)
     with reading(folder):
         learner.lora.assign(parameter_names(load_file(folder / LORA_FILE)))
         if learner.ema is not None:
@@ -100,28 +85,89 @@ def load_checkpoint(folder: Path, learner: Learner, plan: BatchPlan, rank: int) 
             for name, tensor in learner.ema.items():
                 tensor.copy_(ema[name])
         restore_optimizer(learner.optimizer, learner.lora.parameters, load_file(folder / OPTIMIZER))
-        files = [folder / _process_file(r) for r in range(state["plan"]["num_processes"])]
+        files = [folder / _process_file(r) for r in range(numbers["plan"]["num_processes"])]
         share, left = load_share(files, rank, plan.num_processes)
-        if state["scaler"]:  # empty where the checkpoint is not of fp16
-            learner.scaler.load_state_dict(state["scaler"])
-        _restore_gradients(learner, gradients_of(share), state)
-        learner.updates = state["updates"]
-        learner.skipped_in_a_row = state["skipped_in_a_row"]
-        position, rollout = Position(**state["position"]), None
-        if state["rollout"]:
-            numbers = state["rollout"] | {"left_over": state["rollout"]["left_over"] + left}
-            rollout = rollout_of(share, numbers, learner.backbone.device)
-        return Progress(position, rollout)
+        if numbers["scaler"]:  # empty if the checkpoint is not of fp16
+            learner.scaler.load_state_dict(numbers["scaler"])
+        _restore_gradients(learner, _named(share, _GRADIENT), numbers)
+        learner.updates = numbers["updates"]
+        learner.skipped_in_a_row = numbers["skipped_in_a_row"]
+        position, rollout = Position(**numbers["position"]), None
+        if numbers["rollout"]:
+            counted = numbers["rollout"] | {"left_over": numbers["rollout"]["left_over"] + left}
+            rollout = rollout_of(share, counted, learner.backbone.device)
+        return TrainingState(position, rollout)
 
 
-def _restore_gradients(learner: Learner, gradients: Mapping[str, Tensor], state: dict) -> None:
-    """Go on with an accumulated gradient; as much of an update as now can be made of minibatches."""
-    then, now = state["plan"]["accumulation_steps"], learner.settings.accumulation_steps
-    learner.minibatches = state["accumulated"] * now // then
+def rollout_of(
+    tensors: Mapping[str, Tensor], numbers: Mapping[str, Any], device: torch.device
+) -> RolloutInProgress:
+    """Returns the rollout that had these `tensors` and `numbers`."""
+    on_device = {name: tensor.to(device) for name, tensor in tensors.items()}
+    conditioning = Conditioning(**_named(on_device, TEXT))
+    pairs = PreferencePairs(**_named(on_device, PAIRS), conditioning=conditioning)
+    metrics = Metrics(device, _named(on_device, METRICS))
+    return RolloutInProgress(pairs=pairs, metrics=metrics, **numbers)
+
+
+def load_share(files: Sequence[Path], rank: int, count: int) -> tuple[dict[str, Tensor], int]:
+    """Returns the tensors that rank `rank` of `count` resumes with, read from one file per old rank.
+
+    With the same number of processes each resumes with its own. Otherwise the pairs are dealt out
+    again, in the order in which they were shuffled, the accumulated gradients are averaged, and rank 0
+    takes the sums of the metrics. Also returns how many pairs cannot be dealt out evenly any more.
+    Holds one file at a time.
+    """
+    if len(files) == count:
+        return _aligned(load_file(files[rank])), 0
+    share: dict[str, Tensor] = {}
+    places: list[Tensor] = []
+    left = 0
+    for source, file in enumerate(files):
+        loaded = load_file(file)
+        if PAIRS + "timesteps" in loaded:
+            each = len(loaded[PAIRS + "timesteps"])  # the same in every file
+            left = each * len(files) % count
+            place = torch.arange(each) * len(files) + source  # in the shuffled order
+            mine = (place % count == rank) & (place < each * len(files) - left)
+            places.append(place[mine])
+        for name, tensor in loaded.items():
+            if name.startswith(_GRADIENT):
+                share[name] = share.get(name, 0) + tensor / len(files)
+            elif name.startswith(METRICS):
+                share[name] = share.get(name, 0) + tensor * (rank == 0)
+            elif _has_rows(name):
+                share[name] = torch.cat([*([share[name]] if name in share else []), tensor[mine]])
+            else:
+                share[name] = tensor
+    if places:
+        order = torch.argsort(torch.cat(places))
+        share |= {name: share[name][order] for name in share if _has_rows(name)}
+    return _aligned(share), left
+
+
+def _named(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+
+
+def _has_rows(name: str) -> bool:
+    """Tells if a tensor has one row per pair."""
+    return name.startswith((PAIRS, f"{TEXT}prompt_embeds", f"{TEXT}pooled"))
+
+
+def _aligned(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies tensors into torch's own memory: kernels may round differently on mapped files."""
+    return {name: tensor.clone() for name, tensor in tensors.items()}
+
+
+def _restore_gradients(learner: Learner, gradients: Mapping[str, Tensor], numbers: dict) -> None:
+    """Restores a partly accumulated gradient, rounded down to whole minibatches of the new plan."""
+    then, now = numbers["plan"]["accumulation_steps"], learner.settings.accumulation_steps
+    learner.minibatches = numbers["accumulated"] * now // then
     if learner.minibatches == 0:
         return
-    share_of_update = (learner.minibatches * then) / (state["accumulated"] * now)
-    scale = learner.scaler.get_scale() / state["scaler"].get("scale", 1.0) * share_of_update
+    share_of_update = (learner.minibatches * then) / (numbers["accumulated"] * now)
+    scale = learner.scaler.get_scale() / numbers["scaler"].get("scale", 1.0) * share_of_update
     for name, gradient in gradients.items():
         parameter = learner.lora.parameters[name]
         parameter.grad = (gradient * scale).to(parameter.device)

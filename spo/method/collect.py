@@ -1,67 +1,76 @@
-"""One rollout -> decoded and scored candidates -> preference pairs."""
+"""Prompts -> rollout -> decoded and scored candidates -> preference pairs."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from spo.method.ddim import DDIMSchedule
-from spo.method.pairs import PairSettings, best_against_worst, concatenate_pairs
+from spo.command_line.values import Checked, not_negative, whole
+from spo.method.pairs import (
+    PairSettings,
+    choose,
+    concatenate_pairs,
+    differ_enough,
+    make_pairs,
+    no_pairs,
+)
+from spo.method.position import Position, epoch_order
 from spo.method.rollout import RolloutSettings, stepwise_rollout
 from spo.models import lora
-from spo.models.backbone import Backbone
-from spo.scorers import Scorer
-from spo.types import Candidates, Conditioning, PreferencePairs
+from spo.seeding import derive_seed
+from spo.types import Candidates, Comparison, Conditioning, PreferencePairs
 
-
-@dataclass(frozen=True)
-class Comparison:
-    """The scores of one comparison of a rollout; they outlive its candidates."""
-
-    score_timestep: int  # what the preference model was told
-    scores: Tensor  # (K, B)
+if TYPE_CHECKING:
+    from spo.launch.batch_plan import BatchPlan
+    from spo.method.ddim import DDIM
+    from spo.models.backbone import Backbone
+    from spo.scorers import Scorer
 
 
 @dataclass(frozen=True)
 class Collected:
-    """What a rollout brought in."""
+    """The result of a rollout."""
 
     pairs: PreferencePairs
     comparisons: tuple[Comparison, ...]
 
 
 @dataclass(frozen=True)
-class CollectSettings:
+class CollectSettings(Checked, section="sample"):
     """Everything that shapes a rollout and its pairs."""
 
     rollout: RolloutSettings
     pairs: PairSettings
-    guidance_scale: float
-    decode_batch_size: int
+    guidance_scale: float = not_negative()
+    decode_batch_size: int = whole()
 
 
 @torch.no_grad()
 def collect_rollout(
     backbone: Backbone,
     scorer: Scorer,
-    schedule: DDIMSchedule,
+    sampler: DDIM,
     settings: CollectSettings,
     prompts: Sequence[str],
     prompt_ids: Tensor,
     generator: torch.Generator,
     before_step: Callable[[], None] = lambda: None,
 ) -> Collected:
-    """Roll out B prompts with the UNet as it stands; score the candidates as they come, keep pairs.
+    """Rolls out B prompts with the UNet's current weights, scores the candidates, and keeps pairs.
 
-    What `before_step` raises ends the rollout between two denoising steps.
+    An exception of `before_step` ends the rollout between two denoising steps.
     """
     conditioning = backbone.encode_prompts(prompts)
     prompt_features = scorer.encode_prompts(prompts)
+    # The pair rule has a generator of its own: what it draws leaves the rollout's noise alone.
+    rule = torch.Generator().manual_seed(derive_seed(generator.initial_seed(), "pairing"))
     parts, keep, comparisons = [], [], []
-    for candidates in roll_out(backbone, schedule, settings, conditioning, generator, before_step):
+    for candidates in roll_out(backbone, sampler, settings, conditioning, generator, before_step):
         scores = score_candidates(
             candidates,
             backbone.decode_candidates,
@@ -69,35 +78,36 @@ def collect_rollout(
             prompt_features,
             settings.decode_batch_size,
         )
-        comparisons.append(Comparison(candidates.score_timestep, scores))
-        pairs, differ = best_against_worst(
-            candidates, scores, conditioning, prompt_ids, settings.pairs
-        )
+        chosen = choose(scores, settings.pairs, rule)
+        gaps = chosen.gap(scores)
+        comparisons.append(Comparison(candidates.score_timestep, scores, gaps))
+        pairs = make_pairs(candidates, chosen, conditioning, prompt_ids, settings.pairs)
         parts.append(pairs)
-        keep.append(differ)
+        enough = differ_enough(candidates, gaps, settings.pairs)
+        keep.append(enough.repeat(len(pairs) // max(1, len(enough))))
     kept = torch.cat(keep).nonzero().flatten()
     return Collected(concatenate_pairs(parts).select(kept), tuple(comparisons))
 
 
 def roll_out(
     backbone: Backbone,
-    schedule: DDIMSchedule,
+    sampler: DDIM,
     settings: CollectSettings,
     conditioning: Conditioning,
     generator: torch.Generator,
     before_step: Callable[[], None] = lambda: None,
 ) -> Iterator[Candidates]:
-    """What a rollout of the B prompts of `conditioning` compares, with the UNet as it stands."""
+    """Yields the candidates of a rollout of B prompts with the UNet's current weights."""
     autocast = lora.is_in_use(backbone.unet)
 
-    def predict(latents: Tensor, timestep: int, rows: Conditioning) -> Tensor:
+    def network(latents: Tensor, timestep: int, rows: Conditioning) -> Tensor:
         before_step()
         return backbone.predict(
             backbone.unet, latents, timestep, rows, settings.guidance_scale, autocast
         )
 
     return stepwise_rollout(
-        predict, schedule, settings.rollout, conditioning, backbone.latent_shape, generator
+        network, sampler, settings.rollout, conditioning, backbone.latent_shape, generator
     )
 
 
@@ -109,18 +119,71 @@ def score_candidates(
     prompt_features: Tensor,
     batch_size: int,
 ) -> Tensor:
-    """Scores (K, B) of the candidates' images, decoded and scored `batch_size` at a time.
+    """Returns scores (K, B) of the candidates, `batch_size` at a time.
 
-    That of an image that is not finite is NaN, whatever the scorer makes of it.
+    The scorer looks at their decoded images, or at the noisy latents themselves. The score of an image
+    that is not finite is NaN, whatever the scorer returns for it.
     """
-    k, b = candidates.latents.shape[:2]
-    latents = candidates.latents.flatten(0, 1)
-    of_row = torch.arange(b, device=latents.device).repeat(k)
+    at_images = getattr(scorer, "looks_at", "images") == "images"
+    latents = candidates.latents if at_images else candidates.noisy_latents
+    k, b = latents.shape[:2]
+    prompts = torch.arange(b, device=latents.device).repeat(k)
     scores = []
-    for part, rows in zip(latents.split(batch_size), of_row.split(batch_size), strict=True):
-        images = decode(part)
-        found = scorer.score(images, prompt_features[rows], candidates.score_timestep).float()
-        # Not looked at here, which would wait for the GPU.
-        overflowed = ~images.isfinite().flatten(1).all(dim=1)
+    rows_of = zip(latents.flatten(0, 1).split(batch_size), prompts.split(batch_size), strict=True)
+    for part, rows in rows_of:
+        seen = decode(part) if at_images else part
+        found = scorer.score(seen, prompt_features[rows], candidates.score_timestep).float()
+        # Checked here as a mask: looking at the numbers would wait for the GPU.
+        overflowed = ~seen.isfinite().flatten(1).all(dim=1)
         scores.append(found.masked_fill(overflowed.to(found.device), torch.nan))
     return torch.cat(scores).reshape(k, b)
+
+
+def join(parts: Sequence[Collected], backbone: Backbone, settings: PairSettings) -> Collected:
+    """Joins the rollouts of one process; without any, returns 0 pairs in the right shapes."""
+    comparisons = tuple(comparison for part in parts for comparison in part.comparisons)
+    if parts:
+        return Collected(concatenate_pairs([part.pairs for part in parts]), comparisons)
+    nothing = backbone.encode_prompts([""])
+    return Collected(no_pairs(nothing, backbone.latent_shape, settings), comparisons)
+
+
+@dataclass(frozen=True)
+class Slice:
+    """The prompts that one process rolls out at once, and the generator of their noise."""
+
+    prompt_ids: list[int]
+    generator: torch.Generator
+
+
+def slices_of(
+    chunk: Sequence[int], plan: BatchPlan, seed: int, position: Position, rank: int
+) -> list[Slice]:
+    """Returns the slices of process `rank` of the rollout of the prompts `chunk` at `position`.
+
+    The chunk is split into slices, process by process. A slice is seeded by its place in the chunk,
+    so that one process with four slices draws the same as four processes with one slice.
+    """
+    rollout = (position.epochs, position.rollouts_in_epoch)
+    slices = np.array_split(np.asarray(chunk), plan.slices * plan.num_processes)
+    return [
+        Slice(
+            slices[place].tolist(),
+            torch.Generator().manual_seed(derive_seed(seed, "rollout", *rollout, place)),
+        )
+        for place in range(rank * plan.slices, (rank + 1) * plan.slices)
+    ]
+
+
+def first_slices(num_prompts: int, plan: BatchPlan, seed: int, rollouts: int) -> list[Slice]:
+    """Returns the slices of process 0 of a run's first `rollouts` in its first epoch."""
+    order, size = epoch_order(num_prompts, seed, epoch=0), plan.prompts_per_rollout
+    starts = range(0, num_prompts, size)[:rollouts]
+    return [
+        part
+        for i, start in enumerate(starts)
+        for part in slices_of(
+            order[start : start + size], plan, seed, Position(rollouts_in_epoch=i), rank=0
+        )
+        if part.prompt_ids
+    ]

@@ -1,22 +1,24 @@
-"""Numbers that went wrong: a run stops with one line that says where."""
+"""Numbers that are not finite stop a run with one line that says where."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from spo.data.token_lengths import named
 from spo.errors import RunError
-from spo.method.collect import Comparison
-from spo.method.learner import Step
-from spo.types import PreferencePairs
+from spo.types import Comparison, PreferencePairs
+
+if TYPE_CHECKING:
+    from spo.method.learner import Step
 
 
 def check_scores(comparisons: Sequence[Comparison], prompts: Sequence[str]) -> None:
-    """Raise RunError that names timestep and prompts where a score is not finite."""
+    """Raises RunError that names timestep and prompts if a score is not finite."""
     for comparison in comparisons:
         bad = ~comparison.scores.isfinite().all(dim=0)
         if bad.any():
@@ -29,7 +31,7 @@ def check_scores(comparisons: Sequence[Comparison], prompts: Sequence[str]) -> N
 
 
 def check_images(images: Tensor, prompts: Sequence[str], model: str) -> None:
-    """Raise RunError that names prompts where an image (n, 3, H, W) of `model` is not finite."""
+    """Raises RunError that names the prompts if an image (n, 3, H, W) of `model` is not finite."""
     sound = images.isfinite().flatten(1).all(dim=1).tolist()
     bad = [prompt for prompt, is_sound in zip(prompts, sound, strict=True) if not is_sound]
     if bad:
@@ -41,32 +43,32 @@ def check_images(images: Tensor, prompts: Sequence[str], model: str) -> None:
 
 @dataclass(frozen=True, order=True)
 class Fault:
-    """A number of a minibatch that is not finite; the smallest of all processes' is the cause."""
+    """A number that is not finite; of all processes' faults the smallest is the origin."""
 
-    minibatch: int  # of those looked at
-    in_gradient: bool  # which all processes share, so that one ruins it for all
-    text: str  # what it is, with timesteps and prompts
+    minibatch: int  # its place among the minibatches that were checked
+    in_gradient: bool  # all processes share the gradient, so that one spoils it for all
+    text: str  # the number, with timesteps and prompts
 
 
 def find_faults(
     done: Sequence[tuple[PreferencePairs, Step]], prompts: Sequence[str]
 ) -> list[Fault]:
-    """What is not finite in minibatches of this process; `prompts` are all of the run's."""
+    """Returns the numbers that are not finite in these minibatches; `prompts` are the run's."""
     faults = []
     for number, (batch, step) in enumerate(done):
-        output = step.output
-        terms = (output.win_policy, output.win_reference, output.lose_policy, output.lose_reference)
-        # The clips of the loss hide a prediction that is infinite.
-        bad = ~torch.stack(terms).isfinite().all(dim=0)
+        output, update = step.output, step.update
+        # The clips of a loss hide a prediction that is infinite; its terms do not.
+        bad = torch.zeros(len(batch), dtype=torch.bool, device=output.loss.device)
+        for values in output.terms.values():
+            bad |= ~values.isfinite()
         # A gradient that the fp16 scaler skipped did no harm: see `check_skipped`.
-        updated = step.grad_norm is not None and not step.skipped
         if bad.any():
             faults.append(
                 Fault(number, False, _describe("predictions are", batch.select(bad), prompts))
             )
         elif not output.loss.isfinite():
             faults.append(Fault(number, False, _describe("the loss is", batch, prompts)))
-        elif updated and not step.grad_norm.isfinite():
+        elif step.is_update and not update.grad_norm.isfinite():
             faults.append(Fault(number, True, _describe("the gradient is", batch, prompts)))
     return faults
 
@@ -76,8 +78,17 @@ def _describe(what: str, batch: PreferencePairs, prompts: Sequence[str]) -> str:
     return f"{what} not finite at t = {batch.timesteps.unique().tolist()} for the prompts {own}"
 
 
+def check_faults(faults: Sequence[Fault], rollout: int, step: int) -> None:
+    """Raises RunError that names the origin of `faults`, if there are any."""
+    if faults:
+        raise RunError(
+            f"{min(faults).text}, in rollout {rollout}, about step {step}; the last checkpoint is "
+            "good: resume from it with a lower train.learning_rate or mixed_precision=bf16."
+        )
+
+
 def check_skipped(in_a_row: int, limit: int) -> None:
-    """Raise RunError where the fp16 gradients of `limit` updates in a row overflowed."""
+    """Raises RunError if the fp16 gradients of `limit` updates in a row overflowed."""
     if in_a_row >= limit:
         raise RunError(
             f"train.max_skipped_updates: the fp16 gradients of {in_a_row} updates in a row overflowed "

@@ -3,46 +3,74 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from spo.method import ddim
-from spo.method.ddim import DDIMSchedule
-from spo.method.ema import distance, update_ema
-from spo.method.losses import LossSettings, Objective
-from spo.models.backbone import Backbone
-from spo.models.lora import Lora
-from spo.models.merged_lora import MergedLora
+from spo.command_line.values import Checked, choice, number, positive, whole
+from spo.errors import UserError
+from spo.method.metrics import Metrics
+from spo.models.lora import Lora, MergedLora
+from spo.models.optimizers import Update, apply_gradients
 from spo.types import LossOutput, NoisePredictions, PreferencePairs
+
+if TYPE_CHECKING:
+    from spo.method.ddim import DDIM
+    from spo.method.losses import Loss
+    from spo.models.backbone import Backbone
 
 
 @dataclass(frozen=True)
-class UpdateSettings:
+class UpdateSettings(Checked, section="train"):
     """How minibatches become updates; `config.train` explains each."""
 
-    accumulation_steps: int
-    max_grad_norm: float | None
-    ema_decay: float
-    ema_every: str  # "optimizer_step" or "window"
-    merge_lora: bool  # lora.merge
-    skip_ema_pass: bool  # train.ema_prediction == "none"
+    accumulation_steps: int  # minibatches of one optimizer step
+    guidance_scale: float  # sample.guidance_scale
+    merge: bool  # lora.merge
+    max_grad_norm: float | None = positive()
+    max_skipped_updates: int = whole()
+    clip_eps: float | None
+    ema_decay: float = number("from 0 to 1", lambda v: 0 <= v <= 1)
+    ema_every: str = choice("optimizer_step", "window")
+    ema_prediction: str = choice("fresh", "rollout", "none")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.ema_prediction == "none" and self.clip_eps is not None:
+            raise UserError(
+                "train.ema_prediction: without the EMA's prediction the clips cannot be computed; set "
+                "train.clip_eps=None with 'none', or use 'fresh' or 'rollout'."
+            )
 
 
 @dataclass(frozen=True)
 class Step:
-    """What one minibatch did."""
+    """The result of one minibatch."""
 
     output: LossOutput
-    grad_norm: Tensor | None  # () before clipping, where the minibatch completed an update
-    skipped: bool = False  # the fp16 gradients overflowed and the update was left out
+    update: Update | None  # None if the minibatch only added to the gradients
+
+    @property
+    def is_update(self) -> bool:
+        """Whether the policy moved."""
+        return self.update is not None and not self.update.skipped
+
+    def note(self, metrics: Metrics) -> None:
+        """Adds the numbers of the minibatch to `metrics`."""
+        metrics.mean("loss", self.output.loss)
+        for name, values in self.output.terms.items():
+            metrics.mean(name, values)
+        if self.is_update:
+            metrics.mean("grad_norm", self.update.grad_norm)
 
 
 class Learner:
     """Policy, EMA and reference on one UNet, and the optimizer that moves the policy.
 
-    `unet` is the backbone's UNet or its DDP wrapper and is used for the pass with gradients alone.
+    `unet` is the backbone's UNet or its DDP wrapper, and is used only for the pass with gradients.
     `reference` are the LoRA weights of the reference; None: the base model.
     """
 
@@ -52,48 +80,41 @@ class Learner:
         unet: nn.Module,
         lora: Lora,
         optimizer: torch.optim.Optimizer,
-        objective: Objective,
-        schedule: DDIMSchedule,
-        loss_settings: LossSettings,
+        loss: Loss,
+        sampler: DDIM,
         settings: UpdateSettings,
-        guidance_scale: float,
         reference: dict[str, Tensor] | None = None,
     ) -> None:
         self.backbone, self.unet, self.lora = backbone, unet, lora
-        self.optimizer, self.objective, self.schedule = optimizer, objective, schedule
-        self.loss_settings, self.settings = loss_settings, settings
-        self.guidance_scale, self.reference = guidance_scale, reference
-        self.ema = lora.snapshot() if objective.uses_ema else None
-        self.merged = MergedLora(lora) if settings.merge_lora else None
-        self.scaler = torch.amp.GradScaler(
-            backbone.device.type, enabled=backbone.dtype == torch.float16
-        )
+        self.optimizer, self.loss, self.sampler = optimizer, loss, sampler
+        self.settings, self.reference = settings, reference
+        self.ema = lora.snapshot() if loss.uses_ema else None
+        self.merged = MergedLora(lora) if settings.merge else None
+        is_fp16 = backbone.dtype == torch.float16
+        self.scaler = torch.amp.GradScaler(backbone.device.type, enabled=is_fp16)
         self.minibatches = 0  # since the start of training; accumulation runs across rollouts
         self.updates = 0
-        self.skipped_in_a_row = 0  # updates left out, as their fp16 gradients overflowed
+        self.skipped_in_a_row = 0  # updates that were skipped because fp16 gradients overflowed
 
-    def sampler(self) -> contextlib.AbstractContextManager:
-        """Within the context the UNet is the network that draws candidates, without gradients."""
-        return self.network("policy" if self.ema is None else "ema")
-
-    def network(self, name: str) -> contextlib.AbstractContextManager:
-        """Within the context the UNet is the "policy" or the "ema", for passes without gradients."""
-        weights = self.ema if name == "ema" else self.lora.parameters
-        if self.merged is not None:
-            return self.merged.using(weights)
-        return self.lora.using(self.ema) if name == "ema" else contextlib.nullcontext()
-
-    def gradients(self) -> dict[str, Tensor]:
-        """What this process has accumulated towards the next update."""
-        parameters = self.lora.parameters.items()
-        return {name: p.grad for name, p in parameters if p.grad is not None}
-
-    def ema_distance(self) -> float | None:
-        """Euclidean distance of the EMA LoRA from the policy's; None without EMA."""
-        return None if self.ema is None else distance(self.ema, self.lora.parameters).item()
+    def train_minibatch(self, pairs: PreferencePairs, index_in_rollout: int) -> Step:
+        """Adds the gradients of `pairs`; after `accumulation_steps` of these, moves policy and EMA."""
+        every = self.settings.accumulation_steps
+        self.minibatches += 1
+        completes_update = self.minibatches % every == 0
+        with contextlib.nullcontext() if completes_update else self._without_reduction():
+            predictions = self.predict(pairs)
+            output = self.loss(predictions, pairs, self.sampler)
+            self.scaler.scale(output.loss / every).backward()
+        update = self._update_policy() if completes_update else None
+        step = Step(replace(output, loss=output.loss.detach()), update)
+        by_window = self.settings.ema_every == "window" and (index_in_rollout + 1) % every == 0
+        by_update = self.settings.ema_every == "optimizer_step" and step.is_update
+        if self.ema is not None and (by_window or by_update):
+            update_ema(self.ema, self.lora.parameters, self.settings.ema_decay)
+        return step
 
     def predict(self, pairs: PreferencePairs) -> NoisePredictions:
-        """Guided epsilon predictions of all networks at the pairs' x_t; the policy's with gradients."""
+        """Returns the epsilon of all three networks at the pairs' x_t, the policy's with gradients."""
         with torch.no_grad(), self.lora.using(self.reference):
             reference = self._epsilon(self.backbone.unet, pairs)
         ema = self._ema_epsilon(pairs, reference)
@@ -105,8 +126,8 @@ class Learner:
             return None
         if pairs.sampler_epsilon is not None:
             return pairs.sampler_epsilon
-        if self.settings.skip_ema_pass:
-            return reference  # without clips it cancels out of the loss, whatever it is
+        if self.settings.ema_prediction == "none":
+            return reference  # any value works: without clipping it cancels from the loss
         with torch.no_grad(), self.network("ema"):
             return self._epsilon(self.backbone.unet, pairs)
 
@@ -114,44 +135,52 @@ class Learner:
         n, latents_each = pairs.latents.shape[:2]
         latents = pairs.latents.flatten(0, 1)
         rows = torch.arange(n, device=latents.device).repeat_interleave(latents_each)
-        timesteps = pairs.timesteps[rows]
-        output = self.backbone.predict(
-            unet, latents, timesteps, pairs.conditioning.select(rows), self.guidance_scale
-        )
-        abar = self.schedule.abar(timesteps, latents)
-        return ddim.to_epsilon(self.schedule, output, latents, abar).unflatten(0, (n, latents_each))
+        timesteps, conditioning = pairs.timesteps[rows], pairs.conditioning.select(rows)
+        scale = self.settings.guidance_scale
+        output = self.backbone.predict(unet, latents, timesteps, conditioning, scale)
+        epsilon = self.sampler.predict(output, latents, timesteps).epsilon
+        return epsilon.unflatten(0, (n, latents_each))
 
-    def train_minibatch(self, pairs: PreferencePairs, index_in_rollout: int) -> Step:
-        """Add the gradients of `pairs`; every `accumulation_steps` minibatches, update the policy."""
-        every = self.settings.accumulation_steps
-        self.minibatches += 1
-        completes_update = self.minibatches % every == 0
-        local = not completes_update and hasattr(self.unet, "no_sync")
-        with self.unet.no_sync() if local else contextlib.nullcontext():
-            output = self.objective.loss(
-                self.predict(pairs), pairs, self.schedule, self.loss_settings
-            )
-            self.scaler.scale(output.loss / every).backward()
-        step = Step(replace(output, loss=output.loss.detach()), grad_norm=None)
-        if completes_update:
-            step = self._update(step)
-        by_window = self.settings.ema_every == "window"
-        moves = (index_in_rollout + 1) % every == 0 if by_window else completes_update
-        if self.ema is not None and moves and (by_window or not step.skipped):
-            update_ema(self.ema, self.lora.parameters, self.settings.ema_decay)
-        return step
+    def _without_reduction(self) -> contextlib.AbstractContextManager:
+        """Keeps DDP from averaging gradients of which an update needs more."""
+        return self.unet.no_sync() if hasattr(self.unet, "no_sync") else contextlib.nullcontext()
 
-    def _update(self, step: Step) -> Step:
-        self.scaler.unscale_(self.optimizer)
-        limit = self.settings.max_grad_norm
-        norm = nn.utils.clip_grad_norm_(
-            self.lora.parameters.values(), float("inf") if limit is None else limit
-        )
-        scale = self.scaler.get_scale()
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        skipped = self.scaler.get_scale() < scale  # the scaler backs off where gradients overflowed
-        self.updates += not skipped
-        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
-        return replace(step, grad_norm=norm, skipped=skipped)
+    def _update_policy(self) -> Update:
+        parameters, limit = self.lora.parameters.values(), self.settings.max_grad_norm
+        update = apply_gradients(self.optimizer, self.scaler, parameters, limit)
+        self.updates += not update.skipped
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if update.skipped else 0
+        return update
+
+    def drawing_network(self) -> contextlib.AbstractContextManager:
+        """Within the context the UNet is the network that draws candidates, without gradients."""
+        return self.network("policy" if self.ema is None else "ema")
+
+    def network(self, name: str) -> contextlib.AbstractContextManager:
+        """Within the context the UNet is the "policy" or the "ema", for passes without gradients."""
+        weights = self.ema if name == "ema" else self.lora.parameters
+        if self.merged is not None:
+            return self.merged.using(weights)
+        return self.lora.using(self.ema) if name == "ema" else contextlib.nullcontext()
+
+    def gradients(self) -> dict[str, Tensor]:
+        """Returns the gradients that this process has accumulated towards the next update."""
+        parameters = self.lora.parameters.items()
+        return {name: p.grad for name, p in parameters if p.grad is not None}
+
+    def ema_distance(self) -> float | None:
+        """Returns the Euclidean distance of the EMA LoRA from the policy's; None without EMA."""
+        return None if self.ema is None else distance(self.ema, self.lora.parameters).item()
+
+
+@torch.no_grad()
+def update_ema(ema: Mapping[str, Tensor], policy: Mapping[str, Tensor], decay: float) -> None:
+    """Sets ema = decay ema + (1 - decay) policy, in place, tensor by tensor."""
+    for name, average in ema.items():
+        average.lerp_(policy[name], 1 - decay)
+
+
+@torch.no_grad()
+def distance(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> Tensor:
+    """Returns the Euclidean distance between two sets of tensors with the same names, ()."""
+    return torch.stack([(a[name] - b[name]).square().sum() for name in a]).sum().sqrt()

@@ -1,119 +1,96 @@
-"""What a rollout and its training looked like, as numbers summed over processes."""
+"""Named numbers of a rollout and its training, averaged over processes; one line per number."""
 
 from __future__ import annotations
 
 import re
 import resource
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from spo.method.collect import Comparison
-from spo.method.learner import Learner, Step
-from spo.method.pairs import preference_gap
-from spo.method.position import RolloutInProgress
+from spo.types import Comparison
 
 
-def rollout_sums(
-    comparisons: Sequence[Comparison], pair_timesteps: Tensor, timesteps: Sequence[int]
-) -> dict[str, Tensor]:
-    """Sums over comparisons and prompts, and the number of pairs at each of `timesteps`; scalars.
+class Metrics:
+    """Sums by name, kept on the device so that adding to them never waits for a GPU."""
 
-    `score_spread` is the standard deviation over the candidates of a prompt, `win_margin` the softmax
-    probability of the best less that of the worst.
-    """
-    device = pair_timesteps.device
-    sums = {name: torch.zeros((), device=device) for name in ("score_mean", "score_spread")}
-    sums |= {
-        name: torch.zeros((), device=device) for name in ("win_margin", "comparisons", "images")
-    }
+    def __init__(self, device: torch.device, sums: Mapping[str, Tensor] | None = None) -> None:
+        self.device = device
+        self.sums = dict(sums or {})  # () fp64 each
+
+    def mean(self, name: str, values: Tensor) -> None:
+        """Adds every element of `values` to the mean `name`."""
+        self._add(f"sum:{name}", values.detach().sum(dtype=torch.float64))
+        self._add(f"count:{name}", values.numel())
+
+    def total(self, name: str, value: Tensor | int) -> None:
+        """Adds a number to the total `name`."""
+        self._add(f"total:{name}", value)
+
+    def _add(self, name: str, value: Tensor | int) -> None:
+        if not isinstance(
+            value, Tensor
+        ):  # a tensor made of a number waits for the GPU; full does not
+            value = torch.full((), value, dtype=torch.float64, device=self.device)
+        self.sums[name] = self.sums.get(name, 0) + value.to(self.device, torch.float64)
+
+
+def summary(sums: Mapping[str, float]) -> dict[str, Any]:
+    """Returns means and totals by name, from sums over processes; "a/b" becomes entry b of a."""
+    line: dict[str, Any] = {}
+    for key, value in sums.items():
+        kind, _, name = key.partition(":")
+        group, slash, entry = name.partition("/")
+        if kind == "sum":
+            count = sums[f"count:{name}"]
+            line[name] = value / count if count else None
+        elif kind == "total" and slash:
+            line.setdefault(group, {})[entry] = int(value)
+        elif kind == "total":
+            line[name] = int(value)
+    return line
+
+
+def note_rollout(
+    metrics: Metrics,
+    comparisons: Sequence[Comparison],
+    pair_timesteps: Tensor,
+    timesteps: Sequence[int],
+) -> None:
+    """Adds the scores of a rollout, and the number of pairs at each of `timesteps`."""
     for comparison in comparisons:
         scores = comparison.scores
-        sums["score_mean"] += scores.mean(dim=0).sum()
-        sums["score_spread"] += scores.std(dim=0).sum()
-        sums["win_margin"] += preference_gap(scores).sum()
-        sums["comparisons"] += scores.shape[1]
-        sums["images"] += scores.numel()
-    return sums | {f"t={t}": (pair_timesteps == t).sum() for t in timesteps}
+        metrics.mean("score_mean", scores.mean(dim=0))
+        metrics.mean("score_spread", scores.std(dim=0))
+        metrics.mean("win_margin", comparison.gaps)
+        metrics.total("comparisons", scores.shape[1])
+        metrics.total("images", scores.numel())
+    metrics.total("pairs", len(pair_timesteps))
+    for timestep in timesteps:
+        metrics.total(f"pairs_at/{timestep}", (pair_timesteps == timestep).sum())
 
 
-def rollout_metrics(sums: dict[str, float]) -> dict:
-    """Metrics of a rollout from its sums over all processes."""
-    pairs_at = {name[2:]: int(count) for name, count in sums.items() if name.startswith("t=")}
-    count = sums["comparisons"]
-    return {
-        "score_mean": sums["score_mean"] / count,
-        "score_spread": sums["score_spread"] / count,
-        "win_margin": sums["win_margin"] / count,
-        "comparisons": int(count),
-        "pairs": sum(pairs_at.values()),
-        "pairs_at": pairs_at,
-    }
-
-
-_STEP = ("loss", "win_ratio", "lose_ratio", "clipped", "grad_norm", "updates", "skipped_updates")
-
-
-def step_row(step: Step) -> Tensor:
-    """What metrics need of a minibatch, (7,): it outlives the minibatch, in checkpoints, too."""
-    output, zero = step.output, step.output.loss.new_zeros(())
-    updates = step.grad_norm is not None and not step.skipped
-    means = (output.win_ratio.mean(), output.lose_ratio.mean(), output.clipped.mean())
-    norm = step.grad_norm if updates else zero
-    return torch.stack([output.loss, *means, norm, zero + updates, zero + step.skipped])
-
-
-def training_sums(rows: Sequence[Tensor], device: torch.device) -> dict[str, Tensor]:
-    """Sums over the minibatches whose `step_row`s these are; scalars."""
-    table = torch.stack(tuple(rows)) if rows else torch.zeros(0, len(_STEP), device=device)
-    sums = dict(zip(_STEP, table.sum(dim=0), strict=True))
-    return sums | {"minibatches": torch.tensor(float(len(rows)), device=device)}
-
-
-def training_metrics(sums: dict[str, float], processes: int) -> dict:
-    """Metrics of the training on a rollout's pairs; None where there was nothing to average."""
-
-    def mean(name: str, count: str) -> float | None:
-        return sums[name] / sums[count] if sums[count] else None
-
-    return {
-        "loss": mean("loss", "minibatches"),
-        "win_ratio": mean("win_ratio", "minibatches"),
-        "lose_ratio": mean("lose_ratio", "minibatches"),
-        "clipped": mean("clipped", "minibatches"),
-        "grad_norm": mean("grad_norm", "updates"),
-        "minibatches": int(sums["minibatches"]) // processes,
-        "updates": int(sums["updates"]) // processes,
-        "skipped_updates": int(sums["skipped_updates"]) // processes,
-    }
-
-
-def state_metrics(learner: Learner) -> dict:
-    """Metrics of the networks and the optimizer as they stand."""
-    return {
-        "ema_distance": learner.ema_distance(),
-        "learning_rate": learner.optimizer.param_groups[0]["lr"],
-    }
-
-
-def speed_metrics(rollout: RolloutInProgress) -> dict:
-    """How long a rollout and its training took; `images_per_second` are those that were scored."""
-    return {
-        "seconds_rollout": rollout.seconds_rollout,
-        "seconds_train": rollout.seconds_train,
-        "images_per_second": rollout.sums["images"] / rollout.seconds_rollout,
-    }
+def time_left(seconds: float, prompts: int, prompts_left: int) -> str:
+    """Returns a line with the rate of a rollout and its training, and how long the rest takes."""
+    each = seconds / prompts
+    hours = each * prompts_left / 3600
+    rest = f"{hours:.3g} hours" if hours >= 1 else f"{hours * 60:.3g} minutes"
+    return (
+        f"rate: {each:.3g} s for a prompt and its pairs; at this rate the {prompts_left} prompts that "
+        f"are left take {rest}"
+    )
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Peak memory so far: of the allocator on a GPU, resident memory of the process on a CPU."""
+    """Returns the peak so far: the allocator's on a GPU, the process's resident memory on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     if sys.platform == "darwin":
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**30
-    # Linux' rusage would have the memory of the process that started this one in it.
+    # Linux' rusage includes the memory of the process that started this one.
     status = Path("/proc/self/status").read_text()
     return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 2**20

@@ -1,97 +1,137 @@
-"""Scores of candidates -> best against worst -> preference pairs."""
+"""Scores of candidates -> a rule chooses winners and losers -> preference pairs."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from spo.command_line.values import Checked, choice, number
+from spo.plugins import find
 from spo.types import Candidates, Conditioning, PreferencePairs, Transition
 
 
 @dataclass(frozen=True)
-class PairSettings:
-    """Which pairs a comparison gives."""
+class Chosen:
+    """n pairs chosen among K candidates of each of B prompts."""
 
-    threshold: float  # sample.threshold
-    keep_all_final: bool  # sample.keep_all_final
-    direction_from_last: bool  # sample.final_direction == "last"
-    branching_only: (
-        bool  # only the window's first transition makes a pair (Objective.shares_latents)
+    win: Tensor  # (n,) index of the preferred candidate
+    lose: Tensor  # (n,) index of the dispreferred one
+    prompts: Tensor  # (n,) index of the prompt
+
+    def gap(self, scores: Tensor) -> Tensor:
+        """Returns how far softmax([win, lose]) of scores (K, B) differ: (n,), from -1 to 1."""
+        both = torch.stack([scores[self.win, self.prompts], scores[self.lose, self.prompts]])
+        win, lose = both.softmax(dim=0)
+        return win - lose
+
+
+# (scores (K, B), generator on the CPU) -> the pairs, in the order in which training sees them
+Pairing = Callable[[Tensor, torch.Generator], Chosen]
+
+
+def best_worst(scores: Tensor, generator: torch.Generator) -> Chosen:
+    """Pairs the best candidate of each prompt with its worst (SPO, arXiv 2406.04314)."""
+    prompts = torch.arange(scores.shape[1], device=scores.device)
+    return Chosen(scores.argmax(dim=0), scores.argmin(dim=0), prompts)
+
+
+PAIRINGS: dict[str, Pairing] = {"best_worst": best_worst}
+
+
+@dataclass(frozen=True)
+class PairSettings(Checked, section="sample"):
+    """Which pairs a comparison gives; `config.sample` explains each."""
+
+    pairing: str
+    threshold: float = number(
+        "from 0 to 1, or -1 to keep every pair", lambda v: 0 <= v <= 1 or v == -1
     )
-    one_x_t: bool  # win and lose of every pair share x_t, which is then kept once
-    keep_predictions: bool  # the sampler's at x_t (train.ema_prediction == "rollout")
+    keep_all_final: bool
+    final_direction: str = choice("window", "last")
+    final_step: str
+    num_inner_steps: int
+    shares_latents: bool  # the loss needs one x_t: only a window's first transition makes pairs
+    keep_predictions: bool  # keep the sampler's epsilon (train.ema_prediction == "rollout")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        find(self.pairing, PAIRINGS, "sample.pairing")
+
+    @property
+    def one_x_t(self) -> bool:
+        """Whether win and lose of every pair share x_t, which is then kept once."""
+        one_transition = self.num_inner_steps == 0 and self.final_step == "branch"
+        return self.shares_latents or one_transition
 
 
-def preference_gap(scores: Tensor) -> Tensor:
-    """How far apart softmax([best, worst]) lies, for scores (K, B): (B,) in [0, 1)."""
-    best_and_worst = torch.stack([scores.amax(dim=0), scores.amin(dim=0)]).softmax(dim=0)
-    return best_and_worst[0] - best_and_worst[1]
+def choose(scores: Tensor, settings: PairSettings, generator: torch.Generator) -> Chosen:
+    """Returns the pairs that the rule of `settings` chooses by scores (K, B)."""
+    return find(settings.pairing, PAIRINGS, "sample.pairing")(scores, generator)
 
 
-def differ_enough(candidates: Candidates, scores: Tensor, settings: PairSettings) -> Tensor:
-    """Which of B comparisons make pairs, (B,) bool, by their scores (K, B)."""
+def differ_enough(candidates: Candidates, gaps: Tensor, settings: PairSettings) -> Tensor:
+    """Returns which of n chosen pairs are kept, (n,) bool, by their gaps (n,)."""
     if candidates.is_final and settings.keep_all_final:
-        return torch.ones_like(scores[0], dtype=torch.bool)
-    return preference_gap(scores) > settings.threshold
+        return torch.ones_like(gaps, dtype=torch.bool)
+    return gaps > settings.threshold
 
 
-def best_against_worst(
+def make_pairs(
     candidates: Candidates,
-    scores: Tensor,
+    chosen: Chosen,
     conditioning: Conditioning,
     prompt_ids: Tensor,
     settings: PairSettings,
-) -> tuple[PreferencePairs, Tensor]:
-    """The pairs of best and worst candidate of B prompts, and which of them differ enough, (n,) bool.
+) -> PreferencePairs:
+    """Returns the chosen pairs, transition by transition of the window, as m n rows.
 
-    Pairs come transition by transition of the window, within a transition prompt by prompt; scores
-    are (K, B). All are returned, as to pick out some would wait for a GPU.
+    Pairs below the threshold are among them: indexing here would wait for the GPU.
     """
-    ranked = torch.stack([scores.argmax(dim=0), scores.argmin(dim=0)], dim=1)  # (B, 2)
-    prompts = torch.arange(len(ranked), device=ranked.device)[:, None]
+    both = torch.stack([chosen.win, chosen.lose], dim=1)  # (n, 2)
+    prompts = chosen.prompts[:, None]
 
-    def of_win_and_lose(values: Tensor) -> Tensor:  # (K, B, ...) -> (B, 2, ...)
-        return values[ranked, prompts]
+    def of_win_and_lose(values: Tensor) -> Tensor:  # (K, B, ...) -> (n, 2, ...)
+        return values[both, prompts]
 
     def at_start(transition: Transition, values: Tensor) -> Tensor:
         if settings.one_x_t:
-            return values[0].unsqueeze(1)
+            return values[0, chosen.prompts].unsqueeze(1)
         return of_win_and_lose(values.expand_as(transition.noise))
 
-    transitions = _transitions_used(candidates.window, settings)
+    own_ids, own_conditioning = prompt_ids[chosen.prompts], conditioning.select(chosen.prompts)
     pairs = [
         PreferencePairs(
-            timesteps=torch.full_like(prompt_ids, transition.timestep),
+            timesteps=torch.full_like(own_ids, transition.timestep),
             latents=at_start(transition, transition.latents),
             noises=of_win_and_lose(transition.noise),
             next_latents=of_win_and_lose(transition.next_latents),
-            prompt_ids=prompt_ids,
-            conditioning=conditioning,
+            prompt_ids=own_ids,
+            conditioning=own_conditioning,
             sampler_epsilon=(
                 at_start(transition, transition.epsilon) if settings.keep_predictions else None
             ),
         )
-        for transition in transitions
+        for transition in transitions_used(candidates.window, settings)
     ]
-    differ = differ_enough(candidates, scores, settings)
-    return concatenate_pairs(pairs), differ.repeat(len(transitions))
+    return concatenate_pairs(pairs)
 
 
-def _transitions_used(
+def transitions_used(
     window: tuple[Transition, ...], settings: PairSettings
 ) -> tuple[Transition, ...]:
-    if not settings.branching_only:
+    """Returns the transitions of a window that make pairs."""
+    if not settings.shares_latents:
         return window
-    if settings.direction_from_last:
+    if settings.final_direction == "last":
         return (replace(window[0], noise=window[-1].noise),)
     return window[:1]
 
 
 def concatenate_pairs(parts: Sequence[PreferencePairs]) -> PreferencePairs:
-    """All pairs of `parts` (at least one), in order."""
+    """Joins all pairs of `parts` (at least one), in order."""
     first = parts[0]
     if len(parts) == 1:
         return first
@@ -113,7 +153,7 @@ def concatenate_pairs(parts: Sequence[PreferencePairs]) -> PreferencePairs:
 def no_pairs(
     conditioning: Conditioning, latent_shape: tuple[int, int, int], settings: PairSettings
 ) -> PreferencePairs:
-    """No pairs, in the shapes of `best_against_worst`: what a process without prompts deals in."""
+    """Returns 0 pairs in the shapes of `make_pairs`, for a process without prompts."""
     device = conditioning.prompt_embeds.device
     none = torch.zeros(0, dtype=torch.int64, device=device)
     two = torch.zeros(0, 2, *latent_shape, device=device)

@@ -1,37 +1,40 @@
-"""How far a run has come: its position, and the rollout that it is training on."""
+"""How far a run has come: its position, and the rollout whose pairs it is training on."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
-from spo.types import Conditioning, PreferencePairs
+from spo.method.metrics import Metrics, summary
+from spo.seeding import derive_seed
+from spo.types import PreferencePairs
+
+if TYPE_CHECKING:
+    from spo.method.learner import Step
 
 
 @dataclass(frozen=True)
 class Position:
-    """What of a run is complete; a rollout is, once all its pairs were trained on."""
+    """How far the run is. A rollout counts once all its pairs have been trained on."""
 
     epochs: int = 0
-    rollouts: int = 0  # in all epochs
-    rollouts_in_epoch: int = 0  # of the epoch that is not complete
+    rollouts: int = 0  # of all epochs
+    rollouts_in_epoch: int = 0  # of the epoch that has begun
     prompts: int = 0  # of that epoch, used by these rollouts
 
     def after(self, prompts: int, prompts_per_epoch: int) -> Position:
-        """The position after one more rollout of so many prompts."""
+        """Returns the position after one more rollout of that many prompts."""
         done = self.prompts + prompts
         if done == prompts_per_epoch:
             return Position(self.epochs + 1, self.rollouts + 1)
         return Position(self.epochs, self.rollouts + 1, self.rollouts_in_epoch + 1, done)
 
     def is_checkpoint_due(self, every_rollouts: int, every_epochs: int, num_epochs: int) -> bool:
-        """Whether a checkpoint is saved here; `every_rollouts` 0 saves none within an epoch."""
+        """Tells if a checkpoint is saved here; `every_rollouts` 0 saves none within an epoch."""
         if every_rollouts and self.rollouts % every_rollouts == 0:
             return True
         is_last = self.epochs == num_epochs
@@ -42,97 +45,96 @@ class Position:
 class RolloutInProgress:
     """A rollout between two of its minibatches, as one process sees it."""
 
-    pairs: PreferencePairs  # those of this process that are left, in training order
-    steps: tuple[Tensor, ...]  # metrics.step_row of each minibatch so far
-    sums: Mapping[str, float]  # metrics.rollout_sums, over all processes
-    prompts: int  # that were rolled out, by all processes
-    used: int  # pairs trained on so far, by all processes
+    pairs: PreferencePairs  # this process's pairs that are left, in training order
+    metrics: Metrics  # of this process, so far
+    prompts: int  # rolled out by all processes
     left_over: int  # pairs that could not be dealt out evenly
     seconds_rollout: float
-    seconds_train: float  # so far
+    seconds_train: float = 0.0  # so far
+    used: int = 0  # pairs trained on so far, by all processes
+    minibatches: int = 0  # of each process, so far
+    updates: int = 0
+    skipped_updates: int = 0
+
+    def after(self, minibatch: PreferencePairs, step: Step, processes: int) -> RolloutInProgress:
+        """Returns the rollout after training on its next minibatch."""
+        step.note(self.metrics)
+        return replace(
+            self,
+            pairs=self.pairs.select(slice(len(minibatch), None)),
+            used=self.used + len(minibatch) * processes,
+            minibatches=self.minibatches + 1,
+            updates=self.updates + step.is_update,
+            skipped_updates=self.skipped_updates
+            + (step.update is not None and step.update.skipped),
+        )
+
+    def summary(self, sums: Mapping[str, float]) -> dict[str, Any]:
+        """Returns the numbers of metrics.jsonl; `sums` are the metrics of all processes."""
+        measured = {"loss": None, "grad_norm": None} | summary(sums)
+        images = measured.pop("images")
+        return {
+            **measured,
+            "minibatches": self.minibatches,
+            "updates": self.updates,
+            "skipped_updates": self.skipped_updates,
+            "pairs_left_over": self.left_over,
+            "seconds_rollout": self.seconds_rollout,
+            "seconds_train": self.seconds_train,
+            "images_per_second": images / self.seconds_rollout,
+        }
 
     def numbers(self) -> dict[str, Any]:
-        """Everything but the tensors, the same on every process."""
-        names = [f.name for f in fields(self) if f.name not in ("pairs", "steps")]
+        """Returns the fields that are the same on every process."""
+        names = [f.name for f in fields(self) if f.name not in ("pairs", "metrics")]
         return {name: getattr(self, name) for name in names}
 
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors of this process, by name."""
-        rows = torch.stack(self.steps) if self.steps else self.pairs.latents.new_zeros(0, 0)
+        """Returns the tensors of this process, by name."""
         conditioning = vars(self.pairs.conditioning).items()
         return {
-            "steps": rows,
-            **{f"{_PAIRS}{name}": tensor for name, tensor in self.pairs.tensors().items()},
-            **{f"{_TEXT}{name}": tensor for name, tensor in conditioning if tensor is not None},
+            **{METRICS + name: value for name, value in self.metrics.sums.items()},
+            **{PAIRS + name: tensor for name, tensor in self.pairs.tensors().items()},
+            **{TEXT + name: tensor for name, tensor in conditioning if tensor is not None},
         }
 
 
-_PAIRS, _TEXT, _GRADIENT = "pairs.", "conditioning.", "gradient:"
+# What begins the names of `RolloutInProgress.tensors`.
+PAIRS, TEXT, METRICS = "pairs.", "conditioning.", "metrics."
 
 
-def gradient_tensors(gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Accumulated gradients under the names that `load_share` knows."""
-    return {f"{_GRADIENT}{name}": tensor for name, tensor in gradients.items()}
+@dataclass(frozen=True)
+class TrainingState:
+    """How far a run has come, as one of its processes sees it."""
+
+    position: Position
+    rollout: RolloutInProgress | None = None  # None: between rollouts
+
+    @property
+    def inside_epoch(self) -> bool:
+        """Whether an epoch has begun."""
+        return bool(self.position.prompts or self.rollout)
+
+    def name(self) -> str:
+        """Returns the name of a checkpoint saved here; names sort by progress."""
+        name = f"epoch_{self.position.epochs:04d}"
+        if self.inside_epoch:
+            name += f"_rollout_{self.position.rollouts:06d}"
+        return name + (f"_pair_{self.rollout.used:06d}" if self.rollout else "")
 
 
-def gradients_of(share: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse of `gradient_tensors`, for whatever else is in `share`."""
-    prefix = _GRADIENT
-    return {n.removeprefix(prefix): t for n, t in share.items() if n.startswith(prefix)}
+def epoch_order(num_prompts: int, seed: int, epoch: int) -> list[int]:
+    """Returns the shuffled order of the prompts in an epoch."""
+    generator = torch.Generator().manual_seed(derive_seed("epoch_order", seed, epoch))
+    return torch.randperm(num_prompts, generator=generator).tolist()
 
 
-def rollout_of(
-    tensors: Mapping[str, Tensor], numbers: Mapping[str, Any], device: torch.device
-) -> RolloutInProgress:
-    """The rollout that had these `tensors` and `numbers`."""
+def chunks_left(order: Sequence[int], state: TrainingState, size: int) -> list[Sequence[int]]:
+    """Returns the prompts of each rollout that an epoch still needs, `size` prompts each.
 
-    def named(prefix: str) -> dict[str, Tensor]:
-        found = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-        return {name: tensor.to(device) for name, tensor in found.items()}
-
-    pairs = PreferencePairs(**named(_PAIRS), conditioning=Conditioning(**named(_TEXT)))
-    steps = tuple(tensors["steps"].to(device).unbind())
-    return RolloutInProgress(pairs=pairs, steps=steps, **numbers)
-
-
-def load_share(files: Sequence[Path], rank: int, count: int) -> tuple[dict[str, Tensor], int]:
-    """What process `rank` of `count` goes on with, of what each process had in a file of its own.
-
-    The same processes go on with their own. Others deal the pairs out anew, in the order in which
-    they were shuffled, and start from the mean of the accumulated gradients. Returns the tensors,
-    and how many pairs can no longer be dealt out evenly. Holds one file at a time.
+    `order` are all prompts of the epoch. A rollout in progress is the first, with its own size.
     """
-    if len(files) == count:
-        return _aligned(load_file(files[rank])), 0
-    share: dict[str, Tensor] = {}
-    places: list[Tensor] = []
-    left = 0
-    for source, file in enumerate(files):
-        loaded = load_file(file)
-        if "steps" in loaded:
-            each = len(loaded[_PAIRS + "timesteps"])  # the same in every file
-            left = each * len(files) % count
-            place = torch.arange(each) * len(files) + source  # in the shuffled order
-            mine = (place % count == rank) & (place < each * len(files) - left)
-            places.append(place[mine])
-        for name, tensor in loaded.items():
-            if name.startswith(_GRADIENT) or name == "steps":
-                share[name] = share.get(name, 0) + tensor / len(files)
-            elif _has_rows(name):
-                share[name] = torch.cat([*([share[name]] if name in share else []), tensor[mine]])
-            else:
-                share[name] = tensor
-    if places:
-        order = torch.argsort(torch.cat(places))
-        share |= {name: share[name][order] for name in share if _has_rows(name)}
-    return _aligned(share), left
-
-
-def _has_rows(name: str) -> bool:
-    """Whether a tensor has one row per pair."""
-    return name.startswith((_PAIRS, f"{_TEXT}prompt_embeds", f"{_TEXT}pooled"))
-
-
-def _aligned(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies in memory of torch's own: kernels may round otherwise where a file is mapped."""
-    return {name: tensor.clone() for name, tensor in tensors.items()}
+    start = state.position.prompts
+    first = start + (state.rollout.prompts if state.rollout else size)
+    bounds = [start, *range(first, len(order), size), len(order)]
+    return [order[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]

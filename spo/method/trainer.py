@@ -3,350 +3,248 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, replace
-from itertools import pairwise
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ml_collections import ConfigDict
-from tqdm import tqdm
+import torch
 
 from spo.atomic import writing
-from spo.costs.startup import Forecast, make_forecast
-from spo.data.prompts import epoch_order
-from spo.data.token_lengths import describe_lengths
-from spo.errors import RunError, Stopped
-from spo.launch.signals import StopSignals
-from spo.launch.workers import Workers
+from spo.errors import Stopped
 from spo.lora_io.diffusers_file import LORA_FILE
-from spo.lora_io.find import find_lora, read_lora
-from spo.method import build, metrics
-from spo.method.checkpoint import (
-    Progress,
-    load_checkpoint,
-    own_tensors,
-    save_checkpoint,
-    save_networks,
+from spo.method.checkpoint import own_tensors, save_checkpoint, save_networks
+from spo.method.collect import Collected, Slice, collect_rollout, join, slices_of
+from spo.method.health import check_faults, check_scores, check_skipped, find_faults
+from spo.method.metrics import Metrics, note_rollout, peak_memory_gib, time_left
+from spo.method.position import (
+    Position,
+    RolloutInProgress,
+    TrainingState,
+    chunks_left,
+    epoch_order,
 )
-from spo.method.health import check_skipped, find_faults
-from spo.method.learner import Step
-from spo.method.position import Position
-from spo.method.preflight import Preflight, preflight, run_facts
-from spo.method.shared_rollout import SharedRollout
-from spo.models.backbone import Backbone
-from spo.models.device import set_up_device, speed_up
-from spo.models.lora import Lora
-from spo.models.optimizers import check_optimizer
-from spo.publish.push import Publishing
-from spo.run.folder import CHECKPOINTS, METRICS, drop_metrics_after, record_start
-from spo.run.resume import stopped_at
-from spo.run.session import open_run_dir
-from spo.run.tracking import Tracking
-from spo.run.validation import draw_cells, save_samples, validation_grid
-from spo.scorers import load_scorer, tokenizers_of
-from spo.seeding import derive_seed
+from spo.run.folder import METRICS
 from spo.types import PreferencePairs
+
+if TYPE_CHECKING:
+    from ml_collections import ConfigDict
+
+    from spo.launch.workers import Workers
+    from spo.method.learner import Learner, Step
+    from spo.method.preflight import Preflight
+    from spo.models.backbone import Backbone
+    from spo.run.session import Session
+    from spo.scorers import Scorer
 
 
 def train(config: ConfigDict) -> None:
-    """Train as `config` says, in one process or as one of several that accelerate started.
+    """Trains in one process, or as one of several that the launcher started.
 
-    Raises UserError for bad input before any model loads, RunError where a run cannot go on, and
+    Raises UserError for bad input before any model loads, RunError if a run cannot continue, and
     Stopped after a signal.
     """
-    with Workers(config.rank_timeout) as workers:
-        ready = None
-        with workers.together():
-            if workers.is_main:
-                ready = preflight(config, workers.count)
-                check_optimizer(config.train.optimizer, workers.device)
-                open_run_dir(ready.run_dir, config, ready.resume.damaged)
-        Trainer(config, workers.from_main(ready), workers).run()
+    from spo.method.start import (
+        start,  # config, files, processes and models, which the loop is given
+    )
+
+    with start(config) as trainer:
+        trainer.run()
 
 
 class Trainer:
-    """A run: its models, its position, and where its results go."""
+    """A training run on one of its processes, from `state` on."""
 
-    def __init__(self, config: ConfigDict, ready: Preflight, workers: Workers) -> None:
-        self.config, self.ready, self.workers = config, ready, workers
-        self.plan, self.run_dir = ready.plan, ready.run_dir
-        self.prompts = ready.prompts.prompts
-        self.say(ready.prompts.describe())
-        self.say(ready.plan.describe())
-        set_up_device(workers.device, config.allow_tf32)
-        self.forecast = Forecast()
-        if workers.is_main:  # the others load their models in the meantime
-            self.forecast = make_forecast(config, self.plan, workers.device, self.say)
-        with workers.together():
-            self.backbone = Backbone(
-                build.rollout_source(config),
-                config.family,
-                config.mixed_precision,
-                workers.device,
-            )
-            self.scorer = load_scorer(build.scorer_source(config), workers.device)
-            lora = self._make_lora()
-            speed_up(self.backbone, self.scorer, build.speed_settings(config))
-        self.learner = build.build_learner(
-            config,
-            self.backbone,
-            workers.wrap(self.backbone.unet),
-            lora,
-            self.plan.accumulation_steps,
-        )
-        self.signals = StopSignals()
-        self.source = SharedRollout(
-            self.backbone,
-            self.scorer,
-            self.learner,
-            build.collect_settings(config),
-            self.plan,
-            self.prompts,
-            config.seed,
-            workers,
-            before_step=self.signals.check,
-        )
-        self.position, self.rollout = Position(), None
-        self.saved = ready.resume.checkpoint
-        if self.saved is not None:
-            with workers.together():
-                progress = load_checkpoint(self.saved, self.learner, self.plan, workers.rank)
-            self.position, self.rollout = progress.position, progress.rollout
-            self.say("\n".join([*ready.resume.describe(), *ready.changes]))
-        self.start = self.position
-        with workers.together():
-            self.tracking = self._start_tracking() if workers.is_main else None
-        self.publishing = self._start_publishing() if workers.is_main else None
-
-    def _make_lora(self) -> Lora:
-        config, unet = self.config, self.backbone.unet
-        if config.train.gradient_checkpointing:
-            unet.enable_gradient_checkpointing()
-        lora = build.build_lora(config, unet, seed=derive_seed(config.seed, "lora"))
-        if config.lora.init_from:
-            key = "lora.init_from"
-            path = find_lora(config.lora.init_from, key)
-            lora.assign(read_lora(path, lora, key))
-        return lora
-
-    def _start_tracking(self) -> Tracking:
-        tokenizers = self.backbone.tokenizers | tokenizers_of(self.scorer)
-        self.say(lengths := describe_lengths(self.prompts, tokenizers))
-        facts = {
-            "plan": asdict(self.plan),
-            "prompts": self.ready.prompts.describe(),
-            "prompt_lengths": lengths,
-            "resumed_from": str(self.saved or ""),
-            "device": self.workers.device.type,
-        }
-        drop_metrics_after(self.run_dir, self.position.rollouts)
-        record_start(self.run_dir, facts)
-        tracker = self.config.tracker
-        return Tracking(self.run_dir, tracker.name, tracker.project, self.config.to_dict())
-
-    def _start_publishing(self) -> Publishing | None:
-        target, every = build.destination(self.config), self.config.hub.push_every
-        return Publishing(self.run_dir, target, every, self.say) if target.repo_id else None
+    def __init__(
+        self,
+        ready: Preflight,
+        workers: Workers,
+        session: Session,
+        backbone: Backbone,
+        scorer: Scorer,
+        learner: Learner,
+        state: TrainingState,
+    ) -> None:
+        self.ready, self.recipe, self.plan = ready, ready.recipe, ready.plan
+        self.workers, self.session, self.prompts = workers, session, ready.prompts.prompts
+        self.backbone, self.scorer, self.learner = backbone, scorer, learner
+        self.position: Position = state.position
+        self.rollout: RolloutInProgress | None = state.rollout
+        self.start = state.position
 
     def run(self) -> None:
-        """Train what is left, then write the final LoRA.
+        """Trains the epochs that are left, then writes the final LoRA.
 
         Raises Stopped, with everything saved, after SIGTERM or SIGINT.
         """
-        with self.signals:
-            try:
-                self.train_epochs()
-            except Stopped as stopped:
-                self.save_and_stop(stopped)
-        with self.workers.together():
-            if self.tracking is not None:
-                self.save_networks()
-                self.tracking.close()
-                self.say_where()
-        if self.publishing is not None:
-            self.publishing.finish()
+        self.session.run(self.train_epochs, self.save_checkpoint)
+        self.session.on_main(self.save_networks)
+        self.session.close()
+        self.session.say(f"LoRA:     {self.ready.run_dir / LORA_FILE}")
+        self.session.say(f"metrics:  {self.ready.run_dir / METRICS}")
+        if self.ready.validation_prompts:
+            self.session.say(f"pictures: {self.ready.run_dir / 'validation'}")
+        self.session.finish_publishing()
 
     def train_epochs(self) -> None:
-        """Train the epochs that are left; before, between and after them, draw validation images."""
-        for _ in self.progress(range(self.position.epochs, self.config.num_epochs), "epochs"):
+        """Trains the epochs that are left; draws validation images before, between and after them."""
+        epochs = range(self.position.epochs, self.recipe.run.num_epochs)
+        for _ in self.session.bar(epochs, "epochs"):
             self.draw_validation_images()
-            with self.workers.together():
-                self.publish()
+            if not self.state.inside_epoch:
+                self.session.publish(self.position.epochs, self.save_networks)
             self.train_epoch()
         self.draw_validation_images()
 
     def train_epoch(self) -> None:
-        """Roll out every prompt that is left, and after each rollout train on its pairs."""
-        epoch, start = self.position.epochs, self.position.prompts
-        order = epoch_order(len(self.prompts), self.config.seed, epoch)
-        size = self.plan.prompts_per_rollout
-        first = start + (self.rollout.prompts if self.rollout else size)
-        starts = [start, *range(first, len(order), size)]
-        chunks = [order[a:b] for a, b in pairwise([*starts, len(order)])]
-        for chunk in self.progress(chunks, f"epoch {epoch + 1}: rollouts"):
+        """Trains on every prompt that the epoch has left: the method, from prompts to the EMA."""
+        order = epoch_order(len(self.prompts), self.recipe.run.seed, self.position.epochs)
+        chunks = chunks_left(order, self.state, self.plan.prompts_per_rollout)
+        for chunk in self.session.bar(chunks, f"epoch {self.position.epochs + 1}: rollouts"):
             if self.rollout is None:
-                self.rollout = self.source.draw(chunk, self.position)
-            self.train_on_pairs()
-            line = self.metrics_line()
-            if self.position == self.start:
-                self.say(self.forecast.rest(self.rollout, self.prompts_left() - len(chunk)))
-            self.position, self.rollout = self.position.after(len(chunk), len(order)), None
-            self.log(line)
-            config = self.config
-            if self.position.is_checkpoint_due(
-                config.save_every_rollouts, config.save_interval, config.num_epochs
-            ):
-                self.save_checkpoint()
+                # Candidates at every denoising step, drawn by the EMA -> scores -> pairs.
+                self.rollout = self.collect(chunk)
+            for pairs in self.minibatches():
+                # Predictions of policy, reference and EMA -> loss -> update of the policy -> EMA.
+                step = self.learner.train_minibatch(pairs, self.minibatch_index)
+                self.trained.append((pairs, step))
+                self.rollout = self.rollout.after(pairs, step, self.workers.count)
+            self.complete_rollout(chunk, prompts_per_epoch=len(order))
 
-    def prompts_left(self) -> int:
-        """Prompts that were not trained on yet, over all epochs."""
-        epochs = self.config.num_epochs - self.position.epochs
-        return epochs * len(self.prompts) - self.position.prompts
+    @property
+    def state(self) -> TrainingState:
+        """How far this process is."""
+        return TrainingState(self.position, self.rollout)
 
-    def metrics_line(self) -> dict:
-        """Metrics of the rollout whose pairs are used up."""
-        rollout, device = self.rollout, self.workers.device
-        sums = rollout.sums | self.workers.sum(metrics.training_sums(rollout.steps, device))
-        return {
+    @property
+    def minibatch_index(self) -> int:
+        """The number of minibatches since the rollout."""
+        return self.rollout.used // (self.plan.minibatch_size * self.workers.count)
+
+    def collect(self, chunk: Sequence[int]) -> RolloutInProgress:
+        """Rolls out the prompts `chunk` on all processes, shuffles their pairs and deals them out.
+
+        Raises RunError on every process if a score is not finite, and Stopped between two steps.
+        """
+        started = time.perf_counter()
+        mine = slices_of(chunk, self.plan, self.recipe.run.seed, self.position, self.workers.rank)
+        with self.workers.together():
+            parts = [self._collect_slice(part) for part in mine if part.prompt_ids]
+        own = join(parts, self.backbone, self.recipe.collect.pairs)
+        metrics = Metrics(self.workers.device)
+        branching = self.learner.sampler.timesteps[self.recipe.collect.rollout.branch_from :]
+        note_rollout(metrics, own.comparisons, own.pairs.timesteps, branching)
+        dealt, left_over = self.workers.deal(own.pairs, mine[0].generator)
+        seconds = time.perf_counter() - started
+        return RolloutInProgress(dealt, metrics, len(chunk), left_over, seconds_rollout=seconds)
+
+    def _collect_slice(self, part: Slice) -> Collected:
+        prompts = [self.prompts[i] for i in part.prompt_ids]
+        with self.learner.drawing_network():
+            collected = collect_rollout(
+                self.backbone,
+                self.scorer,
+                self.learner.sampler,
+                self.recipe.collect,
+                prompts,
+                torch.tensor(part.prompt_ids, device=self.workers.device),
+                part.generator,
+                before_step=self.session.signals.check,
+            )
+        check_scores(collected.comparisons, prompts)
+        return collected
+
+    def minibatches(self) -> Iterator[PreferencePairs]:
+        """Yields the pairs that the rollout has left, minibatch by minibatch.
+
+        At its end raises RunError on every process if a number is not finite, or if too many updates
+        were skipped; after a signal, Stopped.
+        """
+        size, stopped = self.plan.minibatch_size, False
+        self.trained: list[tuple[PreferencePairs, Step]] = []
+        started, before = time.perf_counter(), self.rollout.seconds_train
+        for _ in self.session.bar(range(0, len(self.rollout.pairs), size), "minibatches"):
+            stopped = self.workers.any(self.session.signals.requested)
+            if stopped:
+                break
+            yield self.rollout.pairs.select(slice(size))
+        # Not after each minibatch: looking at a number waits for the GPU.
+        self.check_finite()
+        if stopped:
+            raise Stopped("by a signal.")
+        seconds = before + time.perf_counter() - started
+        self.rollout = replace(self.rollout, seconds_train=seconds)
+
+    def check_finite(self) -> None:
+        """Raises RunError on every process unless all numbers of the last minibatches are finite."""
+        found = self.workers.gather(find_faults(self.trained, self.prompts))
+        with self.workers.together():
+            check_faults(found, self.position.rollouts + 1, self.learner.updates)
+            limit = self.recipe.update.max_skipped_updates
+            check_skipped(self.learner.skipped_in_a_row, limit)
+
+    def complete_rollout(self, chunk: Sequence[int], prompts_per_epoch: int) -> None:
+        """Logs the rollout whose pairs are used up, and saves a checkpoint if one is due."""
+        rollout, run = self.rollout, self.recipe.run
+        line = {
             "epoch": self.position.epochs + 1,
             "rollout": self.position.rollouts + 1,
             "step": self.learner.updates,
-            **metrics.training_metrics(sums, self.workers.count),
-            **metrics.rollout_metrics(sums),
-            "pairs_left_over": rollout.left_over,
-            **metrics.state_metrics(self.learner),
-            **metrics.speed_metrics(rollout),
-            "tflops": self.forecast.tflops(rollout),
-            "peak_memory_gib": metrics.peak_memory_gib(device),
+            **rollout.summary(self.workers.sum_named(rollout.metrics.sums)),
+            "ema_distance": self.learner.ema_distance(),
+            "learning_rate": self.learner.optimizer.param_groups[0]["lr"],
+            "peak_memory_gib": peak_memory_gib(self.workers.device),
         }
-
-    def train_on_pairs(self) -> None:
-        """Use every pair that is left of the rollout once, minibatch by minibatch.
-
-        RunError on every process where a number is not finite, or too many updates were skipped;
-        Stopped between minibatches.
-        """
-        size, done = self.plan.minibatch_size, []
-        started, before = time.perf_counter(), self.rollout.seconds_train
-        stopped = False
-        for _ in self.progress(range(0, len(self.rollout.pairs), size), "minibatches"):
-            stopped = self.workers.any(self.signals.requested)
-            if stopped:
-                break
-            batch = self.rollout.pairs.select(slice(size))
-            index = self.rollout.used // (size * self.workers.count)
-            step = self.learner.train_minibatch(batch, index)
-            done.append((batch, step))
-            self.rollout = replace(
-                self.rollout,
-                pairs=self.rollout.pairs.select(slice(size, None)),
-                steps=(*self.rollout.steps, metrics.step_row(step)),
-                used=self.rollout.used + len(batch) * self.workers.count,
-            )
-        # Not after each minibatch: to look at a number waits for the GPU.
-        self.check_finite(done)
-        if stopped:
-            raise Stopped("by a signal.")
-        self.rollout = replace(self.rollout, seconds_train=before + time.perf_counter() - started)
-
-    def check_finite(self, done: Sequence[tuple[PreferencePairs, Step]]) -> None:
-        """RunError on every process unless all numbers of these minibatches are finite."""
-        found = self.workers.gather(find_faults(done, self.prompts))
-        with self.workers.together():
-            if found:
-                raise RunError(
-                    f"{min(found).text}, in rollout {self.position.rollouts + 1}, about step "
-                    f"{self.learner.updates}; the last checkpoint is good: resume from it with a "
-                    "lower train.learning_rate or mixed_precision=bf16."
-                )
-            limit = self.config.train.max_skipped_updates
-            check_skipped(self.learner.skipped_in_a_row, limit)
+        if self.position == self.start:
+            left = (run.num_epochs - self.position.epochs) * prompts_per_epoch
+            left -= self.position.prompts + len(chunk)
+            seconds = rollout.seconds_rollout + rollout.seconds_train
+            self.session.say(time_left(seconds, rollout.prompts, left))
+        self.position, self.rollout = self.position.after(len(chunk), prompts_per_epoch), None
+        self.session.log(line)
+        if self.position.is_checkpoint_due(
+            run.save_every_rollouts, run.save_interval, run.num_epochs
+        ):
+            self.save_checkpoint()
 
     def draw_validation_images(self) -> None:
-        """Draw the validation prompts as one grid, where these are due and no epoch has begun.
+        """Draws the validation grid if it is due; only between epochs.
 
-        A run that was interrupted here draws them again.
+        A run that was stopped here draws it again.
         """
-        prompts, which = self.ready.validation_prompts, self.config.eval.weights
-        epochs, has_begun = self.position.epochs, self.position.prompts or self.rollout
-        if not prompts or has_begun or epochs % self.config.eval_interval:
+        prompts, settings = self.ready.validation_prompts, self.recipe.validation
+        epochs, interval = self.position.epochs, self.recipe.run.eval_interval
+        if not prompts or self.state.inside_epoch or epochs % interval:
             return
-        mine = range(self.workers.rank, len(prompts), self.workers.count)
-        with self.workers.together(), self.learner.network(which):
-            cells = draw_cells(
-                self.backbone,
-                prompts,
-                self.signals.watch(self.progress(mine, "validation images")),
-                build.image_settings(self.config),
-            )
-        cells = self.workers.gather_to_main(cells)
-        with self.workers.together():
-            if self.tracking is not None:
-                name, title = f"validation/epoch_{epochs:04d}_{which}", f"{which} LoRA after epoch "
-                picture = validation_grid(cells, title + str(epochs))
-                self.tracking.picture(name, picture, step=self.position.rollouts)
-                save_samples(self.run_dir, cells, which, epochs)
+        from spo.run.validation import draw_validation_images
 
-    def publish(self) -> None:
-        """Push the LoRAs as they are to the Hub, in the background, where that is due."""
-        epochs, has_begun = self.position.epochs, self.position.prompts or self.rollout
-        if self.publishing is not None and not has_begun and self.publishing.due(epochs):
-            self.save_networks()
-            self.publishing.push()
+        with self.learner.network(settings.weights):
+            draw_validation_images(
+                self.session, self.backbone, prompts, settings, epochs, self.learner.updates
+            )
 
     def save_networks(self) -> None:
-        """Write the LoRAs as they are into the run directory."""
-        with writing(self.run_dir):
-            save_networks(self.run_dir, self.learner, build.lora_metadata(self.config))
+        """Writes the current LoRAs into the run directory."""
+        with writing(self.ready.run_dir):
+            save_networks(self.ready.run_dir, self.learner, self.recipe.lora_metadata())
 
     def save_checkpoint(self) -> Path:
-        """Save, on the main process, everything that a resumed run needs, unless that is done."""
-        progress = Progress(self.position, self.rollout)
-        folder = self.run_dir / CHECKPOINTS / progress.name()
-        if folder == self.saved:
-            return folder
+        """Saves everything that a resumed run needs, unless that is done; returns the folder."""
+        return self.session.save_once(self.state.name(), self._save_checkpoint)
+
+    def _save_checkpoint(self) -> None:
+        workers, state = self.workers, self.state
         ema = {f"ema.{name}": tensor for name, tensor in (self.learner.ema or {}).items()}
-        self.workers.check_equal("LoRA or EMA", self.learner.lora.parameters | ema)
-        mine = own_tensors(self.learner, progress)
-        with self.workers.together(), self.workers.to_main(mine) as shares:
-            if self.workers.is_main:
+        workers.check_equal("LoRA or EMA", self.learner.lora.parameters | ema)
+        mine = own_tensors(self.learner, state)
+        with workers.together(), workers.to_main(mine) as shares:
+            if workers.is_main:
                 save_checkpoint(
-                    self.run_dir,
+                    self.ready.run_dir,
                     self.learner,
-                    progress,
+                    state,
                     shares,
-                    run_facts(self.config, self.plan, self.prompts),
-                    build.lora_metadata(self.config),
-                    self.config.checkpoint_limit,
+                    self.ready.facts(),
+                    self.recipe.lora_metadata(),
+                    self.recipe.run.checkpoint_limit,
                 )
-        self.saved = folder
-        return folder
-
-    def save_and_stop(self, stopped: Stopped) -> None:
-        """Save everything, and raise a Stopped that says how to go on."""
-        folder = self.save_checkpoint()
-        if self.tracking is not None:
-            self.tracking.close()
-        raise stopped_at(folder) from stopped
-
-    def log(self, line: dict) -> None:
-        """Write a line of metrics, on the main process."""
-        with self.workers.together():
-            if self.tracking is not None:
-                self.tracking.log(line, step=self.position.rollouts)
-
-    def say_where(self) -> None:
-        """Print where the results are."""
-        self.say(f"LoRA:     {self.run_dir / LORA_FILE}")
-        self.say(f"metrics:  {self.run_dir / METRICS}")
-        if self.ready.validation_prompts:
-            self.say(f"pictures: {self.run_dir / 'validation'}")
-
-    def say(self, text: str) -> None:
-        """Print a line, on the main process, without breaking the progress bars."""
-        if self.workers.is_main:
-            tqdm.write(text)
-
-    def progress(self, items: Sequence, name: str) -> tqdm:
-        """`items` with a progress bar on the main process."""
-        return tqdm(items, desc=name, disable=not self.workers.is_main, leave=False)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,10 +28,11 @@ from diffusers import (
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from spo.command_line.values import expand
 from spo.data.token_lengths import readable
 from spo.errors import LOAD_ERRORS, UserError, first_line
 from spo.hub import PREFETCH, model_file
-from spo.method.ddim import DDIMSchedule, make_schedule
+from spo.method.ddim import DDIM, NoiseSchedule, make_sampler, noise_schedule
 from spo.models.decoder import check_decoder, decode, load_decoder
 from spo.types import Conditioning
 
@@ -61,6 +62,12 @@ class ModelSource:
     vae: str | None = None
     unet: str | None = None  # a repo or folder whose subfolder `unet` replaces the model's own
     decoder: str | None = None  # config.sample.decoder
+
+
+def model_source(pretrained: Mapping[str, str | None], decoder: str | None = None) -> ModelSource:
+    """Returns the source that `config.pretrained` describes, ~ expanded; `decoder` for candidates."""
+    paths = {name: expand(pretrained[name]) for name in ("model", "vae")}
+    return ModelSource(**{**pretrained, **paths}, decoder=expand(decoder))
 
 
 def family_of(model: str, key: str) -> str:
@@ -169,9 +176,14 @@ class Backbone:
     def _load_decoder(self, name: str) -> nn.Module:
         return load_decoder(name, self.dtype)
 
-    def schedule(self, num_steps: int) -> DDIMSchedule:
-        """The DDIM schedule made from this model's scheduler config."""
-        return make_schedule(dict(self._pipe.scheduler.config), num_steps, self.device)
+    def sampler(self, num_steps: int, eta: float, timesteps: str = "leading") -> DDIM:
+        """Returns the DDIM sampler made from this model's scheduler config."""
+        config = dict(self._pipe.scheduler.config)
+        return make_sampler(config, num_steps, eta, timesteps, self.device)
+
+    def noise_schedule(self) -> NoiseSchedule:
+        """Returns the noise schedule of this model's scheduler config."""
+        return noise_schedule(dict(self._pipe.scheduler.config), self.device)
 
     def autocast(self) -> contextlib.AbstractContextManager:
         """Mixed precision for the UNet; nothing in fp32."""

@@ -15,7 +15,33 @@ from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from spo.command_line.values import Checked, choice, whole
 from spo.errors import UserError
+
+
+@dataclass(frozen=True)
+class LoraSettings(Checked, section="lora"):
+    """The LoRA of a run; `config.lora` explains each."""
+
+    rank: int = whole()
+    alpha: int | None = whole()
+    target_modules: tuple[str, ...]
+    init_from: str
+    merge: bool
+    reference: str = choice("base", "init")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        modules = self.target_modules
+        if not modules or not all(isinstance(name, str) for name in modules):
+            raise UserError("lora.target_modules: name at least one layer, and nothing but layers.")
+        if self.reference == "init" and not self.init_from:
+            raise UserError("lora.reference: 'init' needs lora.init_from to name a LoRA.")
+
+    def add_to(self, unet: nn.Module, seed: int) -> Lora:
+        """Adds a fresh LoRA to `unet`; its alpha is the rank if lora.alpha is None."""
+        alpha = self.rank if self.alpha is None else self.alpha
+        return add_lora(unet, self.rank, alpha, self.target_modules, seed)
 
 
 @dataclass(frozen=True)
@@ -29,12 +55,12 @@ class Lora:
     target_modules: tuple[str, ...]
 
     def snapshot(self) -> dict[str, Tensor]:
-        """A copy of the parameters, without gradients."""
+        """Returns a copy of the parameters, without gradients."""
         return {name: p.detach().clone() for name, p in self.parameters.items()}
 
     @torch.no_grad()
     def assign(self, weights: Mapping[str, Tensor]) -> None:
-        """Copy `weights` into the parameters."""
+        """Copies `weights` into the parameters."""
         for name, parameter in self.parameters.items():
             parameter.copy_(weights[name])
 
@@ -63,9 +89,9 @@ class Lora:
 def add_lora(
     unet: nn.Module, rank: int, alpha: int, target_modules: Sequence[str], seed: int
 ) -> Lora:
-    """Add a trainable fp32 LoRA to `unet`: A gaussian with standard deviation 1/rank, B zero.
+    """Adds a trainable fp32 LoRA to `unet`: A gaussian with standard deviation 1/rank, B zero.
 
-    Raises UserError when the UNet lacks a target.
+    Raises UserError if the UNet lacks a target.
     """
     linear = [name for name, module in unet.named_modules() if isinstance(module, nn.Linear)]
     for target in target_modules:
@@ -95,6 +121,55 @@ def add_lora(
 
 
 def is_in_use(unet: nn.Module) -> bool:
-    """Whether `unet` runs with a LoRA beside its weights, rather than merged into them or without."""
+    """Tells if `unet` runs with a LoRA beside its weights, neither merged into them nor off."""
     layers = (module for module in unet.modules() if isinstance(module, BaseTunerLayer))
     return any(not layer.disable_adapters for layer in layers)
+
+
+class MergedLora:
+    """W + alpha / rank B A of each weight W that a LoRA changes, for passes without gradients.
+
+    A pass costs as much as the base model's. The sums are recomputed when the LoRA has changed. The
+    originals are kept, so the base model comes back bit for bit, which subtracting would not do.
+    Takes the memory of these weights once more, in their dtype, from its first use.
+    """
+
+    def __init__(self, lora: Lora) -> None:
+        self._lora = lora
+        self._merged: dict[str, Tensor] = {}
+        self._made_of: list[tuple[Tensor, int]] = []
+
+    @contextlib.contextmanager
+    def using(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
+        """Within the context the UNet runs with `weights` merged in, and cannot train them."""
+        self._merge(weights)
+        linears = {name: layer.base_layer for name, layer in self._lora.layers.items()}
+        originals = {name: linear.weight.data for name, linear in linears.items()}
+        with self._lora.using(None):
+            try:
+                for name, linear in linears.items():
+                    linear.weight.data = self._merged[name]
+                yield
+            finally:
+                for name, linear in linears.items():
+                    linear.weight.data = originals[name]
+
+    @torch.no_grad()
+    def _merge(self, weights: Mapping[str, Tensor]) -> None:
+        versions = [(tensor, tensor._version) for tensor in weights.values()]  # in-place changes
+        if _same(versions, self._made_of):
+            return
+        for name, layer in self._lora.layers.items():
+            base = layer.base_layer.weight
+            down, up = (weights[f"{name}.lora_{factor}.default.weight"] for factor in "AB")
+            # In fp32, then rounded once.
+            merged = torch.addmm(base.float(), up, down, alpha=self._lora.alpha / self._lora.rank)
+            if name in self._merged:
+                self._merged[name].copy_(merged)
+            else:
+                self._merged[name] = merged.to(base.dtype)
+        self._made_of = versions
+
+
+def _same(a: list[tuple[Tensor, int]], b: list[tuple[Tensor, int]]) -> bool:
+    return len(a) == len(b) and all(x is y and m == n for (x, m), (y, n) in zip(a, b, strict=True))

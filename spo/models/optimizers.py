@@ -10,17 +10,41 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from spo.command_line.values import Checked, choice, not_negative, number, positive
 from spo.errors import UserError, in_one_line
 
 ADAMW, ADAMW_8BIT = OPTIMIZERS = ("adamw", "adamw8bit")
 _KEY = "train.optimizer"
-# As bitsandbytes has them: smaller tensors stay in 32 bits, the others have a scale for each block.
+# As in bitsandbytes: smaller tensors stay in 32 bits, larger ones have a scale for each block.
 _SMALLEST, _BLOCK, _LEVELS = 4096, 256, 256
 _SHARED = ("qmap1", "qmap2")
 
 
+@dataclass(frozen=True)
+class OptimizerSettings(Checked, section="train"):
+    """AdamW's numbers; `config.train` explains each."""
+
+    optimizer: str = choice(*OPTIMIZERS)
+    learning_rate: float = positive()
+    adam_beta1: float = number("from 0 to below 1", lambda v: 0 <= v < 1)
+    adam_beta2: float = number("from 0 to below 1", lambda v: 0 <= v < 1)
+    adam_weight_decay: float = not_negative()
+    adam_epsilon: float = positive()
+
+    def make(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+        """Returns the optimizer of `parameters`; UserError if it is not installed."""
+        return make_optimizer(
+            self.optimizer,
+            parameters,
+            lr=self.learning_rate,
+            betas=(self.adam_beta1, self.adam_beta2),
+            weight_decay=self.adam_weight_decay,
+            eps=self.adam_epsilon,
+        )
+
+
 def check_optimizer(name: str, device: torch.device) -> None:
-    """Raise UserError unless the optimizer `name` is installed and makes a step on `device`."""
+    """Raises UserError unless the optimizer `name` is installed and makes a step on `device`."""
     if name == ADAMW:
         return
     parameter = nn.Parameter(torch.zeros(_SMALLEST, device=device))
@@ -39,9 +63,9 @@ def check_optimizer(name: str, device: torch.device) -> None:
 def make_optimizer(
     name: str, parameters: Iterable[nn.Parameter], **options: Any
 ) -> torch.optim.Optimizer:
-    """The optimizer `name` with AdamW's `options`; UserError where it is not installed.
+    """Returns the optimizer `name` with AdamW's `options`; UserError if it is not installed.
 
-    On the meta device, where kernels of others do not run, AdamW.
+    On the meta device, where other libraries' kernels do not run, AdamW.
     """
     parameters = list(parameters)
     if name == ADAMW or parameters[0].is_meta:
@@ -87,7 +111,7 @@ def apply_gradients(
 
 
 def moment_bytes(name: str, parameters: Iterable[Tensor]) -> int:
-    """What the two moments of fp32 `parameters` take."""
+    """Returns the bytes of the two moments of fp32 `parameters`."""
     sizes = [parameter.numel() for parameter in parameters]
     if name == ADAMW:
         return 2 * 4 * sum(sizes)
@@ -98,9 +122,9 @@ def moment_bytes(name: str, parameters: Iterable[Tensor]) -> int:
 def optimizer_tensors(
     optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]
 ) -> dict[str, Tensor]:
-    """Optimizer state by kind and parameter name; no two share memory."""
+    """Returns optimizer state by kind and parameter name; no two tensors share memory."""
     return {
-        # The levels of 8-bit moments are one tensor for all parameters; the others are large.
+        # The levels of 8-bit moments are one tensor for all parameters.
         f"{kind}:{name}": value.clone() if kind in _SHARED else torch.as_tensor(value).contiguous()
         for name, parameter in parameters.items()
         for kind, value in optimizer.state[parameter].items()
@@ -112,13 +136,13 @@ def restore_optimizer(
     parameters: Mapping[str, nn.Parameter],
     tensors: Mapping[str, Tensor],
 ) -> None:
-    """Put optimizer state, by kind and parameter name, back in its place."""
+    """Restores optimizer state by kind and parameter name."""
     for key, tensor in tensors.items():
         kind, name = key.split(":")
         parameter = parameters[name]
         if kind == "step" and not tensor.is_floating_point():
             value = tensor.item()  # bitsandbytes counts its steps in Python
         else:
-            # AdamW counts them on the CPU; a copy, since kernels may round otherwise in a mapped file.
+            # AdamW keeps `step` on the CPU. Copied: kernels may round differently on mapped files.
             value = tensor.to("cpu" if kind == "step" else parameter.device, copy=True)
         optimizer.state[parameter][kind] = value

@@ -10,8 +10,6 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
-from ml_collections import ConfigDict
-
 from spo.atomic import whole_lines, write_lines, writing
 from spo.errors import UserError
 
@@ -28,11 +26,10 @@ REPORT, RESULTS, TABLE = "report.html", "results.json", "table.md"
 _PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft")
 
 
-def run_name(config: ConfigDict, method: str) -> str:
-    """The name of the run directory: `config.run_name`, or method, family and start time."""
-    if config.run_name:
-        return config.run_name
-    return f"{method.rpartition(':')[2]}_{config.family}_{time.strftime('%Y%m%d_%H%M%S')}"
+def run_folder(logdir: str, run_name: str, method: str, family: str) -> Path:
+    """Returns the run directory: `run_name` in `logdir`, by default method, family and start time."""
+    default = f"{method}_{family}_{time.strftime('%Y%m%d_%H%M%S')}"
+    return Path(logdir).expanduser() / (run_name or default)
 
 
 def versions() -> dict[str, str]:

@@ -1,9 +1,8 @@
-"""Going on with a run: which checkpoint, and what has changed since it was saved."""
+"""Resuming a run: finding the checkpoint, and listing the changes since it was saved."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,25 +19,25 @@ from spo.run.folder import METRICS, versions
 
 @dataclass(frozen=True)
 class Resume:
-    """What a run goes on from."""
+    """The checkpoint that a run resumes from."""
 
-    checkpoint: Path | None  # None: it starts anew
+    checkpoint: Path | None  # None: a new run
     damaged: Mapping[Path, str] = field(default_factory=dict)  # newer checkpoints, and their faults
 
     def describe(self) -> list[str]:
-        """Where the run goes on, with a line for each damaged checkpoint."""
+        """Returns lines that name the checkpoint and each damaged newer one."""
         lines = [f"resume: {name} is damaged ({fault})" for name, fault in self.damaged.items()]
         return [*lines, f"resumed from {self.checkpoint}"]
 
 
-def find_checkpoint(config: ConfigDict, run_dir: Path) -> Resume:
-    """The checkpoint to resume from: the newest one of the run that is whole, or the one named.
+def find_checkpoint(run_dir: Path, run_name: str, resume_from: str) -> Resume:
+    """Returns the checkpoint to resume from: the run's newest whole one, or the one named.
 
-    Raises UserError where there is none, and rather than write over what a run has computed.
+    Raises UserError if there is none, and if a new run would overwrite one that is there.
     """
     own = checkpoints_of(run_dir)
-    if config.resume_from == "auto":
-        if not config.run_name:
+    if resume_from == "auto":
+        if not run_name:
             raise UserError("resume_from: auto goes on with a run; say which one by run_name.")
         checkpoint, damaged = newest_whole(run_dir)
         if damaged and checkpoint is None:
@@ -48,8 +47,8 @@ def find_checkpoint(config: ConfigDict, run_dir: Path) -> Resume:
                 "another run_name."
             )
         return Resume(checkpoint, damaged)
-    if config.resume_from:
-        return Resume(_named_checkpoint(config.resume_from, run_dir, own))
+    if resume_from:
+        return Resume(_named_checkpoint(resume_from, run_dir, own))
     if own or (run_dir / METRICS).exists():
         raise UserError(
             f"run_name: {run_dir} already holds a run; choose another run_name, or go on with it "
@@ -80,28 +79,32 @@ def _named_checkpoint(name: str, run_dir: Path, own: list[Path]) -> Path:
     )
 
 
-def facts(config: ConfigDict, plan: UpdatePlan) -> dict[str, Any]:
-    """What a checkpoint tells of the run that saved it, for `compare`."""
-    return {"config": json.loads(config.to_json()), "plan": asdict(plan), "versions": versions()}
+def checkpoint_facts(config: Mapping[str, Any], plan: UpdatePlan) -> dict[str, Any]:
+    """Returns the entries of a checkpoint that `changes` reads; `config` is the JSON of a config."""
+    return {"config": config, "plan": asdict(plan), "versions": versions()}
 
 
-def compare(
-    state: Mapping[str, Any], config: ConfigDict, plan: UpdatePlan, refused: Mapping[str, str]
+def changes(
+    state: Mapping[str, Any],
+    config: Mapping[str, Any],
+    plan: UpdatePlan,
+    refusal: Callable[[str], str | None],
 ) -> list[str]:
-    """What is different from the run that saved `state`, a line each.
+    """Returns a line for each difference from the run that saved `state`.
 
-    Raises UserError for a changed key that is `refused` (each with the reason).
+    `refusal` returns the reason why a key of the config may not change, or None. Raises UserError for
+    a changed key that may not.
     """
-    then = leaves(ConfigDict(state["config"]))
-    now = leaves(ConfigDict(json.loads(config.to_json())))
+    then, now = leaves(ConfigDict(state["config"])), leaves(ConfigDict(config))
     lines = []
-    for key in sorted({*then, *now} - {"resume_from"}):
+    for key in sorted(then.keys() | now.keys()):
         before, after = then.get(key, "unknown"), now.get(key, "unknown")
-        if before == after:
+        if before == after or key == "resume_from":
             continue
-        if key in refused:
+        reason = refusal(key) if key in then else None
+        if reason is not None:
             raise UserError(
-                f"{key}: {after!r}, but the checkpoint was trained with {before!r}; {refused[key]}."
+                f"{key}: {after!r}, but the checkpoint was trained with {before!r}; {reason}."
             )
         lines.append(f"resume: {key} was {before!r}, and is {after!r} from here on")
     processes = state["plan"]["num_processes"]
@@ -110,15 +113,16 @@ def compare(
             f"resume: {processes} processes before, {plan.num_processes} from here on: prompts, "
             "noise and the order of the pairs stay, sums are rounded otherwise"
         )
-    others = {name: now for name, now in versions().items() if state["versions"].get(name) != now}
+    found = versions()
+    others = {name: now for name, now in found.items() if state["versions"].get(name) != now}
     if others:
-        changes = (f"{name} {state['versions'].get(name)} -> {now}" for name, now in others.items())
-        lines.append(f"resume: other versions than before: {', '.join(changes)}")
+        changed = (f"{name} {state['versions'].get(name)} -> {now}" for name, now in others.items())
+        lines.append(f"resume: other versions than before: {', '.join(changed)}")
     return lines
 
 
 def stopped_at(checkpoint: Path) -> Stopped:
-    """A Stopped that says where everything is, and how to go on."""
+    """Returns a Stopped that names the checkpoint and the command that resumes from it."""
     return Stopped(
         f"by a signal; everything is in {checkpoint}: the same command with "
         f"--config.run_name={checkpoint.parents[1].name} --config.resume_from=auto goes on."

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from spo.command_line.config_files import save_config
 from spo.errors import Stopped, UserError
+from spo.hub import Destination
 from spo.launch.signals import StopSignals
 from spo.launch.workers import Workers
 from spo.run.checkpoint_folder import set_aside
@@ -43,6 +44,7 @@ class Session:
         self.run_dir, self.workers, self.saved = run_dir, workers, saved
         self.signals = StopSignals()
         self._tracking: Tracking | None = None
+        self._publishing = None  # a spo.publish.push.Publishing on the main process
 
     def say(self, text: str) -> None:
         """Prints a line without breaking the progress bars."""
@@ -91,6 +93,28 @@ class Session:
         """Ends the tracker's run."""
         if self._tracking is not None:
             self._tracking.close()
+
+    def start_publishing(self, to: Destination, every: int) -> None:
+        """Lets `publish` push the run to the Hub after each `every` epochs, if `to` names a repo."""
+        if to.repo_id and self.workers.is_main:
+            from spo.publish.push import Publishing
+
+            self._publishing = Publishing(self.run_dir, to, every, self.say)
+
+    def publish(self, epochs: int, save: Callable[[], None]) -> None:
+        """Pushes to the Hub in the background what `save` writes, if that is due."""
+
+        def push() -> None:
+            if self._publishing is not None and self._publishing.due(epochs):
+                save()
+                self._publishing.push()
+
+        self.on_main(push)
+
+    def finish_publishing(self) -> None:
+        """Pushes the final state of the run to the Hub, and waits for the push."""
+        if self._publishing is not None:
+            self._publishing.finish()
 
     def check_signals(self) -> None:
         """Raises Stopped on every process if any of them was asked to stop."""

@@ -19,7 +19,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from spo.atomic import append_line, write_file, writing
-from spo.command_line.values import require_choice
+from spo.command_line.values import Checked, choice
 from spo.errors import UserError, first_line
 from spo.run.folder import METRICS
 
@@ -27,17 +27,17 @@ TRACKERS = ("wandb", "tensorboard", "none")
 
 
 @dataclass(frozen=True)
-class TrackerSettings:
+class TrackerSettings(Checked, section="tracker"):
     """Where metrics go besides the run directory; `config.tracker` explains each.
 
     Raises UserError unless the tracker is known and installed.
     """
 
-    name: str
+    name: str = choice(*TRACKERS)
     project: str
 
     def __post_init__(self) -> None:
-        require_choice("tracker.name", self.name, TRACKERS)
+        super().__post_init__()
         if self.name == "tensorboard":
             try:
                 import torch.utils.tensorboard  # noqa: F401

@@ -4,24 +4,75 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
 
+from spo.command_line.values import Checked, choice, not_negative, number, whole
+from spo.data.prompts import read_prompts
+from spo.method.ddim import NUM_STEPS
 from spo.models.backbone import Backbone
 from spo.models.plain_images import ImageSettings, sample_images
 from spo.run.folder import SAMPLES, SAMPLES_INDEX
 from spo.run.pictures import Cell, grid, to_pil
+from spo.run.session import Session
 
 _COLUMNS = 4
+
+
+@dataclass(frozen=True)
+class ValidationSettings(Checked, section="eval"):
+    """The validation images of a training run; `config.eval` explains each."""
+
+    prompts: str
+    num_images: int = whole()
+    seed: int
+    num_steps: int = number(NUM_STEPS, lambda v: 1 <= v <= 1000)
+    guidance_scale: float = not_negative()
+    weights: str = choice("policy", "ema")
+
+    @property
+    def images(self) -> ImageSettings:
+        """How the images are drawn."""
+        return ImageSettings(self.num_steps, self.guidance_scale, self.seed)
+
+    def read_prompts(self) -> tuple[str, ...]:
+        """Reads the prompts to draw; UserError if there are none."""
+        return read_prompts(self.prompts, key="eval.prompts").prompts[: self.num_images]
+
+
+def draw_validation_images(
+    session: Session,
+    backbone: Backbone,
+    prompts: Sequence[str],
+    settings: ValidationSettings,
+    epochs: int,
+    step: int,
+) -> None:
+    """Draws the prompts with the UNet's current weights on all processes, and saves the images."""
+    workers = session.workers
+    mine = range(workers.rank, len(prompts), workers.count)
+    watched = session.signals.watch(session.bar(mine, "validation images"))
+    with workers.together():
+        cells = draw_cells(backbone, prompts, watched, settings.images)
+    cells = workers.gather_to_main(cells)
+
+    def show() -> None:
+        name = f"validation/epoch_{epochs:04d}_{settings.weights}"
+        picture = validation_grid(cells, f"{settings.weights} LoRA after epoch {epochs}")
+        session.picture(name, picture, step)
+        save_samples(session.run_dir, cells, settings.weights, epochs)
+
+    session.on_main(show)
 
 
 def draw_cells(
     backbone: Backbone, prompts: Sequence[str], indices: Iterable[int], settings: ImageSettings
 ) -> list[tuple[int, Cell]]:
-    """The images of `prompts` at `indices`, with the UNet as it stands, each with its index.
+    """Draws the images of `prompts` at `indices` with the UNet's current weights, with their indices.
 
-    One at a time, so that a picture does not depend on what is drawn beside it.
+    One at a time, so that an image does not depend on its batch.
     """
     return [
         (i, Cell(to_pil(sample_images(backbone, [prompts[i]], [i], settings))[0], prompts[i]))
@@ -30,7 +81,7 @@ def draw_cells(
 
 
 def validation_grid(cells: Iterable[tuple[int, Cell]], title: str) -> Image.Image:
-    """One picture of cells from any number of processes, in the order of their indices."""
+    """Joins cells from any number of processes into one picture, in the order of their indices."""
     row = [cell for _, cell in sorted(cells, key=lambda numbered: numbered[0])]
     rows = [row[start : start + _COLUMNS] for start in range(0, len(row), _COLUMNS)]
     return grid(rows, title)
@@ -39,7 +90,7 @@ def validation_grid(cells: Iterable[tuple[int, Cell]], title: str) -> Image.Imag
 def save_samples(
     run_dir: Path, cells: Iterable[tuple[int, Cell]], weights: str, epochs: int
 ) -> None:
-    """Write the images themselves, those of an earlier epoch replaced, and the prompt of each."""
+    """Writes the images one by one with their prompts, in place of an earlier epoch's."""
     folder = run_dir / SAMPLES
     folder.mkdir(exist_ok=True)
     prompts = {}

@@ -7,13 +7,15 @@ callable that takes `preference.kwargs` and `device` and returns a `Scorer`.
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
+from ml_collections import ConfigDict
 from torch import Tensor
 from transformers import (
     AutoTokenizer,
@@ -171,6 +173,14 @@ class ScorerSource:
     processor: str
     dtype: str
     kwargs: Mapping[str, Any]
+
+    @classmethod
+    def of_config(cls, preference: ConfigDict) -> ScorerSource:
+        source = cls(**preference.to_dict())
+        paths = {
+            name: os.path.expanduser(getattr(source, name)) for name in ("backbone", "processor")
+        }
+        return replace(source, **paths)
 
 
 def _step_aware_clip(source: ScorerSource, device: torch.device) -> Scorer:
