@@ -13,6 +13,7 @@ from labelled_pairs import make_row
 from config import spm_base
 from spo.command_line.values import fill
 from spo.errors import UserError
+from spo.models.optimizers import ADAMW, OptimizerSettings
 from spo.preference.batches import RawBatch, decode_batch
 from spo.preference.preparation import (
     Labeller,
@@ -42,8 +43,10 @@ def preparation(backbone, labeller=None, seed=0, size=SIZE):
 def make_learner(gradient_checkpointing=False, dtype=torch.float32, **changes):
     source = SPMSource(CLIP, CLIP, str(MODELS / "tiny-spm.bin"))
     spm = build_spm(source, 0, gradient_checkpointing)
-    steps = {"max_train_steps": 10, "warmup_steps": 0, "learning_rate": 1e-3}
-    settings = fill(TrainSettings, spm_base.get_config().train, **steps, **changes)
+    train = spm_base.get_config().train
+    changes |= {"max_train_steps": 10, "warmup_steps": 0}
+    adamw = fill(OptimizerSettings, train, optimizer=ADAMW, learning_rate=1e-3)
+    settings = fill(TrainSettings, train, optimizer=adamw, **changes)
     return PreferenceLearner(spm, PairScorer(spm), settings, torch.device("cpu"), dtype)
 
 
@@ -74,7 +77,7 @@ def test_predictions_are_those_of_diffusers(backbone):
     timesteps = [5, 501, 951]
     noise = noise_for(backbone, timesteps, seed=2)
     found = predicted_images(
-        backbone, backbone.schedule(1), images, backbone.encode_prompts(PROMPTS), noise, 5.0, 8
+        backbone, backbone.noise_schedule(), images, backbone.encode_prompts(PROMPTS), noise, 5.0, 8
     )
     scheduler = official_scheduler(20, clip_sample=False)
     assert found.shape == images.shape
@@ -107,7 +110,7 @@ def test_equal_images_stay_equal_only_if_sampled_alike(sd15):
     image = randn(1, 1, 3, SIZE, SIZE, seed=4).expand(-1, 2, -1, -1, -1)
     noise = noise_for(sd15, [601], seed=5)
     alike = replace(noise, posterior=noise.posterior[:, :1].expand(-1, 2, -1, -1, -1))
-    arguments = (sd15, sd15.schedule(1), image, sd15.encode_prompts(PROMPTS[:1]))
+    arguments = (sd15, sd15.noise_schedule(), image, sd15.encode_prompts(PROMPTS[:1]))
     same = predicted_images(*arguments, alike, 5.0, 8)
     torch.testing.assert_close(same[:, 0], same[:, 1], atol=1e-5, rtol=0)
     other = predicted_images(*arguments, noise, 5.0, 8)
@@ -118,7 +121,13 @@ def test_no_more_images_at_once_than_told(backbone, monkeypatch):
     """And the predictions are the same: both images of a pair may fall into different parts."""
     images = randn(3, 2, 3, SIZE, SIZE, seed=1)
     noise = noise_for(backbone, [5, 501, 951], seed=2)
-    arguments = (backbone, backbone.schedule(1), images, backbone.encode_prompts(PROMPTS), noise)
+    arguments = (
+        backbone,
+        backbone.noise_schedule(),
+        images,
+        backbone.encode_prompts(PROMPTS),
+        noise,
+    )
     whole, sizes = predicted_images(*arguments, 5.0, 6), []
     for name in ("encode_images", "predict", "decode"):
         own = getattr(backbone, name)

@@ -409,7 +409,7 @@ CASES = {
     "steps": ({"max_train_steps": 0}, "max_train_steps: 0 must be a whole number from 1"),
     "margin": ({"labels.margin": 1.0}, "labels.margin: 1.0 must be from 0 to below 1"),
     "rate": ({"train.learning_rate": 0.0}, "train.learning_rate: 0.0 must be above 0"),
-    "decay": ({"train.adam_weight_decay": -1.0}, "train.adam_weight_decay: -1.0 must be from 0"),
+    "decay": ({"train.adam_weight_decay": -1.0}, "train.adam_weight_decay: -1.0 must be 0 or more"),
     "precision": ({"mixed_precision": "fp8"}, "mixed_precision: 'fp8' is none of"),
     "tracker": ({"tracker.name": "paper"}, "tracker.name: 'paper' is none of"),
     "family": ({"family": "sdxl"}, "family='sdxl' needs a StableDiffusionXLPipe"),

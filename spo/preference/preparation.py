@@ -11,10 +11,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from spo.command_line.values import require_choice, require_number
+from spo.command_line.values import Checked, choice, number
 from spo.errors import UserError
-from spo.method import ddim
-from spo.method.ddim import DDIMSchedule
+from spo.method.ddim import NoiseSchedule
 from spo.models.backbone import Backbone
 from spo.preference.batches import PairBatch
 from spo.preference.spm_learner import TrainingPairs
@@ -51,7 +50,7 @@ def draw_noise(
 @torch.no_grad()
 def predicted_images(
     backbone: Backbone,
-    schedule: DDIMSchedule,
+    schedule: NoiseSchedule,
     images: Tensor,
     conditioning: Conditioning,
     noise: PairNoise,
@@ -72,27 +71,22 @@ def predicted_images(
             images.flatten(0, 1)[rows], noise.posterior.flatten(0, 1)[rows]
         )
         timesteps = noise.timesteps[pairs]
-        abar = schedule.abar(timesteps, latents)
-        noisy = ddim.add_noise(latents, noise.noise[pairs], abar)
+        noisy = schedule.add_noise(latents, noise.noise[pairs], timesteps)
         output = backbone.predict(
             backbone.unet, noisy, timesteps, conditioning.select(pairs), guidance_scale
         )
-        parts.append(backbone.decode(ddim.to_x0(schedule, output, noisy, abar)))
+        parts.append(backbone.decode(schedule.predict(output, noisy, timesteps).x0))
     return torch.cat(parts).unflatten(0, (n, 2))
 
 
 @dataclass(frozen=True)
-class LabelSource:
+class LabelSource(Checked, section="labels"):
     """Whose labels are learnt; `config.labels` explains each field."""
 
-    source: str
-    margin: float
+    source: str = choice("data", "pickscore")
+    margin: float = number("from 0 to below 1", lambda v: 0 <= v < 1)
     backbone: str
     processor: str
-
-    def __post_init__(self) -> None:
-        require_choice("labels.source", self.source, ("data", "pickscore"))
-        require_number("labels.margin", self.margin, "from 0 to below 1", lambda v: 0 <= v < 1)
 
 
 def labels_of_scores(scores: Tensor, margin: float) -> Tensor:
@@ -137,7 +131,7 @@ class Preparation:
                 f"data.image_size: {image_size} is not a multiple of {factor}, the VAE's factor."
             )
         self.backbone, self.inputs, self.labeller = backbone, inputs, labeller
-        self.schedule = backbone.schedule(num_steps=1)
+        self.schedule = backbone.noise_schedule()
         self.num_timesteps = len(self.schedule.alphas_cumprod)
         self.guidance_scale, self.seed, self.at_once = guidance_scale, seed, at_once
         side = image_size // factor

@@ -12,8 +12,8 @@ from itertools import count, islice
 from datasets import Dataset, IterableDataset
 from datasets.distributed import split_dataset_by_node
 
-from spo.data.prompts import epoch_order
 from spo.errors import UserError
+from spo.method.position import epoch_order
 from spo.preference.batches import IMAGE_FAULTS, RawBatch, Row, decode_pair
 from spo.preference.source import LABEL_COLUMNS, PairData, open_split
 from spo.seeding import derive_seed

@@ -8,7 +8,7 @@ from pathlib import Path
 import datasets
 from datasets import Dataset, IterableDataset
 
-from spo.command_line.values import require_whole
+from spo.command_line.values import Checked, whole
 from spo.data.prompts import HUB_ID
 from spo.errors import UserError, in_one_line
 
@@ -18,7 +18,7 @@ COLUMNS = LABEL_COLUMNS + IMAGE_COLUMNS
 
 
 @dataclass(frozen=True)
-class PairData:
+class PairData(Checked, section="data"):
     """Where labelled pairs come from and how they are read; `config.data` explains each field."""
 
     source: str
@@ -26,16 +26,10 @@ class PairData:
     train_split: str
     validation_split: str
     streaming: bool
-    shuffle_buffer: int
-    image_size: int
-    num_workers: int
-    max_validation: int
-
-    def __post_init__(self) -> None:
-        require_whole("data.image_size", self.image_size)
-        require_whole("data.shuffle_buffer", self.shuffle_buffer)
-        require_whole("data.num_workers", self.num_workers, least=0)
-        require_whole("data.max_validation", self.max_validation, least=0)
+    shuffle_buffer: int = whole()
+    image_size: int = whole()
+    num_workers: int = whole(0)
+    max_validation: int = whole(0)
 
 
 def open_split(data: PairData, split: str) -> Dataset | IterableDataset:

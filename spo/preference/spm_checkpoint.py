@@ -40,7 +40,7 @@ class Tally:
 
 
 def save(folder: Path, learner: PreferenceLearner, tally: Tally, facts: Mapping[str, Any]) -> None:
-    """Writes the files of a checkpoint; `facts` is what `spo.run.resume.facts` returns."""
+    """Writes the files of a checkpoint; `facts` is what `spo.run.resume.checkpoint_facts` returns."""
     (group,) = learner.optimizer.param_groups
     state = {
         "step": learner.step,

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_gather
 
-from spo.command_line.values import require_number, require_whole
+from spo.command_line.values import Checked, not_negative, positive, require_whole, whole
 from spo.errors import UserError
-from spo.models.optimizers import Update, apply_gradients
+from spo.models.optimizers import OptimizerSettings, Update, apply_gradients
 from spo.preference.loss import (
     PairFeatures,
     in_batch_losses,
@@ -22,42 +22,32 @@ from spo.scorers.step_aware_clip import StepAwareCLIP
 
 
 @dataclass(frozen=True)
-class TrainSettings:
-    """How an SPM is trained; `config.train` explains each field but `max_train_steps`."""
+class TrainSettings(Checked, section="train"):
+    """How an SPM is trained; `config.train` explains each field of its name."""
 
     max_train_steps: int  # of the config itself
-    batch_size: int
-    global_batch_size: int | None
-    predict_batch_size: int
+    optimizer: OptimizerSettings
+    predict_batch_size: int = whole()
     gradient_checkpointing: bool
-    guidance_scale: float
+    guidance_scale: float = not_negative()
     in_batch_negatives: bool
-    learning_rate: float
-    warmup_steps: int
-    adam_beta1: float
-    adam_beta2: float
-    adam_epsilon: float
-    adam_weight_decay: float
-    max_grad_norm: float | None
-    max_skipped_updates: int
+    warmup_steps: int = whole(0)
+    max_grad_norm: float | None = positive()
+    max_skipped_updates: int = whole()
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require_whole("max_train_steps", self.max_train_steps)
-        for name in ("predict_batch_size", "max_skipped_updates"):
-            require_whole(f"train.{name}", getattr(self, name))
-        require_whole("train.warmup_steps", self.warmup_steps, least=0)
-        for name in ("adam_beta1", "adam_beta2"):
-            value = getattr(self, name)
-            require_number(f"train.{name}", value, "from 0 to below 1", lambda v: 0 <= v < 1)
-        for name in ("learning_rate", "adam_epsilon", "max_grad_norm"):
-            require_number(f"train.{name}", getattr(self, name), "above 0", lambda v: v > 0)
-        for name in ("adam_weight_decay", "guidance_scale"):
-            require_number(f"train.{name}", getattr(self, name), "from 0", lambda v: v >= 0)
         if self.warmup_steps >= self.max_train_steps:
             raise UserError(
                 f"train.warmup_steps: {self.warmup_steps} must be below max_train_steps = "
                 f"{self.max_train_steps}."
             )
+
+    def learning_rate(self, step: int) -> float:
+        """Returns the learning rate of optimizer step `step` (from 0)."""
+        factor = learning_rate_factor(step, self.warmup_steps, self.max_train_steps)
+        return self.optimizer.learning_rate * factor
 
 
 @dataclass(frozen=True)
@@ -118,13 +108,7 @@ class PreferenceLearner:
         self.spm, self.scorer = spm, scorer
         self.settings, self.device, self.dtype = settings, device, dtype
         self.processes, self.rank = processes, rank
-        self.optimizer = torch.optim.AdamW(
-            spm.parameters(),
-            lr=settings.learning_rate,
-            betas=(settings.adam_beta1, settings.adam_beta2),
-            weight_decay=settings.adam_weight_decay,
-            eps=settings.adam_epsilon,
-        )
+        self.optimizer = settings.optimizer.make(spm.parameters())
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         self.step = 0  # optimizer steps so far, including skipped ones
         self.skipped_in_a_row = 0  # the latest of them, skipped as their fp16 gradients overflowed
@@ -172,11 +156,9 @@ class PreferenceLearner:
 
     def update(self) -> Update:
         """Makes an optimizer step with the gradients added since the last one."""
-        settings, (group,) = self.settings, self.optimizer.param_groups
-        group["lr"] = settings.learning_rate * learning_rate_factor(
-            self.step, settings.warmup_steps, settings.max_train_steps
-        )
-        parameters, limit = self.spm.parameters(), settings.max_grad_norm
+        (group,) = self.optimizer.param_groups
+        group["lr"] = self.settings.learning_rate(self.step)
+        parameters, limit = self.spm.parameters(), self.settings.max_grad_norm
         update = apply_gradients(self.optimizer, self.scaler, parameters, limit)
         self.step += 1
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if update.skipped else 0

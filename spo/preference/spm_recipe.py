@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,19 +12,20 @@ import torch
 from ml_collections import ConfigDict
 
 from spo import scorers
-from spo.command_line.config_files import check_leaves, leaves
-from spo.command_line.values import expand, fill, require_choice, require_whole
+from spo.command_line.config_files import check_leaves
+from spo.command_line.values import Checked, choice, expand, fill, whole
 from spo.hub import resolve_file
-from spo.launch.batch_plan import UpdatePlan, fit_update
+from spo.launch.batch_plan import UpdatePlan, plan_updates
 from spo.models import backbone
-from spo.models.backbone import DTYPES, Backbone, ModelSource
+from spo.models.backbone import DTYPES, Backbone, ModelSource, model_source
+from spo.models.optimizers import ADAMW, OptimizerSettings
 from spo.preference.preparation import Labeller, LabelSource, Preparation
 from spo.preference.rows import UsableRows, find_usable_rows
 from spo.preference.source import PairData
 from spo.preference.spm_learner import TrainSettings
 from spo.run.checkpoint_folder import read_state, reading
-from spo.run.folder import run_name
-from spo.run.resume import Resume, compare, find_checkpoint
+from spo.run.folder import run_folder
+from spo.run.resume import Resume, changes, find_checkpoint
 from spo.run.tracking import TrackerSettings
 from spo.scorers import CLIPInputs, PickScoreScorer
 from spo.scorers.step_aware_clip import StepAwareCLIP, fresh_step_aware_clip, load_step_aware_clip
@@ -40,16 +42,19 @@ class SPMSource:
 
 
 @dataclass(frozen=True)
-class SPMRecipe:
-    """The values of a training; the config explains each field of its name."""
+class SPMRecipe(Checked):
+    """A config as checked values; the config explains each field of its name."""
 
     family: str
     seed: int
-    mixed_precision: str
-    checkpoint_limit: int
-    save_steps: int
-    eval_steps: int
-    log_steps: int
+    mixed_precision: str = choice(*DTYPES)
+    logdir: str
+    run_name: str
+    resume_from: str
+    checkpoint_limit: int = whole(0)
+    save_steps: int = whole()
+    eval_steps: int = whole(0)
+    log_steps: int = whole()
     export_bin: bool
     base: ModelSource  # `config.pretrained`
     spm: SPMSource
@@ -57,14 +62,7 @@ class SPMRecipe:
     labels: LabelSource
     train: TrainSettings
     tracker: TrackerSettings
-    config: Mapping[str, Any]  # the whole config, to be recorded
-
-    def __post_init__(self) -> None:
-        require_choice("mixed_precision", self.mixed_precision, DTYPES)
-        require_whole("checkpoint_limit", self.checkpoint_limit, least=0)
-        require_whole("save_steps", self.save_steps)
-        require_whole("eval_steps", self.eval_steps, least=0)
-        require_whole("log_steps", self.log_steps)
+    config: Mapping[str, Any]  # as JSON, for records
 
     @property
     def validates(self) -> bool:
@@ -75,20 +73,21 @@ class SPMRecipe:
 def read_recipe(config: ConfigDict) -> SPMRecipe:
     """Returns the values of `config`; raises UserError for a value that no run can work with."""
     check_leaves(config)
-    pretrained, data = config.pretrained, config.data
+    values = json.loads(config.to_json())
+    data, train = values["data"], values["train"]
+    adamw = fill(OptimizerSettings, train, optimizer=ADAMW)
+    steps = values["max_train_steps"]
     return fill(
         SPMRecipe,
-        config,
-        export_bin=config.export.bin,
-        base=fill(
-            ModelSource, pretrained, model=expand(pretrained.model), vae=expand(pretrained.vae)
-        ),
-        spm=fill(SPMSource, config.preference),
-        data=fill(PairData, data, source=expand(data.source)),
-        labels=fill(LabelSource, config.labels),
-        train=fill(TrainSettings, config.train, max_train_steps=config.max_train_steps),
-        tracker=fill(TrackerSettings, config.tracker),
-        config=config.to_dict(),
+        values,
+        export_bin=values["export"]["bin"],
+        base=model_source(values["pretrained"]),
+        spm=fill(SPMSource, values["preference"]),
+        data=fill(PairData, data, source=expand(data["source"])),
+        labels=fill(LabelSource, values["labels"]),
+        train=fill(TrainSettings, train, max_train_steps=steps, optimizer=adamw),
+        tracker=fill(TrackerSettings, values["tracker"]),
+        config=values,
     )
 
 
@@ -108,11 +107,11 @@ class CheckedTraining:
 def check_training(config: ConfigDict, num_processes: int) -> CheckedTraining:
     """Checks config, files and rows without writing anything; raises UserError in one line."""
     recipe = read_recipe(config)
-    train, data, spm, labels = recipe.train, recipe.data, recipe.spm, recipe.labels
-    plan = fit_update(num_processes, train.batch_size, train.global_batch_size)
-    run_dir = Path(config.logdir).expanduser() / run_name(config, "spm")
-    resume = find_checkpoint(config, run_dir)
-    changes = () if resume.checkpoint is None else _changes(resume.checkpoint, recipe, plan)
+    data, spm, labels = recipe.data, recipe.spm, recipe.labels
+    plan = plan_updates(config, num_processes)
+    run_dir = run_folder(recipe.logdir, recipe.run_name, "spm", recipe.family)
+    resume = find_checkpoint(run_dir, recipe.run_name, recipe.resume_from)
+    told = () if resume.checkpoint is None else _changes(resume.checkpoint, recipe, plan)
     backbone.check_source(recipe.base, recipe.family)
     scorers.check_clip(spm.backbone, spm.processor)
     if spm.init_from:
@@ -123,7 +122,7 @@ def check_training(config: ConfigDict, num_processes: int) -> CheckedTraining:
     validation = None
     if recipe.validates:
         validation = find_usable_rows(data, data.validation_split, need_has_label=True)
-    return CheckedTraining(recipe, plan, rows, validation, run_dir, resume, changes)
+    return CheckedTraining(recipe, plan, rows, validation, run_dir, resume, told)
 
 
 # Sections and keys that a resumed run may not change, with the reason ...
@@ -142,18 +141,16 @@ _MAY_CHANGE = (
 )
 
 
-def refused_keys(keys: Iterable[str]) -> dict[str, str]:
-    """Returns which keys of a checkpoint's config a resumed run may not change, and why."""
-    fixed = {key: _FIXED.get(key.partition(".")[0]) for key in keys if key not in _MAY_CHANGE}
-    return {key: reason for key, reason in fixed.items() if reason is not None}
+def refusal(key: str) -> str | None:
+    """Returns why a resumed run may not change a key of the config, or None if it may."""
+    return None if key in _MAY_CHANGE else _FIXED.get(key.partition(".")[0])
 
 
 def _changes(checkpoint: Path, recipe: SPMRecipe, plan: UpdatePlan) -> tuple[str, ...]:
     """Returns a line for each change since a checkpoint; raises UserError if it may not be."""
     state = read_state(checkpoint)
     with reading(checkpoint):
-        refused = refused_keys(leaves(ConfigDict(state["config"])))
-        lines = compare(state, ConfigDict(recipe.config), plan, refused)
+        lines = changes(state, recipe.config, plan, refusal)
         before = UpdatePlan(**state["plan"]).pairs_per_update
     if before != plan.pairs_per_update:
         lines.append(

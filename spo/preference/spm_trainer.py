@@ -40,7 +40,7 @@ from spo.preference.spm_recipe import (
 )
 from spo.run.checkpoint_folder import new_checkpoint
 from spo.run.folder import METRICS, SPM_FILE
-from spo.run.resume import facts
+from spo.run.resume import checkpoint_facts
 from spo.run.session import Session, open_run_dir
 
 _NAMED = 4  # pairs that an error names
@@ -205,7 +205,7 @@ class PreferenceTrainer:
         name = f"step_{self.learner.step:07d}"
 
         def save() -> None:
-            of_run = facts(ConfigDict(self.recipe.config), self.plan)
+            of_run = checkpoint_facts(self.recipe.config, self.plan)
             with new_checkpoint(run_dir, name, limit) as folder:
                 spm_checkpoint.save(folder, self.learner, self.tally, of_run)
 
