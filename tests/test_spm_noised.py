@@ -1,4 +1,4 @@
-"""What the SPM sees of a pair in training, and the gradient it learns from."""
+"""The SPM's input in training, and the gradient of its loss."""
 
 from collections import Counter
 from dataclasses import replace
@@ -65,14 +65,14 @@ def gradients_of(learner, *minibatches):
 
 
 def assert_same_gradients(found, expected):
-    """Up to rounding, which the number of rows in a batch changes."""
+    """Compares up to rounding, which the number of rows in a batch changes."""
     differences = torch.cat([(found[name] - expected[name]).flatten() for name in expected])
     total = torch.cat([gradient.flatten() for gradient in expected.values()]).norm()
     assert differences.norm() < 1e-3 * total
 
 
 def test_predictions_are_those_of_diffusers(backbone):
-    """Each image by itself, through the pipeline's own modules and diffusers' scheduler."""
+    """Predicts each image by itself, with the pipeline's own modules and diffusers' scheduler."""
     images = randn(3, 2, 3, SIZE, SIZE, seed=1).clamp(-1, 1)
     timesteps = [5, 501, 951]
     noise = noise_for(backbone, timesteps, seed=2)
@@ -106,7 +106,7 @@ def test_the_posterior_is_sampled_as_diffusers_does(sd15):
 
 
 def test_equal_images_stay_equal_only_if_sampled_alike(sd15):
-    """One noise for both images: equal latents make equal predictions."""
+    """Both images get one noise, so equal latents make equal predictions."""
     image = randn(1, 1, 3, SIZE, SIZE, seed=4).expand(-1, 2, -1, -1, -1)
     noise = noise_for(sd15, [601], seed=5)
     alike = replace(noise, posterior=noise.posterior[:, :1].expand(-1, 2, -1, -1, -1))
@@ -118,7 +118,7 @@ def test_equal_images_stay_equal_only_if_sampled_alike(sd15):
 
 
 def test_no_more_images_at_once_than_told(backbone, monkeypatch):
-    """And the predictions are the same: both images of a pair may fall into different parts."""
+    """The predictions stay the same, though a pair may be split between two parts."""
     images = randn(3, 2, 3, SIZE, SIZE, seed=1)
     noise = noise_for(backbone, [5, 501, 951], seed=2)
     arguments = (
@@ -179,7 +179,7 @@ def test_every_weight_gets_a_gradient(sd15):
     learner, batch = make_learner(), batch_of(4)
     _, gradients = gradients_of(learner, preparation(sd15).training_pairs(batch, 1.0))
     assert set(gradients) == set(dict(learner.spm.named_parameters()))
-    # Softmax does not notice what shifts all keys alike.
+    # A bias that shifts all keys alike has no effect on the softmax.
     assert all(g.abs().max() > 0 for name, g in gradients.items() if "k_proj.bias" not in name)
 
 
@@ -208,7 +208,7 @@ def test_accumulated_minibatches_are_one_batch(sd15):
     losses = torch.cat([j.losses for j in judged])
     torch.testing.assert_close(losses, one.losses, atol=1e-3, rtol=0)
     assert_same_gradients(found, expected)
-    # Minibatches that are normalised each by itself make another gradient.
+    # Minibatches normalised one by one make a different gradient.
     apart = [prepare.training_pairs(p, 2 * p.weights.sum()) for p in parts]
     with pytest.raises(AssertionError):
         assert_same_gradients(gradients_of(learner, *apart)[1], expected)

@@ -1,4 +1,4 @@
-"""Labelled pairs: where they come from, which can be used, who takes which, and their images."""
+"""Labelled pairs: their sources, which are usable, each process's share, and their images."""
 
 import io
 import math
@@ -29,7 +29,7 @@ from spo.preference.source import COLUMNS, PairData, open_split
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    # What datasets waits at the end of a stream.
+    # Seconds that datasets waits at the end of a stream.
     monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0, raising=False)
 
 
@@ -62,7 +62,7 @@ FAULTY = {
 
 
 def mixed_rows():
-    """Ten sound rows, those of FAULTY, and two sound ones without has_label."""
+    """Returns ten sound rows, the rows of FAULTY, and two sound rows without has_label."""
     faulty = [change for changes in FAULTY.values() for change in changes]
     rows = [make_row(i) for i in range(10)] + [make_row(50, **change) for change in faulty]
     return rows + [make_row(60, has_label=False), make_row(61, has_label=None)]
@@ -81,7 +81,7 @@ def test_unusable_rows_are_left_out_and_counted(tmp_path):
     usable, faults = usable_rows(rows)
     assert faults == counts_of(LABELS)
     assert usable == [*range(10), *range(20, 27)]
-    # In validation has_label decides, too.
+    # Validation also needs has_label.
     usable, faults = usable_rows(rows, need_has_label=True)
     assert faults == counts_of(LABELS) | {"without has_label": 2}
     assert usable == [*range(10), *range(20, 25)]
@@ -101,7 +101,7 @@ def test_damaged_images_weigh_nothing_and_are_counted():
 
 
 def rows_seen(batches):
-    """What the batches hold, without the images."""
+    """Returns the rows of each batch without their images."""
     return [
         [(row["caption"], row["label_0"], row["num_example_per_prompt"]) for row in batch.rows]
         for batch in batches

@@ -19,7 +19,9 @@ from spo.preference.source import IMAGE_COLUMNS
 
 IMAGE_FAULTS = ("no image", "damaged image")
 _AHEAD = 3  # minibatches that are decoded while the device is busy
-_LONGEST = 50  # longer side over the shorter one; damaged bytes may claim what no memory holds
+_LONGEST = (
+    50  # longer side over the shorter one; damaged bytes may claim a size that exceeds the memory
+)
 
 Row = dict[str, Any]  # of the columns of Pick-a-Pic, as the user's files have them
 
@@ -31,7 +33,7 @@ class RawBatch:
     rows: Sequence[Row]
     # Of each row: its number among all rows that the run draws, or in the validation split.
     places: Sequence[int]
-    faults: Counter  # why rows before these were left out
+    faults: Counter  # why rows were left out before this minibatch was full
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""From decoded images and prompts to what the SPM takes: predictions of the base model.
+"""From decoded images and prompts to the SPM's input: predictions of the base model.
 
 SPO, arXiv 2406.04314. Randomness is an argument: `draw_noise` makes it from one seed per pair.
 """
@@ -81,7 +81,7 @@ def predicted_images(
 
 @dataclass(frozen=True)
 class LabelSource(Checked, section="labels"):
-    """Whose labels are learnt; `config.labels` explains each field."""
+    """The labels to learn; `config.labels` explains each field."""
 
     source: str = choice("data", "pickscore")
     margin: float = number("from 0 to below 1", lambda v: 0 <= v < 1)

@@ -19,7 +19,7 @@ COLUMNS = LABEL_COLUMNS + IMAGE_COLUMNS
 
 @dataclass(frozen=True)
 class PairData(Checked, section="data"):
-    """Where labelled pairs come from and how they are read; `config.data` explains each field."""
+    """The source of labelled pairs, and how it is read; `config.data` explains each field."""
 
     source: str
     revision: str | None

@@ -93,7 +93,7 @@ def read_recipe(config: ConfigDict) -> SPMRecipe:
 
 @dataclass(frozen=True)
 class CheckedTraining:
-    """A recipe, with what is known of its run before models load."""
+    """Everything that a run knows before its models load."""
 
     recipe: SPMRecipe
     plan: UpdatePlan
@@ -132,7 +132,7 @@ _FIXED = {
     **dict.fromkeys(("family", "pretrained", "preference"), _WEIGHTS),
     **dict.fromkeys(("seed", "data"), _ROWS),
 }
-# ... except for these keys; a change of any key that is not refused is told in a line.
+# ... except for the following keys. The run says every change that is not refused.
 _MAY_CHANGE = (
     *("pretrained.revision", "pretrained.variant", "pretrained.vae"),
     *("preference.processor", "preference.init_from"),

@@ -47,7 +47,7 @@ _NAMED = 4  # pairs that an error names
 
 
 def train_preference_model(config: ConfigDict) -> None:
-    """Trains an SPM, in one process or as one of several that accelerate started.
+    """Trains an SPM, in one process or as one of several that the launcher started.
 
     Raises UserError for bad input before any model loads, RunError if a run cannot continue, and
     Stopped after a signal.
@@ -191,7 +191,7 @@ class PreferenceTrainer:
         measured = {}
         if evaluates and self.checked.validation is not None:
             measured = self.measure_accuracy()
-        # A line ends where a checkpoint is saved.
+        # A checkpoint ends a line, so that a resumed run writes the same lines.
         if saves or evaluates or step % recipe.log_steps == 0:
             self.log(self.metrics_line() | measured)
             self.started = time.perf_counter()
@@ -239,9 +239,6 @@ class PreferenceTrainer:
         """Writes a line of metrics, and draws the accuracy if the line has it."""
         self.session.log(line)
         if "accuracy" in line:
-            self.session.on_main(self.draw_accuracy)
-
-    def draw_accuracy(self) -> None:
-        """Draws accuracy.png; main process only."""
-        with writing(self.session.run_dir):
-            draw_accuracy(self.session.run_dir)
+            with self.workers.together(), writing(self.session.run_dir):
+                if self.workers.is_main:
+                    draw_accuracy(self.session.run_dir)
