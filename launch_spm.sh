@@ -4,5 +4,6 @@
 # Python: $PYTHON, else the .venv of this folder, else python3.
 set -euo pipefail
 cd "$(dirname "$0")"
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}  # for an environment without this package
 [ -n "${PYTHON:-}" ] || { [ -x .venv/bin/python ] && PYTHON=.venv/bin/python; } || PYTHON=python3
 exec "$PYTHON" -m spo.launch scripts/train_preference_model.py "$@"

@@ -4,6 +4,7 @@
 #   bash launch_tiny.sh [--num_processes N] [--config=FILE] [--config.key=value ...]
 set -euo pipefail
 cd "$(dirname "$0")"
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}  # for an environment without this package
 PYTHON=$(bash scripts/setup_env.sh)
 # More threads only wait for each other on tensors this small; a second process does not.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}

@@ -71,17 +71,21 @@ def get_config() -> ConfigDict:
 
     # ---- preference model ----------------------------------------------------------------------
     config.preference = preference = ConfigDict()
-    preference.scorer = "step_aware_clip"  # or "pickscore", or "module:factory"
-    # Step-aware checkpoint: .bin or .safetensors, a path or hf://user/repo/file.
+    # What scores the candidates: "step_aware_clip" (paper), "pickscore", "hpsv2", "hpsv2.1",
+    # "aesthetic", "clipscore", "imagereward", or "module:factory" (see spo/scorers/__init__.py).
+    preference.scorer = "step_aware_clip"
+    # Weights of "step_aware_clip": .bin or .safetensors, a path or hf://user/repo/file.
     preference.checkpoint = (
         "hf://SPO-Diffusion-Models/Step-Aware_Preference_Models/"
         "sd-v1-5_step-aware_preference_model.bin"
     )
-    # CLIP: the architecture of a step-aware checkpoint, the weights of "pickscore".
+    # A CLIP, Hub id or folder: the architecture of "step_aware_clip", the weights of "pickscore".
     preference.backbone = "yuvalkirstain/PickScore_v1"
-    preference.processor = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # tokenizer, image processor
-    preference.dtype = "float32"  # of the scorer's weights: "float32", "float16" or "bfloat16"
-    preference.kwargs = ConfigDict()  # keyword arguments of a "module:factory"
+    # Tokenizer and image processor of these two, Hub id or folder.
+    preference.processor = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+    preference.dtype = "float32"  # of the weights of these two: "float32", "float16" or "bfloat16"
+    # Options of all other scorers, such as {"checkpoint": "a/file.pt"} for "hpsv2".
+    preference.kwargs = ConfigDict()
 
     # ---- rollout -------------------------------------------------------------------------------
     config.sample = sample = ConfigDict()

@@ -52,7 +52,8 @@ def get_config() -> ConfigDict:
     config.mixed_precision = "fp16"  # "no", "fp16" or "bf16"; of the models that draw
 
     # ---- the scores ----------------------------------------------------------------------------
-    # spo.scorers.image_scorers.SCORERS, or "module:factory", one by one on the command line;
+    # "pickscore", "hpsv2", "hpsv2.1", "imagereward", "aesthetic", "clipscore", "step_aware_clip" (at
+    # t = 0), or "module:factory" (see spo/scorers/__init__.py), one by one on the command line;
     # --config.scorers="()" draws the images and leaves the scores to another call.
     config.scorers = ("pickscore", "hpsv2", "imagereward", "aesthetic")
     # Options of a scorer's factory by its name: {"pickscore": {"backbone": "a/folder"}}.

@@ -18,8 +18,6 @@ from pathlib import Path
 
 from absl import app, flags
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from spo.command_line.flags import changed, define_config, exit_on_user_error, parse_flags
 
 CONFIG = define_config("config/sd15.py")

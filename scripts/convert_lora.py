@@ -14,13 +14,9 @@ Weights, ranks and alphas stay as they are, bit for bit, unless --dtype rounds t
 """
 
 import argparse
-import sys
-from dataclasses import replace
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from spo.atomic import check_output, new_output
+from spo.atomic import check_output
 from spo.command_line.flags import exit_on_user_error
 from spo.errors import UserError
 
@@ -53,34 +49,15 @@ def main() -> None:
 
 
 def write(options: argparse.Namespace) -> None:
-    """Check everything, read, then write."""
+    """Checks everything, reads, then writes."""
     if options.merge and not options.base:
         raise UserError("--base: name the model to merge the LoRA into.")
     marks = {"merge": "model_index.json", "peft": "adapter_config.json"}  # the others are files
     check_output(options.output, marks.get(options.to or "merge"), options.overwrite)
 
-    import torch  # after what needs no seconds
+    from spo.lora_io.convert import convert_lora  # takes seconds, unlike the checks above
 
-    from spo.lora_io.find import find_lora
-    from spo.lora_io.merge import check_fit, merged_pipeline
-    from spo.lora_io.read import read_lora_file
-    from spo.lora_io.write import WRITERS
-
-    dtypes = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, None: None}
-    dtype = dtypes[options.dtype]
-    lora = read_lora_file(find_lora(options.source, "SOURCE"), "SOURCE")
-    if options.merge:
-        pipe = merged_pipeline(lora, options.base, dtype)
-        with new_output(options.output) as path:
-            pipe.save_pretrained(path, max_shard_size="20GB")  # one file each, as base models have
-        return
-    if options.base:
-        check_fit(lora, options.base)
-        lora = replace(lora, header={"base_model": options.base} | dict(lora.header))
-    if dtype is not None:
-        lora = lora.cast(dtype)
-    with new_output(options.output) as path:
-        WRITERS[options.to](lora, path)
+    convert_lora(options.source, options.to, options.base, options.dtype, options.output)
 
 
 if __name__ == "__main__":

@@ -6,12 +6,7 @@ python -m spo.launch scripts/evaluate.py --config=config/eval_sdxl.py ...    # o
 config/eval_base.py explains every key. One that was killed goes on with the same --config.run_name.
 """
 
-import sys
-from pathlib import Path
-
 from absl import app
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from spo.command_line.config_files import EVAL_BASE
 from spo.command_line.flags import define_config, exit_on_user_error, parse_flags

@@ -10,11 +10,7 @@ tiny_world.json into the run directory.
 
 import argparse
 import json
-import sys
 from pathlib import Path
-
-REPO = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(REPO))
 
 from spo.command_line.flags import exit_on_user_error
 

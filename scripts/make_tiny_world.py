@@ -16,8 +16,6 @@ import sys
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(REPO))
-
 TRAINING_PAIRS, VALIDATION_PAIRS, SAMPLE = 20_000, 1_000, 400
 PARQUET = ("train-00000-of-00001.parquet", "validation_unique-00000-of-00001.parquet")
 

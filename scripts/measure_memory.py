@@ -20,8 +20,6 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
 from spo.method.learner import Learner, UpdateSettings
 from spo.method.losses import LOSSES, LossSettings
 from spo.method.metrics import peak_memory_gib

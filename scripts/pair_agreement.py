@@ -9,13 +9,10 @@ the config itself. `--config.lora.init_from=RUN` draws them with what a run has 
 """
 
 import json
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
 from absl import app, flags
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from spo.command_line.flags import changed, define_config, exit_on_user_error, parse_flags
 

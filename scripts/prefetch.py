@@ -7,12 +7,7 @@
 Afterwards the run works offline (HF_HUB_OFFLINE=1).
 """
 
-import sys
-from pathlib import Path
-
 from absl import app
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from spo.command_line.config_files import BASE, EVAL_BASE, SPM_BASE
 from spo.command_line.flags import define_config, exit_on_user_error, parse_flags
@@ -60,7 +55,7 @@ def prefetch_preference_model(config) -> None:
     """Load what the training of a preference model needs: the CLIPs, the base model, the rows."""
     from spo.preference.rows import find_usable_rows
     from spo.preference.spm_recipe import build_spm, read_recipe
-    from spo.scorers import CLIPInputs, load_clip
+    from spo.scorers.clip import CLIPInputs, load_clip
 
     recipe = read_recipe(config)
     spm, labels, data = recipe.spm, recipe.labels, recipe.data
@@ -85,23 +80,25 @@ def prefetch_evaluation(config) -> None:
     import torch
 
     from spo.evaluation.evaluator import preflight
-    from spo.scorers.image_scorers import load_image_scorer
+    from spo.scorers import ImageScorerSource, load_scorer
 
     ready = preflight(config, num_processes=1)
     print(ready.prompts.describe())
     for source in {spec.source for spec in ready.models if spec.source is not None}:
         load_base_model(source, config)
     for scorer in ready.scorers:
-        loaded = load_image_scorer(scorer.name, scorer.options, torch.device("cpu"))
+        source = ImageScorerSource(scorer.name, scorer.options)
+        loaded = load_scorer(source, torch.device("cpu"))
         print(f"scorer: {loaded.title}")
 
 
 def load_base_model(source, config) -> None:
     """Load a base model, and say how large it is."""
-    from spo.models import backbone
+    from spo.models.backbone import DTYPES
+    from spo.models.loading import check_source, load_pipeline
 
-    backbone.check_source(source, config.family)
-    pipe = backbone.load_pipeline(source, config.family, backbone.DTYPES[config.mixed_precision])
+    check_source(source, config.family)
+    pipe = load_pipeline(source, config.family, DTYPES[config.mixed_precision])
     size = sum(p.numel() for p in pipe.unet.parameters())
     print(f"base model: {source.model}, UNet of {size / 1e6:.1f} M parameters")
 

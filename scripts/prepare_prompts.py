@@ -6,10 +6,7 @@ python scripts/prepare_prompts.py --source=captions.csv --column=text --num=500 
 
 import argparse
 import json
-import sys
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from spo.command_line.flags import exit_on_user_error
 from spo.data.prompts import read_prompts

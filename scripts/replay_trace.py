@@ -22,15 +22,13 @@ from ml_collections import ConfigDict
 from safetensors.torch import load_file
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from config import base  # noqa: E402
-from spo.method import build as settings  # noqa: E402
+from config import base
+from spo.method import build as settings
 from spo.method import losses
-from spo.method.collect import Collected, collect_rollout  # noqa: E402
-from spo.models.backbone import Backbone  # noqa: E402
-from spo.scorers import load_scorer  # noqa: E402
-from spo.types import NoisePredictions, PreferencePairs  # noqa: E402
+from spo.method.collect import Collected, collect_rollout
+from spo.models.backbone import Backbone
+from spo.scorers import load_scorer
+from spo.types import NoisePredictions, PreferencePairs
 
 TOLERANCES = {
     "timesteps": 0,

@@ -7,11 +7,7 @@ evaluation, that is a folder with results.json: comparison, figures, images side
 """
 
 import argparse
-import sys
 from pathlib import Path
-
-REPO = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(REPO))
 
 from spo.command_line.flags import exit_on_user_error
 from spo.errors import UserError

@@ -12,14 +12,11 @@ import json
 import math
 import multiprocessing
 import os
-import sys
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import cache
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(REPO))
-
 FLIPPED = "preferences flipped at random"
 # What each arm changes of config/tiny.py; arm_config fills in FLIPPED and "official".
 ARMS = {

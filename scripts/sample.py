@@ -9,12 +9,8 @@ A model is [NAME=]base, [NAME=]LORA[:WEIGHT] (a run, a checkpoint, a file or a H
 """
 
 import argparse
-import sys
 import time
 from pathlib import Path
-
-REPO = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(REPO))
 
 from spo.command_line.flags import exit_on_user_error
 

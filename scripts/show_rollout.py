@@ -7,12 +7,9 @@ One row per comparison: the decoded candidates with their scores, the best frame
 and which one the rollout went on from. `--lora` draws with a trained LoRA (run, file or Hub id).
 """
 
-import sys
 from pathlib import Path
 
 from absl import app, flags
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from spo.command_line.flags import define_config, exit_on_user_error, parse_flags
 
@@ -85,7 +82,8 @@ def show_rollout(config, prompt: str, lora_spec: str, seed: int, out: Path) -> N
 def draw_rows(seen, settings):
     """Rows of cells and their labels from (candidates, scores (K,), images (K, 3, H, W))."""
     from spo.method.pairs import preference_gap
-    from spo.run.pictures import Cell, to_pil
+    from spo.run.pictures import Cell
+    from spo.scorers.pixels import to_pil
 
     rows, labels = [], []
     for i, (candidates, scores, images) in enumerate(seen):

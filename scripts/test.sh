@@ -3,6 +3,7 @@
 #   bash scripts/test.sh [arguments of pytest]
 set -uo pipefail
 cd "$(dirname "$0")/.."
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}  # for an environment without this package
 PYTHON=$(bash scripts/setup_env.sh pytest xdist hypothesis ruff) || exit
 status=0
 "$PYTHON" -m ruff check . || status=1

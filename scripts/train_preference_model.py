@@ -3,12 +3,7 @@
 python scripts/train_preference_model.py [--config=config/spm_sdxl.py] [--config.train.key=...]
 """
 
-import sys
-from pathlib import Path
-
 from absl import app
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from spo.command_line.config_files import SPM_BASE
 from spo.command_line.flags import define_config, exit_on_user_error, parse_flags

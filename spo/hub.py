@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from huggingface_hub.errors import (
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
 )
+from huggingface_hub.utils import validate_repo_id
 
 from spo.errors import UserError, first_line
 
@@ -105,10 +105,13 @@ def model_file(model: str, name: str, key: str, revision: str | None = None) -> 
     raise UserError(f"{key}: {model!r} is neither a folder nor a Hub id user/name.")
 
 
-def is_hub_id(model: str) -> bool:
-    """Whether `model` is the Hub id user/name, and not a folder here."""
-    is_folder = Path(model).expanduser().is_dir()
-    return not is_folder and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model) is not None
+def is_hub_id(name: str) -> bool:
+    """Returns whether `name` is a Hub id, user/name, and not a local folder."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return "/" in name and not Path(name).expanduser().is_dir()
 
 
 def public_name(spec: str) -> str:

@@ -8,11 +8,7 @@ from typing import Any
 
 from spo.errors import UserError
 
-
-def algorithm_name(name: str) -> str:
-    """Returns a short name for "module:name": the name, or the module if all modules share the name."""
-    module, _, attribute = name.rpartition(":")
-    return module.rpartition(".")[2] if attribute in ("loss", "make", "objective") else attribute
+_GENERIC = ("objective", "loss", "make")  # attributes that do not say which algorithm they hold
 
 
 def find(name: str, table: Mapping[str, Any], key: str) -> Any:
@@ -27,3 +23,13 @@ def find(name: str, table: Mapping[str, Any], key: str) -> Any:
         return getattr(importlib.import_module(module_name), attribute)
     except (ImportError, AttributeError, ValueError) as error:
         raise UserError(f"{key}: cannot import {name!r}: {error}") from error
+
+
+def algorithm_name(algorithm: str) -> str:
+    """Returns the name that run folders, model cards and Hub tags give to `config.algorithm`.
+
+    "gradspo" is its own name; "package.module:name" is called "name", or "module" if the name is
+    generic.
+    """
+    module, _, name = algorithm.rpartition(":")
+    return module.rpartition(".")[2] if module and name in _GENERIC else name

@@ -1,4 +1,4 @@
-"""Pictures and tiny models for the tests of scorers of finished images."""
+"""Pictures and tiny models for the tests of scorers."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from spo.scorers.image_scorers import load_image_scorer
+from spo.scorers import ImageScorerSource, Scorer, check_scorer, load_scorer
 
 CPU = torch.device("cpu")
 PROMPTS = ("a fox reading a map", "Tiny house, in a meadow", "blue whale " * 40)  # one is truncated
@@ -15,7 +15,7 @@ SIZES = ((96, 64), (40, 72), (64, 64))  # landscape, portrait, square
 
 
 def pictures(sizes=SIZES, seed=0):
-    """Smooth colourful RGB images with some grain, of (width, height) each."""
+    """Returns smooth colourful RGB images with some grain, one of each (width, height)."""
     rng = np.random.default_rng(seed)
     found = []
     for width, height in sizes:
@@ -26,12 +26,23 @@ def pictures(sizes=SIZES, seed=0):
     return found
 
 
+def load(name, options) -> Scorer:
+    """Returns a scorer of finished images, on the CPU."""
+    return load_scorer(ImageScorerSource(name, options), CPU)
+
+
+def check(name, options):
+    """Raises UserError for a wrong scorer of finished images."""
+    check_scorer(ImageScorerSource(name, options))
+
+
 def score(name, options, images, prompts=PROMPTS):
-    return load_image_scorer(name, options, CPU).score(images, prompts)
+    """Returns the scores of finished images by the named scorer."""
+    return load(name, options).score_images(images, prompts)
 
 
 def tiny_open_clip(folder: Path, **changes) -> Path:
-    """A random CLIP of 32 x 32 pixels in a folder as open_clip writes it; `changes` in its model."""
+    """Writes a random CLIP of 32 x 32 pixels in open_clip's format; `changes` go into its config."""
     import open_clip
     from safetensors.torch import save_file
 

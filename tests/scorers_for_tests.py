@@ -1,4 +1,4 @@
-"""Scorers that runs in the tests name by their dotted path."""
+"""Scorers that tests name in configs by their dotted path."""
 
 import os
 import signal
@@ -10,7 +10,7 @@ from spo.errors import UserError
 
 
 class Brightness:
-    """Mean of the image times `sign`; not a number for one prompt after `good_calls` calls."""
+    """The mean of an image times `sign`, or NaN for one prompt after `good_calls` calls."""
 
     def __init__(self, sign, bad_prompt, good_calls):
         self.sign, self.bad_prompt, self.good_calls = sign, bad_prompt, good_calls
@@ -33,7 +33,7 @@ def brightness(device, sign=1, bad_prompt="", good_calls=0):
 
 
 class ImageBrightness:
-    """Mean brightness of finished images, printed in percent."""
+    """The mean brightness of finished images, printed in percent."""
 
     title, scale = "Brightness", 100.0
 
@@ -46,10 +46,9 @@ def image_brightness(device):
 
 
 class OnRanks(Brightness):
-    """Brightness that notes the prompts it was asked for, and goes wrong on some ranks.
+    """Brightness that writes down its prompts and fails on some ranks.
 
-    From its call `ties[rank]` on it scores all candidates alike; at call `at` of rank `rank` it
-    does what `event` says.
+    From call `ties[rank]` on, all candidates score 0; `event` happens at call `at` of rank `rank`.
     """
 
     def __init__(self, notes, ties, event, rank, at):

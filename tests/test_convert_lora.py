@@ -19,9 +19,9 @@ from spo import hub
 from spo.atomic import check_output, new_output
 from spo.errors import UserError
 from spo.lora_io import find
+from spo.lora_io.convert import check_fit, merged_pipeline
 from spo.lora_io.diffusers_file import LORA_FILE, save_lora
 from spo.lora_io.find import find_lora
-from spo.lora_io.merge import check_fit, merged_pipeline
 from spo.lora_io.read import read_lora_file
 from spo.lora_io.write import LoraModule, LoraWeights
 from spo.models.backbone import Backbone, ModelSource

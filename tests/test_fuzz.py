@@ -20,7 +20,6 @@ from absl import flags
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from spo import scorers
 from spo.command_line.config_files import EVAL_BASE, SPM_BASE, leaves, load_config
 from spo.command_line.flags import define_config, exit_on_user_error, parse_flags
 from spo.data.prompts import read_prompts
@@ -28,6 +27,7 @@ from spo.evaluation.evaluator import preflight as preflight_evaluation
 from spo.method.preflight import preflight
 from spo.method.trainer import train
 from spo.preference.spm_recipe import check_training
+from spo.scorers import clip
 
 ROOT = Path(__file__).resolve().parent.parent
 KINDS = {
@@ -106,7 +106,7 @@ def configs(tmp_path, monkeypatch):
     monkeypatch.setenv("SPO_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(scorers, "CLIPInputs", functools.cache(scorers.CLIPInputs))
+    monkeypatch.setattr(clip, "CLIPInputs", functools.cache(clip.CLIPInputs))
     (tmp_path / "a.txt").write_text("a fox\na bear\n")
     (tmp_path / "b.json").write_text('["a fox"]')
     (tmp_path / "file").write_text("")

@@ -1,15 +1,14 @@
-"""ImageReward against what its official code said of the same weights, images and prompts."""
+"""ImageReward against the scores of its official code for the same weights, images and prompts."""
 
 import json
 from pathlib import Path
 
 import pytest
 import torch
-from finished_images import CPU
+from finished_images import check, load
 from PIL import Image
 
 from spo.errors import UserError
-from spo.scorers.image_scorers import check_image_scorer, load_image_scorer
 
 RECORDED = Path(__file__).parent / "data" / "imagereward"
 OPTIONS = {
@@ -27,12 +26,12 @@ def weights():
 
 def test_the_official_scores():
     recorded = json.loads((RECORDED / "scores.json").read_text())
-    scorer = load_image_scorer("imagereward", OPTIONS, CPU)
+    scorer = load("imagereward", OPTIONS)
     for image, expected in zip(IMAGES, recorded["scores"], strict=True):
-        found = scorer.score([image] * 3, recorded["prompts"])
+        found = scorer.score_images([image] * 3, recorded["prompts"])
         torch.testing.assert_close(found, torch.tensor(expected), rtol=0, atol=1e-5)
     assert found.dtype == torch.float32 and not found.requires_grad
-    diagonal = scorer.score(IMAGES, recorded["prompts"])
+    diagonal = scorer.score_images(IMAGES, recorded["prompts"])
     expected = torch.tensor(recorded["scores"]).diag()
     torch.testing.assert_close(diagonal, expected, rtol=0, atol=1e-5)
     assert (scorer.title, scorer.scale) == ("ImageReward", 1)
@@ -57,27 +56,25 @@ def test_every_tensor_has_its_place(tmp_path, weights, name, tensor, message):
     torch.save({k: v for k, v in changed.items() if v is not None}, tmp_path / "changed.pt")
     said = rf"scorer_options\.imagereward\.checkpoint: .*changed\.pt is not ImageReward.*{message}"
     with pytest.raises(UserError, match=said):
-        load_image_scorer(
-            "imagereward", OPTIONS | {"checkpoint": str(tmp_path / "changed.pt")}, CPU
-        )
+        load("imagereward", OPTIONS | {"checkpoint": str(tmp_path / "changed.pt")})
 
 
 def test_what_the_reward_does_not_use_may_be_missing(tmp_path, weights):
     used = {k: v for k, v in weights.items() if "_proj." not in k and "position_ids" not in k}
     assert len(used) == len(weights) - 5
     torch.save(used, tmp_path / "used.pt")
-    load_image_scorer("imagereward", OPTIONS | {"checkpoint": str(tmp_path / "used.pt")}, CPU)
+    load("imagereward", OPTIONS | {"checkpoint": str(tmp_path / "used.pt")})
 
 
 @pytest.mark.parametrize("head_width", [0, 10, 64])
 def test_a_head_width_that_does_not_fit(head_width):
     with pytest.raises(UserError, match=rf"head_width {head_width} does not divide"):
-        load_image_scorer("imagereward", OPTIONS | {"head_width": head_width}, CPU)
+        load("imagereward", OPTIONS | {"head_width": head_width})
 
 
 def test_the_tokenizer_is_named():
     options = OPTIONS | {"tokenizer": "./no_such"}
-    for use in (check_image_scorer, lambda *which: load_image_scorer(*which, CPU)):
+    for use in (check, load):
         with pytest.raises(
             UserError, match=r"scorer_options\.imagereward\.tokenizer: '\./no_such'"
         ):
@@ -85,7 +82,7 @@ def test_the_tokenizer_is_named():
 
 
 def test_the_published_size(weights):
-    """ViT-L/16 at 224 pixels and BERT base, by the shapes of their first tensors and the default."""
+    """Shapes and the default head width tell ViT-L/16 at 224 pixels and BERT base."""
     from spo.scorers import blip
 
     def zeros(*shape):

@@ -7,13 +7,12 @@ import numpy as np
 import open_clip
 import pytest
 import torch
-from finished_images import PROMPTS, SIZES, pictures, score, tiny_open_clip
+from finished_images import PROMPTS, SIZES, check, load, pictures, score, tiny_open_clip
 from safetensors.torch import load_file, save_file
 from torchvision import transforms
 
 from spo.errors import UserError
 from spo.scorers.hpsv2 import fit_square
-from spo.scorers.image_scorers import check_image_scorer, load_image_scorer
 from spo.scorers.open_clip import check_open_clip
 
 HPS = {"hpsv2": "HPSv2", "hpsv2.1": "HPSv2.1"}
@@ -32,7 +31,7 @@ def options(folder):
 
 @pytest.fixture(scope="module")
 def reference(folder):
-    """open_clip's own model and transform of the folder, and the tokens of the prompts."""
+    """Returns open_clip's own model and transform of the folder, and the tokens of the prompts."""
     model, _, transform = open_clip.create_model_and_transforms(f"local-dir:{folder}")
     tokens = open_clip.get_tokenizer(f"local-dir:{folder}")(list(PROMPTS))
     assert tokens.shape == (3, 16) and tokens[2, -1] == 49407  # truncated, but still ended
@@ -48,8 +47,8 @@ def cosines(reference, pixels):
 
 def test_clipscore(reference, options):
     expected = [cosines(reference, [reference[1](i)] * 3) for i in pictures()]
-    scorer = load_image_scorer("clipscore", options, torch.device("cpu"))
-    found = [scorer.score([image] * 3, PROMPTS) for image in pictures()]
+    scorer = load("clipscore", options)
+    found = [scorer.score_images([image] * 3, PROMPTS) for image in pictures()]
     assert (torch.stack(expected) < -0.05).any() and (torch.stack(expected) > 0.05).any()
     torch.testing.assert_close(
         torch.stack(found), torch.stack(expected).clamp(min=0), rtol=0, atol=1e-6
@@ -59,7 +58,7 @@ def test_clipscore(reference, options):
 
 
 def official_pixels(image, size, antialias):
-    """As hpsv2 1.2.0 prepares an image, in torchvision's own operations."""
+    """Returns the pixels that hpsv2 1.2.0 prepares, by torchvision's own operations."""
     width, height = image.size
     ratio = size / max(image.size)
     new = (round(height * ratio), round(width * ratio))
@@ -82,7 +81,7 @@ def test_hpsv2(tmp_path, reference, options, name, antialias):
     images = pictures([*SIZES, (20, 13), (33, 97)])
     prompts = [PROMPTS[i % 3] for i in range(5)]
     changes = {"checkpoint": str(tmp_path / "hps.pt"), "antialias": antialias}
-    scorer = load_image_scorer(name, options | changes, torch.device("cpu"))
+    scorer = load(name, options | changes)
     pixels = [official_pixels(image, 32, antialias) for image in images]
     for image, expected in zip(images, pixels, strict=True):
         torch.testing.assert_close(scorer.prepare(image), expected, rtol=0, atol=1e-5)
@@ -90,7 +89,7 @@ def test_hpsv2(tmp_path, reference, options, name, antialias):
     rounded = copy.deepcopy(model)
     rounded.load_state_dict(halved)
     expected = cosines((rounded, None, tokens), pixels)
-    torch.testing.assert_close(scorer.score(images, prompts), expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(scorer.score_images(images, prompts), expected, rtol=0, atol=1e-6)
     assert (scorer.title, scorer.scale) == (HPS[name], 100)
 
 
@@ -102,7 +101,7 @@ def test_the_whole_image_is_fitted_and_padded_with_black():
 
 
 def mlp(widths):
-    """Weights in the published names, with dropout between all but the last two layers."""
+    """Returns weights with the published names; dropout stood between all but the last two layers."""
     generator = torch.Generator().manual_seed(1)
     weights = {}
     for number, i, o in zip((0, 2, 4, 6, 7), widths[:-1], widths[1:], strict=True):
@@ -122,9 +121,7 @@ def linear():
 @pytest.mark.parametrize("weights", [mlp((16, 12, 8, 6, 4, 1)), linear()], ids=["mlp", "linear"])
 def test_aesthetic(tmp_path, reference, options, weights):
     torch.save(weights, tmp_path / "head.pth")
-    scorer = load_image_scorer(
-        "aesthetic", options | {"head": str(tmp_path / "head.pth")}, torch.device("cpu")
-    )
+    scorer = load("aesthetic", options | {"head": str(tmp_path / "head.pth")})
     model, transform, _ = reference
     with torch.no_grad():
         hidden = model.encode_image(torch.stack([transform(i) for i in pictures()])).double()
@@ -133,9 +130,9 @@ def test_aesthetic(tmp_path, reference, options, weights):
     for name in names:
         weight, bias = (weights[name + part].double().numpy() for part in ("weight", "bias"))
         hidden = hidden @ weight.T + bias
-    found = scorer.score(pictures(), PROMPTS)
+    found = scorer.score_images(pictures(), PROMPTS)
     np.testing.assert_allclose(found.numpy(), hidden[:, 0], rtol=1e-5, atol=1e-5)
-    assert torch.equal(found, scorer.score(pictures(), PROMPTS[::-1]))
+    assert torch.equal(found, scorer.score_images(pictures(), PROMPTS[::-1]))
     assert (scorer.title, scorer.scale) == ("Aesthetic", 1)
 
 
@@ -159,7 +156,7 @@ def test_a_head_of_another_shape(tmp_path, options, change, message):
 
 
 def test_the_activation_is_the_architectures(tmp_path, folder, options):
-    """QuickGELU is not in the weights: a local file must get it from the architecture."""
+    """Weights do not tell QuickGELU: for a local file the architecture decides."""
     plain = tiny_open_clip(tmp_path / "plain", quick_gelu=False)
     quick, other = (
         score("clipscore", options | {"model": str(m)}, pictures()) for m in (folder, plain)
@@ -179,7 +176,7 @@ def test_tags_of_open_clip_are_files_on_the_hub(monkeypatch):
 
     monkeypatch.setattr("spo.hub.hf_hub_download", unreachable)
     for name in ("clipscore", "aesthetic", *HPS):
-        check_image_scorer(name, {})
+        check(name, {})
     assert not asked  # a check downloads nothing
     for name in ("clipscore", "aesthetic", *HPS):
         with pytest.raises(UserError, match=rf"scorer_options\.{name}\.checkpoint: .*no network"):

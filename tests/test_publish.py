@@ -24,12 +24,12 @@ from spo.errors import UserError
 from spo.evaluation.results import ModelInfo, Results, ScorerInfo, write_results
 from spo.hub import Destination, is_hub_id
 from spo.lora_io.diffusers_file import save_lora
-from spo.method.build import lora_metadata
+from spo.method.build import read_recipe
 from spo.models.backbone import Backbone, ModelSource
 from spo.models.lora import add_lora
 from spo.publish import push as publish
 from spo.publish.card import merge_cards
-from spo.publish.layout import stage
+from spo.publish.layout import lay_out
 from spo.run.folder import record_start
 from spo.run.pictures import Cell
 from spo.run.validation import save_samples
@@ -60,7 +60,7 @@ def made_run(tmp_path_factory):
     source = ModelSource(str(ROOT / "assets" / "tiny" / "sd15"))
     unet = Backbone(source, "sd15", "no", torch.device("cpu")).unet
     lora = add_lora(unet, 4, 4, ATTENTION, seed=0)
-    header = lora_metadata(config) | {"step": "30"}
+    header = read_recipe(config).lora_metadata() | {"step": "30"}
     (run_dir / "ema").mkdir()
     save_lora(run_dir / LORA, lora, random_weights(lora, 1), header)
     save_lora(run_dir / "ema" / LORA, lora, random_weights(lora, 2), header)
@@ -142,7 +142,7 @@ def test_what_is_uploaded_is_what_the_run_holds(hub, run_dir, capsys):
     add_evaluation(run_dir / "evaluation")
     config, _ = load_config(str(run_dir / "config.json"))
     config.pretrained.model = f"{HOME}/models/mine"
-    assert lora_metadata(config)["base_model"] == "mine"
+    assert read_recipe(config).lora_metadata()["base_model"] == "mine"
     save_config(config, run_dir / "config.json")
     push(run_dir, "--message=mine")
     assert f"pushed to {hub.url}/user/name" in capsys.readouterr().out
@@ -191,7 +191,7 @@ def test_a_second_push_uploads_what_changed_and_commits_nothing_for_nothing(hub,
 def test_the_card_says_what_the_run_recorded(run_dir):
     add_evaluation(run_dir / "evaluation_pickapic")
     to = Destination("user/name", subfolder="sd1_5")
-    card = (stage(run_dir, to).folder / "README.md").read_text()
+    card = (lay_out(run_dir, to).folder / "README.md").read_text()
     for row in (
         "| algorithm | GradSPO |",
         "| epochs | 2 of 6 |",
@@ -200,9 +200,9 @@ def test_the_card_says_what_the_run_recorded(run_dir):
         "| pairs per update | 40 |",
         "| processes | 4 x GPU |",
         "| prompts | 4 prompts from prompts.txt (4 rows) |",
-        "| learning rate | 0.0005 |",
-        "| grad_scale | 0.5 |",
-        "| EMA decay | 0.9 |",
+        "| train.learning_rate | 0.0005 |",
+        "| train.grad_scale | 0.5 |",
+        "| train.ema_decay | 0.9 |",
         f"diffusers {__import__('diffusers').__version__}",
         "| PickScore x 100 | GradSPO | 22.000 [",
         "@inproceedings{tee2025gradspo",
@@ -211,13 +211,13 @@ def test_the_card_says_what_the_run_recorded(run_dir):
         assert row in card
     # Nothing was measured, nothing is claimed.
     shutil.rmtree(run_dir / "evaluation_pickapic")
-    assert "Results" not in (stage(run_dir, to).folder / "README.md").read_text()
+    assert "Results" not in (lay_out(run_dir, to).folder / "README.md").read_text()
 
 
 def test_metadata_are_the_hubs(run_dir, monkeypatch):
     monkeypatch.chdir(ROOT)
     config, _ = load_config(str(run_dir / "config.json"))
-    card = stage(run_dir, Destination("user/name", "sd1_5")).folder / "README.md"
+    card = lay_out(run_dir, Destination("user/name", "sd1_5")).folder / "README.md"
     found = metadata(card.read_text())
     # A folder is no base model that the Hub could know.
     assert is_hub_id("user/tiny") and not is_hub_id("assets/tiny") and not is_hub_id("a/b/c")
@@ -225,7 +225,7 @@ def test_metadata_are_the_hubs(run_dir, monkeypatch):
     assert "the terms of the base model" in card.read_text()
     config.pretrained.model = "stable-diffusion-v1-5/stable-diffusion-v1-5"
     save_config(config, run_dir / "config.json")
-    stage(run_dir, Destination("user/name", "sd1_5"))
+    lay_out(run_dir, Destination("user/name", "sd1_5"))
     data = huggingface_hub.ModelCard.load(card).data
     assert isinstance(data, huggingface_hub.ModelCardData)
     assert data.base_model == "stable-diffusion-v1-5/stable-diffusion-v1-5"
@@ -242,7 +242,7 @@ def test_metadata_are_the_hubs(run_dir, monkeypatch):
     assert data["widget"][0]["text"] == re.search(r"pipe\(\n    (.*),\n", card.read_text())[
         1
     ].strip('"')
-    stage(run_dir, Destination("user/name", license="mit"))
+    lay_out(run_dir, Destination("user/name", license="mit"))
     assert huggingface_hub.ModelCard.load(card).data.license == "mit"
 
 
@@ -251,14 +251,54 @@ def test_sdxl_with_a_vae_of_its_own_and_another_scorer(run_dir):
     config.preference.scorer, config.pretrained.variant = "pickscore", "fp16"
     save_config(config, run_dir / "config.json")
     shutil.rmtree(run_dir / "ema")
-    card = (stage(run_dir, Destination("user/name")).folder / "README.md").read_text()
+    card = (lay_out(run_dir, Destination("user/name")).folder / "README.md").read_text()
     code = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]
     compile(code, "snippet", "exec")
     for line in ("= StableDiffusionXLPipeline.from_pretrained(", "vae=vae,", 'variant="fp16",'):
         assert line in code
     assert "| preference model | yuvalkirstain/PickScore_v1 |" in card
     assert metadata(card)["license"] == "openrail++" and "spo" in metadata(card)["tags"]
-    assert "GradSPO" not in card and "grad_scale" not in card and "EMA decay" not in card
+    assert "GradSPO" not in card and "grad_scale" not in card and "ema_decay" not in card
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "name"),
+    [
+        ("my_losses.smooth:objective", "smooth"),
+        ("my_loss:loss", "my_loss"),
+        ("my_loss:label_smoothing", "label_smoothing"),
+    ],
+)
+def test_a_loss_of_ones_own_is_called_by_its_name_and_cites_nobody(run_dir, algorithm, name):
+    config, _ = load_config(str(run_dir / "config.json"))
+    config.algorithm = algorithm
+    save_config(config, run_dir / "config.json")
+    layout = lay_out(run_dir, Destination("user/name"))
+    card = (layout.folder / "README.md").read_text()
+    assert metadata(card)["tags"][-1] == name and f"## {name} on sd15" in card
+    assert f"| algorithm | {algorithm} |" in card and layout.summary.startswith(f"{name} LoRA, ")
+    assert "bibtex" not in card and "Citation" not in card and "2406.04314" not in card
+
+
+def test_a_setting_is_in_the_card_if_it_differs_from_the_family_s_default(run_dir):
+    config, _ = load_config("config/sdxl.py")
+
+    def settings(**changes):
+        """The rows of settings in the card of a run with these changes."""
+        changed = config.copy_and_resolve_references()
+        changed.update_from_flattened_dict({k.replace("__", "."): v for k, v in changes.items()})
+        save_config(changed, run_dir / "config.json")
+        card = (lay_out(run_dir, Destination("user/name")).folder / "README.md").read_text()
+        return dict(re.findall(r"\| ((?:lora|sample|train)\.\w+) \| (.*) \|", card))
+
+    plain = settings()
+    assert plain["lora.rank"] == "64" and "sample.eta" not in plain
+    changed = settings(sample__eta=0.5, train__max_grad_norm=None, lora__target_modules=("to_q",))
+    assert {key: value for key, value in changed.items() if key not in plain} == {
+        "sample.eta": "0.5",
+        "train.max_grad_norm": "None",
+        "lora.target_modules": "('to_q',)",
+    }
 
 
 def test_runs_share_a_card_and_keep_each_others_sections(hub, run_dir):
@@ -280,7 +320,7 @@ def test_runs_share_a_card_and_keep_each_others_sections(hub, run_dir):
     save_config(config, run_dir / "config.json")
     push(run_dir, "--subfolder=sdxl")
     again = hub.files("user/name")["README.md"].decode()
-    assert again.count("## ") == card.count("## ") and "| beta | 77 |" in again
+    assert again.count("## ") == card.count("## ") and "| train.beta | 77 |" in again
     first = again[: again.index("<!-- spo:run", again.index("<!-- spo:run") + 1)]
     assert first in card and "By hand." in first and "sd1_5/pytorch_lora" in first
 
@@ -444,7 +484,7 @@ def test_a_push_that_hangs_is_left_alone_at_the_end(hub, run_dir, monkeypatch):
     assert said[2].endswith(f"python scripts/push_to_hub.py {run_dir}")
 
 
-def test_a_run_that_cannot_be_staged_goes_on(hub, run_dir):
+def test_a_run_that_cannot_be_laid_out_goes_on(hub, run_dir):
     said = []
     (run_dir / LORA).unlink()
     publish.Publishing(run_dir, Destination("user/name"), 1, said.append).push()
@@ -452,7 +492,7 @@ def test_a_run_that_cannot_be_staged_goes_on(hub, run_dir):
 
 
 def test_a_card_without_sections_of_ours_gets_one_at_the_end(run_dir):
-    own = (stage(run_dir, Destination("user/name")).folder / "README.md").read_text()
+    own = (lay_out(run_dir, Destination("user/name")).folder / "README.md").read_text()
     merged = merge_cards("# Mine\n\n\\1 stays\n", own)
     assert merged.text.startswith("# Mine\n\n\\1 stays\n\n<!-- spo:run")
     assert str(merge_cards(str(merged), own)) == str(merged)

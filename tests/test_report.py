@@ -21,13 +21,13 @@ from spo.errors import UserError
 from spo.evaluation.curves import TRAINING, draw_curves, panels_of
 from spo.evaluation.page import embedded_image
 from spo.evaluation.report import chosen_prompts, write_report
-from spo.evaluation.results import ModelInfo, Results, ScorerInfo, compare, write_results
+from spo.evaluation.results import ModelInfo, Results, ScorerInfo, summarize, write_results
 from spo.evaluation.run_report import write_run_report
 from spo.method import metrics
-from spo.method.collect import Comparison
 from spo.preference.spm_metrics import TIMESTEPS, step_metrics, validation_metrics
 from spo.run.folder import record_start
 from spo.run.tracking import Tracking
+from spo.types import Comparison
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "scripts" / "report.py"
@@ -174,10 +174,10 @@ def test_the_page_needs_no_other_file_and_a_prompt_stays_text(tmp_path):
     assert policy[0].startswith("default-src 'none'")
 
 
-def test_the_table_says_what_compare_found(tmp_path):
+def test_the_table_says_what_the_summary_says(tmp_path):
     results = three_models(tmp_path, n=12)
     page = read(write_report(tmp_path, results))
-    rows = compare(results)
+    rows = summarize(results)
     numbers = page.all("td", **{"class": "number"})
     assert f"{rows[0].mean.mean:.3f}" in numbers and f"{rows[2].difference.mean:+.3f}" in numbers
     assert f"{100 * rows[2].win_rate.mean:.0f}" in numbers
@@ -263,17 +263,19 @@ def test_a_missing_image_is_named(tmp_path):
 def metrics_line(rollout, updates_per_rollout=2):
     """What the trainer logs of a rollout, made by the functions that it calls."""
     generator = torch.Generator().manual_seed(rollout)
-    comparisons = [Comparison(t, torch.randn(4, 2, generator=generator)) for t in TIMESTEPS_OF_RUN]
+    scores = [torch.randn(4, 2, generator=generator) for _ in TIMESTEPS_OF_RUN]
+    comparisons = [
+        Comparison(t, each, gaps=each.amax(dim=0) - each.amin(dim=0))
+        for t, each in zip(TIMESTEPS_OF_RUN, scores, strict=True)
+    ]
+    found = metrics.Metrics(torch.device("cpu"))
     pairs = torch.tensor([751, 751, 501, 1])
-    sums = metrics.rollout_sums(comparisons, pairs, TIMESTEPS_OF_RUN)
-    sums |= metrics.training_sums([], torch.device("cpu"))
-    sums = {name: value.item() for name, value in sums.items()}
+    metrics.note_rollout(found, comparisons, pairs, TIMESTEPS_OF_RUN)
     return {
         "epoch": 1,
         "rollout": rollout,
         "step": rollout * updates_per_rollout,
-        **metrics.training_metrics(sums, 1),
-        **metrics.rollout_metrics(sums),
+        **metrics.summary({name: value.item() for name, value in found.sums.items()}),
         "seconds_rollout": 61.0,
         "seconds_train": 1.0,
         "peak_memory_gib": metrics.peak_memory_gib(torch.device("cpu")),

@@ -15,8 +15,9 @@ from spo.errors import UserError
 from spo.evaluation import images_cli
 from spo.lora_io.diffusers_file import save_lora
 from spo.models.backbone import SCHEDULERS
+from spo.models.families import FAMILIES
 from spo.models.plain_images import ImageSettings, sample_images
-from spo.run.pictures import to_pil
+from spo.scorers.pixels import to_pil
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPTS = ["a fox reading a map", "ein Fuchs 🦊"]
@@ -94,7 +95,7 @@ def test_every_scheduler_repeats_whatever_is_drawn_beside(scheduler, tmp_path):
 
 def test_the_base_is_what_the_lora_was_trained_on(lora):
     assert images_cli.default_base(["base", f"fox={lora}:0.5"]) == model_folder("sd15")
-    assert images_cli.default_base(["base", "user/repo"]) == images_cli.SD15
+    assert images_cli.default_base(["base", "user/repo"]) == FAMILIES["sd15"].base_model
     (lora.parent / "config.json").write_text('{"pretrained": {"model": "of/the-run"}}')
     assert images_cli.default_base([str(lora)]) == "of/the-run"
     (lora.parent / "config.json").unlink()

@@ -1,4 +1,4 @@
-"""Scorers: image preparation by hand, CLIP's own scores, and scorers by name."""
+"""Scorers of candidates: image preparation by hand, CLIP's own scores, and scorers by name."""
 
 import json
 import shutil
@@ -11,7 +11,8 @@ from helpers import MODELS, PROMPTS, randn, scorer_source
 from transformers import CLIPModel
 
 from spo.errors import UserError
-from spo.scorers import ImagePreparation, check_source, load_scorer
+from spo.scorers import check_scorer, load_scorer
+from spo.scorers.clip import ImagePreparation
 
 CPU = torch.device("cpu")
 MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -20,13 +21,13 @@ PREPARE = ImagePreparation(32, MEAN, STD)
 
 
 def normalised(images):
-    """Images in [-1, 1], already of the right size, in numpy."""
+    """Returns CLIP's pixels of images in [-1, 1] that have the right size, computed in numpy."""
     unit = np.clip(images.numpy().astype(np.float64) / 2 + 0.5, 0, 1)
     return (unit - np.array(MEAN)[:, None, None]) / np.array(STD)[:, None, None]
 
 
 def halved(images):
-    """Bicubic (a = -0.75), half a pixel off, no antialiasing: taps at distance 1.5, 0.5, 0.5, 1.5."""
+    """Returns images at half the size: bicubic (a = -0.75), no antialiasing, taps at 0.5 and 1.5."""
     taps = torch.tensor([-0.09375, 0.59375, 0.59375, -0.09375])
     kernel = torch.outer(taps, taps).expand(3, 1, 4, 4)
     return F.conv2d(F.pad(images, (1, 1, 1, 1), mode="replicate"), kernel, stride=2, groups=3)
@@ -67,7 +68,7 @@ def pickscore():
 
 
 def tokens_by_hand(prompts, length):
-    """Start, a token for each byte-level character, end, padded with ends."""
+    """Returns token ids: start, one for each byte-level character, end, padded with ends."""
     vocabulary = json.loads((MODELS / "tiny-clip" / "vocab.json").read_text())
     rows = []
     for prompt in prompts:
@@ -138,13 +139,19 @@ class Constant:
     def __init__(self, device, value):
         self.device, self.value = device, value
 
+    def encode_prompts(self, prompts):
+        return torch.zeros(len(prompts), device=self.device)
+
+    def score(self, images, prompt_features, timestep):
+        return prompt_features + self.value
+
 
 def test_a_scorer_by_its_dotted_path():
     source = scorer_source(f"{__name__}:Constant", kwargs={"value": 3})
-    check_source(source)
+    check_scorer(source)
     scorer = load_scorer(source, CPU)
-    assert isinstance(scorer, Constant)
-    assert (scorer.value, scorer.device) == (3, CPU)
+    found = scorer.score(randn(3, 3, 8, 8, seed=0), scorer.encode_prompts(PROMPTS), 951)
+    assert found.tolist() == [3, 3, 3] and found.device == CPU
 
 
 @pytest.mark.parametrize(
@@ -175,4 +182,4 @@ def test_what_cannot_be_loaded_is_named(changes, message):
 )
 def test_what_is_seen_before_loading(changes, message):
     with pytest.raises(UserError, match=message):
-        check_source(scorer_source(**({"scorer": "step_aware_clip"} | changes)))
+        check_scorer(scorer_source(**({"scorer": "step_aware_clip"} | changes)))

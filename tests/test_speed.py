@@ -21,7 +21,7 @@ from torch import nn
 from spo.errors import UserError
 from spo.models.device import SpeedSettings, set_up_device, speed_up
 from spo.models.merged_lora import MergedLora
-from spo.scorers import load_scorer
+from spo.scorers import ImageScorer, load_scorer
 
 CPU = torch.device("cpu")
 PLAIN = SpeedSettings(
@@ -75,8 +75,8 @@ def test_the_same_numbers(change, monkeypatch):
 
 
 def test_a_scorer_that_cannot_be_compiled():
-    with pytest.raises(UserError, match="compile.scorer: a int has no method"):
-        speed_up(load_backbone("sd15"), 3, replace(PLAIN, compile_scorer=True))
+    with pytest.raises(UserError, match="compile.scorer: ImageScorer has no method"):
+        speed_up(load_backbone("sd15"), ImageScorer(), replace(PLAIN, compile_scorer=True))
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another allocator")

@@ -25,7 +25,8 @@ from spo.preference.preparation import (
 )
 from spo.preference.spm_learner import PairScorer, PreferenceLearner, TrainSettings
 from spo.preference.spm_recipe import SPMSource, build_spm
-from spo.scorers import CLIPInputs, load_scorer
+from spo.scorers import load_scorer
+from spo.scorers.clip import CLIPInputs
 
 CLIP = str(MODELS / "tiny-clip")
 SIZE = 16  # pixels; the tiny VAEs halve them

@@ -26,7 +26,8 @@ from spo.preference import preparation, spm_learner
 from spo.preference.spm_recipe import check_training, refusal
 from spo.preference.spm_trainer import train_preference_model
 from spo.run.checkpoint_folder import _seal, checkpoints, read_state
-from spo.scorers import clip_config, load_scorer
+from spo.scorers import load_scorer
+from spo.scorers.clip import clip_config
 from spo.scorers.step_aware_clip import load_step_aware_clip
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -1,4 +1,4 @@
-"""The step-aware preference model against the plain CLIP it starts from, and its checkpoints."""
+"""The step-aware preference model against the CLIP that it starts from, and its checkpoints."""
 
 import os
 

@@ -176,7 +176,7 @@ def load_models(
 def _load_models(config: ConfigDict, accumulation_steps: int, device: torch.device) -> Models:
     build.check(config)
     backbone.check_source(build.rollout_source(config), config.family)
-    scorers.check_source(build.scorer_source(config))
+    scorers.check_scorer(build.scorer_source(config))
     base = Backbone(build.rollout_source(config), config.family, config.mixed_precision, device)
     lora = build.build_lora(config, base.unet, seed=0)
     return Models(

@@ -142,7 +142,7 @@ def check_change(config: ConfigDict, key: str | None = None) -> None:
         )
     build.check(config)
     backbone.check_source(build.rollout_source(config), config.family)
-    scorers.check_source(build.scorer_source(config))
+    scorers.check_scorer(build.scorer_source(config))
 
 
 def load_judges(model: Backbone, config: ConfigDict, others: Sequence[ConfigDict]) -> list[Judge]:

@@ -31,17 +31,10 @@ from spo.method import build
 from spo.method.losses import LOSSES
 from spo.models import backbone
 from spo.models.backbone import Backbone, ModelSource
-from spo.plugins import find
-from spo.scorers import (
-    DTYPES,
-    CLIPInputs,
-    PickScoreScorer,
-    ScorerSource,
-    StepAwareScorer,
-    clip_config,
-    load_scorer,
-)
-from spo.scorers.step_aware_clip import StepAwareCLIP
+from spo.scorers import Scorer, ScorerSource, load_scorer
+from spo.scorers.clip import CLIPInputs, clip_config, weight_dtype
+from spo.scorers.pickscore import PickScore
+from spo.scorers.step_aware_clip import StepAwareCLIP, StepAwareScorer
 
 ARCHITECTURES = REPO_ROOT / "assets" / "architectures"
 # It pads to the length that a model wants: which tokens these are costs nothing.
@@ -111,11 +104,11 @@ def _folder(name: str, published: str, key: str) -> str:
 
 _SCORERS = {
     "step_aware_clip": (StepAwareCLIP, StepAwareScorer),
-    "pickscore": (CLIPModel, PickScoreScorer),
+    "pickscore": (CLIPModel, PickScore),
 }
 
 
-class _FreeScorer:
+class _FreeScorer(Scorer):
     """In the place of a scorer of the user's own, which may not run on shapes alone."""
 
     def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
@@ -127,7 +120,7 @@ class _FreeScorer:
 
 def _preference_model(source: ScorerSource, device: torch.device) -> StepAwareCLIP | CLIPModel:
     clip = clip_config(_folder(source.backbone, "clip_h", "preference.backbone"))
-    dtype = find(source.dtype, DTYPES, "preference.dtype")
+    dtype = weight_dtype(source.dtype)
     with _made_on(device, dtype):
         network = _SCORERS[source.scorer][0](clip)
     return network.to(dtype).requires_grad_(False).eval()

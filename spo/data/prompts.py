@@ -15,8 +15,8 @@ from tqdm import tqdm
 
 from spo.data.prompt_files import READERS, check_column, file_rows
 from spo.errors import UserError
+from spo.hub import is_hub_id
 
-HUB_ID = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*")
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # half an emoji: no tokenizer or file takes it
 
 logger = logging.getLogger(__name__)
@@ -66,7 +66,7 @@ def read_prompts(
             )
         if path.suffix.lower() in READERS or path.is_file():
             return draw_prompts(collect_prompts(source, file_rows(path, column)), num, seed)
-        if not HUB_ID.fullmatch(source):
+        if not is_hub_id(source):
             raise UserError(f"no file or folder {source!r}, and no id of a Hub dataset either")
         return _read_hub(source, split, column, num, seed)
     except UserError as error:

@@ -1,1 +1,1 @@
-"""What a trained model is worth: scorers of finished images, statistics of paired scores."""
+"""Measuring trained models: images, scores, paired statistics, reports to look at."""

@@ -16,19 +16,19 @@ from matplotlib.ticker import MaxNLocator
 from spo.evaluation.figures import COLOURS, INK, style
 from spo.run.folder import read_metrics
 
-_DENSE = 100  # more points than these are drawn with their running mean
+_DENSE = 100  # points; longer series are drawn with their running mean
 _HEAT = LinearSegmentedColormap.from_list("heat", [COLOURS[1] + "00", COLOURS[1] + "ff"])
 _IN_ORDER = LinearSegmentedColormap.from_list("in order", [COLOURS[1], COLOURS[4], COLOURS[2]])
 
 
 @dataclass(frozen=True)
 class Panel:
-    """Some metrics over the updates."""
+    """A diagram of some metrics over the updates."""
 
     title: str
-    keys: Mapping[str, str]  # keys of a line of metrics, with their labels
+    keys: Mapping[str, str]  # keys of a line of metrics.jsonl, with their labels
     from_zero: bool = False
-    reference: float | None = None  # where a line across tells what nothing learned looks like
+    reference: float | None = None  # a line across: the value of a model that learned nothing
     heat: bool = False  # numbers by timestep, as shades over the rollouts
 
 
@@ -60,23 +60,23 @@ PREFERENCE = (
 
 
 def draw_accuracy(run_dir: Path) -> Path:
-    """Write accuracy.png into the `run_dir` of a preference model: accuracy per timestep, and loss."""
+    """Writes accuracy.png into the `run_dir` of a preference model: accuracy per timestep, and loss."""
     return _draw(run_dir, PREFERENCE[:2], columns=2, name="accuracy.png")
 
 
 def draw_curves(run_dir: Path) -> Path:
-    """Write curves.png into `run_dir`: each metric over the updates."""
+    """Writes curves.png into `run_dir`: each metric over the updates."""
     return _draw(run_dir, TRAINING, columns=4, name="curves.png")
 
 
 def panels_of(lines: Sequence[Mapping]) -> list[Panel]:
-    """The panels of a training run, or of a preference model's, of which `lines` tell something."""
+    """Returns the panels of a training run, or of a preference model's, that `lines` have data for."""
     panels = TRAINING if "rollout" in lines[0] else PREFERENCE
     return [panel for panel in panels if any(_series(lines, key) for key in panel.keys)]
 
 
 def draw_panel(axes: Axes, lines: Sequence[Mapping], panel: Panel) -> None:
-    """Draw `panel` of the metrics `lines`; inside `style()`."""
+    """Draws `panel` of the metrics `lines`; inside `style()`."""
     axes.set_title(panel.title)
     if panel.heat:
         _draw_heat(axes, lines, next(iter(panel.keys)))
@@ -104,7 +104,7 @@ def _draw(run_dir: Path, panels: Sequence[Panel], columns: int, name: str) -> Pa
         grid = figure.subplots(rows, columns, squeeze=False).flat
         for panel, axes in zip(panels, grid, strict=False):
             draw_panel(axes, lines, panel)
-        for axes in grid:  # those that are left
+        for axes in grid:  # the unused ones
             axes.remove()
         path = run_dir / name
         figure.savefig(path, dpi=110)
@@ -112,7 +112,7 @@ def _draw(run_dir: Path, panels: Sequence[Panel], columns: int, name: str) -> Pa
 
 
 def _series(lines: Sequence[Mapping], key: str) -> dict[str, list[tuple[int, float]]]:
-    """(updates, value) where the value is known: one series, or one for each entry of a dict."""
+    """Returns (updates, value) of the known values: one series, or one for each entry of a dict."""
     found: dict[str, list[tuple[int, float]]] = {}
     for line in lines:
         value = line.get(key)
@@ -144,7 +144,7 @@ def _draw_line(
 
 
 def _draw_heat(axes: Axes, lines: Sequence[Mapping], key: str) -> None:
-    """Timesteps from noise (top) to image, rollouts from left to right."""
+    """Draws timesteps from noise (top) to image, and rollouts from left to right."""
     known = [line for line in lines if line.get(key)]
     timesteps = sorted(known[0][key], key=int, reverse=True)
     numbers = np.array([[line[key][t] for line in known] for t in timesteps])

@@ -1,252 +1,240 @@
-"""Models -> images -> scores -> comparison: each stage goes on where it was stopped."""
+"""Models -> images -> scores -> comparison: each stage resumes where it was stopped."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
 from spo.atomic import PARTIAL
 from spo.command_line.config_files import check_leaves, save_config
+from spo.command_line.values import fill, require_number, require_whole
 from spo.data.prompt_sets import read_prompt_set
 from spo.data.prompts import PromptSet
 from spo.data.token_lengths import describe_lengths
 from spo.errors import Stopped, UserError
 from spo.evaluation.image_sets import DrawSettings, ImageSet, claim, claim_prompts, image_set
 from spo.evaluation.report import write_report
-from spo.evaluation.results import ModelInfo, Results, table, write_results
+from spo.evaluation.results import ModelInfo, Results, summary_table, write_results
 from spo.evaluation.scores import ScoreFolder
-from spo.launch.signals import StopSignals
 from spo.launch.workers import Workers
 from spo.lora_io.model_spec import ModelSpec, read_specs, use_loras
-from spo.method import build
 from spo.method.health import check_images
-from spo.models.backbone import DTYPES, Backbone, ModelSource, check_source
-from spo.models.plain_images import ImageSettings, sample_images
-from spo.run.folder import TABLE
-from spo.run.pictures import to_pil
-from spo.scorers.image_scorers import check_image_scorer, load_image_scorer
+from spo.models.backbone import Backbone
+from spo.models.loading import ModelSource, check_source, model_source
+from spo.models.plain_images import sample_images
+from spo.run.folder import CONFIG, TABLE, run_folder
+from spo.run.session import Session
+from spo.scorers import ImageScorerSource, check_scorer, load_scorer
+from spo.scorers.pixels import to_pil
 
 _PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "open-clip-torch")
 
 
 @dataclass(frozen=True)
-class Preflight:
-    """What an evaluation needs to know before it loads a model."""
+class EvaluationSettings:
+    """The settings of an evaluation; config/eval_base.py explains each. Raises UserError."""
 
+    models: tuple[str, ...]
+    family: str
+    scorers: tuple[str, ...]
+    scorer_options: Mapping[str, Mapping[str, Any]]
+    score_batch_size: int
+    report_prompts: int
+    draw: DrawSettings
+
+    def __post_init__(self) -> None:
+        for key in ("models", "scorers"):
+            names = getattr(self, key)
+            if not all(isinstance(name, str) for name in names):
+                raise UserError(f"{key}: {tuple(names)}: expected only text.")
+        require_whole("score_batch_size", self.score_batch_size)
+        require_number("report_prompts", self.report_prompts, "0 or more", lambda v: v >= 0)
+        if len(set(self.scorers)) < len(self.scorers):
+            raise UserError("scorers: one stands there twice.")
+        unknown = self.scorer_options.keys() - set(self.scorers)
+        if unknown:
+            raise UserError(f"scorer_options.{min(unknown)}: there is no such scorer in scorers.")
+
+
+@dataclass(frozen=True)
+class EvaluationPlan:
+    """Everything that an evaluation knows before a model loads."""
+
+    settings: EvaluationSettings
     folder: Path
     models: tuple[ModelSpec, ...]
+    images: tuple[ImageSet, ...]  # of each model
     prompts: PromptSet
     scorers: tuple[ScoreFolder, ...]
 
 
-def preflight(config: ConfigDict, num_processes: int) -> Preflight:
-    """Check config and files and read the prompts; nothing is written. UserError in one line."""
+def preflight(config: ConfigDict, num_processes: int) -> EvaluationPlan:
+    """Checks config and files, and reads the prompts; writes nothing. Raises UserError in one line."""
     check_leaves(config)
-    check_values(config)
-    name = config.run_name or f"eval_{config.family}_{time.strftime('%Y%m%d_%H%M%S')}"
-    folder = Path(config.logdir).expanduser() / name
-    base = build.model_source(config)
-    models = tuple(read_specs(config.models, base, config.family, "models"))
+    settings = fill(
+        EvaluationSettings,
+        config,
+        scorer_options=config.scorer_options.to_dict(),
+        draw=fill(DrawSettings, config.sample, mixed_precision=config.mixed_precision),
+    )
+    folder = run_folder(config.logdir, config.run_name, "eval", config.family)
+    base = model_source(config.pretrained)
+    models = tuple(read_specs(settings.models, base, settings.family, "models"))
     for source in {spec.source for spec in models if spec.source is not None}:
-        check_source(source, config.family)
+        check_source(source, settings.family)
     scorers = []
-    for scorer in config.scorers:
-        options = config.scorer_options.get(scorer, ConfigDict()).to_dict()
-        check_image_scorer(scorer, options)
-        scorers.append(ScoreFolder(folder / "scores" / scorer.replace(":", "."), scorer, options))
+    for name in settings.scorers:
+        options = settings.scorer_options.get(name, {})
+        check_scorer(ImageScorerSource(name, options))
+        scorers.append(ScoreFolder(folder / "scores" / name.replace(":", "."), name, options))
     prompts = read_prompt_set(**config.prompts)
     for scores in scorers:
         scores.info()
-    for spec in models:
-        image_set(folder, spec, draw_settings(config), prompts.prompts)
-    return Preflight(folder, models, prompts, tuple(scorers))
-
-
-def check_values(config: ConfigDict) -> None:
-    """Raise UserError for settings that cannot work."""
-    for key in ("models", "scorers"):
-        if not all(isinstance(name, str) for name in config[key]):
-            raise UserError(f"{key}: {tuple(config[key])}: expected text alone.")
-    for section, key in (("sample", "num_steps"), ("sample", "batch_size")):
-        if config[section][key] < 1:
-            raise UserError(f"{section}.{key} = {config[section][key]}: must be at least 1.")
-    if config.score_batch_size < 1:
-        raise UserError(f"score_batch_size = {config.score_batch_size}: must be at least 1.")
-    if config.mixed_precision not in DTYPES:
-        raise UserError(
-            f"mixed_precision: {config.mixed_precision!r} is none of {', '.join(DTYPES)}."
-        )
-    if len(set(config.scorers)) < len(config.scorers):
-        raise UserError("scorers: one stands there twice.")
-    unknown = set(config.scorer_options) - set(config.scorers)
-    if unknown:
-        raise UserError(f"scorer_options.{min(unknown)}: there is no such scorer in scorers.")
-
-
-def draw_settings(config: ConfigDict) -> DrawSettings:
-    return DrawSettings(**config.sample, mixed_precision=config.mixed_precision)
+    images = tuple(image_set(folder, spec, settings.draw, prompts.prompts) for spec in models)
+    return EvaluationPlan(settings, folder, models, images, prompts, tuple(scorers))
 
 
 def evaluate(config: ConfigDict) -> None:
-    """Draw, score, compare and report, in one process or as one of several.
+    """Draws, scores, compares and reports, in one process or as one of several.
 
-    Raises UserError for bad input, before any model loads where that can be told.
+    Raises UserError for bad input, before any model loads if possible.
     """
     with Workers(config.rank_timeout) as workers:
-        ready = None
+        plan = None
         with workers.together():
             if workers.is_main:
-                ready = preflight(config, workers.count)
-                _open_folder(ready, config)
-        Evaluation(config, workers.from_main(ready), workers).run()
+                plan = preflight(config, workers.count)
+                _open_folder(plan, config)
+        Evaluation(workers.from_main(plan), config.to_dict(), workers).run()
 
 
-def _open_folder(ready: Preflight, config: ConfigDict) -> None:
-    """Make the folder, with the config in it; UserError where it cannot be written."""
+def _open_folder(plan: EvaluationPlan, config: ConfigDict) -> None:
+    """Makes the folder, with the config in it; raises UserError if it cannot be written."""
     try:
-        ready.folder.mkdir(parents=True, exist_ok=True)
-        for left in ready.folder.rglob(f"*{PARTIAL}"):  # of an evaluation that was killed
+        plan.folder.mkdir(parents=True, exist_ok=True)
+        for left in plan.folder.rglob(f"*{PARTIAL}"):  # of an evaluation that was killed
             left.unlink()
-        claim_prompts(ready.folder, ready.prompts.prompts)
-        for spec in ready.models:
-            claim(ready.folder, spec, draw_settings(config))
-        save_config(config, ready.folder / "config.json")
+        claim_prompts(plan.folder, plan.prompts.prompts)
+        for spec in plan.models:
+            claim(plan.folder, spec, plan.settings.draw)
+        save_config(config, plan.folder / CONFIG)
     except OSError as error:
-        raise UserError(f"logdir: cannot write to {ready.folder} ({error.strerror}).") from error
+        raise UserError(f"logdir: cannot write to {plan.folder} ({error.strerror}).") from error
 
 
 class Evaluation:
-    """One evaluation on one of its processes."""
+    """One evaluation on one of its processes; `config` is for the record."""
 
-    def __init__(self, config: ConfigDict, ready: Preflight, workers: Workers) -> None:
-        self.config, self.ready, self.workers = config, ready, workers
-        self.prompts, self.signals = ready.prompts.prompts, StopSignals()
-        sample = config.sample
-        self.image_settings = ImageSettings(sample.num_steps, sample.guidance_scale, sample.seed)
-        self.images = [
-            image_set(ready.folder, spec, draw_settings(config), self.prompts)
-            for spec in ready.models
-        ]
+    def __init__(self, plan: EvaluationPlan, config: Mapping[str, Any], workers: Workers) -> None:
+        self.plan, self.settings, self.config, self.workers = plan, plan.settings, config, workers
+        self.prompts, self.session = plan.prompts.prompts, Session(plan.folder, workers)
 
     def run(self) -> None:
-        """Draw what is missing, score what has no scores, and write the comparison.
+        """Draws missing images, computes missing scores, and writes the comparison.
 
         Raises Stopped after SIGTERM or SIGINT.
         """
-        self.say(self.ready.prompts.describe())
+        self.session.say(self.plan.prompts.describe())
         try:
-            with self.signals:
+            with self.session.signals:
                 self.draw_images()
-                for scores in self.ready.scorers:
+                for scores in self.plan.scorers:
                     self.score_images(scores)
         except Stopped as stopped:
-            name = self.ready.folder.name
             raise Stopped(
                 "by a signal; every whole batch is kept: the same command with "
-                f"--config.run_name={name} goes on."
+                f"--config.run_name={self.plan.folder.name} goes on."
             ) from stopped
-        if not self.ready.scorers:
-            self.say(f"images: {self.ready.folder / 'images'}")
+        if not self.plan.scorers:
+            self.session.say(f"images: {self.plan.folder / 'images'}")
         elif self.workers.is_main:
             self.report()
 
     def draw_images(self) -> None:
-        """Draw the missing images; base models load one after the other, and LoRAs into them."""
-        loaded: tuple[ModelSource, Backbone] | None = None
-        for spec, images in zip(self.ready.models, self.images, strict=True):
-            size = self.config.sample.batch_size
-            missing = [] if spec.images else images.missing(size)
+        """Draws the missing images; base models load one after the other, and LoRAs into them."""
+        loaded: ModelSource | None = None
+        backbone: Backbone | None = None
+        for spec, images in zip(self.plan.models, self.plan.images, strict=True):
+            missing = [] if spec.images else images.missing(self.settings.draw.batch_size)
             with self.workers.together():  # also: nobody draws before all have looked
-                if missing and (loaded is None or loaded[0] != spec.source):
-                    loaded = None  # the one before goes first
-                    loaded = spec.source, self._load(spec.source)
+                if missing and spec.source != loaded:
+                    backbone = None  # frees the last one before the next one loads
+                    backbone, loaded = self._load(spec.source), spec.source
                 if missing:
-                    use_loras(loaded[1], spec, "models")
+                    use_loras(backbone, spec, "models")
             with self.workers.together():
                 for batch in self.share(missing, f"{spec.name}: images"):
-                    self._draw(loaded[1], images, batch)
+                    self._draw(backbone, images, batch)
 
     def _load(self, source: ModelSource) -> Backbone:
-        config, workers = self.config, self.workers
-        backbone = Backbone(source, config.family, config.mixed_precision, workers.device)
-        if workers.is_main:
-            self.say(describe_lengths(self.prompts, backbone.tokenizers))
+        precision = self.settings.draw.mixed_precision
+        backbone = Backbone(source, self.settings.family, precision, self.workers.device)
+        self.session.say(describe_lengths(self.prompts, backbone.tokenizers))
         return backbone
 
     def _draw(self, backbone: Backbone, images: ImageSet, batch: range) -> None:
-        prompts = self.prompts[batch.start : batch.stop]
-        pixels = sample_images(backbone, prompts, batch, self.image_settings)
+        prompts, draw = self.prompts[batch.start : batch.stop], self.settings.draw
+        pixels = sample_images(backbone, prompts, batch, draw)
         check_images(pixels, prompts, images.name)
         for i, prompt, image in zip(batch, prompts, to_pil(pixels), strict=True):
-            images.write(i, image, prompt, self.image_settings.image_seed(i))
+            images.write(i, image, prompt, draw.image_seed(i))
 
     def score_images(self, scores: ScoreFolder) -> None:
-        """Score the images of all models by one scorer, which loads only where scores are missing."""
-        size = self.config.score_batch_size
+        """Scores the images of all models by one scorer, which loads only if scores are missing."""
+        size = self.settings.score_batch_size
         with self.workers.together():
-            missing = [scores.missing(images, size) for images in self.images]
+            missing = [scores.missing(images, size) for images in self.plan.images]
         if not any(missing):
             return
         with self.workers.together():
-            scorer = load_image_scorer(scores.name, scores.options, self.workers.device)
+            source = ImageScorerSource(scores.name, scores.options)
+            scorer = load_scorer(source, self.workers.device)
             if self.workers.is_main:
                 scores.claim(scorer)
         with self.workers.together():
-            for images, batches in zip(self.images, missing, strict=True):
+            for images, batches in zip(self.plan.images, missing, strict=True):
                 for batch in self.share(batches, f"{images.name}: {scorer.title}"):
                     scores.score(scorer, images, batch, self.prompts)
 
+    def share(self, batches: list[range], name: str) -> Iterable[range]:
+        """Yields this process's part of `batches` with a progress bar; raises Stopped on a signal."""
+        mine = batches[self.workers.rank :: self.workers.count]
+        return self.session.signals.watch(self.session.bar(mine, name))
+
     def report(self) -> None:
-        """Write results.json, table.md and report.html, and print the table."""
-        folder, size = self.ready.folder, self.config.score_batch_size
-        drawn = any(spec.images is None for spec in self.ready.models)
-        seeds = [
-            self.image_settings.image_seed(i) if drawn else None for i in range(len(self.prompts))
-        ]
+        """Writes results.json, table.md and report.html, and prints the table."""
+        folder, size = self.plan.folder, self.settings.score_batch_size
+        drawn = any(spec.images is None for spec in self.plan.models)
+        seed_of = self.settings.draw.image_seed
         results = Results(
             title=folder.name,
-            settings=self.config.to_dict(),
+            settings=self.config,
             versions={name: version(name) for name in _PACKAGES},
-            scorers=tuple(scores.info() for scores in self.ready.scorers),
+            scorers=tuple(scores.info() for scores in self.plan.scorers),
             prompts=self.prompts,
-            seeds=tuple(seeds),
+            seeds=tuple(seed_of(i) if drawn else None for i in range(len(self.prompts))),
             models=tuple(
                 ModelInfo(
                     name=images.name,
                     spec=spec.text,
                     files=tuple(_relative(file, folder) for file in images.files),
-                    scores={s.name: s.read(images, size) for s in self.ready.scorers},
+                    scores={s.name: s.read(images, size) for s in self.plan.scorers},
                 )
-                for spec, images in zip(self.ready.models, self.images, strict=True)
+                for spec, images in zip(self.plan.models, self.plan.images, strict=True)
             ),
         )
-        results_file = write_results(results, folder)
-        (folder / TABLE).write_text(table(results))
-        report = write_report(folder, results, self.config.report_prompts)
-        print(f"\n{table(results)}\nresults: {results_file}\nreport:  {report}")
-
-    def share(self, batches: list[range], name: str) -> Iterator[range]:
-        """This process's part of `batches`, with a progress bar on the main process."""
-        mine = batches[self.workers.rank :: self.workers.count]
-        hidden = not (self.workers.is_main and mine)
-        with tqdm(total=sum(map(len, mine)), desc=name, unit=" images", disable=hidden) as bar:
-            for batch in self.signals.watch(mine):
-                yield batch
-                bar.update(len(batch))
-
-    def say(self, text: str) -> None:
-        """Print a line, on the main process."""
-        if self.workers.is_main:
-            print(text, flush=True)
+        results_file, table = write_results(results, folder), summary_table(results)
+        (folder / TABLE).write_text(table + "\n")
+        report = write_report(folder, results, self.settings.report_prompts)
+        print(f"\n{table}\n\nresults: {results_file}\nreport:  {report}")
 
 
 def _relative(file: Path, folder: Path) -> str:
-    """`file` as seen from `folder`, or its whole path where it lies elsewhere."""
+    """Returns `file` as seen from `folder`, or its whole path if it lies elsewhere."""
     inside = file.is_relative_to(folder)
     return str(file.relative_to(folder) if inside else file.resolve())

@@ -1,4 +1,4 @@
-"""How every figure looks: one style, one colour per model, PNG files or inline SVG."""
+"""The look of every figure: one style, one colour per model, PNG files or inline SVG."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-# Legible on white and on black. The first is the model that others are compared with.
+# Legible on white and on black. The first colour is that of the model that others are compared with.
 COLOURS = ("#808893", "#3b7dd8", "#d9822b", "#2a9d6f", "#b5589c", "#a08a1f", "#4aa3b5", "#c5524c")
 INK = "#2b2f36"  # text and lines: in SVG replaced by the colour of the page's text
 _STYLE = {
@@ -40,23 +40,23 @@ _SIZE = (3.9, 2.4)  # inches of one panel
 
 
 def style(**changes: object) -> AbstractContextManager:
-    """Figures made or saved inside have the common style."""
+    """Gives figures made or saved inside the common style."""
     return matplotlib.rc_context(_STYLE | changes)
 
 
 def panel(height: float = _SIZE[1]) -> tuple[Figure, Axes]:
-    """A figure of one panel, `height` in inches, to be made inside `style()`."""
+    """Makes a figure of one panel, `height` in inches; inside `style()`."""
     figure = Figure(figsize=(_SIZE[0], height), layout="constrained")
     return figure, figure.subplots()
 
 
 def colour(index: int) -> str:
-    """The colour of model `index` of an evaluation."""
+    """Returns the colour of model `index` of an evaluation."""
     return COLOURS[index % len(COLOURS)]
 
 
 def to_svg(figure: Figure, name: str) -> str:
-    """`figure` as an SVG element for an HTML page, in which no other figure has this `name`."""
+    """Returns an SVG element for an HTML page, in which no other figure may have this `name`."""
     file = StringIO()
     nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     # The salt keeps the ids of two figures of a page apart.
@@ -70,5 +70,5 @@ def to_svg(figure: Figure, name: str) -> str:
 
 
 def shortened(names: Sequence[str], length: int = 18) -> list[str]:
-    """Names that fit beside a plot."""
+    """Returns names that fit beside a plot."""
     return [name if len(name) <= length else name[: length - 1] + "…" for name in names]

@@ -1,7 +1,7 @@
-"""One image per prompt: drawn into a folder batch by batch, or found in one.
+"""One image per prompt: drawn into a folder batch by batch, or found in a folder.
 
-An image is written in one go and says in its PNG text what it was drawn from, so that a killed
-evaluation goes on where it stopped and no image is scored under another prompt or model.
+An image is written in one go, and its PNG text states what it was drawn from: a killed evaluation
+resumes where it stopped, and no image is scored under another prompt or model.
 """
 
 from __future__ import annotations
@@ -17,8 +17,11 @@ from typing import Any
 from PIL import Image
 
 from spo.atomic import write_file
+from spo.command_line.values import require_choice, require_whole
 from spo.errors import UserError
 from spo.lora_io.model_spec import IMAGE_SUFFIXES, ModelSpec
+from spo.models.backbone import DTYPES
+from spo.models.plain_images import ImageSettings
 from spo.run.pictures import write_png
 
 _PROMPTS = "prompts.json"
@@ -26,14 +29,16 @@ _IDENTITY = "model.json"
 
 
 @dataclass(frozen=True)
-class DrawSettings:
-    """What an image depends on besides model, prompt and seed; `config.sample` explains each."""
+class DrawSettings(ImageSettings):
+    """The settings that an image of an evaluation depends on; `config.sample` explains each."""
 
-    num_steps: int
-    guidance_scale: float
-    seed: int
-    batch_size: int  # as rounding depends on what is drawn beside an image
+    batch_size: int  # as rounding depends on the other images of a batch
     mixed_precision: str
+
+    def __post_init__(self) -> None:
+        require_whole("sample.num_steps", self.num_steps)
+        require_whole("sample.batch_size", self.batch_size)
+        require_choice("mixed_precision", self.mixed_precision, DTYPES)
 
 
 @dataclass(frozen=True)
@@ -45,7 +50,7 @@ class ImageSet:
     identity: str | None  # digest of model and settings; None for images that came as files
 
     def missing(self, batch_size: int) -> list[range]:
-        """The batches of which an image is not there yet."""
+        """Returns the batches of which an image is missing."""
         return [
             batch
             for batch in batches(len(self.files), batch_size)
@@ -53,12 +58,15 @@ class ImageSet:
         ]
 
     def write(self, index: int, image: Image.Image, prompt: str, seed: int) -> None:
-        """Save the image of prompt `index`, whole or not at all."""
+        """Saves the image of prompt `index`, whole or not at all."""
         facts = {"prompt": prompt, "seed": str(seed), "model": self.name, "identity": self.identity}
         write_png(self.files[index], image, facts)
 
     def read(self, index: int, prompt: str) -> Image.Image:
-        """The image of prompt `index` in RGB; UserError where it is none, or of something else."""
+        """Returns the image of prompt `index` in RGB.
+
+        Raises UserError if the file is no image, or was drawn from another prompt or model.
+        """
         path = self.files[index]
         try:
             with Image.open(path) as image:
@@ -83,83 +91,75 @@ class ImageSet:
 
 
 def batches(total: int, size: int) -> list[range]:
-    """The numbers up to `total` in batches; the same for any number of processes."""
+    """Returns the numbers below `total` in batches; the same for any number of processes."""
     return [range(start, min(start + size, total)) for start in range(0, total, size)]
 
 
 def image_set(
     folder: Path, spec: ModelSpec, settings: DrawSettings, prompts: Sequence[str]
 ) -> ImageSet:
-    """Where the images of `spec` are or will be; UserError where they cannot be those asked for."""
+    """Returns the present and future images of `spec`; raises UserError for a folder of others."""
     if spec.images is not None:
         return _found(spec, prompts)
-    identity = identity_of(spec, settings)
+    identity = json.dumps(identity_of(spec, settings), sort_keys=True)
     files = tuple(folder / "images" / spec.name / f"{i:05d}.png" for i in range(len(prompts)))
-    return ImageSet(spec.name, files, _digest(identity))
+    return ImageSet(spec.name, files, hashlib.sha256(identity.encode()).hexdigest())
 
 
 def claim_prompts(folder: Path, prompts: Sequence[str]) -> None:
-    """Note the prompts of an evaluation; UserError where it has others already."""
+    """Writes the prompts of an evaluation; raises UserError if the folder has other prompts."""
     file = folder / _PROMPTS
-    if file.exists():
-        if json.loads(file.read_text()) != list(prompts):
-            raise UserError(
-                f"run_name: {folder} is an evaluation of other prompts; choose another run_name."
-            )
-        return
-    write_json(file, prompts)
+    if not file.exists():
+        write_json(file, prompts)
+    elif json.loads(file.read_text()) != list(prompts):
+        raise UserError(
+            f"run_name: {folder} is an evaluation of other prompts; choose another run_name."
+        )
 
 
 def claim(folder: Path, spec: ModelSpec, settings: DrawSettings) -> None:
-    """Note what the images of `spec` are drawn from; UserError where others are there already."""
+    """Writes the identity of `spec`'s images; raises UserError if the folder has others."""
     if spec.images is not None:
         return
     wanted = identity_of(spec, settings)
     file = folder / "images" / spec.name / _IDENTITY
-    if file.exists():
-        found = json.loads(file.read_text())
-        changed = [key for key in wanted if wanted[key] != found.get(key)]
-        if changed:
-            raise UserError(
-                f"models: {file.parent} holds images of another {', '.join(changed)}; choose another "
-                "NAME=, another run_name, or delete that folder."
-            )
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(file, wanted)
         return
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_json(file, wanted)
+    found = json.loads(file.read_text())
+    changed = [key for key in wanted if wanted[key] != found.get(key)]
+    if changed:
+        raise UserError(
+            f"models: {file.parent} holds images of another {', '.join(changed)}; choose another "
+            "NAME=, another run_name, or delete that folder."
+        )
 
 
 def identity_of(spec: ModelSpec, settings: DrawSettings) -> dict[str, Any]:
-    """Everything about a model that its images depend on; LoRA files by their content."""
+    """Returns everything that a model's images depend on; LoRA files by their content."""
     loras = [{"sha256": file_digest(lora.path), "weight": lora.weight} for lora in spec.loras]
     return {**asdict(spec.source), "loras": loras, **asdict(settings)}
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write `content` as a file that is there whole or not at all."""
+    """Writes `content` as a file that is there whole or not at all."""
     write_file(path, (json.dumps(content, indent=1) + "\n").encode())
 
 
 def file_digest(path: Path) -> str:
-    """The SHA-256 of a file's content."""
+    """Returns the SHA-256 of a file's content."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def _digest(identity: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-
-
 def _found(spec: ModelSpec, prompts: Sequence[str]) -> ImageSet:
+    """Returns the images of a folder, in the order of their names."""
     paths = [p for p in spec.images.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES]
     # 2.png comes before 10.png.
-    paths.sort(key=lambda p: [int(part) if part.isdigit() else part for part in _parts(p.name)])
+    paths.sort(key=lambda p: [int(x) if x.isdigit() else x for x in re.split(r"(\d+)", p.name)])
     if len(paths) != len(prompts):
         raise UserError(
             f"models: {spec.images} has {len(paths)} images for {len(prompts)} prompts of "
             "prompts.source; it takes one for each, in the order of their names."
         )
     return ImageSet(spec.name, tuple(paths), None)
-
-
-def _parts(name: str) -> list[str]:
-    return re.split(r"(\d+)", name)

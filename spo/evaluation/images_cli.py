@@ -6,7 +6,7 @@ import contextlib
 import json
 import re
 import textwrap
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,20 +16,22 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
+from spo.command_line.values import require_choice
 from spo.data.prompts import read_prompts
 from spo.errors import UserError
 from spo.lora_io.find import find_lora
 from spo.lora_io.model_spec import ModelSpec, read_specs, use_loras
-from spo.models.backbone import DTYPES, SCHEDULERS, Backbone, ModelSource, check_source, family_of
+from spo.models.backbone import DTYPES, SCHEDULERS, Backbone
+from spo.models.families import FAMILIES
+from spo.models.loading import ModelSource, check_source, family_of
 from spo.run.folder import CONFIG
-from spo.run.pictures import Cell, grid, to_pil, write_png
-
-SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+from spo.run.pictures import Cell, grid, write_png
+from spo.scorers.pixels import to_pil
 
 
 @dataclass(frozen=True)
 class SampleSettings:
-    """How images are drawn; UserError where that is impossible."""
+    """The settings that images are drawn with; raises UserError for values that cannot work."""
 
     seeds: tuple[int, ...]  # each draws every prompt
     scheduler: str  # one of spo.models.backbone.SCHEDULERS
@@ -40,16 +42,14 @@ class SampleSettings:
     batch_size: int  # images drawn at once
 
     def __post_init__(self) -> None:
-        for flag, table in (("scheduler", SCHEDULERS), ("mixed_precision", DTYPES)):
-            value = getattr(self, flag)
-            if value is not None and value not in table:
-                raise UserError(f"--{flag}: {value!r} is none of {', '.join(table)}.")
+        require_choice("--scheduler", self.scheduler, SCHEDULERS)
+        require_choice("--mixed_precision", self.mixed_precision or "no", DTYPES)
         if self.num_steps < 1 or self.batch_size < 1:
             raise UserError("--steps and --batch_size must be at least 1.")
 
 
 def read_size(text: str | None) -> tuple[int, int] | None:
-    """Width and height of WIDTHxHEIGHT; UserError where they are not multiples of 8."""
+    """Returns width and height of WIDTHxHEIGHT; raises UserError unless they are multiples of 8."""
     if text is None:
         return None
     match = re.fullmatch(r"(\d+)x(\d+)", text)
@@ -60,7 +60,7 @@ def read_size(text: str | None) -> tuple[int, int] | None:
 
 
 def sample_prompts(prompts: Sequence[str], file: str | None) -> list[str]:
-    """The prompts given one by one, then those of a file; UserError where there are none."""
+    """Returns the prompts given one by one, then those of a file; raises UserError without any."""
     found = list(prompts)
     if file is not None:
         found += read_prompts(file, key="--prompts_file").prompts
@@ -70,12 +70,12 @@ def sample_prompts(prompts: Sequence[str], file: str | None) -> list[str]:
 
 
 def default_base(texts: Iterable[str]) -> str:
-    """The base model that the first LoRA of ours among `texts` was trained on, or SD1.5."""
+    """Returns the base model that the first LoRA of ours among `texts` was trained on, or SD1.5."""
     for text in texts:
         path = Path(text.rpartition("=")[2].partition("+")[0].partition(":")[0]).expanduser()
         if not path.exists() or (path / "model_index.json").exists():
             continue
-        # The config of the run tells the whole path of a local model, the file its last name alone.
+        # The config of the run has the whole path of a local model, the LoRA file only its last name.
         for folder in (path, *path.parents[:3]):
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
                 return json.loads((folder / CONFIG).read_text())["pretrained"]["model"]
@@ -84,13 +84,13 @@ def default_base(texts: Iterable[str]) -> str:
             safe_open(find_lora(str(path), "--models"), framework="pt") as file,
         ):
             return file.metadata()["base_model"]
-    return SD15
+    return FAMILIES["sd15"].base_model
 
 
 def read_models(
     texts: Sequence[str], base: str, vae: str | None, lora_scale: str | None
 ) -> list[ModelSpec]:
-    """The models that draw, each with a LoRA once for every strength of `lora_scale`."""
+    """Returns the models that draw, those with a LoRA once for every strength in `lora_scale`."""
     family = family_of(base, "--base")
     source = ModelSource(base, vae=vae)
     check_source(source, family)
@@ -107,19 +107,19 @@ def read_models(
         ) from None
     if not any(spec.loras for spec in specs):
         raise UserError("--lora_scale: none of --models has a LoRA.")
-    return [scaled for spec in specs for scaled in (_at(spec, scales) if spec.loras else [spec])]
-
-
-def _at(spec: ModelSpec, scales: Iterable[float]) -> Iterator[ModelSpec]:
-    for scale in scales:
-        loras = tuple(replace(lora, weight=scale * lora.weight) for lora in spec.loras)
-        yield replace(spec, name=f"{spec.name}_{scale:g}", loras=loras)
+    scaled = []
+    for spec in specs:
+        for scale in scales if spec.loras else ():
+            loras = tuple(replace(lora, weight=scale * lora.weight) for lora in spec.loras)
+            scaled.append(replace(spec, name=f"{spec.name}_{scale:g}", loras=loras))
+        scaled += [] if spec.loras else [spec]
+    return scaled
 
 
 def draw_samples(
     models: Sequence[ModelSpec], prompts: Sequence[str], settings: SampleSettings, out: Path
 ) -> Path:
-    """Write OUT/MODEL/NUMBER_seedSEED.png for all of them, and the grid, whose path this returns."""
+    """Writes OUT/MODEL/NUMBER_seedSEED.png of every image, and the grid; returns the grid's path."""
     device = PartialState().device
     precision = settings.mixed_precision or ("fp16" if device.type == "cuda" else "no")
     jobs = [(prompt, seed) for prompt in prompts for seed in settings.seeds]
@@ -128,7 +128,7 @@ def draw_samples(
     with tqdm(total=len(jobs) * len(models), unit=" images") as bar:
         for spec in models:
             if loaded != spec.source:
-                backbone = None  # the one before goes first
+                backbone = None  # frees the last one before the next one loads
                 family = family_of(spec.source.model, "--models")
                 backbone, loaded = Backbone(spec.source, family, precision, device), spec.source
             use_loras(backbone, spec, "--models")
@@ -136,9 +136,9 @@ def draw_samples(
             for start in range(0, len(jobs), settings.batch_size):
                 part = jobs[start : start + settings.batch_size]
                 for i, image in enumerate(_draw(backbone, part, settings), start):
-                    prompt, seed = jobs[i]
-                    path = out / spec.name / f"{i // len(settings.seeds):05d}_seed{seed}.png"
-                    write_png(path, image, _facts(spec, prompt, seed, image, settings))
+                    path = f"{i // len(settings.seeds):05d}_seed{jobs[i][1]}.png"
+                    text = _png_text(spec, *jobs[i], image, settings)
+                    write_png(out / spec.name / path, image, text)
                     rows[i].append(Cell(image, spec.name))
                 bar.update(len(part))
     labels = ["\n".join([*textwrap.wrap(prompt, 24)[:6], f"seed {seed}"]) for prompt, seed in jobs]
@@ -153,36 +153,26 @@ def draw_samples(
 def _draw(
     backbone: Backbone, jobs: Sequence[tuple[str, int]], settings: SampleSettings
 ) -> list[Image.Image]:
-    """One image per prompt and seed; its noise is that of an image with this seed anywhere here."""
+    """Draws one image per prompt and seed; its noise depends on the seed alone."""
     channels, height, width = backbone.latent_shape
     if settings.size is not None:
         width, height = (side // backbone.vae_scale_factor for side in settings.size)
     generators = [torch.Generator().manual_seed(seed) for _, seed in jobs]
     noise = torch.stack([torch.randn(channels, height, width, generator=g) for g in generators])
-    prompts = [prompt for prompt, _ in jobs]
-    return to_pil(
-        backbone.draw(
-            prompts,
-            noise,
-            settings.scheduler,
-            settings.num_steps,
-            settings.guidance_scale,
-            generators,
-        )
-    )
+    sampling = (settings.scheduler, settings.num_steps, settings.guidance_scale)
+    return to_pil(backbone.draw([prompt for prompt, _ in jobs], noise, *sampling, generators))
 
 
-def _facts(
+def _png_text(
     spec: ModelSpec, prompt: str, seed: int, image: Image.Image, settings: SampleSettings
 ) -> dict[str, str]:
-    """How an image was made, for its PNG text."""
-    loras = ", ".join(f"{lora.path}:{lora.weight:g}" for lora in spec.loras)
+    """Returns what an image was made from, for its PNG text."""
     return {
         "prompt": prompt,
         "seed": str(seed),
         "model": spec.text,
         "base": spec.source.model,
-        "loras": loras,
+        "loras": ", ".join(f"{lora.path}:{lora.weight:g}" for lora in spec.loras),
         "scheduler": settings.scheduler,
         "steps": str(settings.num_steps),
         "guidance": f"{settings.guidance_scale:g}",

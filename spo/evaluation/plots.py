@@ -9,14 +9,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from spo.evaluation.figures import INK, colour, panel, shortened, style
-from spo.evaluation.results import Comparison
+from spo.evaluation.results import SummaryRow
 from spo.evaluation.statistics import Estimate
 
 _BINS = 25  # odd: the middle one is centred at no difference
 
 
-def plot_means(rows: Sequence[Comparison]) -> Figure:
-    """The mean of each model by one scorer, with its interval: points, as no axis starts at 0."""
+def plot_means(rows: Sequence[SummaryRow]) -> Figure:
+    """Plots the mean of each model by one scorer, with its interval: points, as no axis starts at 0."""
     with style():
         figure, axes = panel(_height(len(rows)))
         for place, row in enumerate(rows):
@@ -27,8 +27,8 @@ def plot_means(rows: Sequence[Comparison]) -> Figure:
     return figure
 
 
-def plot_win_rates(rows: Sequence[Comparison]) -> Figure:
-    """The win rate of every model but the first by one scorer, with its interval."""
+def plot_win_rates(rows: Sequence[SummaryRow]) -> Figure:
+    """Plots the win rate of every model but the first by one scorer, with its interval."""
     with style():
         figure, axes = panel(_height(len(rows)))
         for place, row in enumerate(rows[1:]):
@@ -43,7 +43,7 @@ def plot_win_rates(rows: Sequence[Comparison]) -> Figure:
 
 
 def plot_differences(differences: Sequence[np.ndarray]) -> Figure:
-    """How the paired differences (n,) of each model to the first are distributed."""
+    """Plots the distribution of the paired differences (n,) of each model to the first."""
     with style():
         figure, axes = panel(_height(len(differences) + 1))
         reach = max(np.abs(each).max() for each in differences) or 1.0
@@ -63,7 +63,7 @@ def _height(models: int) -> float:
 
 
 def _whiskers(estimate: Estimate) -> np.ndarray:
-    """Lengths (2, 1) of the interval left and right of the mean."""
+    """Returns the lengths (2, 1) of the interval left and right of the mean."""
     low, high = estimate.mean - estimate.low, estimate.high - estimate.mean
     return np.array([[low], [high]]).clip(min=0)  # rounding may leave -1e-17
 

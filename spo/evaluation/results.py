@@ -1,4 +1,4 @@
-"""What an evaluation found: every score, the comparison with the first model, and a table of it."""
+"""The results of an evaluation: every score, and the comparison with the first model."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 from spo.errors import UserError
 from spo.evaluation.statistics import Estimate, bootstrap_mean, paired_difference, win_rate
 from spo.run.folder import RESULTS
+from spo.run.tables import markdown_table
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,7 @@ class ScorerInfo:
 
     name: str  # as in the config
     title: str  # as papers call it
-    scale: float  # scores are stored and printed as papers do: `scale` times what the scorer gives
+    scale: float  # factor of the scores that are stored and printed, as in papers
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class ModelInfo:
     """A model of an evaluation."""
 
     name: str
-    spec: str  # what was asked for, e.g. "runs/NAME"
+    spec: str  # as the user wrote it, e.g. "runs/NAME"
     files: tuple[str, ...]  # images, one per prompt, relative to the evaluation's folder
     scores: Mapping[str, tuple[float, ...]]  # by scorer, one per prompt
 
@@ -41,12 +42,12 @@ class Results:
     versions: Mapping[str, str]
     scorers: tuple[ScorerInfo, ...]
     prompts: tuple[str, ...]
-    seeds: tuple[int | None, ...]  # of each prompt's image; None where images came as files
-    models: tuple[ModelInfo, ...]  # the others are compared with the first
+    seeds: tuple[int | None, ...]  # of each prompt's image; None if all images came as files
+    models: tuple[ModelInfo, ...]  # each is compared with the first
 
 
 @dataclass(frozen=True)
-class Comparison:
+class SummaryRow:
     """One model by one scorer, on its own and beside the first model."""
 
     scorer: ScorerInfo
@@ -58,9 +59,9 @@ class Comparison:
     n: int
 
 
-def compare(results: Results) -> list[Comparison]:
-    """Every model by every scorer, in their order."""
-    comparisons = []
+def summarize(results: Results) -> list[SummaryRow]:
+    """Returns a row for every model by every scorer, in their order."""
+    rows = []
     for scorer in results.scorers:
         first = results.models[0].scores[scorer.name]
         for model in results.models:
@@ -69,41 +70,38 @@ def compare(results: Results) -> list[Comparison]:
             if model is not results.models[0]:
                 ties = sum(int(a == b) for a, b in zip(first, scores, strict=True))
                 paired = (paired_difference(first, scores), win_rate(first, scores), ties)
-            comparisons.append(
-                Comparison(scorer, model.name, bootstrap_mean(scores), *paired, n=len(scores))
+            rows.append(
+                SummaryRow(scorer, model.name, bootstrap_mean(scores), *paired, n=len(scores))
             )
-    return comparisons
+    return rows
 
 
-def table(results: Results) -> str:
-    """The comparison as a Markdown table, intervals of 95 % in brackets."""
+def summary_table(results: Results) -> str:
+    """Returns the comparison as a Markdown table, with intervals of 95 % in brackets."""
     first = results.models[0].name
-    lines = [
-        f"| scorer | model | mean | difference to {first} | win rate | ties | n |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for row in compare(results):
-        title = row.scorer.title + (f" x {row.scorer.scale:g}" if row.scorer.scale != 1 else "")
-        mean = f"{row.mean.mean:.3f} [{row.mean.low:.3f}, {row.mean.high:.3f}]"
-        cells = ["", "", ""]
-        if row.difference is not None:
-            gain = row.difference
-            cells[0] = f"{gain.mean:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}]"
-            cells[1] = row.win_rate.percent()
-            cells[2] = str(row.ties)
-        lines.append(" | ".join(["| " + title, row.model, mean, *cells, f"{row.n} |"]))
-    return "\n".join(lines) + "\n"
+    header = ("scorer", "model", "mean", f"difference to {first}", "win rate", "ties", "n")
+    return markdown_table(header, map(_cells, summarize(results)))
+
+
+def _cells(row: SummaryRow) -> tuple[object, ...]:
+    title = row.scorer.title + (f" x {row.scorer.scale:g}" if row.scorer.scale != 1 else "")
+    mean = f"{row.mean.mean:.3f} [{row.mean.low:.3f}, {row.mean.high:.3f}]"
+    if row.difference is None:
+        return title, row.model, mean, "", "", "", row.n
+    gain = row.difference
+    difference = f"{gain.mean:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}]"
+    return title, row.model, mean, difference, row.win_rate.percent(), row.ties, row.n
 
 
 def write_results(results: Results, folder: Path) -> Path:
-    """Write results.json: settings, versions, the comparison, and per prompt each model's image."""
+    """Writes results.json: settings, versions, the comparison, and each model's image per prompt."""
     content = {
         "title": results.title,
         "settings": results.settings,
         "versions": results.versions,
         "scorers": [asdict(scorer) for scorer in results.scorers],
         "models": [{"name": model.name, "spec": model.spec} for model in results.models],
-        "summary": [asdict(row) | {"scorer": row.scorer.name} for row in compare(results)],
+        "summary": [asdict(row) | {"scorer": row.scorer.name} for row in summarize(results)],
         "prompts": [
             {
                 "prompt": prompt,
@@ -125,7 +123,7 @@ def write_results(results: Results, folder: Path) -> Path:
 
 
 def read_results(folder: Path) -> Results:
-    """The inverse of `write_results`; UserError where the file is missing or is none of ours."""
+    """Returns the inverse of `write_results`; raises UserError if there is no such file of ours."""
     path = folder / RESULTS
     try:
         content = json.loads(path.read_text())

@@ -1,11 +1,10 @@
-"""The report of a training run that one can look at: report.html, one file that needs no other."""
+"""Writes report.html of a training run: one file to look at, which needs no other."""
 
 from __future__ import annotations
 
 import json
 import shlex
 from collections.abc import Mapping, Sequence
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -19,34 +18,29 @@ _GRID = (1280, 4096)  # pixels, width and height
 
 
 def write_run_report(run_dir: Path) -> Path:
-    """Write report.html into the directory of a run: curves, validation images, config, starts.
+    """Writes report.html into the directory of a run: curves, validation images, config, starts.
 
-    Raises UserError where the run has no metrics yet, or where a file of it is damaged.
+    Raises UserError if the run has no metrics yet, or if a file of it is damaged.
     """
     lines = read_metrics(run_dir)
-    config, starts = _read_json(run_dir / CONFIG), _read_starts(run_dir)
-    title = run_dir.resolve().name
-    sections = [
-        page.header(title, [_kind(config)]) + _summary(lines),
-        page.section("Curves", page.panels(_curves(lines))),
-        _validation(run_dir),
-        page.section(
-            "How it was made", *_starts(starts), page.details("Config", page.facts(config))
-        ),
-    ]
-    return page.write_page(run_dir / REPORT, title, sections, script="run_report.js")
+    pictures = sorted((run_dir / "validation").glob("*.png"))
+    return page.write_page(
+        run_dir / REPORT,
+        "run_report.html.j2",
+        title=run_dir.resolve().name,
+        config=_read_config(run_dir / CONFIG),
+        starts=_read_starts(run_dir / STARTS),
+        totals=_totals(lines),
+        curves=_curves(lines),
+        slides={picture.stem: page.embedded_image(picture, _GRID) for picture in pictures},
+    )
 
 
-def _kind(config: Mapping[str, Any]) -> str:
-    method = config.get("algorithm", "step-aware preference model")
-    return f"{method} on {config['pretrained']['model']}"
-
-
-def _summary(lines: Sequence[Mapping[str, Any]]) -> str:
-    """What the run amounts to so far, as far as its metrics tell."""
+def _totals(lines: Sequence[Mapping[str, Any]]) -> dict[str, int | str | None]:
+    """Returns what the run amounts to so far; None for what its metrics do not tell."""
     last = lines[-1]
     seconds = sum(line.get("seconds_rollout", 0) + line.get("seconds_train", 0) for line in lines)
-    values = {
+    return {
         "epochs": last.get("epoch"),
         "rollouts": last.get("rollout"),
         "updates": last["step"],
@@ -55,12 +49,6 @@ def _summary(lines: Sequence[Mapping[str, Any]]) -> str:
         "time": _duration(seconds) if seconds else None,
         "peak memory": f"{max(line.get('peak_memory_gib', 0) for line in lines):.1f} GiB",
     }
-    items = (
-        f"<div><dt>{name}</dt><dd>{f'{value:,}' if isinstance(value, int) else value}</dd></div>\n"
-        for name, value in values.items()
-        if value is not None
-    )
-    return f'<dl class="summary">\n{"".join(items)}</dl>\n'
 
 
 def _duration(seconds: float) -> str:
@@ -70,6 +58,7 @@ def _duration(seconds: float) -> str:
 
 
 def _curves(lines: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Returns a panel of SVG for each metric that `lines` hold."""
     svgs = []
     for each in panels_of(lines):
         with style():
@@ -79,40 +68,17 @@ def _curves(lines: Sequence[Mapping[str, Any]]) -> list[str]:
     return svgs
 
 
-def _validation(run_dir: Path) -> str:
-    """The grids of validation images, one behind the other; nothing where there are none."""
-    files = sorted((run_dir / "validation").glob("*.png"))
-    if not files:
-        return ""
-    slides = (
-        f'<figure><img src="{page.embedded_image(file, _GRID)}" alt="{escape(file.stem)}">'
-        f"<figcaption>{escape(file.stem.replace('_', ' '))}</figcaption></figure>\n"
-        for file in files
-    )
-    return page.section("Validation images", f'<div class="slides">\n{"".join(slides)}</div>\n')
-
-
-def _starts(starts: Sequence[Mapping[str, Any]]) -> list[str]:
-    return [
-        page.details(
-            f"Started {start['time']}",
-            page.facts(start | {"command": shlex.join(start["command"])}),
-        )
-        for start in starts
-    ]
-
-
-def _read_starts(run_dir: Path) -> list[dict[str, Any]]:
-    path = run_dir / STARTS
-    if not path.exists():
-        return []
+def _read_starts(path: Path) -> list[dict[str, Any]]:
+    """Returns the lines of starts.jsonl; none if there is no such file."""
     try:
-        return [json.loads(line) for line in path.read_text().splitlines()]
+        lines = path.read_text().splitlines() if path.exists() else []
+        starts = [json.loads(line) for line in lines]
     except ValueError as error:
         raise UserError(f"{path}: a line is not JSON: {error}") from error
+    return [start | {"command": shlex.join(start["command"])} for start in starts]
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_config(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:

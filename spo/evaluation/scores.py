@@ -12,7 +12,7 @@ from typing import Any
 from spo.errors import RunError, UserError
 from spo.evaluation.image_sets import ImageSet, batches, file_digest, write_json
 from spo.evaluation.results import ScorerInfo
-from spo.scorers.image_scorers import ImageScorer
+from spo.scorers import Scorer
 
 _SCORER = "scorer.json"
 
@@ -26,9 +26,9 @@ class ScoreFolder:
     options: Mapping[str, Any]
 
     def info(self) -> ScorerInfo | None:
-        """What the scorer said of itself; None where it was never loaded.
+        """Returns the scorer's name, title and scale; None if it was never loaded.
 
-        UserError where the scores are of a scorer with other options.
+        Raises UserError if the folder holds the scores of a scorer with other options.
         """
         file = self.path / _SCORER
         if not file.exists():
@@ -41,27 +41,25 @@ class ScoreFolder:
             )
         return ScorerInfo(**found["scorer"])
 
-    def claim(self, scorer: ImageScorer) -> None:
-        """Note whose scores these are."""
+    def claim(self, scorer: Scorer) -> None:
+        """Writes the scorer's name, title, scale and options into the folder."""
         info = asdict(ScorerInfo(self.name, scorer.title, scorer.scale))
         self.path.mkdir(parents=True, exist_ok=True)
         write_json(self.path / _SCORER, {"scorer": info, "options": dict(self.options)})
 
     def missing(self, images: ImageSet, batch_size: int) -> list[range]:
-        """The batches that have no scores yet, or scores of other images."""
+        """Returns the batches that have no scores yet, or scores of other images."""
         return [
             batch
             for batch in batches(len(images.files), batch_size)
             if self._read(images, batch) is None
         ]
 
-    def score(
-        self, scorer: ImageScorer, images: ImageSet, batch: range, prompts: Sequence[str]
-    ) -> None:
-        """Score a batch and keep the result; RunError where a score is not finite."""
+    def score(self, scorer: Scorer, images: ImageSet, batch: range, prompts: Sequence[str]) -> None:
+        """Scores a batch and writes its file; raises RunError for a score that is not finite."""
         digests = [file_digest(images.files[i]) for i in batch]
         pictures = [images.read(i, prompts[i]) for i in batch]
-        scores = scorer.score(pictures, [prompts[i] for i in batch]).tolist()
+        scores = scorer.score_images(pictures, [prompts[i] for i in batch]).tolist()
         for i, score in zip(batch, scores, strict=True):
             if not math.isfinite(score):
                 raise RunError(f"{self.name} gives {score} to {images.files[i]} ({prompts[i]!r}).")
@@ -70,7 +68,7 @@ class ScoreFolder:
         write_json(file, {"images": digests, "scores": scores})
 
     def read(self, images: ImageSet, batch_size: int) -> tuple[float, ...]:
-        """All scores of a model as papers print them, in the order of the prompts."""
+        """Returns all scores of a model, times the scorer's scale, in the order of the prompts."""
         scale = self.info().scale
         parts = [self._read(images, batch) for batch in batches(len(images.files), batch_size)]
         return tuple(scale * score for part in parts for score in part)

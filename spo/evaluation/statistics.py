@@ -22,20 +22,20 @@ class Estimate:
         return f"{self.mean:+.2f} [{self.low:+.2f}, {self.high:+.2f}]"
 
     def percent(self) -> str:
-        """As a share of all: "86 % [80, 91]"."""
+        """Returns the mean as a share of all: "86 % [80, 91]"."""
         return f"{100 * self.mean:.0f} % [{100 * self.low:.0f}, {100 * self.high:.0f}]"
 
 
 def bootstrap_mean(values: ArrayLike, confidence: float = 0.95, seed: int = 0) -> Estimate:
-    """Mean of `values` (n,) with its percentile bootstrap interval (Efron & Tibshirani, ch. 13).
+    """Returns the mean of `values` (n,), percentile bootstrap interval (Efron & Tibshirani, ch. 13).
 
-    ValueError where there are none, or where one is not finite.
+    Raises ValueError if there are no values, or if one is not finite.
     """
     values = np.asarray(values, dtype=np.float64)
     if values.ndim != 1 or len(values) == 0 or not np.isfinite(values).all():
         raise ValueError("values must be one or more finite numbers in one dimension")
     rng = np.random.default_rng(seed)
-    # How often each value is drawn is multinomial: as good as drawing indices, and smaller.
+    # The counts of the drawn values are multinomial: equivalent to drawing indices, and smaller.
     shares = rng.multinomial(len(values), np.full(len(values), 1 / len(values)), size=_RESAMPLES)
     means = shares @ values / len(values)
     tail = (1 - confidence) / 2
@@ -44,13 +44,13 @@ def bootstrap_mean(values: ArrayLike, confidence: float = 0.95, seed: int = 0) -
 
 
 def paired_difference(base: ArrayLike, other: ArrayLike) -> Estimate:
-    """Mean of other - base over n pairs of scores, with its 95 % interval."""
+    """Returns the mean of other - base over n pairs of scores, with its 95 % interval."""
     base, other = _paired(base, other)
     return bootstrap_mean(other - base)
 
 
 def win_rate(base: ArrayLike, other: ArrayLike) -> Estimate:
-    """Share of the n pairs that `other` wins, a tie counting half, with its 95 % interval."""
+    """Returns the share of n pairs that `other` wins, with its 95 % interval; a tie counts half."""
     base, other = _paired(base, other)
     return bootstrap_mean(np.where(other == base, 0.5, other > base))
 

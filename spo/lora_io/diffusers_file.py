@@ -13,11 +13,11 @@ from spo.atomic import write_file
 from spo.models.lora import Lora
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
-_ADAPTER = ".default."  # peft puts the adapter's name into each parameter's
+_ADAPTER = ".default."  # peft puts the adapter's name into the name of each parameter
 
 
 def file_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`weights` under the names of a diffusers LoRA file."""
+    """Returns `weights` under the names of a diffusers LoRA file."""
     return {
         "unet." + name.replace(_ADAPTER, "."): tensor.detach().cpu().contiguous()
         for name, tensor in weights.items()
@@ -25,7 +25,7 @@ def file_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def parameter_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse of `file_names`."""
+    """Returns the inverse of `file_names`."""
     return {
         name.removeprefix("unet.").replace(".weight", _ADAPTER + "weight"): tensor
         for name, tensor in weights.items()
@@ -35,11 +35,11 @@ def parameter_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def save_lora(
     path: Path, lora: Lora, weights: Mapping[str, Tensor], metadata: Mapping[str, str]
 ) -> None:
-    """Write `weights` as a file that diffusers' `load_lora_weights` takes as it is.
+    """Writes `weights` as a file for diffusers' `load_lora_weights`.
 
-    Equal weights and metadata give equal bytes: the header knows neither time nor place.
+    Equal weights and metadata give equal bytes: the header holds neither time nor place.
     """
-    # diffusers reads alpha from this entry, and takes the rank for it where the entry is missing.
+    # diffusers reads alpha from this entry, and takes the rank for alpha without the entry.
     adapter = {
         "unet.r": lora.rank,
         "unet.lora_alpha": lora.alpha,
@@ -56,9 +56,9 @@ def save_lora(
 
 
 def safetensors_bytes(tensors: dict[str, Tensor], metadata: Mapping[str, str]) -> bytes:
-    """A safetensors file; equal tensors and metadata give equal bytes.
+    """Returns a safetensors file; equal tensors and metadata give equal bytes.
 
-    The library writes the metadata in a random order: here it is sorted.
+    The library writes the metadata in a random order: here they are sorted.
     """
     file = save(tensors, metadata=dict(metadata))
     length = int.from_bytes(file[:8], "little")

@@ -1,4 +1,4 @@
-"""LoRA files of any format, from a path or the Hub, as the parameters that are trained."""
+"""LoRA files of any format, found by a path or on the Hub, as the parameters that are trained."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from spo.models.lora import Lora
 
 
 def find_lora(spec: str, key: str) -> Path:
-    """The LoRA file that `spec` names: a file, a folder, or on the Hub user/repo[/folder][/file].
+    """Returns the LoRA file that `spec` names: a file, a folder, or user/repo[/folder][/file].
 
-    In a folder, of a run, a checkpoint or peft, it is pytorch_lora_weights.safetensors or else the only
+    In a folder, of a run, a checkpoint or peft, it is pytorch_lora_weights.safetensors, or the only
     .safetensors file. Raises UserError that names `spec` and the config `key` or flag it came from.
     """
     path = Path(spec).expanduser()
@@ -32,22 +32,21 @@ def find_lora(spec: str, key: str) -> Path:
         return resolve_file(spec, key)
     if name.endswith(".safetensors"):
         return resolve_file(f"hf://{name}", key)
-    parts = name.split("/")
-    folder = "".join(f"{part}/" for part in parts[2:])
-    files = list_files("/".join(parts[:2]), key)
-    inside = [file.removeprefix(folder) for file in files if file.startswith(folder)]
-    chosen = _choose(inside, spec, key)
+    user, repo, *folders = name.split("/")
+    prefix = "".join(f"{folder}/" for folder in folders)
+    files = list_files(f"{user}/{repo}", key)
+    chosen = _choose([f.removeprefix(prefix) for f in files if f.startswith(prefix)], spec, key)
     if chosen == ADAPTER_WEIGHTS:  # means nothing without its config
         resolve_file(f"hf://{name}/{ADAPTER_CONFIG}", key)
     return resolve_file(f"hf://{name}/{chosen}", key)
 
 
 def _choose(names: Sequence[str], spec: str, key: str) -> str:
-    """The LoRA among the files of a folder; UserError where that could be several."""
+    """Returns the LoRA among the files of a folder; raises UserError if several could be it."""
     files = sorted(name for name in names if name.endswith(".safetensors"))
     here = [name for name in files if "/" not in name]
     if LORA_FILE in here or not files:
-        return LORA_FILE  # which is reported where it is missing
+        return LORA_FILE  # if missing, `resolve_file` reports it
     if len(here) == 1:
         return here[0]
     found = ", ".join(here or files)
@@ -55,41 +54,58 @@ def _choose(names: Sequence[str], spec: str, key: str) -> str:
 
 
 def read_lora(path: Path, lora: Lora, key: str) -> dict[str, Tensor]:
-    """The weights in `path` under the names of `lora`'s parameters, fp32, scaled to its alpha.
+    """Returns the weights in `path` by the names of `lora`'s parameters, fp32, scaled to its alpha.
 
-    Raises UserError where the file is damaged, or of another base model, rank or set of modules.
+    Raises UserError if the file is damaged, or of another base model, rank or set of modules.
     """
     modules = read_lora_file(path, key).modules
     if any(network_of(name) != "unet" for name in modules):
         raise UserError(f"{key}: {path} also changes the text encoder, which is not trained here.")
-    weights = {}
-    for name, module in modules.items():
-        weights[f"{name}.lora_A.weight"] = module.down.float()
-        weights[f"{name}.lora_B.weight"] = module.up.float() * (module.alpha / lora.alpha)
-    found = parameter_names(weights)
-    _check_fit(path, found, lora, key)
+    scales = {name: module.alpha / lora.alpha for name, module in modules.items()}
+    found = parameter_names(_scaled(modules, scales))
+    missing, unknown = lora.parameters.keys() - found.keys(), found.keys() - lora.parameters.keys()
+    if missing or unknown:
+        raise UserError(
+            f"{key}: {path} has {len(unknown)} tensors that this base model and lora.target_modules "
+            f"do not have, and lacks {len(missing)} (e.g. {min(missing or unknown)})."
+        )
+    for name, parameter in lora.parameters.items():
+        if found[name].shape != parameter.shape:
+            raise UserError(
+                f"{key}: {path} has {tuple(found[name].shape)} for {name}, but lora.rank="
+                f"{lora.rank} on this base model needs {tuple(parameter.shape)}."
+            )
     return {name: found[name].to(p.device) for name, p in lora.parameters.items()}
 
 
 def read_folded(path: Path, backbone: Backbone, key: str) -> dict[str, Tensor]:
-    """The LoRA in `path` for `Backbone.use_loras`: fp32, with alpha / rank in B.
+    """Returns the LoRA in `path` for `Backbone.use_loras`: fp32, with alpha / rank in B.
 
-    Raises UserError where a tensor has no place in the UNet.
+    Raises UserError if a tensor has no place in the UNet.
     """
     modules = read_lora_file(path, key).modules
-    weights = {}
     for name, module in modules.items():
         if network_of(name) == "unet":
             layer_of(backbone.unet, name, module, f"{key}: {path}")
+    return _scaled(modules, {name: module.alpha / module.rank for name, module in modules.items()})
+
+
+def _scaled(modules: Mapping[str, LoraModule], scales: Mapping[str, float]) -> dict[str, Tensor]:
+    """Returns A and B of each module under peft's names, fp32, B multiplied by its scale."""
+    weights = {}
+    for name, module in modules.items():
         weights[f"{name}.lora_A.weight"] = module.down.float()
-        weights[f"{name}.lora_B.weight"] = module.up.float() * (module.alpha / module.rank)
+        weights[f"{name}.lora_B.weight"] = module.up.float() * scales[name]
     return weights
 
 
 def layer_of(network: nn.Module, name: str, module: LoraModule, where: str) -> nn.Module:
-    """The layer of `network` that `module` changes; UserError, beginning with `where`, without one."""
+    """Returns the layer of `network` that `module` changes.
+
+    Raises UserError, beginning with `where`, if there is no such layer.
+    """
     path = name.removeprefix(f"{network_of(name)}.")
-    if not hasattr(network, "text_model"):  # which newer versions of transformers do without
+    if not hasattr(network, "text_model"):  # newer versions of transformers do without it
         path = path.removeprefix("text_model.")
     try:
         layer = network.get_submodule(path)
@@ -104,20 +120,3 @@ def layer_of(network: nn.Module, name: str, module: LoraModule, where: str) -> n
             f"but {wanted} there."
         )
     return layer
-
-
-def _check_fit(path: Path, found: Mapping[str, Tensor], lora: Lora, key: str) -> None:
-    wanted = lora.parameters
-    missing, unknown = wanted.keys() - found.keys(), found.keys() - wanted.keys()
-    if missing or unknown:
-        example = min(missing or unknown)
-        raise UserError(
-            f"{key}: {path} has {len(unknown)} tensors that this base model and "
-            f"lora.target_modules do not have, and lacks {len(missing)} (e.g. {example})."
-        )
-    for name, parameter in wanted.items():
-        if found[name].shape != parameter.shape:
-            raise UserError(
-                f"{key}: {path} has {tuple(found[name].shape)} for {name}, but lora.rank="
-                f"{lora.rank} on this base model needs {tuple(parameter.shape)}."
-            )

@@ -1,7 +1,7 @@
 """Models by a short text: the base, the base with LoRAs or with another UNet, a whole pipeline.
 
 [NAME=]base, [NAME=]LORA[:WEIGHT][+LORA[:WEIGHT]...], [NAME=]PIPELINE, [NAME=]UNET, where each is a
-folder or a Hub id, and a LORA a file too; [NAME=]FOLDER of images that are there already.
+folder or a Hub id, and a LORA a file too; [NAME=]FOLDER of images that have been drawn already.
 """
 
 from __future__ import annotations
@@ -12,18 +12,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from spo.errors import LOAD_ERRORS, UserError, first_line
-from spo.hub import list_files
+from spo.hub import is_hub_id, list_files
 from spo.lora_io.find import find_lora, read_folded
-from spo.models.backbone import Backbone, ModelSource, check_source
+from spo.models.backbone import Backbone
+from spo.models.loading import ModelSource, check_source
 
-_NAME = re.compile(r"\w[\w.-]*")
-_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
 @dataclass(frozen=True)
 class LoraFile:
-    """A LoRA and how strongly it is applied."""
+    """A LoRA, and the strength that it is applied with."""
 
     path: Path
     weight: float = 1.0
@@ -34,14 +33,14 @@ class ModelSpec:
     """A model that draws images, or a folder of images that one has drawn."""
 
     name: str
-    text: str  # as it was asked for
-    source: ModelSource | None  # None: `images` are there already
+    text: str  # as the user wrote it
+    source: ModelSource | None  # None: the model is a folder, `images`
     loras: tuple[LoraFile, ...] = ()
     images: Path | None = None
 
 
 def read_specs(texts: Iterable[str], base: ModelSource, family: str, key: str) -> list[ModelSpec]:
-    """The models that `texts` name; UserError, naming the config `key`, for what is wrong with one."""
+    """Returns the models that `texts` name; raises UserError that names the config `key`."""
     specs: list[ModelSpec] = []
     for text in texts:
         spec = _read(text, base, family, key)
@@ -59,7 +58,7 @@ def _read(text: str, base: ModelSource, family: str, key: str) -> ModelSpec:
     head, equals, location = text.partition("=")
     name, location = (head, location) if equals else ("", text)
     name = name or _default_name(location)
-    if not _NAME.fullmatch(name):
+    if not re.fullmatch(r"\w[\w.-]*", name):
         raise UserError(
             f"{key}: {name!r} is no name for a model; write NAME={location}, where NAME has "
             "letters, digits, _, - and dots."
@@ -67,39 +66,35 @@ def _read(text: str, base: ModelSource, family: str, key: str) -> ModelSpec:
     if location == "base":
         return ModelSpec(name, text, base)
     folder = Path(location).expanduser()
-    if folder.is_dir() and (images := _image_folder(folder)):
-        return ModelSpec(name, text, None, images=images)
-    if folder.is_dir() or _HUB_ID.fullmatch(location):
-        where = str(folder) if folder.is_dir() else location
-        files = _files(folder) if folder.is_dir() else list_files(location, key)
-        if "model_index.json" in files:
-            check_source(source := ModelSource(where), family, key)
-            return ModelSpec(name, text, source)
-        if "unet/config.json" in files:  # as Diffusion-DPO is published
-            return ModelSpec(name, text, replace(base, unet=where))
+    if folder.is_dir():
+        where, found = str(folder), [*folder.glob("*"), *folder.glob("*/*")]
+        files = [path.relative_to(folder).as_posix() for path in found if path.is_file()]
+        if _holds_images(files):
+            return ModelSpec(name, text, None, images=folder)
+    else:
+        where, files = location, list_files(location, key) if is_hub_id(location) else []
+    if "model_index.json" in files:
+        check_source(source := ModelSource(where), family, key)
+        return ModelSpec(name, text, source)
+    if "unet/config.json" in files:  # as Diffusion-DPO is published
+        return ModelSpec(name, text, replace(base, unet=where))
     loras = tuple(_read_lora(part, key) for part in location.split("+"))
     return ModelSpec(name, text, base, loras)
 
 
 def _default_name(location: str) -> str:
-    """The last part of a path or Hub id, for a run's EMA with the run before it."""
+    """Returns the last part of a path or Hub id; for a run's EMA, with the run before it."""
     parts = [part for part in location.partition(":")[0].split("/") if part]
     last = "_".join(parts[-2:]) if parts[-1:] == ["ema"] else "".join(parts[-1:])
     return last.removesuffix(".safetensors")
 
 
-def _files(folder: Path) -> list[str]:
-    """The files in `folder` and in its subfolders, as the Hub names them."""
-    found = (path for pattern in ("*", "*/*") for path in folder.glob(pattern))
-    return [path.relative_to(folder).as_posix() for path in found if path.is_file()]
-
-
-def _image_folder(folder: Path) -> Path | None:
-    """`folder` where it holds images and nothing that could be a model."""
-    names = [entry.name for entry in folder.iterdir()]
+def _holds_images(files: Iterable[str]) -> bool:
+    """Returns whether a folder holds images and nothing that could be a model."""
+    names = [name for name in files if "/" not in name]
     is_model = any(name.endswith((".safetensors", ".bin")) for name in names)
     has_images = any(name.lower().endswith(IMAGE_SUFFIXES) for name in names)
-    return folder if has_images and not is_model and "model_index.json" not in names else None
+    return has_images and not is_model and "model_index.json" not in names
 
 
 def _read_lora(part: str, key: str) -> LoraFile:
@@ -114,7 +109,7 @@ def _read_lora(part: str, key: str) -> LoraFile:
 
 
 def use_loras(backbone: Backbone, spec: ModelSpec, key: str) -> None:
-    """Put the LoRAs of `spec` into its base model; UserError where one does not fit."""
+    """Puts the LoRAs of `spec` into its base model; raises UserError if one does not fit."""
     loras = [(read_folded(lora.path, backbone, key), lora.weight) for lora in spec.loras]
     try:
         backbone.use_loras(loras)

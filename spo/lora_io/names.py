@@ -1,9 +1,9 @@
-"""Names of the modules that a LoRA changes: diffusers' own, and kohya's flat ones for the same.
+"""Names of the modules that a LoRA changes: diffusers' own, and kohya's flat ones.
 
 diffusers and peft name a module by its path, `down_blocks.1.attentions.0.proj_in`. The files of
 kohya's sd-scripts join the path by underscores, and for SDXL first rename it to the blocks of the
-original U-Net (`input_blocks_4_1_proj_in`, called SGM names here). Underscores stand inside words too,
-so the way back goes by the words of the U-Net; it needs no model.
+original U-Net (`input_blocks_4_1_proj_in`, called SGM names here). As words hold underscores too, the
+way back looks for the words of the U-Net; it needs no model.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _KOHYA_NETWORKS = {
     "te1": "text_encoder",
     "te2": "text_encoder_2",
 }
-# Underscores of these words are no dots.
+# Words whose underscores do not stand for dots.
 _WORD = re.compile(
     "("
     "down_blocks|up_blocks|mid_block|transformer_blocks|to_[qkv]|to_out|proj_in|proj_out|"
@@ -49,18 +49,18 @@ _WORD = re.compile(
 
 
 def network_of(name: str) -> str:
-    """The part of the pipeline that module `name` belongs to: unet, text_encoder, text_encoder_2."""
+    """Returns the part of the pipeline that has module `name`: unet, text_encoder, text_encoder_2."""
     return name.partition(".")[0]
 
 
 def is_module(name: str) -> bool:
-    """Whether `name`, "unet.mid_block...." say, is a module of an SD1.5 or SDXL pipeline."""
+    """Returns whether `name`, as "unet.mid_block....", is a module of an SD1.5 or SDXL pipeline."""
     network, _, module = name.partition(".")
     return network in _NETWORKS and _NETWORKS[network].fullmatch(module) is not None
 
 
 def to_kohya(name: str, sdxl: bool) -> str:
-    """kohya's name, without what follows the module; SGM blocks and lora_te1_ where `sdxl`."""
+    """Returns kohya's name of a module, with SGM blocks and lora_te1_ if `sdxl`."""
     network, _, module = name.partition(".")
     flat = module.replace(".", "_")
     if network == "unet":
@@ -71,9 +71,9 @@ def to_kohya(name: str, sdxl: bool) -> str:
 
 
 def from_kohya(name: str) -> str:
-    """The inverse of `to_kohya`, for both kinds of names.
+    """Returns the inverse of `to_kohya`, for both kinds of names.
 
-    What names no module of an SD1.5 or SDXL pipeline gives something that is no module either.
+    A name of no module of an SD1.5 or SDXL pipeline gives another name of no module.
     """
     found = re.fullmatch(r"lora_(unet|te[12]?)_(.+)", name)
     if found is None:
@@ -91,9 +91,9 @@ def _swap_head(flat: str, heads: Mapping[str, str]) -> str:
 
 
 def _sgm_heads() -> dict[str, str]:
-    """SGM names of everything before `transformer_blocks`, with 2 layers in each block.
+    """Returns SGM names of everything before `transformer_blocks`, with 2 layers in each block.
 
-    The original U-Net counts convolutions, layers and resamplings of a side in one row.
+    The original U-Net numbers the convolutions, layers and resamplings of a side in one sequence.
     """
     layers = {
         (f"down_blocks_{b}", n): f"input_blocks_{3 * b + n + 1}" for b in range(4) for n in (0, 1)

@@ -1,4 +1,4 @@
-"""Reading a LoRA file of any form: ours, diffusers' old and new, kohya's, peft's."""
+"""Reading LoRA files of all formats: ours, diffusers' old and new ones, kohya's, peft's."""
 
 from __future__ import annotations
 
@@ -17,17 +17,10 @@ from spo.errors import UserError, first_line
 from spo.lora_io.names import from_kohya, is_module, network_of
 from spo.lora_io.write import ADAPTER_CONFIG, ADAPTER_WEIGHTS, TARGETS, LoraModule, LoraWeights
 
-# Header entries of a format, not of the LoRA's origin.
-_OF_FORMAT = {
-    "format",
-    "lora_adapter_metadata",
-    TARGETS,
-    "ss_network_module",
-    "ss_network_dim",
-    "ss_network_alpha",
-    "ss_base_model_version",
-    "modelspec.architecture",
-}
+# Header entries that belong to a format, not to the LoRA.
+_OF_FORMAT = {"format", "lora_adapter_metadata", TARGETS, "modelspec.architecture"}
+_OF_FORMAT |= {f"ss_{name}" for name in ("network_module", "network_dim", "network_alpha")}
+_OF_FORMAT |= {"ss_base_model_version"}
 _KOHYA_KEY = re.compile(r"(lora_(?:unet|te[12]?)_\w+)\.(?:lora_(up|down)\.weight|(alpha))")
 # X.lora_A of today, X.lora.down and X.processor.to_q_lora.down of older diffusers, and
 # X.lora_linear_layer.down of text encoders.
@@ -39,10 +32,10 @@ _OF_MODELS = ("model.diffusion_model.", "first_stage_model.", "cond_stage_model.
 
 
 def read_lora_file(path: Path, key: str) -> LoraWeights:
-    """The LoRA in the safetensors file `path`; of a peft adapter, adapter_config.json lies beside it.
+    """Returns the LoRA in the safetensors file `path`; peft's adapter_config.json lies beside it.
 
-    Raises UserError, which names the flag or config `key`, where it is damaged or no LoRA of an
-    SD1.5 or SDXL pipeline; nothing in it is left out.
+    Raises UserError, which names the flag or config `key`, if the file is damaged, or if any tensor in
+    it is none of a LoRA of an SD1.5 or SDXL pipeline.
     """
     if path.suffix != ".safetensors":
         raise UserError(
@@ -65,7 +58,7 @@ def read_lora_file(path: Path, key: str) -> LoraWeights:
 
 
 def _adapters(path: Path, header: Mapping[str, str]) -> dict[str, dict[str, Any]]:
-    """What the file says of rank and alpha, as peft's LoraConfig, for each network."""
+    """Returns rank and alpha of each network as the file states them, in peft's LoraConfig."""
     if path.name == ADAPTER_WEIGHTS:
         return {"unet": _json_object((path.parent / ADAPTER_CONFIG).read_text(), ADAPTER_CONFIG)}
     adapters: dict[str, dict[str, Any]] = defaultdict(dict)
@@ -97,26 +90,23 @@ def _modules(
         else:
             parts[module][part] = tensor
     if not parts:
-        what = (
-            "a full model" if any(n.startswith(_OF_MODELS) for n in tensors) else "something else"
-        )
+        of_model = any(name.startswith(_OF_MODELS) for name in tensors)
         example = f"; its first key is {min(tensors)}" if tensors else ""
-        raise UserError(f"is no LoRA but {what}{example}.")
+        raise UserError(
+            f"is no LoRA but {'a full model' if of_model else 'something else'}{example}."
+        )
     if unknown:
         raise UserError(
             f"has {len(unknown)} keys that name no LoRA weight of an SD1.5 or SDXL pipeline, the "
             f"first {min(unknown)}."
         )
-    return {
-        name: _module(name, parts[name], adapters.get(network_of(name), {}))
-        for name in sorted(parts)
-    }
+    return {n: _module(n, parts[n], adapters.get(network_of(n), {})) for n in sorted(parts)}
 
 
 def _place(key: str) -> tuple[str, str]:
-    """The module that a tensor belongs to, and which of its parts it is: down, up or alpha.
+    """Returns the module that a tensor belongs to, and the tensor's part: down, up or alpha.
 
-    Where `key` is none of a LoRA, something that is no module.
+    The key of a tensor of no LoRA gives a name of no module.
     """
     if found := _KOHYA_KEY.fullmatch(key):
         return from_kohya(found[1]), found[2] or found[3]
@@ -151,9 +141,8 @@ def _module(name: str, parts: Mapping[str, Tensor], adapter: Mapping[str, Any]) 
         raise UserError("is of a kind that only peft knows (use_rslora, use_dora).")
     patterns = adapter.get("alpha_pattern") or {}
     module = name.removeprefix(f"{network_of(name)}.")
-    alpha = patterns.get(
-        get_pattern_key(patterns, module), adapter.get("lora_alpha", down.shape[0])
-    )
+    pattern = get_pattern_key(patterns, module)
+    alpha = patterns.get(pattern, adapter.get("lora_alpha", down.shape[0]))
     if not isinstance(alpha, (int, float)):
         raise UserError(f"has {alpha!r} for the alpha of {name}, which must be a number.")
     return LoraModule(down, up, float(alpha))
@@ -162,7 +151,7 @@ def _module(name: str, parts: Mapping[str, Tensor], adapter: Mapping[str, Any]) 
 def _targets(
     modules: Mapping[str, LoraModule], header: Mapping[str, str], adapter: Mapping[str, Any]
 ) -> tuple[str, ...]:
-    """The endings of module names that the file says it was trained with, if its modules have them."""
+    """Returns the endings of module names that the file states, if all its modules have them."""
     try:
         targets = adapter.get(TARGETS) or json.loads(header.get(TARGETS, "[]"))
     except ValueError:

@@ -1,7 +1,7 @@
-"""A LoRA apart from any file format, and its forms: diffusers', kohya's, peft's.
+"""A LoRA in memory, and its file formats: diffusers', kohya's, peft's.
 
 read_lora_file (spo/lora_io/read.py) -> LoraWeights -> WRITERS[format]. Weights are copied bit for bit,
-and each module keeps its own rank and alpha, which all of the formats can say.
+and each module keeps its own rank and alpha, which all formats can state.
 """
 
 from __future__ import annotations
@@ -18,28 +18,15 @@ from torch import Tensor
 from spo.errors import UserError
 from spo.lora_io.diffusers_file import safetensors_bytes
 from spo.lora_io.names import network_of, to_kohya
+from spo.models.families import FAMILIES
 
 ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 TARGETS = "target_modules"  # header entry of our kohya files, and key of an adapter's config
-# Width of the prompt embeddings, which the attention attn2 reads.
-_FAMILIES = {768: "sd15", 2048: "sdxl"}
-# What sd-scripts calls the families, and https://github.com/Stability-AI/ModelSpec.
-_KOHYA_FAMILY = {
-    "sd15": {
-        "ss_base_model_version": "sd_v1",
-        "modelspec.architecture": "stable-diffusion-v1/lora",
-    },
-    "sdxl": {
-        "ss_base_model_version": "sdxl_base_v1-0",
-        "modelspec.architecture": "stable-diffusion-xl-v1-base/lora",
-    },
-    None: {},
-}
 
 
 @dataclass(frozen=True)
 class LoraModule:
-    """What a LoRA adds to the weight of one layer: alpha / rank times `up` `down`."""
+    """The change of one layer's weight: alpha / rank times `up` `down`."""
 
     down: Tensor  # A: (rank, in), of a convolution (rank, in, k, k)
     up: Tensor  # B: (out, rank), of a convolution (out, rank, 1, 1)
@@ -55,35 +42,34 @@ class LoraWeights:
     """A LoRA of a pipeline."""
 
     modules: Mapping[str, LoraModule]  # by diffusers' names: "unet.mid_block...", sorted
-    header: Mapping[str, str]  # what its file says of its origin
-    targets: tuple[str, ...]  # endings that the names of the UNet's modules have; (): not known
+    header: Mapping[str, str]  # its origin, as its file states it
+    targets: tuple[str, ...]  # endings of the names of the UNet's modules; (): not known
 
     def family(self) -> str | None:
-        """The family of the full-size model that it fits, by its prompt embeddings; None: neither."""
+        """Returns the family whose prompt embeddings the LoRA fits; None if there is none."""
         widths = {
             module.down.shape[1]
             for name, module in self.modules.items()
             if name.endswith((".attn2.to_k", ".attn2.to_v"))
         }
-        return _FAMILIES.get(widths.pop()) if len(widths) == 1 else None
+        return next((n for n, f in FAMILIES.items() if widths == {f.prompt_embeds_width}), None)
 
     def cast(self, dtype: torch.dtype) -> LoraWeights:
-        """The same LoRA in `dtype`; UserError where a finite weight would become infinite."""
-        return replace(self, modules={name: _cast(m, dtype) for name, m in self.modules.items()})
-
-
-def _cast(module: LoraModule, dtype: torch.dtype) -> LoraModule:
-    down, up = module.down.to(dtype), module.up.to(dtype)
-    for before, after in ((module.down, down), (module.up, up)):
-        if not torch.equal(before.isfinite(), after.isfinite()):
-            raise UserError(
-                f"--dtype: the LoRA has weights too large for {dtype}; use bf16 or fp32."
-            )
-    return LoraModule(down, up, module.alpha)
+        """Returns the LoRA in `dtype`; raises UserError if a finite weight would become infinite."""
+        modules = {}
+        for name, module in self.modules.items():
+            down, up = module.down.to(dtype), module.up.to(dtype)
+            for before, after in ((module.down, down), (module.up, up)):
+                if not torch.equal(before.isfinite(), after.isfinite()):
+                    raise UserError(
+                        f"--dtype: the LoRA has weights too large for {dtype}; use bf16 or fp32."
+                    )
+            modules[name] = LoraModule(down, up, module.alpha)
+        return replace(self, modules=modules)
 
 
 def write_diffusers(lora: LoraWeights, path: Path) -> None:
-    """Write a file for diffusers' `load_lora_weights`, as spo.models.lora.save_lora writes it."""
+    """Writes a file for diffusers' `load_lora_weights`, as `save_lora` of a run does."""
     tensors, adapter = {}, {}
     for network in dict.fromkeys(map(network_of, lora.modules)):
         adapter |= {f"{network}.{k}": v for k, v in _adapter(lora, network).items()}
@@ -95,10 +81,10 @@ def write_diffusers(lora: LoraWeights, path: Path) -> None:
 
 
 def write_kohya(lora: LoraWeights, path: Path) -> None:
-    """Write a file for ComfyUI, A1111 and sd-scripts.
+    """Writes a file for ComfyUI, A1111 and sd-scripts.
 
-    sd-scripts knows SDXL by SGM names alone, so those are written where the LoRA is SDXL's by its
-    shapes, else diffusers' names with underscores.
+    sd-scripts knows SDXL only by SGM names, so these are written if the shapes are SDXL's; otherwise
+    diffusers' names with underscores.
     """
     family = lora.family()
     tensors = {}
@@ -107,21 +93,24 @@ def write_kohya(lora: LoraWeights, path: Path) -> None:
         tensors[f"{flat}.lora_down.weight"] = module.down
         tensors[f"{flat}.lora_up.weight"] = module.up
         tensors[f"{flat}.alpha"] = torch.tensor(module.alpha, dtype=torch.float32)
-    header = _KOHYA_FAMILY[family] | {
+    header = {
         "format": "pt",
         "ss_network_module": "networks.lora",
         "ss_network_dim": _common([m.rank for m in lora.modules.values()]),
         "ss_network_alpha": _common([m.alpha for m in lora.modules.values()]),
     }
+    if family is not None:
+        header["ss_base_model_version"] = FAMILIES[family].kohya_version
+        header["modelspec.architecture"] = FAMILIES[family].architecture
     if lora.targets:
         header[TARGETS] = json.dumps(lora.targets)
     path.write_bytes(safetensors_bytes(tensors, lora.header | header))
 
 
 def write_peft(lora: LoraWeights, folder: Path) -> None:
-    """Write a folder for `peft.PeftModel.from_pretrained(unet, folder)`.
+    """Writes a folder for `peft.PeftModel.from_pretrained(unet, folder)`.
 
-    Raises UserError where the LoRA changes a text encoder, as such a folder holds one network.
+    Raises UserError if the LoRA changes a text encoder, as a peft folder holds one network.
     """
     tensors = {}
     for name, module in lora.modules.items():
@@ -146,8 +135,8 @@ WRITERS = {"diffusers": write_diffusers, "kohya": write_kohya, "peft": write_pef
 
 
 def _adapter(lora: LoraWeights, network: str) -> dict:
-    """The part of peft's LoraConfig that says which modules of `network` have which rank and alpha."""
-    # transformers moved CLIP's layers out of text_model: an ending of the name fits either.
+    """Returns the part of peft's LoraConfig that states rank and alpha of the modules of `network`."""
+    # transformers moved CLIP's layers out of text_model: an ending of the name fits both.
     modules = {
         name.removeprefix(f"{network}.").removeprefix("text_model.encoder."): module
         for name, module in lora.modules.items()
@@ -166,10 +155,10 @@ def _adapter(lora: LoraWeights, network: str) -> dict:
 
 
 def _plain(alpha: float) -> int | float:
-    """4 for 4.0, as it stands in configs."""
+    """Returns 4 for 4.0, as configs have it."""
     return int(alpha) if alpha == int(alpha) else alpha
 
 
 def _common(values: list[float]) -> str:
-    """The one value of all, or what sd-scripts writes where they differ."""
+    """Returns the common value, or what sd-scripts writes if values differ."""
     return str(_plain(values[0])) if len(set(values)) == 1 else "Dynamic"

@@ -30,8 +30,9 @@ from spo.method.learner import Learner, UpdateSettings
 from spo.method.losses import Loss, make_loss
 from spo.method.pairs import PairSettings
 from spo.method.rollout import RolloutSettings
-from spo.models.backbone import DTYPES, Backbone, ModelSource, model_source
+from spo.models.backbone import DTYPES, Backbone
 from spo.models.device import SpeedSettings
+from spo.models.loading import ModelSource, model_source
 from spo.models.lora import Lora, LoraSettings
 from spo.models.optimizers import OptimizerSettings
 from spo.run.tracking import TrackerSettings
@@ -140,7 +141,7 @@ def read_recipe(config: ConfigDict) -> Recipe:
         run=fill(RunSettings, config, gradient_checkpointing=train.gradient_checkpointing),
         prompts=fill(PromptSettings, config.prompts),
         model=model_source(config.pretrained, decoder=sample.decoder),
-        scorer=ScorerSource.of_config(config.preference),
+        scorer=ScorerSource(**config.preference.to_dict()),
         speed=SpeedSettings(config.channels_last, layout.unet, layout.vae, layout.scorer),
         lora=fill(LoraSettings, config.lora),
         sampler=fill(SamplerSettings, sample),

@@ -124,7 +124,7 @@ def score_candidates(
     The scorer looks at their decoded images, or at the noisy latents themselves. The score of an image
     that is not finite is NaN, whatever the scorer returns for it.
     """
-    at_images = getattr(scorer, "looks_at", "images") == "images"
+    at_images = scorer.looks_at == "images"
     latents = candidates.latents if at_images else candidates.noisy_latents
     k, b = latents.shape[:2]
     prompts = torch.arange(b, device=latents.device).repeat(k)

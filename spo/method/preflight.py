@@ -16,12 +16,12 @@ from spo.errors import UserError
 from spo.launch.batch_plan import BatchPlan, plan_batches
 from spo.lora_io.find import find_lora
 from spo.method.build import Recipe, read_recipe
-from spo.models.backbone import check_source
+from spo.models.loading import check_source
 from spo.plugins import algorithm_name
 from spo.run.checkpoint_folder import read_state, reading
 from spo.run.folder import run_folder
 from spo.run.resume import Resume, changes, checkpoint_facts, find_checkpoint
-from spo.scorers import check_source as check_scorer
+from spo.scorers import check_scorer
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from spo.method.trainer import Trainer
 from spo.models.device import set_up_device, speed_up
 from spo.models.optimizers import check_optimizer
 from spo.run.session import Session, open_run_dir
-from spo.scorers import load_scorer, tokenizers_of
+from spo.scorers import load_scorer
 
 
 @contextlib.contextmanager
@@ -49,9 +49,7 @@ def start(config: ConfigDict) -> Iterator[Trainer]:
             with workers.together():
                 state = load_checkpoint(session.saved, learner, plan, workers.rank)
             session.say("\n".join([*ready.resume.describe(), *ready.changes]))
-        lengths = describe_lengths(
-            ready.prompts.prompts, backbone.tokenizers | tokenizers_of(scorer)
-        )
+        lengths = describe_lengths(ready.prompts.prompts, backbone.tokenizers | scorer.tokenizers)
         session.say(lengths)
         facts = {
             "plan": asdict(plan),

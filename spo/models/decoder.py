@@ -1,4 +1,4 @@
-"""Latents -> images: the base model's VAE, or the tiny decoder that a rollout has in its place."""
+"""Latents -> images, by the base model's VAE or by a tiny decoder for a rollout's candidates."""
 
 from __future__ import annotations
 
@@ -15,24 +15,21 @@ from spo.errors import LOAD_ERRORS, UserError, first_line
 from spo.hub import PREFETCH, model_file
 
 _KEY = "sample.decoder"
-# AutoencoderTiny saves a value that it does not take back.
+# AutoencoderTiny saves a value that it does not load.
 logging.getLogger("diffusers.configuration_utils").addFilter(
     lambda record: "'block_out_channels'" not in record.getMessage()
 )
 
 
 def decode(autoencoder: AutoencoderKL | AutoencoderTiny, latents: Tensor) -> Tensor:
-    """Images (n, 3, H, W) of the UNet's `latents` (n, C, h, w): fp32, nominally in [-1, 1].
-
-    They are not clamped.
-    """
-    # By a factor of its own: 0.18215 for SD1.5's VAE, 1 for TAESD, which takes latents as they are.
+    """Returns images (n, 3, H, W) of the UNet's latents (n, C, h, w): fp32, not clamped."""
+    # 0.18215 for SD1.5's VAE; 1 for TAESD, which takes the UNet's latents.
     scaled = latents.to(autoencoder.dtype) / autoencoder.config.scaling_factor
     return autoencoder.decode(scaled, return_dict=False)[0].float()
 
 
 def load_decoder(name: str, dtype: torch.dtype) -> AutoencoderTiny:
-    """The AutoencoderTiny of a folder or Hub id, on the CPU, frozen; UserError where it cannot."""
+    """Loads the AutoencoderTiny of a folder or Hub id, on the CPU, frozen; UserError if it cannot."""
     try:
         tiny = AutoencoderTiny.from_pretrained(name, dtype=dtype)
     except LOAD_ERRORS as error:
@@ -44,9 +41,9 @@ def load_decoder(name: str, dtype: torch.dtype) -> AutoencoderTiny:
 
 
 def check_decoder(name: str, vae: Path) -> None:
-    """Raise UserError unless `name` is an AutoencoderTiny that can stand in for a VAE.
+    """Raises UserError unless `name` is an AutoencoderTiny that fits the VAE with config file `vae`.
 
-    `vae` is the config file of that. Reads small json files.
+    Reads only small json files.
     """
     tiny = _shapes(AutoencoderTiny, model_file(name, "config.json", _KEY), _KEY)
     base = _shapes(AutoencoderKL, vae, "pretrained")
@@ -69,7 +66,7 @@ class _Shapes:
 
 
 def _shapes(kind: type[AutoencoderKL] | type[AutoencoderTiny], file: Path, key: str) -> _Shapes:
-    """Those of the autoencoder that a config file describes, which must be of `kind`."""
+    """Returns the shapes of the autoencoder of class `kind` that a config file describes."""
     try:
         config = json.loads(file.read_text())
         found = config.get("_class_name")
@@ -78,7 +75,7 @@ def _shapes(kind: type[AutoencoderKL] | type[AutoencoderTiny], file: Path, key: 
                 model = kind.from_config(config)
                 latent = torch.ones(1, model.config.latent_channels, 1, 1)
                 return _Shapes(latent.shape[1], tuple(model.decode(latent).sample.shape[1:]))
-    except Exception as error:  # whatever a constructor makes of nonsense
+    except Exception as error:  # whatever a constructor raises for nonsense
         raise UserError(
             f"{key}: {file} does not describe an {kind.__name__} ({first_line(error)})."
         ) from error

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import torch
 
-from spo.errors import UserError
 from spo.models.backbone import Backbone
 from spo.scorers import Scorer
 
@@ -58,8 +57,4 @@ def speed_up(backbone: Backbone, scorer: Scorer, settings: SpeedSettings) -> Non
     if settings.compile_vae:
         backbone.decoder.decoder.compile()
     if settings.compile_scorer:
-        if not hasattr(scorer, "compile"):
-            raise UserError(
-                f"compile.scorer: a {type(scorer).__name__} has no method `compile`; set it to False."
-            )
         scorer.compile()

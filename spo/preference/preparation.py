@@ -17,7 +17,8 @@ from spo.method.ddim import NoiseSchedule
 from spo.models.backbone import Backbone
 from spo.preference.batches import PairBatch
 from spo.preference.spm_learner import TrainingPairs
-from spo.scorers import CLIPInputs, Scorer
+from spo.scorers import Scorer
+from spo.scorers.clip import CLIPInputs
 from spo.seeding import derive_seed
 from spo.types import Conditioning
 

@@ -9,8 +9,8 @@ import datasets
 from datasets import Dataset, IterableDataset
 
 from spo.command_line.values import Checked, whole
-from spo.data.prompts import HUB_ID
 from spo.errors import UserError, in_one_line
+from spo.hub import is_hub_id
 
 LABEL_COLUMNS = ("caption", "label_0", "label_1", "has_label", "num_example_per_prompt")
 IMAGE_COLUMNS = ("jpg_0", "jpg_1")
@@ -80,7 +80,7 @@ def _open(data: PairData, split: str) -> Dataset | IterableDataset:
         return datasets.load_dataset(
             "parquet", data_files={split: files}, split=split, streaming=data.streaming
         )
-    if not HUB_ID.fullmatch(data.source):
+    if not is_hub_id(data.source):
         raise UserError(
             f"data.source: no file or folder {data.source!r}, and no id of a Hub dataset either."
         )

@@ -11,13 +11,12 @@ from typing import Any
 import torch
 from ml_collections import ConfigDict
 
-from spo import scorers
 from spo.command_line.config_files import check_leaves
 from spo.command_line.values import Checked, choice, expand, fill, whole
 from spo.hub import resolve_file
 from spo.launch.batch_plan import UpdatePlan, plan_updates
-from spo.models import backbone
-from spo.models.backbone import DTYPES, Backbone, ModelSource, model_source
+from spo.models.backbone import DTYPES, Backbone
+from spo.models.loading import ModelSource, check_source, model_source
 from spo.models.optimizers import ADAMW, OptimizerSettings
 from spo.preference.preparation import Labeller, LabelSource, Preparation
 from spo.preference.rows import UsableRows, find_usable_rows
@@ -27,7 +26,8 @@ from spo.run.checkpoint_folder import read_state, reading
 from spo.run.folder import run_folder
 from spo.run.resume import Resume, changes, find_checkpoint
 from spo.run.tracking import TrackerSettings
-from spo.scorers import CLIPInputs, PickScoreScorer
+from spo.scorers.clip import CLIPInputs, check_clip, clip_config, load_clip
+from spo.scorers.pickscore import load_pickscore
 from spo.scorers.step_aware_clip import StepAwareCLIP, fresh_step_aware_clip, load_step_aware_clip
 from spo.seeding import derive_seed
 
@@ -112,12 +112,12 @@ def check_training(config: ConfigDict, num_processes: int) -> CheckedTraining:
     run_dir = run_folder(recipe.logdir, recipe.run_name, "spm", recipe.family)
     resume = find_checkpoint(run_dir, recipe.run_name, recipe.resume_from)
     told = () if resume.checkpoint is None else _changes(resume.checkpoint, recipe, plan)
-    backbone.check_source(recipe.base, recipe.family)
-    scorers.check_clip(spm.backbone, spm.processor)
+    check_source(recipe.base, recipe.family)
+    check_clip(spm.backbone, spm.processor)
     if spm.init_from:
         resolve_file(spm.init_from, "preference.init_from")
     if labels.source == "pickscore":
-        scorers.check_clip(labels.backbone, labels.processor, "labels")
+        check_clip(labels.backbone, labels.processor, "labels")
     rows = find_usable_rows(data, data.train_split)
     validation = None
     if recipe.validates:
@@ -165,9 +165,9 @@ def build_spm(source: SPMSource, seed: int, gradient_checkpointing: bool) -> Ste
     if source.init_from:
         key = "preference.init_from"
         path = resolve_file(source.init_from, key)
-        spm = load_step_aware_clip(path, scorers.clip_config(source.backbone), key).float()
+        spm = load_step_aware_clip(path, clip_config(source.backbone), key).float()
     else:
-        spm = fresh_step_aware_clip(scorers.load_clip(source.backbone), derive_seed(seed, "spm"))
+        spm = fresh_step_aware_clip(load_clip(source.backbone), derive_seed(seed, "spm"))
     if gradient_checkpointing:
         spm.model.gradient_checkpointing_enable({"use_reentrant": False})
     return spm.requires_grad_(True).train()
@@ -177,9 +177,8 @@ def build_preparation(recipe: SPMRecipe, device: torch.device) -> Preparation:
     """Loads the base model and the labeller; raises UserError if one cannot be loaded."""
     labels, labeller = recipe.labels, None
     if labels.source == "pickscore":
-        inputs = CLIPInputs(labels.processor, "labels")
-        clip = scorers.load_clip(labels.backbone, "labels")
-        labeller = Labeller(PickScoreScorer(clip, inputs, device), labels.margin)
+        clip = {"backbone": labels.backbone, "processor": labels.processor}
+        labeller = Labeller(load_pickscore(device, "labels", **clip), labels.margin)
     base = Backbone(recipe.base, recipe.family, recipe.mixed_precision, device)
     inputs, size, train = CLIPInputs(recipe.spm.processor), recipe.data.image_size, recipe.train
     guidance_scale, at_once = train.guidance_scale, train.predict_batch_size

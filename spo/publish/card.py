@@ -1,50 +1,54 @@
-"""The model card of a Hub repo: a section for each run in it, and the metadata the Hub reads.
+"""The model card of a Hub repo: a section for each run in the repo, and the metadata the Hub reads.
 
-A section stands between two comments. The first holds what the metadata need of its run, so that a
-card can be brought up to date without the other runs at hand.
+A section stands between two comments. The first comment holds what the metadata need of its run, so
+that a card can be updated without the files of the other runs.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from spo.evaluation.results import table
+from spo.command_line.config_files import BASE, REPO_ROOT, leaves, load_config
+from spo.evaluation.results import summary_table
 from spo.hub import Destination, is_hub_id
 from spo.lora_io.diffusers_file import LORA_FILE
-from spo.publish.card_text import citations, facts, markdown_table, snippet, title
+from spo.models.families import FAMILIES
+from spo.plugins import algorithm_name
 from spo.publish.record import RunRecord
 from spo.run.folder import SAMPLES
+from spo.run.tables import markdown_table
 
 GRID = "validation.png"
 NUM_SAMPLES = 4  # images that are published one by one
 _SECTION = re.compile(r"<!-- spo:run (\{[^\n]*\}) -->\n.*?<!-- spo:end -->", re.DOTALL)
-_LICENSES = {
-    "stable-diffusion-v1-5/stable-diffusion-v1-5": "creativeml-openrail-m",
-    "stabilityai/stable-diffusion-xl-base-1.0": "openrail++",
-}
-_FAMILY_TAGS = {"sd15": "stable-diffusion", "sdxl": "stable-diffusion-xl"}
+_TITLES = {"gradspo": "GradSPO", "spo": "SPO"}
+# The settings that every card shows; further ones are shown if they differ from config/FAMILY.py.
+_SHOWN = {"lora.rank", "train.learning_rate", "train.beta", "sample.threshold"}
+_SHOWN |= {"sample.num_candidates", "sample.num_steps", "sample.guidance_scale"}
+_SHOWN_OF_GRADSPO = {"train.grad_scale", "train.ema_decay"}
 
 
 def make_card(record: RunRecord, to: Destination) -> huggingface_hub.ModelCard:
-    """The card of a repo that holds this run alone."""
+    """Returns the card of a repo that holds only this run."""
     head = json.dumps(_metadata(record, to)).replace(">", "\\u003e")  # no end of a comment
-    section = f"<!-- spo:run {head} -->\n{_text(record, to)}<!-- spo:end -->"
+    section = f"<!-- spo:run {head} -->\n{_section(record, to)}<!-- spo:end -->"
     name = to.repo_id.rpartition("/")[2]
     skeleton = f"---\nlibrary_name: diffusers\n---\n\n# {name}\n\n{section}\n"
     return _with_metadata(huggingface_hub.ModelCard(skeleton))
 
 
 def merge_cards(published: str, own: str) -> huggingface_hub.ModelCard:
-    """The card `published`, the section of the card `own` put in its place or at the end.
+    """Returns the card `published` with the section of the card `own`, replaced or appended.
 
-    Whatever else `published` says stays; of its metadata, those that follow from the sections change.
-    Raises ValueError where its metadata cannot be read.
+    The rest of `published` stays, except for the metadata that follow from the sections. Raises
+    ValueError if its metadata cannot be read.
     """
     card = huggingface_hub.ModelCard(published)
     section = _SECTION.search(own)
@@ -58,16 +62,21 @@ def merge_cards(published: str, own: str) -> huggingface_hub.ModelCard:
     return _with_metadata(card)
 
 
+def published_samples(record: RunRecord) -> dict[Path, str]:
+    """Returns the images that are published one by one, with their prompts."""
+    return dict(list(record.samples.items())[:NUM_SAMPLES])
+
+
 def _metadata(record: RunRecord, to: Destination) -> dict[str, Any]:
-    """What the metadata of the card need of a run."""
-    base = record.config.pretrained.model
-    algorithm = record.config.algorithm.rpartition(":")[2]
+    """Returns what the metadata of the card need of a run."""
+    config = record.config
+    base, family = config.pretrained.model, FAMILIES[config.family]
     return {
         "subfolder": to.subfolder,
-        # The Hub takes ids alone; the name of a local folder means nothing there.
+        # The Hub takes only ids; the name of a local folder means nothing there.
         "base_model": base if is_hub_id(base) else "",
-        "license": _license(record, to),
-        "tags": ["text-to-image", "lora", _FAMILY_TAGS[record.config.family], algorithm],
+        "license": to.license or (family.license if base == family.base_model else ""),
+        "tags": ["text-to-image", "lora", family.tag, algorithm_name(config.algorithm)],
         "widget": [
             {"text": prompt, "output": {"url": to.path(f"{SAMPLES}/{path.name}")}}
             for path, prompt in published_samples(record).items()
@@ -75,17 +84,8 @@ def _metadata(record: RunRecord, to: Destination) -> dict[str, Any]:
     }
 
 
-def _license(record: RunRecord, to: Destination) -> str:
-    return to.license or _LICENSES.get(record.config.pretrained.model, "")
-
-
-def published_samples(record: RunRecord) -> dict[Path, str]:
-    """The images that are published one by one, with their prompts."""
-    return dict(list(record.samples.items())[:NUM_SAMPLES])
-
-
 def _with_metadata(card: huggingface_hub.ModelCard) -> huggingface_hub.ModelCard:
-    """`card` with the metadata that follow from its sections."""
+    """Sets the metadata of `card` that follow from its sections."""
     runs = [json.loads(section[1]) for section in _SECTION.finditer(card.text)]
     bases = _unique(run["base_model"] for run in runs if run["base_model"])
     licenses = _unique(run["license"] for run in runs)
@@ -104,25 +104,79 @@ def _unique(values: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(values))
 
 
-def _text(record: RunRecord, to: Destination) -> str:
-    """The section of a run, in Markdown."""
-    base = record.config.pretrained.model
-    lines = [
-        f"## {to.subfolder + ': ' if to.subfolder else ''}{title(record)}",
-        "",
-        f"A LoRA of rank {record.config.lora.rank} for `{base}` "
-        f"({'policy' if record.weights == 'policy' else 'EMA'} weights), in `{to.path(LORA_FILE)}`.",
-        f"Licence: {_license(record, to) or 'the terms of the base model'}.",
-    ]
-    if not is_hub_id(base):
-        lines += ["The base model was a folder, not a model of the Hub; only its name is given."]
-    if record.grid is not None:
-        drawn = int(record.grid.stem.split("_")[1])
-        lines += ["", f"![Validation images after epoch {drawn}]({to.path(GRID)})"]
-    lines += ["", "### Use", "", "```python", snippet(record, to), "```"]
-    lines += ["", "### How it was trained", "", markdown_table(facts(record))]
-    for results in record.evaluations.values():
-        lines += ["", f"### Results: {results.title}", "", table(results).rstrip()]
-        lines += ["", "Means with 95 % intervals; every score is in results.json."]
-    lines += ["", "### Citation", "", "```bibtex", citations(record), "```", ""]
-    return "\n".join(lines)
+def _section(record: RunRecord, to: Destination) -> str:
+    """Returns the section of a run, in Markdown."""
+    config = record.config
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent / "templates"),
+        trim_blocks=True,
+        keep_trailing_newline=True,
+        undefined=StrictUndefined,
+    )
+    # A Python literal in double quotes.
+    environment.filters["quoted"] = lambda text: json.dumps(text, ensure_ascii=False)
+    environment.filters["summary_table"] = summary_table
+    method = _TITLES.get(config.algorithm, algorithm_name(config.algorithm))
+    return environment.get_template("section.md.j2").render(
+        record=record,
+        to=to,
+        config=config,
+        pretrained=config.pretrained,
+        title=f"{method} on {config.pretrained.model.rpartition('/')[2]}",
+        license=_metadata(record, to)["license"],
+        base_on_hub=is_hub_id(config.pretrained.model),
+        pipeline=FAMILIES[config.family].pipeline,
+        lora_file=LORA_FILE,
+        grid_file=GRID,
+        facts_table=markdown_table(("", ""), training_facts(record).items()),
+    )
+
+
+def training_facts(record: RunRecord) -> dict[str, object]:
+    """Returns how the LoRA was trained: what the run recorded, and the settings that matter."""
+    config, preference = record.config, record.config.preference
+    start = record.starts[-1] if record.starts else {}
+    scorers = {"step_aware_clip": preference.checkpoint, "pickscore": preference.backbone}
+    values = {
+        "algorithm": _TITLES.get(config.algorithm, config.algorithm),
+        "base model": config.pretrained.model,
+        "VAE": config.pretrained.vae,
+        "preference model": scorers.get(preference.scorer, preference.scorer),
+        "prompts": start.get("prompts"),
+        "epochs": f"{record.epochs} of {config.num_epochs}" if record.epochs else None,
+        "rollouts": record.reached.get("rollout"),
+        "updates": record.updates,
+        "pairs per update": _pairs_per_update(start),
+        "processes": ", then ".join(_unique(map(_processes, record.starts))),
+        **dict(_settings(record)),
+        "mixed precision": config.mixed_precision,
+        "seed": config.seed,
+        "versions": ", ".join(f"{n} {v}" for n, v in start.get("versions", {}).items()),
+    }
+    return {name: value for name, value in values.items() if value not in (None, "")}
+
+
+def _settings(record: RunRecord) -> Iterator[tuple[str, str]]:
+    """Yields settings of LoRA, rollout and update: `_SHOWN`, and all that differ from the default.
+
+    The default is that of the family, so a setting appears in the card without being listed here.
+    """
+    defaults, _ = load_config(str(REPO_ROOT / "config" / f"{record.config.family}.py"), BASE)
+    shown = _SHOWN | (_SHOWN_OF_GRADSPO if record.config.algorithm == "gradspo" else set())
+    for section in ("lora", "sample", "train"):
+        default = leaves(defaults[section], f"{section}.")
+        for key, value in leaves(record.config[section], f"{section}.").items():
+            if key in shown or key not in default or default[key] != value:
+                yield key, f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _pairs_per_update(start: dict[str, Any]) -> int | None:
+    if "plan" not in start:
+        return None
+    plan = start["plan"]
+    return plan["minibatch_size"] * plan["num_processes"] * plan["accumulation_steps"]
+
+
+def _processes(start: dict[str, Any]) -> str:
+    kind = {"cuda": "GPU", "cpu": "CPU process"}.get(start.get("device"), "process")
+    return f"{start['plan']['num_processes']} x {kind}" if "plan" in start else "unknown"

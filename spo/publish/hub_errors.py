@@ -1,7 +1,7 @@
-"""What an exception of the Hub's client means to the user.
+"""Exceptions of the Hub's client, explained to the user.
 
-The client changes its network library, and with it what a broken line raises: an exception is known by
-the HTTP status in it or in one of its causes, and by having none.
+The client changes its network library, and with it the exceptions of a broken connection: they are
+told apart by the HTTP status in the exception or one of its causes, or by the lack of one.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ _TOKENS = "https://huggingface.co/settings/tokens"
 
 
 def may_pass(error: Exception) -> bool:
-    """Whether the same request may succeed a little later."""
+    """Returns whether the same request may succeed a little later."""
     status = _status(error)
     if status is None:
         return not isinstance(error, OfflineModeIsEnabled)
@@ -23,12 +23,12 @@ def may_pass(error: Exception) -> bool:
 
 
 def is_refusal(error: Exception) -> bool:
-    """Whether the Hub refuses who asks."""
+    """Returns whether the Hub refuses the token."""
     return _status(error) in (401, 403)
 
 
 def explain(error: Exception, repo_id: str, key: str) -> UserError:
-    """`error`, met at pushing to `repo_id`, in one line; `key` is the setting that gave the repo."""
+    """Returns an error of one line for `error`, met at pushing to `repo_id`; `key` gave the repo."""
     status, namespace = _status(error), repo_id.partition("/")[0]
     if status == 401:
         return UserError(

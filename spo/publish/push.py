@@ -7,29 +7,52 @@ import re
 import shlex
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import yaml
-from huggingface_hub import CommitOperationAdd, HfApi, ModelInfo, get_token
+from huggingface_hub import HfApi, ModelInfo, get_token
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import disable_progress_bars, validate_repo_id
 from huggingface_hub.utils import logging as hub_logging
 
+from spo.command_line.values import fill
 from spo.errors import UserError, first_line, in_one_line
 from spo.hub import Destination
 from spo.publish.card import merge_cards
 from spo.publish.hub_errors import explain, is_refusal, may_pass
-from spo.publish.layout import CARD, Staged, stage
+from spo.publish.layout import CARD, Layout, lay_out
+from spo.publish.record import read_config
 
-SCRIPT = "python scripts/push_to_hub.py"
 _KEYS = "hub."  # of a training's destination in its config
 _WAITS = (1, 4, 16)  # seconds between tries
 _LAST_PUSH = 600  # seconds that the end of a training waits
 
 
+def publish_run(
+    run_dir: Path, given: Mapping[str, Any], evaluation: Path | None, message: str, dry_run: bool
+) -> str:
+    """Writes RUN_DIR/hub, and pushes it unless it is a dry run; returns what to tell the user.
+
+    `given` are fields of the destination that replace those of the run's `config.hub`.
+    """
+    to = fill(Destination, read_config(run_dir).hub, **given)
+    check_destination(to, "--")
+    if not dry_run:
+        check_token("--")
+    layout = lay_out(run_dir, to, evaluation)
+    if dry_run:
+        card = (layout.folder / CARD).read_text(encoding="utf-8")
+        return f"{card}\nwritten, and not pushed: {layout.folder}"
+    return push(layout, to, "--", message)
+
+
 def check_destination(to: Destination, keys: str) -> None:
-    """UserError for a malformed repo id or subfolder; `keys` is "hub." or "--", as they were given."""
+    """Raises UserError for a malformed repo id or subfolder.
+
+    `keys` is "hub." or "--": the start of the key that gave each.
+    """
     try:
         validate_repo_id(to.repo_id)
     except HFValidationError as error:
@@ -43,13 +66,13 @@ def check_destination(to: Destination, keys: str) -> None:
 
 
 def check_token(keys: str) -> None:
-    """UserError where there is no token to push with."""
+    """Raises UserError if there is no token to push with."""
     if get_token() is None:
         raise UserError(f"{keys}repo_id: pushing needs a token: `hf auth login`, or set HF_TOKEN.")
 
 
 def check_access(to: Destination) -> None:
-    """UserError where pushes will be refused, as far as can be seen; a warning without the Hub."""
+    """Raises UserError if pushes will be refused, as far as can be seen; warns without the Hub."""
     check_destination(to, _KEYS)
     check_token(_KEYS)
     try:
@@ -66,15 +89,16 @@ def check_access(to: Destination) -> None:
         )
 
 
-def push(staged: Staged, to: Destination, keys: str, message: str = "") -> str:
-    """Commit a staged folder to the repo, made where it is missing; returns a line that says so.
+def push(layout: Layout, to: Destination, keys: str, message: str = "") -> str:
+    """Commits a laid-out folder to the repo, made if missing; returns a line that says so.
 
-    What may pass is tried again a few times. Raises UserError, or RunError where the Hub is to blame.
+    Tries again a few times if that may help. Raises UserError, or RunError if the Hub is to blame.
     """
+    card = (layout.folder / CARD).read_text(encoding="utf-8")
     waits = iter(_WAITS)
     while True:
         try:
-            return _commit(HfApi(), staged, to, message or staged.summary)
+            return _commit(HfApi(), layout, card, to, message or layout.summary)
         except UserError:
             raise
         except Exception as error:  # see spo.publish.hub_errors
@@ -84,7 +108,7 @@ def push(staged: Staged, to: Destination, keys: str, message: str = "") -> str:
         time.sleep(wait)
 
 
-def _commit(api: HfApi, staged: Staged, to: Destination, message: str) -> str:
+def _commit(api: HfApi, layout: Layout, card: str, to: Destination, message: str) -> str:
     api.create_repo(to.repo_id, private=to.private or None, exist_ok=True)
     if to.branch:
         api.create_branch(to.repo_id, branch=to.branch, exist_ok=True)
@@ -94,19 +118,14 @@ def _commit(api: HfApi, staged: Staged, to: Destination, message: str) -> str:
             f"private: {to.repo_id} is there already, and public; choose another repo_id, or make it "
             "private on the Hub."
         )
-    card = (staged.folder / CARD).read_text(encoding="utf-8")
     if any(file.rfilename == CARD for file in info.siblings):
         card = _merged(Path(api.hf_hub_download(to.repo_id, CARD, revision=info.sha)), card, to)
-    operations = [CommitOperationAdd(CARD, card.encode())]
-    for path in sorted(staged.folder.rglob("*")):
-        name = path.relative_to(staged.folder).as_posix()
-        if path.is_file() and name != CARD:
-            operations.append(CommitOperationAdd(name, path))
-    # parent_commit: where another run was pushed since, the Hub refuses rather than lose its section
+    (layout.folder / CARD).write_text(card, encoding="utf-8")
+    # parent_commit: if another run was pushed meanwhile, the Hub refuses rather than lose its section
     # of the card, and the next try starts from that card.
-    commit = api.create_commit(
-        to.repo_id,
-        operations,
+    commit = api.upload_folder(
+        repo_id=to.repo_id,
+        folder_path=layout.folder,
         commit_message=message,
         revision=to.branch or None,
         parent_commit=info.sha,
@@ -137,7 +156,7 @@ def _merged(published: Path, own: str, to: Destination) -> str:
 
 
 class Publishing:
-    """The pushes of a training, on its main process; none of them stops it."""
+    """The pushes of a training, on its main process; a failing push does not stop the training."""
 
     def __init__(
         self, run_dir: Path, to: Destination, push_every: int, say: Callable[[str], None]
@@ -145,31 +164,31 @@ class Publishing:
         self._run_dir, self._to, self._every, self._say = run_dir, to, push_every, say
         # Not the client's own futures: Python waits for their threads before it exits.
         self._thread: threading.Thread | None = None
-        # What fails is told in one line, and progress bars are the training's.
+        # A failure is told in one line, and progress bars are the training's.
         disable_progress_bars()
         hub_logging.set_verbosity_error()
         for network_library in ("httpx", "httpx2"):
             logging.getLogger(network_library).setLevel(logging.WARNING)
 
     def due(self, epochs: int) -> bool:
-        """Whether to push after so many epochs; `finish` pushes after the last."""
+        """Returns whether to push after `epochs` epochs; `finish` pushes after the last."""
         return epochs > 0 and self._every > 0 and epochs % self._every == 0
 
     def push(self) -> None:
-        """Push what is in the run directory now, in the background; not while another push goes on."""
+        """Pushes the run directory in the background, unless the last push is still running."""
         if self._thread is not None and self._thread.is_alive():
             self._say("hub: the last push still goes on; this epoch is not pushed")
             return
         try:
-            staged = stage(self._run_dir, self._to)
+            layout = lay_out(self._run_dir, self._to)
         except (UserError, OSError, ValueError) as error:
             self._warn(error)
             return
-        self._thread = threading.Thread(target=self._push, args=(staged,), daemon=True)
+        self._thread = threading.Thread(target=self._push, args=(layout,), daemon=True)
         self._thread.start()
 
     def finish(self) -> None:
-        """Push what is in the run directory at the end, and wait for it, though not for ever."""
+        """Pushes the run directory at the end, and waits for at most `_LAST_PUSH` seconds."""
         deadline = time.monotonic() + _LAST_PUSH
         self._say(f"hub: pushing to {self._to.repo_id}, for at most {_LAST_PUSH} s")
         self._wait(deadline)
@@ -182,12 +201,12 @@ class Publishing:
         if self._thread is not None:
             self._thread.join(max(0.0, deadline - time.monotonic()))
 
-    def _push(self, staged: Staged) -> None:
+    def _push(self, layout: Layout) -> None:
         try:
-            self._say(f"hub: {push(staged, self._to, _KEYS)}")
+            self._say(f"hub: {push(layout, self._to, _KEYS)}")
         except UserError as error:
             self._warn(error)
 
     def _warn(self, error: Exception) -> None:
-        again = f"{SCRIPT} {shlex.quote(str(self._run_dir))}"
+        again = f"python scripts/push_to_hub.py {shlex.quote(str(self._run_dir))}"
         self._say(f"warning: not pushed: {in_one_line(error)} To push it: {again}")

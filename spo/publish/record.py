@@ -1,4 +1,4 @@
-"""What a run recorded of itself, without the paths of the machine it ran on."""
+"""The record that a run left of itself, without the paths of the machine it ran on."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from ml_collections import ConfigDict
 from safetensors import SafetensorError, safe_open
 
 from spo.atomic import whole_lines
-from spo.command_line.config_files import load_config
+from spo.command_line.config_files import BASE, load_config
 from spo.errors import UserError, first_line
-from spo.evaluation import results
+from spo.evaluation.results import Results, read_results
 from spo.hub import public_name
 from spo.lora_io.diffusers_file import LORA_FILE
 from spo.run.folder import CONFIG, METRICS, RESULTS, SAMPLES, SAMPLES_INDEX, STARTS
@@ -26,32 +26,32 @@ class RunRecord:
 
     run_dir: Path
     config: ConfigDict  # without paths of this machine
-    weights: str  # the LoRA that counts here: "policy" or "ema"
+    weights: str  # the LoRA that is published: "policy" or "ema"
     lora: Path
     updates: int  # optimizer steps that the LoRA has seen
     reached: Mapping[str, Any]  # the last line of metrics of that LoRA; empty: none was written
-    starts: tuple[Mapping[str, Any], ...]  # how it was started: plan, prompts, versions, device
+    starts: tuple[Mapping[str, Any], ...]  # of each start: plan, prompts, versions, device
     samples: Mapping[Path, str]  # prompts of the last validation images
     grid: Path | None  # the last validation grid
-    evaluations: Mapping[str, results.Results]  # by the name of their folder
+    evaluations: Mapping[str, Results]  # by the names of their folders
 
     @property
     def epochs(self) -> int | None:
-        """Epochs that the LoRA was trained for, the last one perhaps not to its end."""
+        """Returns the epochs that the LoRA was trained for; the last one may be incomplete."""
         return self.reached.get("epoch")
 
 
 def read_config(run_dir: Path) -> ConfigDict:
-    """The config of a run; UserError where `run_dir` holds none."""
+    """Returns the config of a run; raises UserError if `run_dir` holds none."""
     if not (run_dir / CONFIG).is_file():
         raise UserError(f"{run_dir}: no {CONFIG} in it; name the directory of a run.")
-    return load_config(str(run_dir / CONFIG))[0]
+    return load_config(str(run_dir / CONFIG), BASE)[0]
 
 
 def read_record(run_dir: Path, weights: str, evaluation: Path | None = None) -> RunRecord:
-    """The record of the run in `run_dir`, evaluated in the folder `evaluation`, else in its own ones.
+    """Returns the record of a run, with the results in `evaluation`, or in its own folders if None.
 
-    Raises UserError where config or LoRA is missing, or a file cannot be read.
+    Raises UserError if config or LoRA is missing, or a file cannot be read.
     """
     config = read_config(run_dir)
     lora = run_dir / LORA_FILE if weights == "policy" else run_dir / weights / LORA_FILE
@@ -76,7 +76,7 @@ def read_record(run_dir: Path, weights: str, evaluation: Path | None = None) -> 
 
 
 def public_values(values: Any) -> Any:
-    """Nested settings of any kind, every text in them as `public_name` gives it."""
+    """Returns nested settings with `public_name` of every text in them."""
     if isinstance(values, ConfigDict):
         return ConfigDict(public_values(values.to_dict()))
     if isinstance(values, Mapping):
@@ -99,33 +99,33 @@ def _updates(lora: Path) -> int:
 
 
 def _read_lines(path: Path) -> tuple[dict[str, Any], ...]:
-    """The lines of a .jsonl file; none where it is missing."""
+    """Returns the lines of a .jsonl file; none if there is no such file."""
     return tuple(json.loads(line) for line in whole_lines(path))
 
 
 def _public_start(start: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """What the card tells of a start; its prompts are described with their `source`."""
+    """Returns the facts of a start that the card tells; its prompts are described with `source`."""
     told = {key: start[key] for key in ("plan", "prompts", "versions", "device") if key in start}
     if source and "prompts" in told:
         told["prompts"] = told["prompts"].replace(source, public_name(source))
     return told
 
 
-def _evaluations(run_dir: Path, evaluation: Path | None) -> dict[str, results.Results]:
+def _evaluations(run_dir: Path, evaluation: Path | None) -> dict[str, Results]:
     own = sorted(path.parent for path in run_dir.glob(f"evaluation*/{RESULTS}"))
     folders = (
         {path.name: path for path in own} if evaluation is None else {"evaluation": evaluation}
     )
-    return {name: _public_results(results.read_results(path)) for name, path in folders.items()}
+    return {name: _public_results(read_results(path)) for name, path in folders.items()}
 
 
-def _public_results(found: results.Results) -> results.Results:
+def _public_results(found: Results) -> Results:
     models = tuple(replace(model, spec=public_name(model.spec)) for model in found.models)
     return replace(found, models=models, settings=public_values(found.settings))
 
 
 def _samples(folder: Path, weights: str, epochs: int) -> dict[Path, str]:
-    """Images of this LoRA or an earlier state of it, with their prompts; none of the base model."""
+    """Returns images of this LoRA or an earlier state of it, with prompts; none of the base model."""
     index = folder / SAMPLES_INDEX
     if not index.is_file():
         return {}

@@ -1,4 +1,4 @@
-"""Pictures that people look at: labelled grids of images."""
+"""Pictures to look at: labelled grids of images."""
 
 from __future__ import annotations
 
@@ -7,9 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
-from torch import Tensor
 
 from spo.atomic import replacing
 
@@ -26,14 +24,8 @@ class Cell:
     frame: str | None = None
 
 
-def to_pil(images: Tensor) -> list[Image.Image]:
-    """PIL images of a tensor (n, 3, H, W) in [-1, 1]; values outside are clamped."""
-    pixels = (images.float() / 2 + 0.5).clamp(0, 1).mul(255).round().byte()
-    return [Image.fromarray(np.asarray(p)) for p in pixels.permute(0, 2, 3, 1).cpu()]
-
-
 def write_png(path: Path, image: Image.Image, text: Mapping[str, str]) -> None:
-    """Save a PNG with `text` in it, whole or not at all."""
+    """Saves a PNG with `text` in it, whole or not at all."""
     chunks = PngImagePlugin.PngInfo()
     for key, value in text.items():
         chunks.add_itxt(key, value)
@@ -45,7 +37,7 @@ def write_png(path: Path, image: Image.Image, text: Mapping[str, str]) -> None:
 def grid(
     rows: Sequence[Sequence[Cell]], title: str, labels: Sequence[str] = (), side: int = 256
 ) -> Image.Image:
-    """Rows of cells under a title; `labels` stand left of the rows, in one or more lines each."""
+    """Draws rows of cells under a title; `labels`, of one or more lines, stand left of the rows."""
     font = ImageFont.load_default(size=max(11, side // 18))
     line_height = font.size + 3
     lines = [line for label in labels for line in label.splitlines()]
@@ -76,7 +68,7 @@ def _draw_cell(
     font: ImageFont.FreeTypeFont,
 ) -> None:
     x, y = corner
-    # Small images are shown as the pixels they are, large ones smoothly.
+    # Small images are enlarged without smoothing, so that their pixels show.
     method = Image.Resampling.NEAREST if cell.image.width < side else Image.Resampling.LANCZOS
     sheet.paste(cell.image.resize((side, side), method), corner)
     if cell.frame:

@@ -15,8 +15,9 @@ from spo.method.ddim import NUM_STEPS
 from spo.models.backbone import Backbone
 from spo.models.plain_images import ImageSettings, sample_images
 from spo.run.folder import SAMPLES, SAMPLES_INDEX
-from spo.run.pictures import Cell, grid, to_pil
+from spo.run.pictures import Cell, grid
 from spo.run.session import Session
+from spo.scorers.pixels import to_pil
 
 _COLUMNS = 4
 

@@ -1,171 +1,132 @@
-"""What can score candidates.
+"""Scorers: images (or latents) and prompts -> numbers, for candidates and for finished images.
 
-A scorer is named in `preference.scorer`: one of `SCORERS`, or the dotted path "module:factory" of a
-callable that takes `preference.kwargs` and `device` and returns a `Scorer`.
+A scorer is named in `preference.scorer` (training) or in `scorers` (evaluation): an entry of `SCORERS`,
+or the dotted path "module:factory" of a callable that takes `device` and the options in
+`preference.kwargs` or `scorer_options.<name>`. Training and evaluation take whatever it returns:
+
+- a `Scorer`, which scores tensors at a timestep, with features computed once per prompt;
+- an `ImageScorer`, which scores PIL images for prompts and knows no timestep;
+- an object of another class. With `encode_prompts` and `score(images, prompt_features, timestep)` it
+  counts as a `Scorer`, with `score_images(images, prompts)` or `score(images, prompts)` as an
+  `ImageScorer`; `title`, `scale`, `tokenizers` and `compile` are taken from the object if it has them.
 """
 
 from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cache
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
-from ml_collections import ConfigDict
+from PIL import Image
 from torch import Tensor
-from transformers import (
-    AutoTokenizer,
-    CLIPConfig,
-    CLIPImageProcessor,
-    CLIPModel,
-    PreTrainedTokenizerBase,
-)
 
-from spo.data.token_lengths import readable
-from spo.errors import LOAD_ERRORS, UserError, first_line
-from spo.hub import PREFETCH, model_file, resolve_file
+from spo.errors import UserError
+from spo.hub import check_file, model_file, resolve_file
 from spo.plugins import find
-from spo.scorers.step_aware_clip import StepAwareCLIP, load_step_aware_clip, text_features
+from spo.scorers.clip import check_clip, weight_dtype
+from spo.scorers.pixels import to_pil, unit_pixels
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# The factories, imported on use: only some need open_clip, which takes seconds to import. A factory
+# takes `device`, the config `section` that errors name, and options. An option of the same name means
+# the same thing in all factories: `check_scorer` relies on it.
+SCORERS = {
+    "step_aware_clip": "spo.scorers.step_aware_clip:load_step_aware_scorer",
+    "pickscore": "spo.scorers.pickscore:load_pickscore",
+    "hpsv2": "spo.scorers.hpsv2:HPSv2",
+    "hpsv2.1": "spo.scorers.hpsv2:HPSv2_1",
+    "aesthetic": "spo.scorers.aesthetic:Aesthetic",
+    "clipscore": "spo.scorers.clipscore:CLIPScore",
+    "imagereward": "spo.scorers.imagereward:ImageReward",
+}
+# The scorers whose options are keys of `preference`; the options of all others are `preference.kwargs`.
+_PREFERENCE_KEYS = {
+    "step_aware_clip": ("checkpoint", "backbone", "processor", "dtype"),
+    "pickscore": ("backbone", "processor", "dtype"),
+}
 
 
-class Scorer(Protocol):
-    """Scores images for prompts; higher is better."""
+class Scorer:
+    """Scores images for prompts; higher is better. Subclasses define `encode_prompts` and `score`."""
+
+    title = ""  # as papers name the scorer; empty: its name in the config
+    scale = 1.0  # papers print `scale` times the score
+    looks_at = "images"  # or "latents": `score` gets the noisy latents, not decoded images
+    # The tokenizers that truncate prompts, each by the name of its model in messages.
+    tokenizers: Mapping[str, PreTrainedTokenizerBase] = {}
+
+    def compile(self) -> None:
+        """Compiles the networks with torch.compile; raises UserError if the scorer cannot."""
+        name = self.title or type(self).__name__
+        raise UserError(f"compile.scorer: {name} has no method `compile`; set it to False.")
 
     def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
-        """What `score` needs to know of each prompt, (B, ...); called once per prompt."""
+        """Returns features (B, ...), all that `score` needs of each prompt; called once per prompt.
+
+        If they are no tensor, `features[rows]` must select them by a tensor of indices (n,).
+        """
+        raise NotImplementedError
 
     def score(self, images: Tensor, prompt_features: Tensor, timestep: int) -> Tensor:
-        """Scores (n,) of images (n, 3, H, W), nominally in [-1, 1], decoded at `timestep`."""
+        """Returns scores (n,) of images (n, 3, H, W), nominally in [-1, 1], decoded at `timestep`.
+
+        `prompt_features` (n, ...) has the row of each image's prompt. If `looks_at` is "latents",
+        `images` are the candidates' noisy latents (n, C, h, w) at `timestep`.
+        """
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def score_images(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
+        """Returns scores (n,) of finished images, float32, not scaled, on the CPU."""
+        if self.looks_at == "latents":
+            raise UserError(f"scorers: {self.title} looks at latents, not at finished images.")
+        features, scores = self.encode_prompts(prompts), []
+        # One by one, because their sizes may differ.
+        for image, row in zip(images, features.split(1), strict=True):
+            pixels = unit_pixels(image).to(features.device)[None] * 2 - 1
+            scores.append(self.score(pixels, row, timestep=0))
+        return torch.cat(scores).float().cpu()
 
 
 @dataclass(frozen=True)
-class ImagePreparation:
-    """From images in [-1, 1] to a CLIP's pixels, differentiable torch operations in fp32."""
+class PromptRows:
+    """Prompts as features: `rows[index]` selects prompts by a tensor of indices (n,)."""
 
-    size: int  # of the shorter side, and of the square that is cut out
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    prompts: tuple[str, ...]
 
-    @classmethod
-    def of_processor(cls, processor: CLIPImageProcessor) -> ImagePreparation:
-        """The sizes and statistics of a transformers image processor."""
-        return cls(
-            processor.size["shortest_edge"],
-            tuple(processor.image_mean),
-            tuple(processor.image_std),
-        )
+    def __getitem__(self, index: Tensor) -> PromptRows:
+        return PromptRows(tuple(self.prompts[i] for i in index.tolist()))
 
-    def __call__(self, images: Tensor) -> Tensor:
-        """(n, 3, H, W) -> (n, 3, size, size): resize, centre crop, to [0, 1], clamp, normalise."""
-        height, width = images.shape[-2:]
-        ratio = self.size / min(height, width)
-        shape = (round(height * ratio), round(width * ratio))
-        images = F.interpolate(images.float(), shape, mode="bicubic", align_corners=False)
-        top, left = (shape[0] - self.size) // 2, (shape[1] - self.size) // 2
-        images = images[..., top : top + self.size, left : left + self.size]
-        return self.normalise((images / 2 + 0.5).clamp(0, 1))
 
-    def stretched(self, images: Tensor) -> Tensor:
-        """As above, but to [0, 1] and clamp first, then resize straight to the square.
+class ImageScorer(Scorer):
+    """Base of scorers that know only PIL images and prompts: subclasses define `score_images`."""
 
-        What a step-aware preference model is trained on (SPO, arXiv 2406.04314).
+    def score_images(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
+        """Returns scores (n,) of finished images, float32, not scaled, on the CPU."""
+        raise NotImplementedError
+
+    def encode_prompts(self, prompts: Sequence[str]) -> PromptRows:
+        """Returns the prompts themselves."""
+        return PromptRows(tuple(prompts))
+
+    def score(self, images: Tensor, prompt_features: PromptRows, timestep: int) -> Tensor:
+        """Returns scores (n,), times `scale`, of images (n, 3, H, W); `timestep` plays no part.
+
+        Scaled, because `sample.threshold` compares softmax probabilities of scores, which would hardly
+        differ for plain cosines; CLIPs are trained on cosines times about 100, too.
         """
-        images = (images.float() / 2 + 0.5).clamp(0, 1)
-        shape = (self.size, self.size)
-        images = F.interpolate(images, shape, mode="bicubic", align_corners=False)
-        return self.normalise(images.clamp(0, 1))
-
-    def normalise(self, images: Tensor) -> Tensor:
-        """Images in [0, 1] to zero mean and unit variance over CLIP's training data."""
-        mean, std = (
-            _per_channel(tuple(v), images.device, images.dtype) for v in (self.mean, self.std)
-        )
-        return (images - mean) / std
-
-
-@cache  # to make a tensor of numbers on a GPU waits for it
-def _per_channel(values: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
-    return torch.tensor(values, device=device, dtype=dtype).view(-1, 1, 1)
-
-
-class CLIPInputs:
-    """Tokenizer and image preparation of a CLIP, from a Hub id or folder."""
-
-    def __init__(self, processor: str, section: str = "preference") -> None:
-        try:
-            self.tokenizer = AutoTokenizer.from_pretrained(processor)
-            self.image_processor = CLIPImageProcessor.from_pretrained(processor)
-        except LOAD_ERRORS as error:
-            raise _cannot_load(f"{section}.processor", processor, error) from error
-        self.prepare = ImagePreparation.of_processor(self.image_processor)
-
-    def tokenize(self, prompts: Sequence[str]) -> Tensor:
-        """Token ids (B, L), padded and truncated to the tokenizer's own length L."""
-        encoded = self.tokenizer(
-            readable(prompts), padding="max_length", truncation=True, return_tensors="pt"
-        )
-        return encoded.input_ids
-
-
-class StepAwareScorer:
-    """The step-aware preference model."""
-
-    def __init__(self, spm: StepAwareCLIP, inputs: CLIPInputs, device: torch.device) -> None:
-        self._spm, self.inputs, self._device = spm.to(device), inputs, device
-        self._dtype = spm.model.visual_projection.weight.dtype
-
-    def compile(self) -> None:
-        """Compile the vision tower, layer by layer: they share their code, so one is compiled."""
-        for layer in self._spm.model.vision_model.encoder.layers:
-            layer.compile()
-
-    @torch.no_grad()
-    def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
-        return self._spm.text_features(self.inputs.tokenize(prompts).to(self._device))
-
-    @torch.no_grad()
-    def score(self, images: Tensor, prompt_features: Tensor, timestep: int) -> Tensor:
-        pixels = self.inputs.prepare(images).to(self._dtype)
-        timesteps = torch.full((len(images),), timestep, device=images.device)
-        return self._spm.score(pixels, timesteps, prompt_features).float()
-
-
-class PickScoreScorer:
-    """Plain PickScore (Kirstain et al., arXiv 2305.01569), which ignores the timestep."""
-
-    def __init__(self, clip: CLIPModel, inputs: CLIPInputs, device: torch.device) -> None:
-        self._clip = clip.requires_grad_(False).eval().to(device)
-        self.inputs, self._device = inputs, device
-        self._dtype = clip.visual_projection.weight.dtype
-
-    def compile(self) -> None:
-        """Compile the vision tower, layer by layer."""
-        for layer in self._clip.vision_model.encoder.layers:
-            layer.compile()
-
-    @torch.no_grad()
-    def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
-        return text_features(self._clip, self.inputs.tokenize(prompts).to(self._device))
-
-    def score(self, images: Tensor, prompt_features: Tensor, timestep: int) -> Tensor:
-        return self.score_pixels(self.inputs.prepare(images), prompt_features)
-
-    @torch.no_grad()
-    def score_pixels(self, pixels: Tensor, prompt_features: Tensor) -> Tensor:
-        """Scores (n,) of pixels (n, 3, S, S) that are prepared already."""
-        pooled = self._clip.vision_model(pixels.to(self._dtype)).pooler_output
-        features = self._clip.visual_projection(pooled)
-        cosine = F.cosine_similarity(features, prompt_features, dim=-1)
-        return (self._clip.logit_scale.exp() * cosine).float()
+        scores = self.scale * self.score_images(to_pil(images), prompt_features.prompts)
+        return scores.to(images.device)
 
 
 @dataclass(frozen=True)
 class ScorerSource:
-    """Where a scorer comes from; `config.preference` explains each."""
+    """The scorer of candidates: `config.preference`; config/base.py explains each field."""
 
     scorer: str
     checkpoint: str
@@ -174,88 +135,109 @@ class ScorerSource:
     dtype: str
     kwargs: Mapping[str, Any]
 
-    @classmethod
-    def of_config(cls, preference: ConfigDict) -> ScorerSource:
-        source = cls(**preference.to_dict())
-        paths = {
-            name: os.path.expanduser(getattr(source, name)) for name in ("backbone", "processor")
-        }
-        return replace(source, **paths)
+    key = "preference.scorer"
+
+    def __post_init__(self) -> None:
+        weight_dtype(self.dtype, "preference")
+        for name in ("backbone", "processor"):
+            object.__setattr__(self, name, os.path.expanduser(getattr(self, name)))
+
+    @property
+    def name(self) -> str:
+        return self.scorer
+
+    @property
+    def section(self) -> str:
+        """Returns the config section that holds `options`."""
+        return "preference" if self.scorer in _PREFERENCE_KEYS else "preference.kwargs"
+
+    @property
+    def options(self) -> Mapping[str, Any]:
+        """Returns the keyword arguments of the factory."""
+        keys = _PREFERENCE_KEYS.get(self.scorer)
+        return self.kwargs if keys is None else {key: getattr(self, key) for key in keys}
 
 
-def _step_aware_clip(source: ScorerSource, device: torch.device) -> Scorer:
-    checkpoint = resolve_file(source.checkpoint, "preference.checkpoint")
-    spm = load_step_aware_clip(checkpoint, clip_config(source.backbone))
-    return StepAwareScorer(spm.to(DTYPES[source.dtype]), CLIPInputs(source.processor), device)
+@dataclass(frozen=True)
+class ImageScorerSource:
+    """A scorer of finished images: a name in `config.scorers`, and its `config.scorer_options`."""
+
+    name: str
+    options: Mapping[str, Any]
+
+    key = "scorers"
+
+    @property
+    def section(self) -> str:
+        """Returns the config section that holds `options`."""
+        return f"scorer_options.{self.name}"
 
 
-def _pickscore(source: ScorerSource, device: torch.device) -> Scorer:
-    clip = load_clip(source.backbone).to(DTYPES[source.dtype])
-    return PickScoreScorer(clip, CLIPInputs(source.processor), device)
+def load_scorer(source: ScorerSource | ImageScorerSource, device: torch.device) -> Scorer:
+    """Returns the scorer that `source` names, with its weights on `device`.
 
-
-SCORERS = {"step_aware_clip": _step_aware_clip, "pickscore": _pickscore}
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-
-
-def check_source(source: ScorerSource) -> None:
-    """Raise UserError for what is wrong with `source` as far as its small files tell."""
-    find(source.scorer, SCORERS, "preference.scorer")
-    if source.dtype not in DTYPES:
-        raise UserError(f"preference.dtype: {source.dtype!r} is none of {', '.join(DTYPES)}.")
-    if source.scorer == "step_aware_clip":
-        resolve_file(source.checkpoint, "preference.checkpoint")
-    if source.scorer in SCORERS:
-        check_clip(source.backbone, source.processor)
-
-
-def check_clip(backbone: str, processor: str, section: str = "preference") -> None:
-    """Raise UserError for what is wrong with a CLIP and its processor, by their small files.
-
-    `section` of the config names them.
+    Raises UserError that names the config key if the scorer cannot be loaded.
     """
-    model_file(backbone, "config.json", f"{section}.backbone")
-    for name in ("preprocessor_config.json", "tokenizer_config.json"):
-        model_file(processor, name, f"{section}.processor")
-    clip_config(backbone, section)
-    CLIPInputs(processor, section)
+    factory, bound = _bind(source, device)
+    found = factory(*bound.args, **bound.kwargs)
+    scorer = found if isinstance(found, Scorer) else _completed(found, source.key)
+    scorer.title = scorer.title or source.name
+    return scorer
 
 
-def load_clip(backbone: str, section: str = "preference") -> CLIPModel:
-    """A CLIP with its weights, in fp32 on the CPU; UserError where it cannot be loaded."""
+def check_scorer(source: ScorerSource | ImageScorerSource) -> None:
+    """Raises UserError for a wrong name or option, as far as small files tell.
+
+    Downloads `preference.checkpoint`, so that the processes of a run find it in the cache.
+    """
+    _, bound = _bind(source, torch.device("cpu"))
+    if source.name not in SCORERS:
+        return
+    values, section = bound.arguments, source.section
+    if "model" in values:
+        from spo.scorers.open_clip import check_open_clip
+
+        check_open_clip(values["model"], values["checkpoint"], section)
+    elif "checkpoint" in values:
+        look_up = resolve_file if section == "preference" else check_file
+        look_up(values["checkpoint"], f"{section}.checkpoint")
+    if "head" in values:
+        check_file(values["head"], f"{section}.head")
+    if "dtype" in values:
+        weight_dtype(values["dtype"], section)
+    if "backbone" in values:
+        check_clip(values["backbone"], values["processor"], section)
+    if "tokenizer" in values:
+        model_file(values["tokenizer"], "tokenizer_config.json", f"{section}.tokenizer")
+
+
+def _completed(found: Any, key: str) -> Scorer:
+    """Returns a scorer with the attributes of an object of another class, and defaults for the rest."""
+    names = [name for name in vars(Scorer) if name[0] != "_" and hasattr(found, name)]
+    if not {"score", "score_images"} & set(names):
+        raise UserError(f"{key}: a {type(found).__name__} is no scorer: it has no method `score`.")
+    scorer = Scorer() if "encode_prompts" in names else ImageScorer()
+    own = {name: getattr(found, name) for name in names}
+    if isinstance(scorer, ImageScorer) and "score" in own:
+        own.setdefault("score_images", own.pop("score"))
+    vars(scorer).update(own)
+    return scorer
+
+
+def _bind(
+    source: ScorerSource | ImageScorerSource, device: torch.device
+) -> tuple[Callable[..., Any], inspect.BoundArguments]:
+    """Returns the factory and all of its arguments, defaults included."""
+    name, section, options = source.name, source.section, source.options
+    factory = find(SCORERS.get(name, name), SCORERS, source.key)
+    given = {"device": device} | ({"section": section} if name in SCORERS else {})
     try:
-        return CLIPModel.from_pretrained(backbone, dtype=torch.float32)
-    except LOAD_ERRORS as error:
-        raise _cannot_load(f"{section}.backbone", backbone, error) from error
-
-
-def load_scorer(source: ScorerSource, device: torch.device) -> Scorer:
-    """The scorer that `source` names, on `device`; UserError where it cannot be loaded."""
-    factory = find(source.scorer, SCORERS, "preference.scorer")
-    if source.scorer in SCORERS:
-        return factory(source, device)
-    try:
-        inspect.signature(factory).bind(device=device, **source.kwargs)
+        bound = inspect.signature(factory).bind(**given, **options)
     except TypeError as error:
-        raise UserError(f"preference.kwargs: {source.scorer} takes other ones: {error}") from error
-    return factory(device=device, **source.kwargs)
-
-
-def tokenizers_of(scorer: Scorer) -> dict[str, PreTrainedTokenizerBase]:
-    """The tokenizer of a scorer that is a CLIP, by what messages call the scorer."""
-    inputs = getattr(scorer, "inputs", None)
-    return {"preference model": inputs.tokenizer} if isinstance(inputs, CLIPInputs) else {}
-
-
-def clip_config(backbone: str, section: str = "preference") -> CLIPConfig:
-    """The architecture of a CLIP; UserError where it cannot be read."""
-    try:
-        return CLIPConfig.from_pretrained(backbone)
-    except LOAD_ERRORS as error:
-        raise _cannot_load(f"{section}.backbone", backbone, error) from error
-
-
-def _cannot_load(key: str, name: str, error: Exception) -> UserError:
-    return UserError(
-        f"{key}: {name!r} cannot be loaded ({first_line(error)}); to download it: {PREFETCH}"
-    )
+        raise UserError(f"{section}: {name} takes other options: {error}") from error
+    for option, value in options.items() if name in SCORERS else ():
+        default = bound.signature.parameters[option].default
+        if type(value) is not type(default):
+            raise UserError(f"{section}.{option}: {value!r} is none like {default!r}.")
+    bound.apply_defaults()
+    return factory, bound

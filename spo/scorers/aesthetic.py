@@ -6,52 +6,45 @@ from collections.abc import Sequence
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from spo.errors import UserError
 from spo.hub import resolve_file
-from spo.scorers.linear_heads import linear_head
-from spo.scorers.open_clip import OpenClip, load_open_clip
-from spo.scorers.state_dicts import read_state_dict
-
-_SECTION = "scorer_options.aesthetic"
+from spo.scorers.open_clip import OpenClipScorer
+from spo.scorers.state_dicts import linear_head, read_state_dict
 
 
-class Aesthetic:
-    """A rating of about 1 to 10, read from a CLIP's unit-norm image features; prompts play no part."""
+class Aesthetic(OpenClipScorer):
+    """A rating of about 1 to 10 from a CLIP's unit-norm image features; prompts play no part.
 
-    title, scale = "Aesthetic", 1.0
+    `model` and `checkpoint` as in `OpenClipScorer`; `head`: LAION's MLP, or its single linear layer.
+    Raises UserError for files that cannot be loaded, and for a CLIP without QuickGELU: the heads belong
+    to OpenAI's CLIP, which has it.
+    """
 
-    def __init__(self, clip: OpenClip, head: nn.Module) -> None:
-        self._clip, self._head = clip, head
+    title = "Aesthetic"
+
+    def __init__(
+        self,
+        device: torch.device,
+        section: str,
+        *,
+        model: str = "ViT-L-14-quickgelu",
+        checkpoint: str = "openai",
+        # sac+logos+ava1-l14-linearMSE of the project above, in TRL's copy on the Hub.
+        head: str = "hf://trl-lib/ddpo-aesthetic-predictor/aesthetic-model.pth",
+    ) -> None:
+        super().__init__(device, section, model, checkpoint)
+        if not self.architecture.get("quick_gelu", False):
+            raise UserError(f"{section}.model: {model!r} has no QuickGELU, as OpenAI's CLIPs have.")
+        key = f"{section}.head"
+        path = resolve_file(head, key)
+        weights = read_state_dict(path, key)
+        try:
+            self._head = linear_head(weights, self.architecture["embed_dim"]).to(device)
+        except ValueError as error:
+            raise UserError(f"{key}: {path} is no head for this CLIP: {error}.") from error
 
     @torch.no_grad()
-    def score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
-        features = self._clip.image_features([self._clip.transform(image) for image in images])
-        return self._head(features)[:, 0].cpu()
-
-
-def load_aesthetic(
-    device: torch.device,
-    *,
-    model: str = "ViT-L-14-quickgelu",
-    checkpoint: str = "openai",
-    # sac+logos+ava1-l14-linearMSE of the project above, in TRL's copy on the Hub.
-    head: str = "hf://trl-lib/ddpo-aesthetic-predictor/aesthetic-model.pth",
-) -> Aesthetic:
-    """The predictor with the weights in `head`: LAION's MLP, or its single linear layer.
-
-    `model` and `checkpoint` as in `load_open_clip`; the heads belong to OpenAI's CLIP, which has
-    QuickGELU. UserError where something cannot be loaded.
-    """
-    clip = load_open_clip(model, checkpoint, _SECTION, device)
-    if not clip.quick_gelu:
-        raise UserError(f"{_SECTION}.model: {model!r} has no QuickGELU, as OpenAI's CLIPs have.")
-    key = f"{_SECTION}.head"
-    path = resolve_file(head, key)
-    weights = read_state_dict(path, key)
-    try:
-        layers = linear_head(weights, clip.width)
-    except ValueError as error:
-        raise UserError(f"{key}: {path} is no head for this CLIP: {error}.") from error
-    return Aesthetic(clip, layers.to(device))
+    def score_images(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
+        return self._head(self.image_features(images))[:, 0].cpu()

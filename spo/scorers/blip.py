@@ -1,7 +1,7 @@
-"""The BLIP of ImageReward in transformers' classes, from a published state dict.
+"""ImageReward's BLIP in transformers' classes, from the published state dict.
 
-BLIP: Li et al., arXiv 2201.12086. In the checkpoint, "blip.visual_encoder." is a ViT in timm's names,
-"blip.text_encoder." a BERT with cross attention, whose names are transformers' own.
+BLIP: Li et al., arXiv 2201.12086. In the checkpoint, "blip.visual_encoder." is a ViT with timm's names,
+and "blip.text_encoder." a BERT with cross attention and transformers' names.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 from transformers import BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
 
-_VISION = (  # timm's names to transformers'
+# timm's names -> transformers'.
+_VISION = (
     (r"cls_token$", "embeddings.class_embedding"),
     (r"pos_embed$", "embeddings.position_embedding"),
     (r"patch_embed\.proj\.", "embeddings.patch_embedding."),
@@ -26,27 +27,23 @@ _VISION = (  # timm's names to transformers'
 
 
 class Blip(nn.Module):
-    """Vision tower and text tower; the text looks at the image."""
+    """A vision tower, and a text tower that attends to the image."""
 
     def __init__(self, vision: BlipVisionModel, text: BlipTextModel) -> None:
         super().__init__()
         self.vision, self.text = vision, text
 
-    @property
-    def image_size(self) -> int:
-        return self.vision.config.image_size
-
     def forward(self, pixels: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """First token (n, D) of texts (n, L) that have seen normalised pixels (n, 3, S, S)."""
+        """Returns the first token (n, D) of texts (n, L) that attend to pixels (n, 3, S, S)."""
         image = self.vision(pixels).last_hidden_state
         output = self.text(input_ids, attention_mask=attention_mask, encoder_hidden_states=image)
         return output.last_hidden_state[:, 0]
 
 
 def build_blip(weights: Mapping[str, Tensor], head_width: int) -> Blip:
-    """The towers of a checkpoint's `weights`, whose shapes tell all sizes but the attention heads'.
+    """Returns the towers in a checkpoint; the shapes of `weights` tell all sizes but `head_width`.
 
-    KeyError, ValueError or RuntimeError where a tensor is missing, unknown or of another shape.
+    Raises KeyError, ValueError or RuntimeError for a missing or unknown tensor or another shape.
     """
     vision = {_vision_name(k): v for k, v in _part(weights, "blip.visual_encoder.").items()}
     text = _part(weights, "blip.text_encoder.")
@@ -67,20 +64,15 @@ def _part(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 def _vision_name(name: str) -> str:
     for pattern, replacement in _VISION:
-        renamed, count = re.subn(f"^{pattern}", replacement, name)
-        if count:
-            return renamed
-    return name  # unknown: loading strictly will say so
+        name = re.sub(f"^{pattern}", replacement, name)
+    return name  # strict loading names an unknown one
 
 
 def _vision_config(weights: Mapping[str, Tensor], head_width: int) -> BlipVisionConfig:
     _, positions, width = weights["embeddings.position_embedding"].shape
     patch_size = weights["embeddings.patch_embedding.weight"].shape[-1]
     return BlipVisionConfig(
-        hidden_size=width,
-        intermediate_size=len(weights["encoder.layers.0.mlp.fc1.weight"]),
-        num_hidden_layers=_layers(weights, "encoder.layers."),
-        num_attention_heads=_heads(width, head_width),
+        **_sizes(weights, "encoder.layers.", "mlp.fc1.weight", width, head_width),
         image_size=math.isqrt(positions - 1) * patch_size,
         patch_size=patch_size,
         hidden_act="gelu",
@@ -93,25 +85,28 @@ def _text_config(
 ) -> BlipTextConfig:
     vocabulary, width = weights["embeddings.word_embeddings.weight"].shape
     return BlipTextConfig(
+        **_sizes(weights, "encoder.layer.", "intermediate.dense.weight", width, head_width),
         vocab_size=vocabulary,
-        hidden_size=width,
         encoder_hidden_size=image_width,
-        intermediate_size=len(weights["encoder.layer.0.intermediate.dense.weight"]),
-        num_hidden_layers=_layers(weights, "encoder.layer."),
-        num_attention_heads=_heads(width, head_width),
         max_position_embeddings=len(weights["embeddings.position_embeddings.weight"]),
         pad_token_id=0,
         hidden_act="gelu",
         layer_norm_eps=1e-12,
-        is_decoder=True,  # which is how transformers calls a text tower with cross attention
+        is_decoder=True,  # transformers' name for a text tower with cross attention
     )
 
 
-def _heads(width: int, head_width: int) -> int:
+def _sizes(
+    weights: Mapping[str, Tensor], layers: str, mlp: str, width: int, head_width: int
+) -> dict[str, int]:
+    """Returns the sizes of a tower whose `layers` prefix and first `mlp` weight have these names."""
     if head_width < 1 or width % head_width:
         raise ValueError(f"head_width {head_width} does not divide its width of {width}")
-    return width // head_width
-
-
-def _layers(weights: Mapping[str, Tensor], prefix: str) -> int:
-    return len({k.removeprefix(prefix).split(".")[0] for k in weights if k.startswith(prefix)})
+    return {
+        "hidden_size": width,
+        "intermediate_size": len(weights[f"{layers}0.{mlp}"]),
+        "num_hidden_layers": len(
+            {name.split(".")[2] for name in weights if name.startswith(layers)}
+        ),
+        "num_attention_heads": width // head_width,
+    }

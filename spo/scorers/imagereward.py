@@ -2,49 +2,59 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from transformers import AutoTokenizer
 
 from spo.data.token_lengths import readable
-from spo.errors import LOAD_ERRORS, UserError, first_line, in_one_line
+from spo.errors import UserError, in_one_line
 from spo.hub import resolve_file
-from spo.scorers.linear_heads import linear_head
-from spo.scorers.state_dicts import read_state_dict
+from spo.scorers import ImageScorer
+from spo.scorers.blip import Blip, build_blip
+from spo.scorers.clip import loading
+from spo.scorers.state_dicts import linear_head, read_state_dict
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from spo.scorers.blip import Blip
-
-_SECTION = "scorer_options.imagereward"
-_MEAN, _STD = 0.16717362830052426, 1.0333394966054072  # of the rewards, in the published code
-_TOKENS = 35  # the length of a text, there too
+# Mean and standard deviation of the rewards, and the length of a text, from the published code.
+_MEAN, _STD, _TOKENS = 0.16717362830052426, 1.0333394966054072, 35
 _USED = ("blip.visual_encoder.", "blip.text_encoder.", "mlp.")
-_UNUSED = ("blip.vision_proj.", "blip.text_proj.")  # in the checkpoint, but no part of the reward
+# In the checkpoint, but no part of the reward.
+_UNUSED = ("blip.vision_proj.", "blip.text_proj.")
 
 
-class ImageReward:
-    """A reward that a BLIP's multimodal features give, with mean 0 and variance 1 over its data."""
+class ImageReward(ImageScorer):
+    """A reward from a BLIP's multimodal features, with mean 0 and variance 1 over its data.
 
-    title, scale = "ImageReward", 1.0
+    `checkpoint`: the published state dict, a path or hf://user/repo/file. `tokenizer`: a Hub id or
+    folder. `head_width`: width of an attention head in both towers, the one size that the shapes of the
+    weights do not tell. Raises UserError for files that cannot be loaded.
+    """
+
+    title = "ImageReward"
 
     def __init__(
         self,
-        blip: Blip,
-        head: nn.Module,
-        tokenizer: PreTrainedTokenizerBase,
-        transform: Callable[[Image.Image], Tensor],
         device: torch.device,
+        section: str,
+        *,
+        checkpoint: str = "hf://THUDM/ImageReward/ImageReward.pt",
+        tokenizer: str = "google-bert/bert-base-uncased",
+        head_width: int = 64,
     ) -> None:
+        from open_clip.transform import PreprocessCfg, image_transform_v2
+
+        blip, head = _read(checkpoint, f"{section}.checkpoint", head_width)
         self._blip, self._head, self._device = blip.to(device), head.to(device), device
-        self._tokenizer, self._transform = tokenizer, transform
+        with loading(tokenizer, f"{section}.tokenizer"):
+            self._tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+        # Resize, centre crop and normalisation are those of OpenAI's CLIP.
+        preprocess = PreprocessCfg(size=blip.vision.config.image_size)
+        self._transform = image_transform_v2(preprocess, is_train=False)
 
     @torch.no_grad()
-    def score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
+    def score_images(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
         pixels = torch.stack([self._transform(image) for image in images]).to(self._device)
         tokens = self._tokenizer(
             readable(prompts),
@@ -57,37 +67,7 @@ class ImageReward:
         return ((self._head(features)[:, 0] - _MEAN) / _STD).cpu()
 
 
-def load_imagereward(
-    device: torch.device,
-    *,
-    checkpoint: str = "hf://THUDM/ImageReward/ImageReward.pt",
-    tokenizer: str = "google-bert/bert-base-uncased",
-    head_width: int = 64,
-) -> ImageReward:
-    """ImageReward with the published state dict in `checkpoint`, a path or hf://user/repo/file.
-
-    `tokenizer`: a Hub id or folder. `head_width`: width of an attention head in both towers, the one
-    size that the weights do not tell. UserError where something cannot be loaded.
-    """
-    from open_clip.transform import PreprocessCfg, image_transform_v2
-    from transformers import AutoTokenizer
-
-    key = f"{_SECTION}.checkpoint"
-    blip, head = _read(checkpoint, key, head_width)
-    try:
-        tokens = AutoTokenizer.from_pretrained(tokenizer)
-    except LOAD_ERRORS as error:
-        raise UserError(
-            f"{_SECTION}.tokenizer: {tokenizer!r} cannot be loaded ({first_line(error)})."
-        ) from error
-    # Resize, centre crop and normalisation are those of OpenAI's CLIP.
-    transform = image_transform_v2(PreprocessCfg(size=blip.image_size), is_train=False)
-    return ImageReward(blip, head, tokens, transform, device)
-
-
 def _read(checkpoint: str, key: str, head_width: int) -> tuple[Blip, nn.Module]:
-    from spo.scorers.blip import build_blip
-
     path = resolve_file(checkpoint, key)
     weights = read_state_dict(path, key)
     head = {k.removeprefix("mlp."): v for k, v in weights.items() if k.startswith("mlp.")}

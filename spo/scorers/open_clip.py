@@ -1,12 +1,12 @@
 """CLIPs of open_clip: architecture by name or from a folder, weights from a file.
 
-open_clip is imported on first use, as it takes seconds.
+open_clip takes seconds to import, so the functions that need it import it.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,10 +17,11 @@ from PIL import Image
 from torch import Tensor
 
 from spo.data.token_lengths import readable
-from spo.errors import UserError
+from spo.errors import UserError, in_one_line
 from spo.hub import check_file, resolve_file
-from spo.scorers import ImagePreparation
-from spo.scorers.state_dicts import load_strictly, read_state_dict
+from spo.scorers import ImageScorer
+from spo.scorers.clip import ImagePreparation
+from spo.scorers.state_dicts import read_state_dict
 
 if TYPE_CHECKING:
     import open_clip
@@ -31,76 +32,76 @@ _PREPROCESS = ("mean", "std", "interpolation", "resize_mode", "fill_color")
 _OTHER_TEXT = {"hf_model_name", "hf_tokenizer_name", "tokenizer_kwargs"}
 
 
-@dataclass(frozen=True)
-class OpenClip:
-    """A CLIP in fp32 on `device`, with its tokenizer and image preparation."""
+class OpenClipScorer(ImageScorer):
+    """cos(image, text) of one of open_clip's CLIPs, in fp32; base of HPSv2, CLIPScore and Aesthetic.
 
-    network: open_clip.CLIP
-    tokenizer: Callable[[list[str]], Tensor]  # token ids (n, L), truncated
-    transform: Callable[[Image.Image], Tensor]  # pixels (3, S, S) as open_clip evaluates
-    preparation: ImagePreparation  # the size, mean and std of the pixels
-    width: int  # D of the features
-    quick_gelu: bool  # whether it has OpenAI's approximation of GELU
-    device: torch.device
+    `model`: an architecture that open_clip knows, or a folder with open_clip's open_clip_config.json.
+    `checkpoint`: a path, hf://user/repo/file, or one of open_clip's tags for that architecture.
+    Raises UserError that names the option of config `section`.
+    """
+
+    def __init__(self, device: torch.device, section: str, model: str, checkpoint: str) -> None:
+        import open_clip
+        from open_clip.transform import PreprocessCfg, image_transform_v2
+
+        source = _find(model, checkpoint, section)
+        self.device, self.architecture = device, source.architecture
+        self._network = _load(source, model, section).to(device)
+        self._tokenize = open_clip.SimpleTokenizer(context_length=self._network.context_length)
+        known = {name: value for name, value in source.preprocess.items() if name in _PREPROCESS}
+        size = self._network.visual.image_size
+        preprocess = PreprocessCfg(**known | {"size": size if isinstance(size, int) else size[0]})
+        self._transform = image_transform_v2(preprocess, is_train=False)
+        self.preparation = ImagePreparation(preprocess.size, preprocess.mean, preprocess.std)
+
+    def prepare(self, image: Image.Image) -> Tensor:
+        """Returns the pixels (3, S, S) of an image, prepared as in open_clip's evaluation."""
+        return self._transform(image)
 
     @torch.no_grad()
-    def image_features(self, pixels: Sequence[Tensor]) -> Tensor:
-        """Unit-norm features (n, D) of n prepared images (3, S, S)."""
-        features = self.network.encode_image(torch.stack(list(pixels)).to(self.device))
-        return F.normalize(features, dim=-1)
+    def image_features(self, images: Sequence[Image.Image]) -> Tensor:
+        """Returns unit-norm features (n, D)."""
+        pixels = torch.stack([self.prepare(image) for image in images])
+        return F.normalize(self._network.encode_image(pixels.to(self.device)), dim=-1)
 
     @torch.no_grad()
-    def text_features(self, prompts: Sequence[str]) -> Tensor:
-        """Unit-norm features (n, D)."""
-        features = self.network.encode_text(self.tokenizer(readable(prompts)).to(self.device))
-        return F.normalize(features, dim=-1)
+    def score_images(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
+        """Returns cos(image, text), (n,), on the CPU."""
+        tokens = self._tokenize(readable(prompts)).to(self.device)
+        text = F.normalize(self._network.encode_text(tokens), dim=-1)
+        return (self.image_features(images) * text).sum(dim=-1).cpu()
 
 
 @dataclass(frozen=True)
 class _Source:
-    """What `model` and `checkpoint` name, before any weights are loaded."""
+    """The CLIP that `model` and `checkpoint` name, before any weights are loaded."""
 
     architecture: dict[str, Any]  # arguments of open_clip.CLIP
-    preprocess: dict[str, Any]  # of the image preparation what is not the default
+    preprocess: dict[str, Any]  # arguments of PreprocessCfg that are not the default, and others
     weights: str  # path or hf://user/repo/file
 
 
-def load_open_clip(model: str, checkpoint: str, section: str, device: torch.device) -> OpenClip:
-    """The CLIP of architecture `model` with the weights in `checkpoint`.
+def check_open_clip(model: str, checkpoint: str, section: str) -> None:
+    """Raises UserError for a wrong name; loads and downloads nothing."""
+    check_file(_find(model, checkpoint, section).weights, f"{section}.checkpoint")
 
-    `model`: a name that open_clip knows, or a folder with open_clip's own open_clip_config.json.
-    `checkpoint`: a path, hf://user/repo/file, or a tag of open_clip's for that name.
-    Raises UserError that names the option of config `section`.
-    """
+
+def _load(source: _Source, model: str, section: str) -> open_clip.CLIP:
+    """Returns the CLIP of `source` with its weights, on the CPU."""
     import open_clip
-    from open_clip.transform import PreprocessCfg, image_transform_v2
 
-    source = _find(model, checkpoint, section)
-    path = resolve_file(source.weights, f"{section}.checkpoint")
-    weights = read_state_dict(path, f"{section}.checkpoint")
+    key = f"{section}.checkpoint"
+    path = resolve_file(source.weights, key)
+    weights = read_state_dict(path, key)
     try:
         network = open_clip.CLIP(**source.architecture)
     except (TypeError, ValueError, KeyError, AssertionError) as error:
         raise UserError(f"{section}.model: {model!r} is no CLIP of open_clip: {error}") from error
-    load_strictly(network, weights, f"{section}.checkpoint", path)
-    size = network.visual.image_size
-    preprocess = PreprocessCfg(
-        **source.preprocess | {"size": size if isinstance(size, int) else size[0]}
-    )
-    return OpenClip(
-        network=network.requires_grad_(False).eval().to(device),
-        tokenizer=open_clip.SimpleTokenizer(context_length=network.context_length),
-        transform=image_transform_v2(preprocess, is_train=False),
-        preparation=ImagePreparation(preprocess.size, preprocess.mean, preprocess.std),
-        width=source.architecture["embed_dim"],
-        quick_gelu=source.architecture.get("quick_gelu", False),
-        device=device,
-    )
-
-
-def check_open_clip(model: str, checkpoint: str, section: str) -> None:
-    """Raise UserError for what is wrong with the two names; nothing is loaded or downloaded."""
-    check_file(_find(model, checkpoint, section).weights, f"{section}.checkpoint")
+    try:
+        network.load_state_dict(weights, strict=True)
+    except RuntimeError as error:
+        raise UserError(f"{key}: {path} does not fit: {in_one_line(error)}") from error
+    return network.requires_grad_(False).eval()
 
 
 def _find(model: str, checkpoint: str, section: str) -> _Source:
@@ -111,16 +112,16 @@ def _find(model: str, checkpoint: str, section: str) -> _Source:
         raise UserError(f"{section}.model: {model!r} has another text encoder than CLIP's.")
     tag = open_clip.get_pretrained_cfg(model, checkpoint)
     if not tag:
-        return _Source(architecture, _known(preprocess), checkpoint)
+        return _Source(architecture, preprocess, checkpoint)
     if tag.get("quick_gelu", False) != architecture.get("quick_gelu", False):
         raise UserError(f"{section}.model: {checkpoint!r} belongs to {model}-quickgelu.")
     file = tag["hf_hub"]
     file = file + _WEIGHTS if file.endswith("/") else file
-    return _Source(architecture, _known(tag), f"hf://{file}")
+    return _Source(architecture, tag, f"hf://{file}")
 
 
 def _architecture(model: str, key: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Arguments of open_clip.CLIP, and of its image preparation."""
+    """Returns the arguments of open_clip.CLIP, and those of its image preparation."""
     import open_clip
 
     if not Path(model).is_dir():
@@ -138,7 +139,3 @@ def _architecture(model: str, key: str) -> tuple[dict[str, Any], dict[str, Any]]
         return architecture, dict(config.get("preprocess_cfg", {}))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{key}: {path} is not a config of open_clip ({error!r}).") from error
-
-
-def _known(preprocess: dict[str, Any]) -> dict[str, Any]:
-    return {name: preprocess[name] for name in _PREPROCESS if name in preprocess}

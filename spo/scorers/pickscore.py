@@ -5,37 +5,68 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
+from transformers import CLIPModel
 
-from spo.scorers import CLIPInputs, PickScoreScorer, load_clip
+from spo.scorers import Scorer
+from spo.scorers.clip import CLIPInputs, load_clip, text_features, weight_dtype
 
-_SECTION = "scorer_options.pickscore"
+
+class CLIPScorer(Scorer):
+    """Base of the scorers that are a CLIP of transformers: prompts, compilation."""
+
+    def __init__(self, clip: CLIPModel, inputs: CLIPInputs, device: torch.device) -> None:
+        self.clip = clip.requires_grad_(False).eval().to(device)
+        self.inputs, self.device = inputs, device
+        self.tokenizers = {"preference model": inputs.tokenizer}
+
+    def compile(self) -> None:
+        """Compiles the vision tower, layer by layer: all layers share the code of the first."""
+        for layer in self.clip.vision_model.encoder.layers:
+            layer.compile()
+
+    @torch.no_grad()
+    def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
+        """Returns unit-norm text features (B, D)."""
+        return text_features(self.clip, self.inputs.tokenize(prompts).to(self.device))
 
 
-class PickScore:
-    """exp(logit_scale) cos(image, text) of a CLIP, on images that its own processor prepares."""
+class PickScore(CLIPScorer):
+    """exp(logit_scale) cos(image, text) of a CLIP; the timestep plays no part."""
 
-    title, scale = "PickScore", 1.0
+    title = "PickScore"
 
-    def __init__(self, scorer: PickScoreScorer, inputs: CLIPInputs) -> None:
-        self._scorer, self._inputs = scorer, inputs
+    def score(self, images: Tensor, prompt_features: Tensor, timestep: int) -> Tensor:
+        """Returns scores (n,), fp32, of images (n, 3, H, W) in [-1, 1]."""
+        return self._score_pixels(self.inputs.prepare(images), prompt_features)
 
-    def score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
-        prepared = self._inputs.image_processor(images=list(images), return_tensors="pt")
-        features = self._scorer.encode_prompts(prompts)
-        return self._scorer.score_pixels(prepared.pixel_values.to(features), features).cpu()
+    def score_images(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
+        """Returns scores (n,) of images that the CLIP's own image processor prepares."""
+        prepared = self.inputs.image_processor(images=list(images), return_tensors="pt")
+        features = self.encode_prompts(prompts)
+        return self._score_pixels(prepared.pixel_values.to(self.device), features).cpu()
+
+    @torch.no_grad()
+    def _score_pixels(self, pixels: Tensor, prompt_features: Tensor) -> Tensor:
+        projection = self.clip.visual_projection
+        pooled = self.clip.vision_model(pixels.to(projection.weight.dtype)).pooler_output
+        cosine = F.cosine_similarity(projection(pooled), prompt_features, dim=-1)
+        return (self.clip.logit_scale.exp() * cosine).float()
 
 
 def load_pickscore(
     device: torch.device,
+    section: str,
     *,
     backbone: str = "yuvalkirstain/PickScore_v1",
     processor: str = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
+    dtype: str = "float32",
 ) -> PickScore:
-    """PickScore with the CLIP `backbone`, and tokenizer and image processor of `processor`.
+    """Returns PickScore: the CLIP `backbone`, tokenizer and image processor of `processor`.
 
-    Both are Hub ids or folders; UserError where they cannot be loaded.
+    Both are Hub ids or folders; raises UserError if they cannot be loaded.
     """
-    inputs = CLIPInputs(processor, _SECTION)
-    return PickScore(PickScoreScorer(load_clip(backbone, _SECTION), inputs, device), inputs)
+    clip = load_clip(backbone, section).to(weight_dtype(dtype, section))
+    return PickScore(clip, CLIPInputs(processor, section), device)

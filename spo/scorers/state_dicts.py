@@ -1,18 +1,20 @@
-"""State dicts in files, read without running anything that is in them."""
+"""State dicts, read from files without running their pickles, and the linear heads in some."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from spo.errors import UserError, first_line, in_one_line
+from spo.errors import UserError, first_line
 
 
 def read_state_dict(path: Path, key: str) -> dict[str, Tensor]:
-    """The tensors by name in a .safetensors file or a torch.save, there maybe under "state_dict".
+    """Returns the tensors by name in a .safetensors file, or a torch.save with or without "state_dict".
 
     Raises UserError that names the config `key` and the file.
     """
@@ -21,7 +23,7 @@ def read_state_dict(path: Path, key: str) -> dict[str, Tensor]:
             return load_file(path)
         weights = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        # Which exception a damaged or malicious file raises depends on where the damage is.
+        # The exception depends on where a file is damaged or malicious.
         raise UserError(
             f"{key}: {path} cannot be read as a state dict: {first_line(error)}"
         ) from error
@@ -32,11 +34,27 @@ def read_state_dict(path: Path, key: str) -> dict[str, Tensor]:
     return weights
 
 
-def load_strictly(
-    module: torch.nn.Module, weights: dict[str, Tensor], key: str, path: Path
-) -> None:
-    """Copy all `weights` into all of `module`; UserError naming `key` and `path` if they differ."""
-    try:
-        module.load_state_dict(weights, strict=True)
-    except RuntimeError as error:
-        raise UserError(f"{key}: {path} does not fit: {in_one_line(error)}") from error
+def linear_head(weights: Mapping[str, Tensor], width: int) -> nn.Sequential:
+    """Returns linear layers from features (n, width) to (n, 1), in eval mode.
+
+    Nothing stands between the layers: LAION's aesthetic predictor and ImageReward were published with
+    their activations commented out. `weights`: "layers.0.weight", "layers.0.bias", "layers.2.weight",
+    ..., or only "weight" and "bias". Raises ValueError for other names, and for shapes that do not fit.
+    """
+    names = {name.removesuffix("weight") for name in weights if name.endswith("weight")}
+    if not all(re.fullmatch(r"(layers\.\d\.)?", name) for name in names):
+        raise ValueError(f"it has other layers: {min(names)}")
+    if weights.keys() != {f"{name}{part}" for name in names for part in ("weight", "bias")}:
+        raise ValueError("its weights are not those of linear layers")
+    layers = []
+    for name in sorted(names):
+        weight, bias = weights[f"{name}weight"].float(), weights[f"{name}bias"].float()
+        if weight.ndim != 2 or weight.shape[1] != width or bias.shape != weight.shape[:1]:
+            raise ValueError(f"{name}weight is {tuple(weight.shape)} after features of {width}")
+        width = len(weight)
+        layer = nn.Linear(weight.shape[1], width)
+        layer.load_state_dict({"weight": weight, "bias": bias})
+        layers.append(layer)
+    if not layers or width != 1:
+        raise ValueError("it does not end in one number")
+    return nn.Sequential(*layers).requires_grad_(False).eval()

@@ -1,7 +1,7 @@
-"""The step-aware preference model (SPM): a CLIP whose vision tower is told the timestep.
+"""The step-aware preference model (SPM): a CLIP whose vision tower also sees the timestep.
 
-Architecture and checkpoints: SPO, arXiv 2406.04314. Timestep embedding and adaptive layer norm are
-those of DiT, arXiv 2212.09748. Module names follow the published checkpoints.
+Architecture and checkpoints: SPO, arXiv 2406.04314. Timestep embedding and adaptive layer norm come
+from DiT, arXiv 2212.09748. Module names follow the published checkpoints.
 """
 
 from __future__ import annotations
@@ -15,6 +15,9 @@ from transformers import CLIPConfig, CLIPModel
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
 from spo.errors import UserError, in_one_line
+from spo.hub import resolve_file
+from spo.scorers.clip import CLIPInputs, clip_config, text_features, weight_dtype
+from spo.scorers.pickscore import CLIPScorer
 from spo.scorers.state_dicts import read_state_dict
 
 _FREQUENCIES = 256  # width of the sinusoidal embedding
@@ -22,7 +25,7 @@ _MAX_PERIOD = 10_000
 
 
 class TimestepEmbedder(nn.Module):
-    """Timesteps (n,) -> embeddings (n, width)."""
+    """Timesteps (n,) -> embeddings (n, width): sinusoids, then an MLP."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -62,7 +65,7 @@ class StepAwareEncoderLayer(CLIPEncoderLayer):
 
 
 class StepAwareCLIP(nn.Module):
-    """CLIP with a step-aware vision tower; scores (image, prompt, timestep)."""
+    """A CLIP with a step-aware vision tower, which scores (image, prompt, timestep)."""
 
     def __init__(self, config: CLIPConfig) -> None:
         super().__init__()
@@ -76,7 +79,7 @@ class StepAwareCLIP(nn.Module):
         self.model.t_embedder = TimestepEmbedder(width)
 
     def image_features(self, pixels: Tensor, timesteps: Tensor) -> Tensor:
-        """Unit-norm features (n, D) of normalised pixels (n, 3, S, S) at timesteps (n,)."""
+        """Returns unit-norm features (n, D) of normalised pixels (n, 3, S, S) at timesteps (n,)."""
         embedding = self.model.t_embedder(timesteps)
         vision = self.model.vision_model
         hidden = vision.pre_layrnorm(vision.embeddings(pixels))
@@ -84,69 +87,55 @@ class StepAwareCLIP(nn.Module):
             hidden = layer(hidden, embedding)
         shift, scale = vision.adaLN_modulation(embedding).chunk(2, dim=-1)
         pooled = _modulate(vision.post_layernorm(hidden[:, 0]), shift, scale)
-        return _unit(self.model.visual_projection(pooled))
+        features = self.model.visual_projection(pooled)
+        return features / features.norm(dim=-1, keepdim=True)
 
     def text_features(self, input_ids: Tensor) -> Tensor:
-        """Unit-norm features (n, D) of token ids (n, L)."""
+        """Returns unit-norm features (n, D) of token ids (n, L)."""
         return text_features(self.model, input_ids)
 
     def score(self, pixels: Tensor, timesteps: Tensor, text: Tensor) -> Tensor:
-        """exp(logit_scale) cos(image, text), (n,), for normalised pixels and unit-norm text (n, D)."""
+        """Returns exp(logit_scale) cos(image, text), (n,), for unit-norm text features (n, D)."""
         cosine = (self.image_features(pixels, timesteps) * text).sum(dim=-1)
         return self.model.logit_scale.exp() * cosine
 
 
-def text_features(clip: CLIPModel, input_ids: Tensor) -> Tensor:
-    """Unit-norm text features (n, D) of a CLIP; the end-of-text token hides the padding behind it."""
-    pooled = clip.text_model(input_ids=input_ids).pooler_output
-    return _unit(clip.text_projection(pooled))
-
-
-def _unit(features: Tensor) -> Tensor:
-    return features / features.norm(dim=-1, keepdim=True)
-
-
 def fresh_step_aware_clip(clip: CLIPModel, seed: int) -> StepAwareCLIP:
-    """An SPM to train: the weights of `clip`, and modulation that leaves every score as `clip`'s.
+    """Returns an SPM to train, with the weights of `clip` and, at first, the scores of `clip`.
 
     Linear weights of the modulation are zero, biases shift 0, scale 0 and gate 1; the timestep
     embedder starts at N(0, 0.02).
     """
     spm = StepAwareCLIP(clip.config)
-    missing, unexpected = spm.model.load_state_dict(clip.state_dict(), strict=False)
-    new = ("adaLN_modulation", "t_embedder")
-    if unexpected or not all(any(part in name for part in new) for name in missing):
-        raise ValueError(f"not a CLIP state dict: missing {missing}, unexpected {unexpected}")
+    spm.model.load_state_dict(clip.state_dict(), strict=False)
+    vision, embedder = spm.model.vision_model, spm.model.t_embedder.mlp
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for linear in (spm.model.t_embedder.mlp[0], spm.model.t_embedder.mlp[2]):
+        for linear in (embedder[0], embedder[2]):
             linear.weight.copy_(0.02 * torch.randn(linear.weight.shape, generator=generator))
             linear.bias.zero_()
-        for module in spm.modules():
-            head = getattr(module, "adaLN_modulation", None)
-            if head is None:
-                continue
-            head[1].weight.zero_()
-            head[1].bias.zero_()
-            if isinstance(module, StepAwareEncoderLayer):
-                gates = head[1].bias.view(6, -1)
-                gates[2].fill_(1)
-                gates[5].fill_(1)
+        for module in (vision, *vision.encoder.layers):
+            module.adaLN_modulation[1].weight.zero_()
+            module.adaLN_modulation[1].bias.zero_()
+        for layer in vision.encoder.layers:
+            # Shift, scale, gate of the attention, then of the MLP: the gates are rows 2 and 5.
+            layer.adaLN_modulation[1].bias.view(6, -1)[[2, 5]] = 1
     return spm
 
 
 def load_step_aware_clip(
     checkpoint: Path, config: CLIPConfig, key: str = "preference.checkpoint"
 ) -> StepAwareCLIP:
-    """The SPM in a .safetensors or .bin state dict, in eval mode on the CPU.
+    """Returns the SPM in a .safetensors or .bin state dict, in eval mode on the CPU.
 
-    Loads strictly, and .bin files without running their pickle. Raises UserError that names the config
-    `key` and the file.
+    Loads strictly, and never runs a .bin file's pickle. Raises UserError that names the config `key`
+    and the file.
     """
     weights = read_state_dict(checkpoint, key)
-    # Old transformers saved these constant buffers; today's models do not have them.
+    # Constant buffers that old transformers saved; today's models do not have them.
     weights = {k: v for k, v in weights.items() if not k.endswith("embeddings.position_ids")}
-    with torch.device("meta"):  # no second copy, no time spent on random weights
+    # Built without memory: the weights are assigned, not copied.
+    with torch.device("meta"):
         spm = StepAwareCLIP(config)
     try:
         spm.load_state_dict(weights, strict=True, assign=True)
@@ -160,3 +149,43 @@ def load_step_aware_clip(
         positions = embeddings.position_embedding.num_embeddings
         embeddings.position_ids = torch.arange(positions).expand(1, -1)
     return spm.requires_grad_(False).eval()
+
+
+class StepAwareScorer(CLIPScorer):
+    """The step-aware preference model as a scorer; it scores finished images at timestep 0."""
+
+    title = "SPM (t = 0)"
+
+    def __init__(self, spm: StepAwareCLIP, inputs: CLIPInputs, device: torch.device) -> None:
+        super().__init__(spm.model, inputs, device)  # `spm.model` holds all of its weights
+        self.spm = spm
+
+    @torch.no_grad()
+    def score(self, images: Tensor, prompt_features: Tensor, timestep: int) -> Tensor:
+        """Returns scores (n,), fp32, of images (n, 3, H, W) in [-1, 1]."""
+        pixels = self.inputs.prepare(images).to(self.clip.visual_projection.weight.dtype)
+        timesteps = torch.full((len(images),), timestep, device=images.device)
+        return self.spm.score(pixels, timesteps, prompt_features).float()
+
+
+def load_step_aware_scorer(
+    device: torch.device,
+    section: str,
+    *,
+    checkpoint: str = (
+        "hf://SPO-Diffusion-Models/Step-Aware_Preference_Models/"
+        "sd-v1-5_step-aware_preference_model.bin"
+    ),
+    backbone: str = "yuvalkirstain/PickScore_v1",
+    processor: str = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
+    dtype: str = "float32",
+) -> StepAwareScorer:
+    """Returns the SPM in `checkpoint`, with the architecture of the CLIP `backbone`.
+
+    `checkpoint` is a path or hf://user/repo/file, `backbone` and `processor` are Hub ids or folders;
+    raises UserError if they cannot be loaded.
+    """
+    key = f"{section}.checkpoint"
+    spm = load_step_aware_clip(resolve_file(checkpoint, key), clip_config(backbone, section), key)
+    spm = spm.to(weight_dtype(dtype, section))
+    return StepAwareScorer(spm, CLIPInputs(processor, section), device)

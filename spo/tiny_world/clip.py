@@ -11,8 +11,7 @@ from torch import Tensor
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPVisionConfig
 
 from spo.preference.loss import pair_losses
-from spo.scorers import CLIPInputs
-from spo.scorers.step_aware_clip import text_features
+from spo.scorers.clip import CLIPInputs, text_features
 from spo.tiny_world.base_model import draw_images, make_tokenizer, text_config, token_ids
 from spo.tiny_world.fitting import Fit, fit
 from spo.tiny_world.preferences import draw_pairs, split_captions

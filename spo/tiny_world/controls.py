@@ -19,7 +19,7 @@ def flipped_preferences(
     return _Flipped(load_scorer(source, device), seed)
 
 
-class _Flipped:
+class _Flipped(Scorer):
     def __init__(self, scorer: Scorer, seed: int) -> None:
         self._scorer, self._seed = scorer, seed
 

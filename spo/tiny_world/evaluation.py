@@ -19,7 +19,8 @@ from spo.lora_io.find import find_lora, read_lora
 from spo.method import build
 from spo.models.backbone import Backbone
 from spo.models.plain_images import ImageSettings, sample_images
-from spo.run.pictures import Cell, grid, to_pil
+from spo.run.pictures import Cell, grid
+from spo.scorers.pixels import to_pil
 from spo.tiny_world.quality import quality
 from spo.tiny_world.reading import read_captions
 from spo.tiny_world.scenes import SIDE

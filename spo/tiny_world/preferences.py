@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from spo.run.pictures import to_pil
+from spo.scorers.pixels import to_pil
 from spo.tiny_world.quality import quality
 from spo.tiny_world.scenes import COLOURS, SHAPES, SIZES, Caption, Making, all_captions, render
 

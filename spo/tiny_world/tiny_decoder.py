@@ -11,9 +11,10 @@ from diffusers import AutoencoderTiny
 from torch import Tensor
 
 from spo.method import ddim
-from spo.models.backbone import Backbone, ModelSource
+from spo.models.backbone import Backbone
 from spo.models.decoder import decode
-from spo.scorers import CLIPInputs, load_clip
+from spo.models.loading import ModelSource
+from spo.scorers.clip import CLIPInputs, load_clip
 from spo.tiny_world.base_model import draw_images, image_error
 from spo.tiny_world.fitting import Fit, fit
 
