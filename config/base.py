@@ -6,9 +6,12 @@ The other files in this folder are overlays: they change this config and hold on
 On the command line:
 
     --config=config/sdxl.py --config.train.beta=5 --config.train.max_grad_norm=None
+
+A placeholder is None and takes values of its type; a FieldReference has a value and takes None, too.
+No other key takes None.
 """
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FieldReference
 from ml_collections.config_dict import placeholder
 
 
@@ -30,7 +33,9 @@ def get_config() -> ConfigDict:
     config.eval_interval = 1  # epochs between grids of validation images; 0 draws none
     # Count, before anything long, what a step costs, and warn of what will not fit into memory.
     config.estimate_costs = True
-    config.rank_timeout = 120  # seconds of silence after which the others take a process for dead
+    # Seconds after which a collective fails that a process does not answer; the main process may have
+    # to download while the others wait.
+    config.rank_timeout = 1800
 
     # ---- speed, without another result but for rounding (docs/performance.md) ---------------------
     config.allow_tf32 = True  # GPUs round fp32 products, the scorer's above all, to 10 bits inside
@@ -138,11 +143,12 @@ def get_config() -> ConfigDict:
     train.adam_beta2 = 0.999
     train.adam_weight_decay = 1e-4
     train.adam_epsilon = 1e-8
-    train.max_grad_norm = 1.0  # clip the global gradient norm; None: no clipping
+    train.max_grad_norm = FieldReference(1.0)  # clip the global gradient norm; None: no clipping
     # fp16: updates in a row that are skipped, as their gradients overflow, before the run stops.
     train.max_skipped_updates = 50
     train.beta = 10.0  # inverse temperature of the preference loss (paper, SPO)
-    train.clip_eps = 0.1  # likelihood ratios are clipped to 1 +- clip_eps; None: no clipping
+    # Likelihood ratios are clipped to 1 +- clip_eps; None: no clipping.
+    train.clip_eps = FieldReference(0.1)
     train.grad_scale = 0.5  # gamma, strength of the gradient guidance (paper: 0.5); GradSPO only
     train.ema_decay = 0.9  # mu: ema = mu ema + (1 - mu) policy (paper: 0.9); GradSPO only
     # EMA moves at each "optimizer_step", or by "window": whenever the number of minibatches since

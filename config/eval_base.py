@@ -66,6 +66,8 @@ def get_config() -> ConfigDict:
         ""  # folder there; empty: eval, family and time. One that exists is completed.
     )
     config.report_prompts = 500  # prompts whose images report.html shows
-    config.rank_timeout = 120  # seconds of silence after which the others take a process for dead
+    # Seconds after which a collective fails that a process does not answer; the main process may have
+    # to download while the others wait.
+    config.rank_timeout = 1800
 
     return config

@@ -17,8 +17,8 @@ def get_config():
     config.score_batch_size = 50
     # The hidden quality, and whether an image shows what was asked for, are read off the pixels.
     config.scorers = (
-        "spo.tiny_world.quality_scorers:quality",
-        "spo.tiny_world.quality_scorers:faithfulness",
+        "spo.tiny_world.quality:quality",
+        "spo.tiny_world.quality:faithfulness",
         "pickscore",
         "step_aware_clip",
     )

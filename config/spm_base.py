@@ -8,7 +8,7 @@ On the command line:
     --config=config/spm_sdxl.py --config.train.batch_size=8 --config.data.source=/data/pickapic
 """
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FieldReference
 from ml_collections.config_dict import placeholder
 
 
@@ -27,7 +27,9 @@ def get_config() -> ConfigDict:
     config.save_steps = 1000  # optimizer steps between checkpoints
     config.eval_steps = 1000  # optimizer steps between measurements of accuracy; 0: none
     config.log_steps = 10  # optimizer steps that a line of metrics averages over
-    config.rank_timeout = 120  # seconds without a heartbeat before a process counts as dead
+    # Seconds without an answer of a process until the others stop; the main process may have to
+    # download while the others wait.
+    config.rank_timeout = 1800
 
     # ---- the base model, whose predictions the SPM learns to judge -----------------------------
     config.pretrained = pretrained = ConfigDict()
@@ -71,7 +73,7 @@ def get_config() -> ConfigDict:
     train.batch_size = 16  # largest minibatch of pairs on one GPU (SPO: 16)
     # Pairs of one optimizer step = minibatch x GPUs x accumulation; minibatch and accumulation are
     # chosen to fit (SPO: 4 GPUs x 16). None: one minibatch of train.batch_size on each GPU.
-    train.global_batch_size = 64
+    train.global_batch_size = FieldReference(64)
     train.predict_batch_size = 8  # images that go through the base model together
     train.gradient_checkpointing = False  # recompute the SPM's activations: less memory, slower
     train.guidance_scale = 5.0  # of the base model's predictions (SPO)
@@ -82,7 +84,7 @@ def get_config() -> ConfigDict:
     train.adam_beta2 = 0.999
     train.adam_epsilon = 1e-8
     train.adam_weight_decay = 0.3  # on all weights (SPO)
-    train.max_grad_norm = 1.0  # clip the global gradient norm; None: no clipping
+    train.max_grad_norm = FieldReference(1.0)  # clip the global gradient norm; None: no clipping
     # fp16: the run stops after this number of updates in a row whose gradients overflowed.
     train.max_skipped_updates = 50
 

@@ -1,4 +1,4 @@
-"""Convert a LoRA between formats, or merge it into its base model.
+"""Converts a LoRA between formats, or merges it into its base model.
 
     python scripts/convert_lora.py runs/NAME --to kohya --output my_lora.safetensors
     python scripts/convert_lora.py user/repo/folder --to peft --output my_adapter --dtype fp16
@@ -6,7 +6,7 @@
         --base stable-diffusion-v1-5/stable-diffusion-v1-5
 
 The format of the source is recognised. To convert to:
-    diffusers   a file for pipe.load_lora_weights, as training leaves it
+    diffusers   a file for pipe.load_lora_weights, as training writes it
     kohya       a file for ComfyUI, A1111 and sd-scripts; a LoRA of SDXL, recognised by its shapes, gets
                 the block names that sd-scripts has for SDXL (input_blocks_4_1_...), others diffusers'
     peft        a folder for peft.PeftModel.from_pretrained(unet, folder)
@@ -36,7 +36,7 @@ def parse_args() -> argparse.Namespace:
         "--base", help="base model, folder or Hub id; with --to: check that it fits"
     )
     parser.add_argument("--output", type=Path, required=True, help=".safetensors file, or folder")
-    parser.add_argument("--dtype", choices=DTYPES, help="store weights so (default: as they are)")
+    parser.add_argument("--dtype", choices=DTYPES, help="dtype of the weights (default: unchanged)")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
     return parser.parse_args()
 

@@ -11,10 +11,7 @@ from absl import app
 from spo.command_line.config_files import EVAL_BASE
 from spo.command_line.flags import define_config, exit_on_user_error, parse_flags
 
-CONFIG = define_config(EVAL_BASE, EVAL_BASE)
-# How spo.launch checks the config.
-PLAN = None
-PREFLIGHT = "spo.evaluation.evaluator:preflight"
+CONFIG = define_config(EVAL_BASE, base=EVAL_BASE)
 
 
 def main(_):

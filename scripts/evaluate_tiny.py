@@ -1,10 +1,10 @@
-"""Say what a run on the tiny world was worth, in five lines, a picture and curves.
+"""Compare a run on the tiny world with its base model, in five lines, a picture and curves.
 
     python scripts/evaluate_tiny.py runs/NAME [--weights ema] [--num_images 200]
 
 Draws the held-out captions with the base model and with the run's LoRA, from the same noise, and
-compares them by the hidden quality and by whether size, colour, shape and background are as asked: both
-read from the pixels, neither known to the training. Writes tiny_world.png, curves.png and
+compares them by the hidden quality and by whether size, colour, shape and background are as asked.
+Both are read from the pixels, and training knows neither. Writes tiny_world.png, curves.png and
 tiny_world.json into the run directory.
 """
 
@@ -30,27 +30,33 @@ def main() -> None:
 
 
 def evaluate(options: argparse.Namespace) -> None:
-    """Draw, judge, write and print."""
+    """Draws images, compares them, writes files and prints the result."""
+    import torch
+
     from spo.command_line.config_files import load_config
     from spo.data.prompts import read_prompts
     from spo.evaluation.curves import draw_curves
+    from spo.method import build
+    from spo.models.backbone import Backbone
     from spo.models.plain_images import ImageSettings
     from spo.run.folder import CONFIG
-    from spo.tiny_world.evaluation import Bench, before_and_after, compare, summary
+    from spo.tiny_world.evaluation import Bench, Verdict, before_and_after
 
     run_dir = options.run_dir
-    config, _ = load_config(str(run_dir / CONFIG))
+    config = load_config(str(run_dir / CONFIG))
     name = "GradSPO" if config.algorithm == "gradspo" else config.algorithm.upper()
     prompts = read_prompts(options.prompts, key="--prompts").prompts[: options.num_images]
     images = ImageSettings(config.eval.num_steps, config.eval.guidance_scale, options.seed)
-    bench = Bench(config, prompts, images)
-    trained = bench.judge(run_dir / "ema" if options.weights == "ema" else run_dir)
-    verdict = compare(bench.base, trained)
+    source, precision = build.model_source(config), config.mixed_precision
+    backbone = Backbone(source, config.family, precision, torch.device("cpu"))
+    lora = build.build_lora(config, backbone.unet, seed=0)
+    bench = Bench(backbone, lora, prompts, images)
+    trained = bench.score(run_dir / "ema" if options.weights == "ema" else run_dir)
+    verdict = Verdict.of(bench.base, trained)
     picture = run_dir / "tiny_world.png"
-    before_and_after(prompts, bench.base, trained, name).save(picture)
-    result = summary(bench.base, trained, verdict)
-    (run_dir / "tiny_world.json").write_text(json.dumps(result, indent=1) + "\n")
-    print(verdict.describe(bench.base, trained, name))
+    before_and_after(verdict, prompts, name).save(picture)
+    (run_dir / "tiny_world.json").write_text(json.dumps(verdict.as_json(), indent=1) + "\n")
+    print(verdict.describe(name))
     print(f"pictures      {picture}, {draw_curves(run_dir)}")
 
 

@@ -41,7 +41,7 @@ def make_world(out: Path, shorten: int = 1) -> None:
     from spo.tiny_world.base_model import train_denoiser, train_vae
     from spo.tiny_world.clip import train_clip, train_pickscore
     from spo.tiny_world.fitting import Fit
-    from spo.tiny_world.preferences import draw_pairs, split_captions, write_parquet
+    from spo.tiny_world.preferences import draw_labelled_pairs, split_captions, write_parquet
     from spo.tiny_world.tiny_decoder import train_decoder
 
     def rounds(*steps_and_rates: tuple[int, float]) -> list[Fit]:
@@ -70,7 +70,7 @@ def make_world(out: Path, shorten: int = 1) -> None:
             (PARQUET[0], training, TRAINING_PAIRS, 1),
             (PARQUET[1], held_out, VALIDATION_PAIRS, 2),
         ):
-            write_parquet(draw_pairs(captions, max(64, n // shorten), seed), to / name)
+            write_parquet(draw_labelled_pairs(captions, max(64, n // shorten), seed), to / name)
 
     stage(out / "pickapic", write_pairs)
     train_preference_model(out, shorten)
@@ -97,9 +97,9 @@ def write_prompts(file: Path, captions) -> None:
 
 def train_preference_model(out: Path, shorten: int) -> None:
     """The preference model of the world, by the script that trains the real ones."""
-    from spo.command_line.config_files import load_config
+    from spo.command_line.config_files import SPM_BASE, load_config
 
-    config, _ = load_config("config/spm_tiny.py", "config/spm_base.py")
+    config = load_config("config/spm_tiny.py", SPM_BASE)
     command = [
         *(sys.executable, REPO / "scripts" / "train_preference_model.py"),
         f"--config={REPO / 'config' / 'spm_tiny.py'}",

@@ -7,23 +7,27 @@
 Afterwards the run works offline (HF_HUB_OFFLINE=1).
 """
 
+from collections.abc import Collection
+
 from absl import app
 
 from spo.command_line.config_files import BASE, EVAL_BASE, SPM_BASE
 from spo.command_line.flags import define_config, exit_on_user_error, parse_flags
 
-CONFIG = define_config("config/sd15.py", BASE, SPM_BASE, EVAL_BASE)
+
+def base_of(keys: Collection[str]) -> str:
+    """Returns the base of a config: evaluations have `models`, preference models have `data`."""
+    return EVAL_BASE if "models" in keys else SPM_BASE if "data" in keys else BASE
+
+
+CONFIG = define_config("config/sd15.py", base=base_of)
 
 
 def main(_) -> None:
     with exit_on_user_error():
         config = CONFIG.value
-        if "models" in config:
-            prefetch_evaluation(config)
-        elif "data" in config:
-            prefetch_preference_model(config)
-        else:
-            prefetch(config)
+        commands = {EVAL_BASE: prefetch_evaluation, SPM_BASE: prefetch_preference_model}
+        commands.get(base_of(config), prefetch)(config)
         print("Everything is there.")
 
 

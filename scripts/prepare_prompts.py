@@ -29,7 +29,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def write_prompts(prompts: tuple[str, ...], output: Path) -> None:
-    """Write a .json list of {"caption": ...}, or a .txt file with one prompt per line.
+    """Writes a .json list of {"caption": ...}, or a .txt file with one prompt per line.
 
     Raises UserError if a prompt for a .txt file holds a line break.
     """

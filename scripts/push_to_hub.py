@@ -1,4 +1,4 @@
-"""Publish the LoRA of a run on the Hugging Face Hub, with a model card.
+"""Publishes the LoRA of a run on the Hugging Face Hub, with a model card.
 
     python scripts/push_to_hub.py runs/NAME --repo_id user/name
     python scripts/push_to_hub.py runs/NAME --repo_id user/name --subfolder sd1_5 --dry_run
@@ -20,8 +20,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--weights", choices=("policy", "ema"), help="which LoRA (policy)")
     parser.add_argument("--private", action="store_true", default=None, help="for a new repo")
     parser.add_argument("--branch", help="branch to push to, made if missing (main)")
-    parser.add_argument("--license", help="licence in the card (that of SD1.5 or SDXL 1.0)")
-    parser.add_argument("--message", default="", help="commit message (what is pushed)")
+    parser.add_argument(
+        "--license", help="licence in the card (the base model's, of SD1.5 and SDXL 1.0)"
+    )
+    parser.add_argument("--message", default="", help="commit message (default: weights and epoch)")
     parser.add_argument(
         "--results", type=Path, help="folder of an evaluation (every evaluation* of the run)"
     )

@@ -1,9 +1,9 @@
-"""Write report.html, one file to look at and to send round, of a training run or an evaluation.
+"""Writes report.html of a training run or an evaluation: one file to look at and to send round.
 
     python scripts/report.py runs/NAME
 
 A training run (of the method, or of a preference model): curves, validation images, config. An
-evaluation, that is a folder with results.json: comparison, figures, images side by side.
+evaluation, a folder with results.json: comparison, figures, images side by side.
 """
 
 import argparse
@@ -23,7 +23,7 @@ def main() -> None:
         "--max_prompts",
         type=int,
         default=500,
-        help="of an evaluation; of more prompts, those with the largest gains and losses are shown "
+        help="of an evaluation: if it has more, shows those with the largest gains and losses "
         "(%(default)s)",
     )
     options = parser.parse_args()
@@ -32,7 +32,7 @@ def main() -> None:
 
 
 def report(folder: Path, max_prompts: int) -> Path:
-    """Write the report of the evaluation or the run in `folder`."""
+    """Writes the report of the evaluation or the run in `folder`."""
     from spo.evaluation import results
     from spo.evaluation.report import write_report
     from spo.evaluation.run_report import write_run_report

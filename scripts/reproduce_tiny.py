@@ -22,7 +22,7 @@ FLIPPED = "preferences flipped at random"
 ARMS = {
     "GradSPO": {},
     "SPO": {"algorithm": "spo"},
-    FLIPPED: {"preference.scorer": "spo.tiny_world.controls:flipped_preferences"},
+    FLIPPED: {"preference.scorer": "spo.tiny_world.preferences:flipped_preferences"},
     "ema_decay 0": {"train.ema_decay": 0.0},
     "ema_decay 0.5": {"train.ema_decay": 0.5},
     "ema_decay 0.99": {"train.ema_decay": 0.99},
@@ -106,7 +106,7 @@ def arm_config(arm: str, seed: int, folder: Path):
     """config/tiny.py with the changes of an arm."""
     from spo.command_line.config_files import leaves, load_config
 
-    config, _ = load_config("config/tiny.py")
+    config = load_config("config/tiny.py")
     changes = dict(ARMS[arm])
     if arm == FLIPPED:
         preference = config.preference
@@ -116,7 +116,7 @@ def arm_config(arm: str, seed: int, folder: Path):
             "seed": seed,
         }
     if arm == "official":
-        paper, official = (leaves(load_config(f)[0]) for f in ("config/sd15.py", OFFICIAL))
+        paper, official = (leaves(load_config(f)) for f in ("config/sd15.py", OFFICIAL))
         changes = {key: value for key, value in official.items() if value != paper[key]}
     config.update_from_flattened_dict(
         changes
@@ -135,9 +135,9 @@ def arm_config(arm: str, seed: int, folder: Path):
 def judge(folder: Path) -> dict:
     """What the run's LoRA is worth against the base, on the held-out captions."""
     from spo.run.folder import METRICS
-    from spo.tiny_world.evaluation import compare
+    from spo.tiny_world.evaluation import Verdict
 
-    verdict = compare(bench().base, bench().judge(folder))
+    verdict = Verdict.of(bench().base, bench().score(folder))
     last = json.loads((folder / METRICS).read_text().splitlines()[-1])
     return {
         "quality": verdict.difference.mean,
@@ -150,14 +150,21 @@ def judge(folder: Path) -> dict:
 @cache
 def bench():
     """The base model and its images of the held-out captions, once in each process."""
+    import torch
+
     from spo.command_line.config_files import load_config
     from spo.data.prompts import read_prompts
     from spo.method import build
+    from spo.models.backbone import Backbone
     from spo.tiny_world.evaluation import Bench
 
-    config, _ = load_config("config/tiny.py")
-    prompts = read_prompts("assets/tiny/prompts/held_out.txt", key="prompts").prompts
-    return Bench(config, prompts, build.image_settings(config))
+    config = load_config("config/tiny.py")
+    prompts = read_prompts("assets/tiny/prompts/held_out.txt").prompts
+    backbone = Backbone(
+        build.model_source(config), config.family, config.mixed_precision, torch.device("cpu")
+    )
+    lora = build.build_lora(config, backbone.unet, seed=0)
+    return Bench(backbone, lora, prompts, build.image_settings(config))
 
 
 def summarise(results: list[dict]) -> dict:

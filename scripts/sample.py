@@ -1,11 +1,11 @@
-"""Draw prompts with any number of models, and a labelled grid with the models side by side.
+"""Draws prompts with any number of models, and a labelled grid with the models side by side.
 
     python scripts/sample.py --models base runs/NAME --prompts "a fox reading a map" --seeds 0 1
     python scripts/sample.py --models base JTTJ/GradSPO/sd1_5 --prompts_file prompts.txt
     python scripts/sample.py --models runs/NAME --lora_scale 0,0.5,1 --prompts "a fox reading a map"
 
 A model is [NAME=]base, [NAME=]LORA[:WEIGHT] (a run, a checkpoint, a file or a Hub id; several joined by
-+), a diffusers folder or a Hub id. Every image says in its PNG text how it was made.
++), a diffusers folder or a Hub id. The PNG text of every image states how it was made.
 """
 
 import argparse
@@ -41,7 +41,7 @@ def main() -> None:
 
 
 def sample(options: argparse.Namespace) -> None:
-    """Check everything, draw, and say where it is."""
+    """Checks everything, draws, and prints where the grid is."""
     from spo.evaluation import images_cli
 
     settings = images_cli.SampleSettings(

@@ -7,12 +7,8 @@ from absl import app
 
 from spo.command_line.config_files import SPM_BASE
 from spo.command_line.flags import define_config, exit_on_user_error, parse_flags
-from spo.launch.batch_plan import plan_updates
 
-CONFIG = define_config("config/spm_sd15.py", SPM_BASE)
-# How spo.launch checks the config.
-PLAN = plan_updates
-PREFLIGHT = "spo.preference.spm_recipe:check_training"
+CONFIG = define_config("config/spm_sd15.py", base=SPM_BASE)
 
 
 def main(_):

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, whenever the process is killed or the machine stops."""
+"""Writes files whole or not at all, even if the process is killed or the machine stops."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from safetensors import SafetensorError
 
 from spo.errors import RunError, UserError
 
-PARTIAL = ".partial"  # ends the names of what is not complete
+PARTIAL = ".partial"  # ends the names of incomplete files and folders
 
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Whatever the disk refuses within is a RunError of one line that names `path` and the disk."""
+    """Turns a failed write within the context into a RunError that names `path` and the disk."""
     try:
         yield
-    except (OSError, SafetensorError) as error:  # safetensors wraps what its own writing meets
+    except (OSError, SafetensorError) as error:  # safetensors wraps OSError in its own error
         raise RunError(
             f"cannot write {path}: {_reason(path, error)}; mend that, then go on from the last "
             "checkpoint by resume_from=auto."
@@ -52,13 +52,13 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Put `data` at `path` in one go."""
+    """Writes `data` as the file `path`, atomically."""
     with replacing(path) as partial:
         partial.write_bytes(data)
 
 
 def append_line(path: Path, line: str) -> None:
-    """Add a line to a file by one write."""
+    """Appends a line to a file, in one write."""
     with path.open("ab") as file:
         file.write(line.encode() + b"\n")
         file.flush()
@@ -66,24 +66,24 @@ def append_line(path: Path, line: str) -> None:
 
 
 def whole_lines(path: Path) -> list[str]:
-    """The lines of a file, where there is one, without a last one that a kill cut off."""
+    """Returns the lines of a file, none if it is missing, without an incomplete last line."""
     data = path.read_bytes() if path.exists() else b""
     return data[: data.rfind(b"\n") + 1].decode(errors="replace").splitlines()
 
 
 def write_lines(path: Path, lines: list[str]) -> None:
-    """Put `lines` at `path` in place of what is there."""
+    """Writes `lines` as the file `path`, atomically."""
     write_file(path, "".join(f"{line}\n" for line in lines).encode())
 
 
 def sync_file(path: Path) -> None:
-    """Return once the contents of a file are on the disk."""
+    """Returns once the contents of a file are on the disk."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
 
 
 def sync_folder(path: Path) -> None:
-    """Return once the names in a folder are on the disk, where its file system can promise that."""
+    """Returns once the names in a folder are on the disk, if its file system can promise that."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -95,9 +95,10 @@ def sync_folder(path: Path) -> None:
 
 
 def check_output(path: Path, mark: str | None, overwrite: bool) -> None:
-    """Raise UserError unless `path` may be written, as a .safetensors file or as a folder.
+    """Raises UserError unless `path` may be written, as a folder or as a .safetensors file.
 
-    `mark` is a file that every folder of this kind has: no other folder is overwritten. None: a file.
+    `mark` is a file that every folder of this kind has, and only folders with it are overwritten;
+    None stands for a .safetensors file.
     """
     if (path.suffix == ".safetensors") != (mark is None):
         wanted = "end in .safetensors" if mark is None else "be a folder"
@@ -114,7 +115,7 @@ def check_output(path: Path, mark: str | None, overwrite: bool) -> None:
 def new_output(path: Path) -> Iterator[Path]:
     """Yields a temporary path that replaces the file or folder `path` on exit; errors remove it.
 
-    Raises UserError that names --output if the disk refuses.
+    Raises UserError that names --output if writing fails.
     """
     partial = path.with_name(path.name + PARTIAL)
     _remove(partial)

@@ -1,4 +1,4 @@
-"""Names on the Hugging Face Hub: files to read by a path or hf://user/repo/file, repos to write to."""
+"""Reads files by a path or hf://user/repo/file, and names repos of the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PREFETCH = "python scripts/prefetch.py --config=..."
 
 @dataclass(frozen=True)
 class Destination:
-    """Where on the Hub a run goes, and what of it; the keys of config.hub."""
+    """The repo that a run is pushed to, and the weights that are pushed; the keys of config.hub."""
 
     repo_id: str
     subfolder: str = ""
@@ -31,14 +31,14 @@ class Destination:
     license: str = ""
 
     def path(self, name: str) -> str:
-        """The path in the repo of a file of the run."""
+        """Returns the path in the repo of a file of the run."""
         return f"{self.subfolder}/{name}" if self.subfolder else name
 
 
 def resolve_file(spec: str, key: str, revision: str | None = None) -> Path:
-    """The local path of `spec`, a path or hf://user/repo/file, downloaded where need be.
+    """Returns the local path of `spec`, a path or hf://user/repo/file, downloaded if necessary.
 
-    Raises UserError that names the config `key`, and for the Hub the repo, the file and the command
+    Raises UserError that names the config `key` and, for the Hub, the repo, the file and the command
     that downloads it.
     """
     check_file(spec, key)
@@ -54,7 +54,7 @@ def resolve_file(spec: str, key: str, revision: str | None = None) -> Path:
             f"download it first: {PREFETCH}"
         ) from error
     except Exception as error:
-        # The Hub's client changes its network library, and with it what a broken line raises.
+        # The Hub's client changes its network library, and so the errors of a broken connection.
         raise UserError(
             f"{key}: cannot download {name} of {repo} ({first_line(error)}); check the name and your "
             f"access, then: {PREFETCH}"
@@ -62,7 +62,7 @@ def resolve_file(spec: str, key: str, revision: str | None = None) -> Path:
 
 
 def check_file(spec: str, key: str) -> None:
-    """Raise UserError for a path without a file, or a malformed hf://; nothing is downloaded."""
+    """Raises UserError for a path without a file or a malformed hf://, without downloading."""
     if not spec.startswith(_SCHEME):
         if not Path(spec).expanduser().is_file():
             raise UserError(f"{key}: no file {spec!r}; name a file, or hf://user/repo/file.")
@@ -73,7 +73,7 @@ def check_file(spec: str, key: str) -> None:
 
 
 def list_files(repo: str, key: str) -> list[str]:
-    """The files of a Hub repo; those in the local cache where the Hub cannot be reached.
+    """Returns the files of a Hub repo, or of its local cache if the Hub cannot be reached.
 
     Raises UserError that names the config `key` or flag.
     """
@@ -94,7 +94,7 @@ def list_files(repo: str, key: str) -> list[str]:
 
 
 def model_file(model: str, name: str, key: str, revision: str | None = None) -> Path:
-    """The local path of file `name` of a model: a folder, or the Hub id user/name.
+    """Returns the local path of the file `name` of a model, a folder or the Hub id user/name.
 
     Raises UserError that names the config `key`.
     """
@@ -115,6 +115,6 @@ def is_hub_id(name: str) -> bool:
 
 
 def public_name(spec: str) -> str:
-    """What others may see of `spec`: a path that tells of this machine is cut to its last name."""
-    tells = Path(spec).is_absolute() or spec.startswith(("~", ".."))
-    return Path(spec).name if tells else spec
+    """Returns `spec` safe to publish: an absolute or home path is reduced to its last component."""
+    is_private = Path(spec).is_absolute() or spec.startswith(("~", ".."))
+    return Path(spec).name if is_private else spec

@@ -1,4 +1,4 @@
-"""Alternatives by name: an entry of a plain dict, or "module:name" of the user's own code."""
+"""Finds alternatives by name: an entry of a plain dict, or "module:name" of the user's code."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _GENERIC = ("objective", "loss", "make")  # attributes that do not say which alg
 
 
 def find(name: str, table: Mapping[str, Any], key: str) -> Any:
-    """`table[name]`, or what "module:name" names; UserError naming config `key` where there is none."""
+    """Returns `table[name]` or the object "module:name"; raises UserError that names config `key`."""
     if name in table:
         return table[name]
     known = ", ".join(table)

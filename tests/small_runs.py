@@ -59,7 +59,7 @@ objective = Objective(_loss, uses_ema=True, shares_latents=True)
 
 def small_config(folder: Path, **changes):
     """The config of a small run in `folder`; the keys of `changes` have __ for a dot."""
-    config, _ = load_config(str(ROOT / "tests" / "data" / "random_models.py"))
+    config = load_config(str(ROOT / "tests" / "data" / "random_models.py"))
     own = {"logdir": str(folder.parent), "run_name": folder.name, "resume_from": "auto"}
     changes = {name.replace("__", "."): value for name, value in changes.items()}
     config.update_from_flattened_dict(SIZES | own | changes)

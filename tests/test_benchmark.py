@@ -36,7 +36,7 @@ SIZES = {"sample.num_steps": 4, "sample.branch_from": 2, "sample.num_candidates"
 
 
 def small_config(family="sd15", **changes):
-    config, _ = load_config(str(ROOT / "tests" / "data" / "random_models.py"))
+    config = load_config(str(ROOT / "tests" / "data" / "random_models.py"))
     own = {"family": family, "pretrained.model": str(MODELS / f"tiny-{family}"), **SIZES}
     config.update_from_flattened_dict(own | changes)
     return config
@@ -262,7 +262,7 @@ def test_full_size_models_are_the_published_ones(family, unet, unet_teraflops, v
 
 
 def test_what_is_measured_on_a_cpu_is_as_large_as_the_config_says():
-    config, _ = load_config("config/small.py")
+    config = load_config("config/small.py")
     config.sample.decoder = f"{config.pretrained.model}/decoder"
     models = weightless_models.build_models(config, META)
     assert round(sum(p.numel() for p in models.networks["unet"].parameters()) / 1e6) == 18

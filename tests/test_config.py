@@ -7,6 +7,7 @@ import pytest
 
 from config import base, spm_base
 from spo.command_line.config_files import BASE, EVAL_BASE, SPM_BASE, leaves, load_config
+from spo.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "data" / "golden"
@@ -125,7 +126,7 @@ def test_spm_base_holds_spos_numbers():
 @pytest.mark.parametrize("name", SPM_DIFFERENCES)
 def test_spm_overlays_hold_their_differences_and_nothing_else(name):
     default = leaves(spm_base.get_config())
-    config, _ = load_config(f"config/{name}.py", SPM_BASE)
+    config = load_config(f"config/{name}.py", SPM_BASE)
     different = {key: value for key, value in leaves(config).items() if value != default[key]}
     assert different == SPM_DIFFERENCES[name]
 
@@ -133,9 +134,27 @@ def test_spm_overlays_hold_their_differences_and_nothing_else(name):
 @pytest.mark.parametrize(
     ("file", "key"), [("config/sdxl.py", "sample"), ("config/spm_sdxl.py", "data")]
 )
-def test_a_script_of_two_bases_takes_the_configs_of_both(file, key):
-    config, _ = load_config(file, BASE, SPM_BASE)
+def test_a_script_of_two_bases_chooses_by_the_keys(file, key):
+    config = load_config(file, lambda keys: SPM_BASE if "data" in keys else BASE)
     assert key in config and config.family == "sdxl"
+
+
+def test_no_base_is_guessed():
+    with pytest.raises(UserError, match="key data; this script takes the keys of config/base.py"):
+        load_config("config/spm_sdxl.py")
+
+
+@pytest.mark.parametrize("base", [BASE, SPM_BASE, EVAL_BASE])
+def test_a_base_says_which_keys_may_be_none(base):
+    config = load_config(base, base)
+    optional = {"pretrained.revision", "pretrained.variant", "pretrained.vae"}
+    if base == SPM_BASE:
+        optional |= {"data.revision", "train.global_batch_size", "train.max_grad_norm"}
+    if base == BASE:
+        optional |= {"lora.alpha", "sample.decoder", "sample.global_batch_size", "train.clip_eps"}
+        optional |= {"train.max_grad_norm", "train.global_batch_size"}
+        optional |= {"train.gradient_accumulation_steps"}
+    assert set(leaves(config, only_optional=True)) == optional
 
 
 def test_base_holds_the_papers_numbers():
@@ -157,7 +176,7 @@ def test_every_overlay_is_tested():
 @pytest.mark.parametrize("name", DIFFERENCES)
 def test_overlays_hold_their_differences_and_nothing_else(name):
     default = leaves(base.get_config())
-    config, _ = load_config(f"config/{name}.py")
+    config = load_config(f"config/{name}.py")
     different = {key: value for key, value in leaves(config).items() if value != default[key]}
     assert different == DIFFERENCES[name]
 
@@ -173,7 +192,7 @@ def test_overlays_hold_their_differences_and_nothing_else(name):
 )
 def test_official_overlays_are_the_settings_of_the_official_traces(trace, overlay):
     recorded = json.loads((GOLDEN / trace / "meta.json").read_text())["config"]
-    config, _ = load_config(f"config/{overlay}.py")
+    config = load_config(f"config/{overlay}.py")
     assert (config.algorithm, config.family) == (recorded["algorithm"], recorded["family"])
     assert {key: config.sample[key] for key in recorded["sample"]} == recorded["sample"]
     # The traces were made with a higher rate and small minibatches, to see something.
@@ -202,9 +221,9 @@ def test_every_key_of_a_base_is_commented(file, last_constants):
 
 
 def test_evaluation_overlays_fit_their_base():
-    default = leaves(load_config(EVAL_BASE, EVAL_BASE)[0])
+    default = leaves(load_config(EVAL_BASE, EVAL_BASE))
     sdxl, tiny = (
-        leaves(load_config(f"config/eval_{name}.py", EVAL_BASE)[0]) for name in ("sdxl", "tiny")
+        leaves(load_config(f"config/eval_{name}.py", EVAL_BASE)) for name in ("sdxl", "tiny")
     )
     changed = {key for key in default if sdxl[key] != default[key]}
     assert changed == {"family", "pretrained.model", "pretrained.vae", "sample.batch_size"}

@@ -17,7 +17,7 @@ from spo.method.collect import collect_rollout
 from spo.models.backbone import Backbone, ModelSource, check_source
 from spo.models.decoder import decode, load_decoder
 from spo.models.plain_images import ImageSettings, sample_images
-from spo.tiny_world.base_model import draw_images
+from spo.tiny_world.scenes import draw_scenes
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
@@ -176,7 +176,7 @@ def test_the_committed_decoder_is_cheap_and_close_to_the_tiny_worlds_vae():
     source = ModelSource(str(committed / "sd15"), decoder=str(committed / "decoder"))
     check_source(source, "sd15")
     model = Backbone(source, "sd15", "no", CPU)
-    _, images = draw_images(64, torch.Generator().manual_seed(7))
+    _, images = draw_scenes(64, torch.Generator().manual_seed(7))
     latents = model.encode_images(images, torch.zeros(64, *model.latent_shape))
     flops, decoded = [], []
     for autoencoder in (model.vae, model.decoder):

@@ -40,7 +40,7 @@ def write_lora(path, family="sd15", seed=1):
 def config(tmp_path):
     """Six prompts of the random tiny SD1.5, scored by how bright the images are."""
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
-    config, _ = load_config(EVAL_BASE, EVAL_BASE)
+    config = load_config(EVAL_BASE, EVAL_BASE)
     config.update_from_flattened_dict(
         {
             "models": ("base", f"lora={write_lora(tmp_path / 'lora.safetensors')}"),
@@ -243,7 +243,7 @@ import torch
 torch.set_num_threads(1)
 from spo.command_line.config_files import EVAL_BASE, load_config
 from spo.evaluation import evaluator
-config, _ = load_config(sys.argv[1], EVAL_BASE)
+config = load_config(sys.argv[1], EVAL_BASE)
 for line in sys.stdin:  # each line is a start of the evaluation, in a process that can be killed
     child = os.fork()
     if child == 0:

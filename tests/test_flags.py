@@ -160,11 +160,11 @@ def test_a_key_that_an_overlay_invents_is_an_error(tmp_path):
 
 
 def test_a_saved_config_comes_back(tmp_path):
-    config, _ = load_config("config/sdxl.py")
+    config = load_config("config/sdxl.py")
     config.train.max_grad_norm = None
     config.preference.kwargs = {"sizes": [1, 2]}
     save_config(config, tmp_path / "config.json")
-    again, _ = load_config(str(tmp_path / "config.json"))
+    again = load_config(str(tmp_path / "config.json"))
     assert again.to_json() == config.to_json()
     assert again.lora.target_modules == config.lora.target_modules  # a tuple, as before
 

@@ -20,8 +20,9 @@ from absl import flags
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from spo.command_line.config_files import EVAL_BASE, SPM_BASE, leaves, load_config
+from spo.command_line.config_files import BASE, EVAL_BASE, SPM_BASE, leaves, load_config
 from spo.command_line.flags import define_config, exit_on_user_error, parse_flags
+from spo.data import prompts
 from spo.data.prompts import read_prompts
 from spo.evaluation.evaluator import preflight as preflight_evaluation
 from spo.method.preflight import preflight
@@ -31,9 +32,9 @@ from spo.scorers import clip
 
 ROOT = Path(__file__).resolve().parent.parent
 KINDS = {
-    "train": ("tests/data/random_models.py", (), preflight),
-    "spm": ("config/spm_tiny.py", (SPM_BASE,), check_training),
-    "eval": ("config/eval_tiny.py", (EVAL_BASE,), preflight_evaluation),
+    "train": ("tests/data/random_models.py", BASE, preflight),
+    "spm": ("config/spm_tiny.py", SPM_BASE, check_training),
+    "eval": ("config/eval_tiny.py", EVAL_BASE, preflight_evaluation),
 }
 NUMBERS = [
     *("0", "1", "2", "3", "7", "20", "1000", "1001", "-1", "0.5", "1.0", "1e-3", "-0.0", "nan"),
@@ -103,7 +104,8 @@ def tell(capsys, request):
 def configs(tmp_path, monkeypatch):
     """A config file of each kind, in a folder with some files, out of reach of the Hub."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("SPO_CACHE", str(tmp_path / "cache"))
+    assets = functools.partial(huggingface_hub.cached_assets_path, assets_dir=tmp_path / "cache")
+    monkeypatch.setattr(prompts, "cached_assets_path", assets)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(clip, "CLIPInputs", functools.cache(clip.CLIPInputs))
@@ -111,8 +113,8 @@ def configs(tmp_path, monkeypatch):
     (tmp_path / "b.json").write_text('["a fox"]')
     (tmp_path / "file").write_text("")
     found = {}
-    for kind, (file, bases, _) in KINDS.items():
-        values = load_config(str(ROOT / file), *bases)[0].to_json()
+    for kind, (file, base, _) in KINDS.items():
+        values = load_config(str(ROOT / file), base).to_json()
         for folder in ("assets", "tests"):
             values = values.replace(f'"{folder}/', f'"{ROOT}/{folder}/')
         found[kind] = tmp_path / f"{kind}.config.json"
@@ -122,10 +124,10 @@ def configs(tmp_path, monkeypatch):
 
 def start(kind, file, arguments, processes):
     """What a script does before it loads a model."""
-    bases, check = KINDS[kind][1:]
+    base, check = KINDS[kind][1:]
     before = set(flags.FLAGS)
     try:
-        holder = define_config("config/sd15.py", *bases)
+        holder = define_config("config/sd15.py", base)
         parse_flags(["script", f"--config={file}", *arguments])
         check(holder.value, processes)
     finally:
@@ -133,7 +135,7 @@ def start(kind, file, arguments, processes):
             delattr(flags.FLAGS, name)
 
 
-LEAVES = {kind: leaves(load_config(str(ROOT / f), *b)[0]) for kind, (f, b, _) in KINDS.items()}
+LEAVES = {kind: leaves(load_config(str(ROOT / f), b)) for kind, (f, b, _) in KINDS.items()}
 
 
 def override(kind):
@@ -268,7 +270,7 @@ def test_settings_that_pass_train(tmp_path, monkeypatch, tell):
     @fuzz(9)
     @given(st.fixed_dictionaries(SIZES))
     def case(changes):
-        config, _ = load_config("tests/data/random_models.py")
+        config = load_config("tests/data/random_models.py")
         place = {"logdir": str(tmp_path), "run_name": str(sum(tell.values()))}
         config.update_from_flattened_dict(changes | FEW | place)
         tell[outcome(lambda: train(config))] += 1

@@ -11,8 +11,10 @@ import torch
 from accelerate.commands.config import load_config_from_file
 
 from spo.errors import RunError, UserError
-from spo.launch.__main__ import ACCELERATE_CONFIGS, cpu_launcher, gpu_launcher
+from spo.launch.__main__ import ACCELERATE_CONFIGS, SCRIPTS, cpu_world, gpu_world
+from spo.launch.processes import World
 from spo.launch.workers import Workers
+from spo.plugins import find
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -36,6 +38,9 @@ def main(_):
 if __name__ == "__main__":
     app.run(main, flags_parser=parse_flags)
 """
+
+
+OWN = "--config=tests/data/random_models.py"  # a script of one's own has no default that is known
 
 
 def start(*arguments, cwd=ROOT):
@@ -94,10 +99,11 @@ def test_a_process_count_that_cannot_work_is_refused():
     assert "1, 2, 4, 5, 8, 10, 20, 40" in err and err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_two_launches_of_two_cpu_processes_at_the_same_time(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
-    arguments = ("--cpu", str(script), "--num_processes", "2", "--config.seed=5")
+    arguments = ("--cpu", str(script), "--num_processes", "2", "--config.seed=5", OWN)
     processes = [start(*arguments) for _ in range(2)]
     for process in processes:
         out, err = process.communicate()
@@ -109,9 +115,32 @@ def test_two_launches_of_two_cpu_processes_at_the_same_time(tmp_path):
 def test_one_cpu_process_keeps_the_exit_status_of_the_script(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT.replace("import os\n", "raise SystemExit(7)\n", 1))
-    process = start("--cpu", str(script))
+    process = start("--cpu", str(script), OWN)
     process.communicate()
     assert process.returncode == 7
+
+
+def test_a_script_of_ones_own_needs_a_config(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    process = start("--cpu", str(script), "--config.seed=5")
+    _, err = process.communicate()
+    assert process.returncode == 2
+    assert err.startswith("error: --config=FILE is missing; ") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["train_sd15.py", "train_sdxl.py", "scripts/train_preference_model.py", "scripts/evaluate.py"],
+)
+def test_the_table_says_what_the_script_says(path):
+    """The default config, and a preflight that exists."""
+    script = SCRIPTS[Path(path).name]
+    shown = subprocess.run(
+        [sys.executable, path, "--help"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert f"(default: '{script.config}')" in shown.stdout
+    assert callable(find(script.preflight, {}, "preflight"))
 
 
 @pytest.mark.parametrize(
@@ -126,27 +155,23 @@ def test_one_cpu_process_keeps_the_exit_status_of_the_script(tmp_path):
 )
 def test_gpus_choose_the_accelerate_file(monkeypatch, gpus, given, processes, file):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-    launcher = gpu_launcher(options(**given))
-    assert launcher.processes == launcher.here == processes
-    assert launcher.arguments[-2:] == [
-        f"--config_file={ACCELERATE_CONFIGS / file}",
-        f"--num_processes={processes}",
-    ]
+    loaded = []
+    monkeypatch.setattr(
+        "accelerate.commands.config.load_config_from_file",
+        lambda name: loaded.append(name) or load_config_from_file(name),
+    )
+    assert gpu_world(options(**given)) == World(processes, processes)
+    assert loaded == [str(ACCELERATE_CONFIGS / file)]
 
 
 def test_two_machines(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     file = str(ACCELERATE_CONFIGS / "two_nodes_of_four.yaml")
     address = {"machine_rank": 1, "main_process_ip": "10.0.0.1"}
-    launcher = gpu_launcher(options(accelerate_config=file, **address))
-    assert (launcher.processes, launcher.here) == (8, 4)
-    assert launcher.arguments[-3:] == [
-        "--num_processes=8",
-        "--machine_rank=1",
-        "--main_process_ip=10.0.0.1",
-    ]
+    world = gpu_world(options(accelerate_config=file, **address))
+    assert world == World(8, 4, 2, 1, "10.0.0.1", 29500)
     with pytest.raises(UserError, match="--main_process_ip is missing"):
-        gpu_launcher(options(accelerate_config=file))
+        gpu_world(options(accelerate_config=file))
 
 
 @pytest.mark.parametrize(
@@ -159,7 +184,19 @@ def test_two_machines(monkeypatch):
 def test_gpus_that_are_not_there(monkeypatch, given, message):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(UserError, match=message):
-        gpu_launcher(options(**given))
+        gpu_world(options(**given))
+
+
+def test_gpus_that_a_file_names(monkeypatch, tmp_path):
+    file = tmp_path / "accelerate.yaml"
+    text = (ACCELERATE_CONFIGS / "four_gpus.yaml").read_text()
+    file.write_text(
+        text.replace("gpu_ids: all", "gpu_ids: 1,3").replace("processes: 4", "processes: 2")
+    )
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")  # gpu_world sets it
+    assert gpu_world(options(accelerate_config=str(file))) == World(2, 2)
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "1,3"
 
 
 def test_accelerate_reads_its_files():
@@ -177,7 +214,7 @@ def test_what_splits_the_model_is_refused(monkeypatch, tmp_path, kind):
     file.write_text(text.replace("MULTI_GPU", kind))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     with pytest.raises(UserError, match=f"distributed_type {kind} is not supported"):
-        gpu_launcher(options(accelerate_config=str(file)))
+        gpu_world(options(accelerate_config=str(file)))
     # By `accelerate launch` itself, without this launcher.
     monkeypatch.setenv(f"ACCELERATE_USE_{kind}", "true")
     with pytest.raises(UserError, match=f"distributed_type {kind} in the accelerate config"):
@@ -191,26 +228,15 @@ def test_a_timeout_that_cannot_be_is_refused():
 
 def test_two_machines_of_our_own_files_and_on_the_cpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "")  # cpu_launcher sets it
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "")  # cpu_world sets it
     place = {"num_machines": 2, "machine_rank": 1, "main_process_ip": "10.0.0.1"}
-    launcher = gpu_launcher(options(**place))
-    assert (launcher.processes, launcher.here) == (8, 4)
-    assert "--main_process_port=29500" in launcher.arguments
-    assert "--num_machines=2" in launcher.arguments
-    launcher = cpu_launcher(options(**place, num_processes=4))
-    assert (launcher.processes, launcher.here) == (4, 2)
-    assert launcher.arguments[1:] == [
-        "torch.distributed.run",
-        "--nproc_per_node=2",
-        "--nnodes=2",
-        "--node_rank=1",
-        "--master_addr=10.0.0.1",
-        "--master_port=29500",
-    ]
+    assert gpu_world(options(**place)) == World(8, 4, 2, 1, "10.0.0.1", 29500)
+    world = cpu_world(options(**place, num_processes=4, main_process_port=29600))
+    assert world == World(4, 2, 2, 1, "10.0.0.1", 29600)
     with pytest.raises(UserError, match="--num_processes=3 counts those of all machines"):
-        cpu_launcher(options(**place, num_processes=3))
+        cpu_world(options(**place, num_processes=3))
     with pytest.raises(UserError, match="--main_process_ip is missing"):
-        cpu_launcher(options(num_machines=2, machine_rank=0))
+        cpu_world(options(num_machines=2, machine_rank=0))
 
 
 def test_weights_that_differ_from_those_of_rank_0_stop_the_run(monkeypatch):

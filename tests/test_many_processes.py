@@ -2,9 +2,11 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -22,6 +24,7 @@ SMALL = {
     "sample.threshold": 0.0,
     "preference.scorer": "tests.scorers_for_tests:on_ranks",
 }
+CONFIG = "--config=tests/data/random_models.py"
 RANKS = ["RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"]
 
 
@@ -30,24 +33,28 @@ def arguments(folder, scorer=None, **overrides):
     overrides = {name.replace("__", "."): value for name, value in overrides.items()}
     values = SMALL | {"logdir": folder, "run_name": "run"} | overrides
     values["preference.kwargs"] = {"notes": str(folder), **(scorer or {})}
-    return [f"--config.{key}={value}" for key, value in values.items()]
+    return [CONFIG, *(f"--config.{key}={value}" for key, value in values.items())]
 
 
-def start(command, **environment):
+def start(command):
     env = {key: value for key, value in os.environ.items() if key not in RANKS}
     return subprocess.Popen(
         [sys.executable, *command],
         cwd=ROOT,
-        env=env | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | environment,
+        env=env | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
 
 
+def start_launcher(count, *options):
+    return start(["-m", "spo.launch", "--cpu", f"--num_processes={count}", SCRIPT, *options])
+
+
 def launch(count, *options):
     """Run to the end under the launcher; its status and what it said on stderr."""
-    process = start(["-m", "spo.launch", "--cpu", f"--num_processes={count}", SCRIPT, *options])
+    process = start_launcher(count, *options)
     _, err = process.communicate(timeout=300)
     return process.returncode, err
 
@@ -55,22 +62,6 @@ def launch(count, *options):
 def free_port():
     with socket.create_server(("127.0.0.1", 0)) as server:
         return server.getsockname()[1]
-
-
-def start_ranks(count, *options):
-    """The processes of a run without torchrun, which would end all of them when one ends."""
-    place = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    place["ACCELERATE_USE_CPU"] = "true"
-    return [
-        start([SCRIPT, *options], RANK=str(rank), LOCAL_RANK=str(rank), **place)
-        for rank in range(count)
-    ]
-
-
-def end(process):
-    """The status and the error lines of a process."""
-    _, err = process.communicate(timeout=300)
-    return process.returncode, [line for line in err.splitlines() if line.startswith("error:")]
 
 
 def read_lines(path):
@@ -86,6 +77,7 @@ def prompts_of(folder, count):
     return Counter(prompt for part in lines for prompt in part)
 
 
+@pytest.mark.slow
 def test_four_processes_some_without_valid_pairs(tmp_path):
     """Uneven and missing pairs, then fewer pairs than processes; all hold the same weights."""
     # Of 6 + 6 comparisons rank 0 has a pair in 7, rank 1 in none, rank 2 in 3, rank 3 in 6.
@@ -110,6 +102,7 @@ def test_four_processes_some_without_valid_pairs(tmp_path):
     assert weights[0] == weights[1] == weights[2] == weights[3]
 
 
+@pytest.mark.slow
 def test_two_processes_see_every_prompt_once_and_lose_what_one_loses(tmp_path):
     sizes = {"sample__global_batch_size": 2, "train__global_batch_size": 6, "num_epochs": 2}
     for count in (1, 2):
@@ -127,25 +120,56 @@ def test_two_processes_see_every_prompt_once_and_lose_what_one_loses(tmp_path):
     assert len(set(weights[0])) == len(weights[0]) == 10 and weights[0] == weights[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dead", [0, 1])
 def test_a_killed_rank_ends_the_other_with_a_line(tmp_path, dead):
     scorer = {"event": "kill", "rank": dead, "at": 8}  # in the second rollout
-    ranks = start_ranks(2, *arguments(tmp_path, scorer, prompts__num=4))
-    pid = ranks[dead].pid
-    assert end(ranks[dead]) == (-9, [])
-    status, (error,) = end(ranks[1 - dead])
-    assert status == 1
-    assert f"rank {dead} (" in error and f"pid {pid}) ended without a word" in error
+    status, err = launch(2, *arguments(tmp_path, scorer, prompts__num=4))
+    assert status == 1 and "Traceback" not in err
+    (error,) = [line for line in err.splitlines() if line.startswith("error:")]
+    assert error.startswith(f"error: rank {dead} ({os.uname().nodename}, pid ")
+    assert " was killed by SIGKILL; this run stops" in error
 
 
+@pytest.mark.slow
 def test_a_rank_that_raises_ends_the_other_with_its_error(tmp_path):
     scorer = {"event": "raise", "rank": 1, "at": 2}
-    ranks = start_ranks(2, *arguments(tmp_path, scorer, prompts__num=4))
-    status, (error,) = end(ranks[0])
+    status, err = launch(2, *arguments(tmp_path, scorer, prompts__num=4))
+    assert status == 1 and err.count("Traceback") == 1
+    (error,) = [line for line in err.splitlines() if line.startswith("error:")]
+    assert error.startswith("error: rank 1 (")
+    assert " failed (exit code 1): RuntimeError: out of luck; this run stops" in error
+
+
+@pytest.mark.slow
+def test_a_silent_rank_ends_the_other_after_the_timeout(tmp_path):
+    scorer = {"event": "pause", "rank": 1, "at": 2}
+    options = arguments(tmp_path, scorer, prompts__num=4, rank_timeout=5)
+    status, err = launch(2, *options)
     assert status == 1
-    assert f"pid {ranks[1].pid}): RuntimeError: out of luck; " in error
-    _, err = ranks[1].communicate(timeout=60)
-    assert ranks[1].returncode == 1 and "Traceback" in err and "RuntimeError: out of luck" in err
+    (error,) = [line for line in err.splitlines() if line.startswith("error:")]
+    assert error.startswith("error: rank 0 (") and "5000ms" in error
+
+
+def test_a_signal_to_the_launcher_saves_and_the_run_resumes(tmp_path):
+    options = {"prompts__num": 4, "train__batch_size": 2}
+    process = start_launcher(2, *arguments(tmp_path, **options))
+    metrics, end = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 240
+    while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < end:
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 75
+    (line,) = [line for line in err.splitlines() if line.startswith("stopped:")]
+    assert line.startswith(f"stopped: by a signal; everything is in {tmp_path}/run/checkpoints/")
+    assert "Traceback" not in err and "error" not in err
+    status, err = launch(2, *arguments(tmp_path, resume_from="auto", **options))
+    assert status == 0, err
+    assert metrics_of(tmp_path, "pairs") == [12, 12]
+    notes = [read_lines(tmp_path / f"rank_{rank}.jsonl") for rank in range(2)]
+    weights = [[line["weights"] for line in rank if "weights" in line] for rank in notes]
+    assert weights[0] == weights[1]
 
 
 def test_bad_data_that_one_rank_meets_is_one_line_of_the_run(tmp_path):
@@ -171,6 +195,7 @@ def train_on_two_machines(*options):
         assert machine.returncode == 0, err
 
 
+@pytest.mark.slow
 def test_two_machines_train_and_resume(tmp_path):
     options = {"prompts__num": 4, "train__batch_size": 6}
     train_on_two_machines(*arguments(tmp_path, **options))

@@ -109,7 +109,7 @@ def test_a_rollout_is_under_autocast_where_a_lora_is_in_use(mixed_precision):
     """A LoRA in fp32 beside weights in 16 bits needs it, whoever put it there."""
     backbone, seen = load_backbone("sd15", mixed_precision), []
     backbone.unet.register_forward_hook(lambda *_: seen.append(torch.is_autocast_enabled("cpu")))
-    config, _ = load_config(str(Path(__file__).parent / "data" / "random_models.py"))
+    config = load_config(str(Path(__file__).parent / "data" / "random_models.py"))
     config.update_from_flattened_dict({"sample.num_steps": 2, "sample.branch_from": 0})
 
     def is_under_autocast():

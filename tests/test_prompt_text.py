@@ -10,7 +10,8 @@ from transformers import AutoTokenizer
 
 from spo.data import token_lengths
 from spo.data.prompts import read_prompts
-from spo.data.token_lengths import describe_lengths, named, readable
+from spo.data.token_lengths import describe_lengths, readable
+from spo.errors import named
 from spo.run.pictures import Cell, grid, write_png
 
 HARD = {
@@ -88,7 +89,7 @@ def test_prompts_that_are_cut_are_counted(tokenizer):
 
 
 def test_of_many_prompts_every_so_many_are_looked_at(tokenizer, monkeypatch):
-    monkeypatch.setattr(token_lengths, "_LOOKED_AT", 3000)
+    monkeypatch.setattr(token_lengths, "_SAMPLED", 3000)
     prompts = ["x" * 100] * 2500
     said = describe_lengths(prompts, {"text encoder": tokenizer})
     assert said.startswith("30 of 30 prompts (every 84th) are longer than 77 tokens")

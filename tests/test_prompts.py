@@ -1,5 +1,6 @@
 """Reading, drawing, keeping and shuffling prompts."""
 
+import functools
 import json
 import os
 import random
@@ -12,7 +13,9 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from huggingface_hub import cached_assets_path
 
+from spo.data import prompts
 from spo.data.prompts import epoch_order, read_prompts
 from spo.errors import UserError
 from spo.seeding import derive_seed
@@ -308,7 +311,8 @@ def hub(tmp_path, monkeypatch) -> FakeHub:
     write_parquet(tmp_path / "hub" / "train.parquet", [f"prompt {i % 40}" for i in range(50)])
     fake = FakeHub(tmp_path / "hub", datasets.load_dataset)
     monkeypatch.setattr(datasets, "load_dataset", fake)
-    monkeypatch.setenv("SPO_CACHE", str(tmp_path / "cache"))
+    assets = functools.partial(cached_assets_path, assets_dir=tmp_path / "cache" / "assets")
+    monkeypatch.setattr(prompts, "cached_assets_path", assets)
     monkeypatch.chdir(tmp_path)
     return fake
 
@@ -372,11 +376,12 @@ def test_cache_that_cannot_be_written(hub, tmp_path, caplog):
     assert "not kept" in caplog.text
 
 
-def test_cache_is_in_the_home_folder(hub, tmp_path, monkeypatch):
-    monkeypatch.delenv("SPO_CACHE")
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    read_prompts(HUB, num=10)
-    assert len(list((tmp_path / "home" / ".cache" / "spo" / "prompts").iterdir())) == 1
+def test_kept_draws_are_in_the_hubs_own_cache(hub, tmp_path):
+    drawn = read_prompts(HUB, num=10, seed=3)
+    options = (f"--source={HUB}", "--num=10", "--seed=3", "--output=kept.txt")
+    done = prepare(tmp_path, *options, home=tmp_path / "cache")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "kept.txt").read_text().splitlines() == list(drawn.prompts)
 
 
 def test_folder_is_not_kept(hub, tmp_path):
@@ -424,8 +429,9 @@ def test_derive_seed():
 # ---- the script ------------------------------------------------------------------------------
 
 
-def prepare(tmp_path: Path, *options: str) -> subprocess.CompletedProcess:
-    env = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "SPO_CACHE": str(tmp_path)}
+def prepare(tmp_path: Path, *options: str, home: Path | None = None):
+    env = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    env["HF_HOME"] = str(home or tmp_path)
     command = [sys.executable, str(SCRIPT), *options]
     return subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
 

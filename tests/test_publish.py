@@ -140,7 +140,7 @@ def add_evaluation(folder):
 
 def test_what_is_uploaded_is_what_the_run_holds(hub, run_dir, capsys):
     add_evaluation(run_dir / "evaluation")
-    config, _ = load_config(str(run_dir / "config.json"))
+    config = load_config(str(run_dir / "config.json"))
     config.pretrained.model = f"{HOME}/models/mine"
     assert read_recipe(config).lora_metadata()["base_model"] == "mine"
     save_config(config, run_dir / "config.json")
@@ -156,7 +156,7 @@ def test_what_is_uploaded_is_what_the_run_holds(hub, run_dir, capsys):
     assert files["samples/03.png"] == (run_dir / "samples/03.png").read_bytes()
     assert not hub.repos["user/name"].private
     (run_dir / "config.json").write_bytes(files["config.json"])
-    published, _ = load_config(str(run_dir / "config.json"))
+    published = load_config(str(run_dir / "config.json"))
     assert published.prompts.source == "prompts.txt" and published.logdir == "runs"
     assert all(HOME.encode() not in content for content in files.values())
 
@@ -216,7 +216,7 @@ def test_the_card_says_what_the_run_recorded(run_dir):
 
 def test_metadata_are_the_hubs(run_dir, monkeypatch):
     monkeypatch.chdir(ROOT)
-    config, _ = load_config(str(run_dir / "config.json"))
+    config = load_config(str(run_dir / "config.json"))
     card = lay_out(run_dir, Destination("user/name", "sd1_5")).folder / "README.md"
     found = metadata(card.read_text())
     # A folder is no base model that the Hub could know.
@@ -247,7 +247,7 @@ def test_metadata_are_the_hubs(run_dir, monkeypatch):
 
 
 def test_sdxl_with_a_vae_of_its_own_and_another_scorer(run_dir):
-    config, _ = load_config("config/spo_sdxl.py")
+    config = load_config("config/spo_sdxl.py")
     config.preference.scorer, config.pretrained.variant = "pickscore", "fp16"
     save_config(config, run_dir / "config.json")
     shutil.rmtree(run_dir / "ema")
@@ -270,7 +270,7 @@ def test_sdxl_with_a_vae_of_its_own_and_another_scorer(run_dir):
     ],
 )
 def test_a_loss_of_ones_own_is_called_by_its_name_and_cites_nobody(run_dir, algorithm, name):
-    config, _ = load_config(str(run_dir / "config.json"))
+    config = load_config(str(run_dir / "config.json"))
     config.algorithm = algorithm
     save_config(config, run_dir / "config.json")
     layout = lay_out(run_dir, Destination("user/name"))
@@ -281,7 +281,7 @@ def test_a_loss_of_ones_own_is_called_by_its_name_and_cites_nobody(run_dir, algo
 
 
 def test_a_setting_is_in_the_card_if_it_differs_from_the_family_s_default(run_dir):
-    config, _ = load_config("config/sdxl.py")
+    config = load_config("config/sdxl.py")
 
     def settings(**changes):
         """The rows of settings in the card of a run with these changes."""
@@ -302,7 +302,7 @@ def test_a_setting_is_in_the_card_if_it_differs_from_the_family_s_default(run_di
 
 
 def test_runs_share_a_card_and_keep_each_others_sections(hub, run_dir):
-    config, _ = load_config(str(run_dir / "config.json"))
+    config = load_config(str(run_dir / "config.json"))
     bases = {
         "sd1_5": "stable-diffusion-v1-5/stable-diffusion-v1-5",
         "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",

@@ -16,7 +16,7 @@ reproduce = runpy.run_path(str(SCRIPT))
 def test_an_arm_changes_what_its_name_says(arm):
     config = reproduce["arm_config"](arm, seed=3, folder=Path("out/arm/seed_3"))
     check(config)
-    tiny, _ = load_config("config/tiny.py")
+    tiny = load_config("config/tiny.py")
     ours, theirs = leaves(config), leaves(tiny)
     changed = {key for key in ours if ours[key] != theirs.get(key)}
     common = {"seed", "logdir", "run_name", "resume_from", "eval_interval", "prompts.num"}

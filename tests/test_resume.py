@@ -380,9 +380,10 @@ def test_the_same_processes_go_on_with_their_own(tmp_path):
     assert share["pairs.timesteps"].tolist() == [1, 3, 5]
 
 
+@pytest.mark.slow
 def test_kills_at_random_moments():
-    """The short form of what scripts/kill_test.py is for."""
-    command = [sys.executable, "scripts/kill_test.py", "--kills=4", "--seed=3"]
+    """The short form of tests/kill_test.py."""
+    command = [sys.executable, "-m", "tests.kill_test", "--kills=4", "--seed=3"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stderr[-2000:]
     assert re.search(r"^4 kills, \d+ runs, 0 of them different", result.stdout, re.M)

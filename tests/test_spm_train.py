@@ -21,7 +21,8 @@ from safetensors.torch import load_file
 from config import spm_tiny
 from spo.command_line.config_files import leaves
 from spo.errors import RunError, Stopped, UserError
-from spo.launch.__main__ import read_script
+from spo.launch.__main__ import SCRIPTS, read_config
+from spo.plugins import find
 from spo.preference import preparation, spm_learner
 from spo.preference.spm_recipe import check_training, refusal
 from spo.preference.spm_trainer import train_preference_model
@@ -464,11 +465,13 @@ def own_flags():
 
 def test_the_launcher_checks_by_the_scripts_own_config(own_flags):
     arguments = ["--config=config/spm_tiny.py", "--config.labels.margin=2"]
-    script = read_script("scripts/train_preference_model.py", arguments)
+    path = "scripts/train_preference_model.py"
+    script = SCRIPTS[Path(path).name]
+    config = read_config(path, script, arguments)
     plan = "minibatch 16 x 2 processes x 1 accumulation step = 32 pairs per update"
-    assert script.plan(script.config, 2).describe() == plan
+    assert script.plan(config, 2).describe() == plan
     with pytest.raises(UserError, match="^labels.margin: 2.0 must be from 0 to below 1.$"):
-        script.preflight(script.config, 2)
+        find(script.preflight, {}, "preflight")(config, 2)
 
 
 @pytest.mark.parametrize("streaming", [False, True])

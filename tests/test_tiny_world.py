@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 
 from spo.tiny_world import preferences
-from spo.tiny_world.preferences import draw_pairs, split_captions, write_parquet
-from spo.tiny_world.quality import parts, quality
+from spo.tiny_world.preferences import draw_labelled_pairs, split_captions, write_parquet
+from spo.tiny_world.quality import hidden_quality, quality_parts
 from spo.tiny_world.reading import read_captions
 from spo.tiny_world.scenes import SHAPES, SIDE, Caption, Making, all_captions, coverage, render
 
@@ -30,17 +30,11 @@ def some_captions(n, seed=0):
     return [all_captions()[i] for i in np.random.default_rng(seed).integers(336, size=n)]
 
 
-def test_captions_are_read_back():
+def test_captions_are_distinct():
     captions = all_captions()
     assert len(captions) == len(set(captions)) == 7 * 6 * 4 * 2
-    assert all(Caption.parse(str(caption)) == caption for caption in captions)
+    assert len({str(caption) for caption in captions}) == len(captions)
     assert str(captions[0]).startswith("a small red circle on a ")
-
-
-@pytest.mark.parametrize("text", ["", "a red circle", "a small red circle upon a blue background"])
-def test_other_texts_are_no_captions(text):
-    with pytest.raises(ValueError, match="not a caption"):
-        Caption.parse(text)
 
 
 @pytest.mark.parametrize(
@@ -68,7 +62,7 @@ def test_a_seed_repeats_an_image_and_another_moves_the_shape():
 
 
 def test_perfect_images_have_the_highest_quality():
-    assert quality(images_of(some_captions(50))).min() > 9
+    assert hidden_quality(images_of(some_captions(50))).min() > 9
 
 
 @pytest.mark.parametrize(
@@ -81,7 +75,7 @@ def test_perfect_images_have_the_highest_quality():
 )
 def test_quality_falls_with_each_flaw_and_with_no_other(name, values, part):
     captions = some_captions(100)
-    measured = [parts(images_of(captions, **{name: value})).mean(0) for value in values]
+    measured = [quality_parts(images_of(captions, **{name: value})).mean(0) for value in values]
     assert measured[0][part] > measured[1][part] + 0.1 > measured[2][part] + 0.2
     for other in {0, 1, 2} - {part}:
         assert abs(measured[0][other] - measured[2][other]) < 0.15
@@ -90,8 +84,8 @@ def test_quality_falls_with_each_flaw_and_with_no_other(name, values, part):
 @pytest.mark.parametrize("name", ["brightness", "contrast"])
 def test_quality_hardly_sees_the_rest(name):
     captions = some_captions(100)
-    dark = quality(images_of(captions, **{name: 0.75}, saturation=0.7, blotches=0.03)).mean()
-    light = quality(images_of(captions, saturation=0.7, blotches=0.03)).mean()
+    dark = hidden_quality(images_of(captions, **{name: 0.75}, saturation=0.7, blotches=0.03)).mean()
+    light = hidden_quality(images_of(captions, saturation=0.7, blotches=0.03)).mean()
     assert abs(dark - light) < 1.2
 
 
@@ -99,7 +93,7 @@ def test_quality_hardly_sees_the_rest(name):
 def test_quality_is_blind_to_the_caption(part):
     captions = some_captions(800, seed=3)
     generator = torch.Generator().manual_seed(0)
-    values = quality(render(captions, Making.draw(800, generator), generator))
+    values = hidden_quality(render(captions, Making.draw(800, generator), generator))
     groups = {}
     for caption, value in zip(captions, values.tolist(), strict=True):
         groups.setdefault(getattr(caption, part), []).append(value)
@@ -127,15 +121,15 @@ def test_held_out_captions_are_in_no_training_pair():
     assert len(held_out) == 200 and not set(training) & set(held_out)
     assert set(training) | set(held_out) == set(all_captions())
     assert {c.colour for c in training} == {c.colour for c in held_out}
-    assert set(draw_pairs(training, 50, seed=0).captions) <= set(training)
+    assert set(draw_labelled_pairs(training, 50, seed=0).captions) <= set(training)
 
 
 def test_labels_follow_quality_and_caption(monkeypatch):
     monkeypatch.setattr(preferences, "FLIPPED", 0.0)
     training, _ = split_captions()
-    pairs = draw_pairs(training, 400, seed=5)
+    pairs = draw_labelled_pairs(training, 400, seed=5)
     shown = [read_captions(images) for images in pairs.images]
-    gap = quality(pairs.images[0]) - quality(pairs.images[1])
+    gap = hidden_quality(pairs.images[0]) - hidden_quality(pairs.images[1])
     disagreements = wrong_captions = 0
     for i, asked in enumerate(pairs.captions):
         right = [shown[side][i] == asked for side in range(2)]
@@ -151,15 +145,15 @@ def test_labels_follow_quality_and_caption(monkeypatch):
 
 def test_some_labels_are_turned_round(monkeypatch):
     training, _ = split_captions()
-    labels = draw_pairs(training, 1000, seed=6).labels
+    labels = draw_labelled_pairs(training, 1000, seed=6).labels
     monkeypatch.setattr(preferences, "FLIPPED", 0.0)
-    honest = draw_pairs(training, 1000, seed=6).labels
+    honest = draw_labelled_pairs(training, 1000, seed=6).labels
     assert 0.02 < (labels != honest).float().mean() < 0.08
 
 
 def test_pairs_are_written_in_the_columns_of_pick_a_pic(tmp_path):
     training, _ = split_captions()
-    pairs = draw_pairs(training, 30, seed=7)
+    pairs = draw_labelled_pairs(training, 30, seed=7)
     write_parquet(pairs, tmp_path / "train.parquet")
     rows = pq.read_table(tmp_path / "train.parquet").to_pylist()
     count = Counter(row["caption"] for row in rows)

@@ -14,12 +14,13 @@ from spo.command_line.config_files import load_config
 from spo.data.prompts import read_prompts
 from spo.errors import UserError
 from spo.lora_io.diffusers_file import LORA_FILE, save_lora
+from spo.method import build
+from spo.models.backbone import Backbone
 from spo.models.plain_images import ImageSettings
-from spo.tiny_world.base_model import TOKENS, make_tokenizer, token_ids
-from spo.tiny_world.controls import flipped_preferences
-from spo.tiny_world.evaluation import Bench, Judged, before_and_after, compare, summary
+from spo.tiny_world.clip import TOKENS, make_tokenizer, token_ids
+from spo.tiny_world.evaluation import Bench, ScoredImages, Verdict, before_and_after
 from spo.tiny_world.fitting import Fit, fit
-from spo.tiny_world.preferences import split_captions
+from spo.tiny_world.preferences import flipped_preferences, split_captions
 from spo.tiny_world.scenes import all_captions
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -85,42 +86,46 @@ def test_flipped_preferences_flip_half_of_the_comparisons(spm_scorer):
 
 @pytest.fixture(scope="module")
 def bench():
-    config, _ = load_config("config/tiny.py")
-    prompts = ["a small red circle on a blue background"] * 3
-    return Bench(config, prompts, ImageSettings(4, 2.0, seed=0))
+    return make_bench("config/tiny.py", ["a small red circle on a blue background"] * 3)
+
+
+def make_bench(config_file, prompts):
+    config = load_config(config_file)
+    backbone = Backbone(build.model_source(config), "sd15", "no", torch.device("cpu"))
+    lora = build.build_lora(config, backbone.unet, seed=0)
+    return Bench(backbone, lora, prompts, ImageSettings(4, 2.0, seed=0))
 
 
 def test_a_lora_without_effect_ties_with_the_base(bench, tmp_path):
-    lora = bench._lora
+    lora = bench.lora
     save_lora(tmp_path / LORA_FILE, lora, lora.snapshot(), {})
-    same = bench.judge(tmp_path)
+    same = bench.score(tmp_path)
     torch.testing.assert_close(same.images, bench.base.images, atol=1e-5, rtol=0)
     noise = torch.Generator().manual_seed(0)
     other = {
         name: 0.3 * torch.randn(p.shape, generator=noise) for name, p in lora.snapshot().items()
     }
     save_lora(tmp_path / LORA_FILE, lora, other, {})
-    assert (bench.judge(tmp_path).images - bench.base.images).abs().max() > 0.01
+    assert (bench.score(tmp_path).images - bench.base.images).abs().max() > 0.01
 
 
 def test_other_models_are_refused():
-    config, _ = load_config("tests/data/random_models.py")
     with pytest.raises(UserError, match="draws 16 pixels"):
-        Bench(config, ["a fox"], ImageSettings(4, 2.0, seed=0))
+        make_bench("tests/data/random_models.py", ["a fox"])
 
 
 def test_the_verdict_on_known_numbers():
     images = torch.zeros(4, 3, 32, 32)
-    base = Judged(images, np.array([1.0, 2.0, 3.0, 4.0]), np.array([True, True, True, False]))
-    better = Judged(images, base.quality + 1, np.array([True, True, False, False]))
-    verdict = compare(base, better)
+    base = ScoredImages(images, np.array([1.0, 2.0, 3.0, 4.0]), np.array([True, True, True, False]))
+    better = ScoredImages(images, base.quality + 1, np.array([True, True, False, False]))
+    verdict = Verdict.of(base, better)
     assert verdict.difference.mean == 1 and verdict.win_rate.mean == 1
     assert verdict.faithfulness.mean == -0.25
-    text = verdict.describe(base, better, "GradSPO").splitlines()
+    text = verdict.describe("GradSPO").splitlines()
     assert text[0].endswith("base 2.50, GradSPO 3.50 of 10") and len(text) == 4
     assert "base 75.0 %, GradSPO 50.0 %" in text[3]
-    assert summary(base, better, verdict)["quality"] == {"base": 2.5, "trained": 3.5}
-    picture = before_and_after(["a b c"] * 4, base, better, "GradSPO", columns=2)
+    assert verdict.as_json()["quality"] == {"base": 2.5, "trained": 3.5}
+    picture = before_and_after(verdict, ["a b c"] * 4, "GradSPO", columns=2)
     assert picture.height > 4 * 112
 
 

@@ -27,7 +27,7 @@ TIMING = ("seconds_rollout", "seconds_train", "images_per_second", "peak_memory_
 def config(tmp_path, monkeypatch):
     """The tiny config made smaller: four prompts, two rollouts of two in each of two epochs."""
     monkeypatch.chdir(ROOT)
-    config, _ = load_config("tests/data/random_models.py")
+    config = load_config("tests/data/random_models.py")
     config.update_from_flattened_dict(
         {
             "logdir": str(tmp_path),

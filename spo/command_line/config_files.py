@@ -1,13 +1,18 @@
-"""Reading and writing configs: a file, laid over a base config, becomes a typed ConfigDict."""
+"""Reads and writes configs: a config file, laid over a base, becomes a typed ConfigDict.
+
+A base (BASE, SPM_BASE or EVAL_BASE) has every key of a script with its default and its type. A key
+whose default is a placeholder or a FieldReference may also be None; every other key may not.
+"""
 
 import importlib.util
 import json
 import sys
 import traceback
+from collections.abc import Callable, Collection
 from difflib import get_close_matches
 from pathlib import Path
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FieldReference
 
 from spo.atomic import write_file
 from spo.errors import UserError
@@ -16,15 +21,13 @@ REPO_ROOT = Path(__file__).resolve().parents[2]
 BASE = "config/base.py"
 SPM_BASE = "config/spm_base.py"
 EVAL_BASE = "config/eval_base.py"
+# A base, or a function that chooses one by the top-level keys of the config file.
+Base = str | Callable[[Collection[str]], str]
 
-# Numbers by default, but None has a meaning for them too.
-ALSO_NONE = ("train.max_grad_norm", "train.clip_eps", "train.global_batch_size")
 
+def load_config(path: str, base: Base = BASE) -> ConfigDict:
+    """Returns `base` with the values of a .py or .json config file.
 
-def load_config(path: str, *bases: str) -> tuple[ConfigDict, set[str]]:
-    """A .py or .json config laid over a base config, and the keys in it that may be None.
-
-    The base is that of `bases` (BASE alone where there are none) which knows most of its sections.
     `path` is relative to the current folder, else to the repository. Raises UserError for a
     missing or broken file, and for keys and types that the base does not have.
     """
@@ -33,22 +36,15 @@ def load_config(path: str, *bases: str) -> tuple[ConfigDict, set[str]]:
         sys.path.insert(0, str(REPO_ROOT))
     file = _find(path)
     values = _read_json(file) if file.suffix == ".json" else _run_python(file).to_dict()
-
-    found = {base: _run_python(REPO_ROOT / base) for base in bases or (BASE,)}
-    base = max(found, key=lambda name: len(values.keys() & found[name].keys()))
-    config = found[base]
-    known = leaves(config)
-    also_none = {key for key in ALSO_NONE if key in known}
-    for key in also_none:
-        section, name = key.split(".")
-        config[section].get_ref(name)  # a reference keeps its type while its value is None
-    nullable = {key for key, value in known.items() if value is None} | also_none
+    base = base(values) if callable(base) else base
+    config = _run_python(REPO_ROOT / base)
     unknown = [name for name in values if name not in config]
     if unknown:
-        hint = suggest(unknown[0], list(known)) or f"; this script takes the keys of {base}"
-        raise UserError(f"{path}: unknown key {unknown[0]}{hint}")
-    _overlay(config, values, nullable, source=path)
-    return config, nullable
+        key, known = unknown[0], list(leaves(config))
+        hint = suggest(key, known) or f"; this script takes the keys of {base}"
+        raise UserError(f"{path}: unknown key {key}{hint}")
+    _overlay(config, values, source=path)
+    return config
 
 
 def save_config(config: ConfigDict, path: Path) -> None:
@@ -56,19 +52,25 @@ def save_config(config: ConfigDict, path: Path) -> None:
     write_file(path, (config.to_json(indent=2) + "\n").encode())
 
 
-def leaves(config: ConfigDict, prefix: str = "") -> dict[str, object]:
-    """All settings under their dotted names; an empty section, to be filled at will, is one."""
+def leaves(config: ConfigDict, only_optional: bool = False) -> dict[str, object]:
+    """Returns all settings, or only settings that may be None, by their dotted names.
+
+    An empty section counts as a setting.
+    """
     found = {}
-    for name, value in config.items():
+    for name, value in config.items(preserve_field_references=True):
         if _is_section(value):
-            found |= leaves(value, f"{prefix}{name}.")
-        else:
-            found[prefix + name] = value
+            section = leaves(value, only_optional)
+            found |= {f"{name}.{key}": leaf for key, leaf in section.items()}
+        elif isinstance(value, FieldReference):
+            found[name] = value.get()
+        elif not only_optional:
+            found[name] = value
     return found
 
 
 def check_leaves(config: ConfigDict) -> None:
-    """Raise UserError for a number or text that no setting can have, whatever it means."""
+    """Raises UserError for a number or text that is too large or malformed for any setting."""
     for key, value in leaves(config).items():
         for item in value if isinstance(value, tuple | list) else (value,):
             if isinstance(item, int) and abs(item) >= 2**63:
@@ -78,7 +80,7 @@ def check_leaves(config: ConfigDict) -> None:
 
 
 def _check_text(key: str, text: str) -> None:
-    """UserError for what cannot be asked whether it is a path: most text may be one."""
+    """Raises UserError if the file system rejects `text` as a path: most texts may be one."""
     try:
         Path(text).expanduser().exists()
     except (OSError, ValueError, RuntimeError) as error:
@@ -87,7 +89,7 @@ def _check_text(key: str, text: str) -> None:
 
 
 def suggest(key: str, known: list[str]) -> str:
-    """The end of a message about an unknown key: the one that may have been meant."""
+    """Returns the end of a message about an unknown key: the known key that was probably meant."""
     close = [name for name in known if name.endswith(f".{key}")] or get_close_matches(key, known)
     return f"; did you mean {close[0]}?" if close else ""
 
@@ -115,7 +117,7 @@ def _read_json(file: Path) -> dict:
 
 
 def _run_python(file: Path) -> ConfigDict:
-    """What get_config() of a config file returns, every failure a UserError with its line."""
+    """Returns what get_config() of a config file returns; a failure is a UserError with its line."""
     spec = importlib.util.spec_from_file_location("spo_config", file)
     module = importlib.util.module_from_spec(spec)
     try:
@@ -131,20 +133,21 @@ def _run_python(file: Path) -> ConfigDict:
     return config
 
 
-def _overlay(config: ConfigDict, values: dict, nullable: set[str], source: str, prefix: str = ""):
-    """Sets `values` on `config` in place; its keys and types are the only ones allowed."""
+def _overlay(config: ConfigDict, values: dict, source: str, prefix: str = "") -> None:
+    """Sets `values` on `config` in place; only its own keys and types are allowed."""
+    optional = leaves(config, only_optional=True)
     for name, value in values.items():
         key = prefix + name
         if name not in config:
             known = [prefix + other for other in leaves(config)]
             raise UserError(f"{source}: unknown key {key}{suggest(key, known)}")
         if _is_section(config[name]) and isinstance(value, dict):
-            _overlay(config[name], value, nullable, source, f"{key}.")
+            _overlay(config[name], value, source, f"{key}.")
             continue
         expected = config.get_type(name)
         try:
             # ml_collections itself takes None anywhere, and true as a number.
-            if (value is None and key not in nullable) or (type(value) is bool is not expected):
+            if (value is None and name not in optional) or (type(value) is bool is not expected):
                 raise TypeError
             config[name] = value
         except (TypeError, ValueError, OverflowError) as error:

@@ -1,4 +1,4 @@
-"""Command lines: `--config=FILE`, `--config.key=value`, and errors of one line.
+"""Parses command lines: `--config=FILE`, `--config.key=value`; errors are one line.
 
 CONFIG = define_config("config/sd15.py")      # CONFIG.value is the config, locked
 app.run(main, flags_parser=parse_flags)
@@ -14,20 +14,20 @@ from copy import deepcopy
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
-from spo.command_line.config_files import leaves, load_config, suggest
-from spo.errors import UserError
-from spo.launch.exit_status import hand_over
+from spo.command_line.config_files import BASE, Base, leaves, load_config, suggest
+from spo.errors import FAILED, UserError
 
 # absl lists a flag under the module that defines it: let that be the script, not this file.
 flags.disclaim_key_flags()
 
 FLAGS = flags.FLAGS
-_LINE = 1500  # characters of an error; at its end it says what to do
+LAUNCHER_VARIABLE = "SPO_LAUNCHER_PID"  # set by spo.launch for the processes that it starts
+_LINE = 1500  # characters of an error, whose end says what to do
 OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]+)")
 
 
 class _OrNone(flags.ArgumentParser):
-    """An absl parser that takes "None" too; parse_flags checks that the key does."""
+    """An absl parser that also takes "None"; parse_flags checks that the key may be None."""
 
     def __init__(self, parser: flags.ArgumentParser, expected: str):
         self.parser = parser
@@ -55,28 +55,43 @@ config_flags.register_flag_parser_for_type(str, _OrNone(flags.ArgumentParser(), 
 def exit_on_user_error() -> Iterator[None]:
     """Turns a UserError into one line on stderr, of a machine's first process, and its exit status.
 
-    A status other than 0, of SystemExit too, reaches spo.launch past torchrun.
+    Of several processes that spo.launch started, it prints the error of the one that failed first.
     """
     try:
         yield
     except UserError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # set where several processes were started
+        # LOCAL_RANK is set where several processes were started.
+        if not _left_to_launcher(error) and os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"{error.label}: {one_line(str(error))}", file=sys.stderr)
-        sys.exit(hand_over(error.exit_status))
-    except SystemExit as end:
-        sys.exit(hand_over(end.code) if isinstance(end.code, int) else end.code)
+        sys.exit(error.exit_status)
+    except Exception as error:
+        if _left_to_launcher(error):
+            sys.exit(FAILED)
+        raise
+
+
+def _left_to_launcher(error: Exception) -> bool:
+    """Writes `error` to the file that torch's launcher reads; False without spo.launch."""
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if file is None or LAUNCHER_VARIABLE not in os.environ:
+        return False
+    if not os.path.exists(file):  # else spo.launch.workers has written it
+        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+        get_error_handler().record_exception(error)
+    return True
 
 
 def one_line(text: str) -> str:
-    """`text` without line breaks and control characters, and without the middle of very long ones."""
+    """Returns `text` without line breaks and control characters, cut in the middle if very long."""
     shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(text.split()))
     return shown if len(shown) <= _LINE else f"{shown[: _LINE - 400]} … {shown[-400:]}"
 
 
-def define_config(default: str, *bases: str) -> flags.FlagHolder:
-    """Defines the flag --config; its value is a locked ConfigDict once parse_flags has run.
+def define_config(default: str, base: Base = BASE) -> flags.FlagHolder:
+    """Defines the flag --config; after parse_flags its value is a locked ConfigDict.
 
-    `bases`: see load_config.
+    The config file `default` applies if the command line names none; `base` is load_config's.
     """
     holder = flags.DEFINE_string(
         "config",
@@ -84,7 +99,7 @@ def define_config(default: str, *bases: str) -> flags.FlagHolder:
         "Config file: a .py with get_config(), or the config.json of a run. "
         "--config.key=value changes one key of it, e.g. --config.seed=5.",
     )
-    FLAGS["config"].bases = bases
+    FLAGS["config"].base = base
     return holder
 
 
@@ -95,47 +110,48 @@ def parse_flags(argv: list[str]) -> list[str]:
         sys.exit(0)
     with exit_on_user_error():
         path, argv = _take_config_path(argv)
-        config, nullable = load_config(path or FLAGS["config"].default, *FLAGS["config"].bases)
-        program, *positional = _lay_over(config, nullable, argv, FLAGS)
+        config = load_config(path or FLAGS["config"].default, FLAGS["config"].base)
+        program, *positional = _lay_over(config, argv, FLAGS)
         if positional:
             raise UserError(f"unexpected argument {positional[0]!r}: settings are --key=value")
     return [program]
 
 
 def changed(config: ConfigDict, changes: str) -> ConfigDict:
-    """A copy of the config of parse_flags with `changes`, "key=value,key=value"; UserError if unfit."""
-    copy, nullable = deepcopy(config), FLAGS["config"].nullable
+    """Returns a copy of parse_flags' config with `changes`, "key=value,key=value".
+
+    Raises UserError for unknown keys and unfit values.
+    """
+    copy = deepcopy(config)
     items = re.split(r",(?=[\w.]+=)", changes)
     for item in items:
         if "=" not in item:
             raise UserError(f"config: {item!r} is not of the form KEY=VALUE")
-    _lay_over(copy, nullable, ["", *(f"--config.{item}" for item in items)], flags.FlagValues())
+    _lay_over(copy, ["", *(f"--config.{item}" for item in items)], flags.FlagValues())
     return copy
 
 
-def _lay_over(
-    config: ConfigDict, nullable: set[str], argv: list[str], values: flags.FlagValues
-) -> list[str]:
-    """Changes `config` as `argv` says, and returns what of that is no flag of `values`."""
+def _lay_over(config: ConfigDict, argv: list[str], values: flags.FlagValues) -> list[str]:
+    """Applies the overrides in `argv` to `config`; returns the arguments that are not flags."""
     _check_keys(argv, list(leaves(config)))
     try:
-        # Takes the place of define_config's flag, and defines a flag for each override.
+        # Replaces define_config's flag, and defines a flag for each override.
         config_flags.DEFINE_config_dict(
             "config", config, flag_values=values, sys_argv=argv, allow_override=True
         )
-        others = values(argv)
+        positional = values(argv)
     except flags.Error as error:
         # absl says "flag --config.train.beta=x: expected a number".
         raise UserError(str(error).replace("flag --config.", "config: ", 1)) from error
+    optional = leaves(config, only_optional=True)
     for key, value in values["config"].override_values.items():
-        if value is None and key not in nullable:
+        if value is None and key not in optional:
             raise UserError(f"config: {key} cannot be None")
-    values["config"].nullable = nullable  # for `changed`
-    return others
+    return positional
 
 
 def _take_config_path(argv: list[str]) -> tuple[str, list[str]]:
-    """The last `--config=FILE` or `--config FILE` of `argv`, and the other arguments."""
+    """Returns the last `--config=FILE` or `--config FILE` of `argv`, and the other arguments."""
     path, others, arguments = "", [], iter(argv)
     for argument in arguments:
         name, equals, value = argument.partition("=")

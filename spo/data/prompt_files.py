@@ -1,4 +1,4 @@
-"""Rows of prompt files: .json, .jsonl, .txt, .csv and .parquet."""
+"""Reads the rows of prompt files: .json, .jsonl, .txt, .csv and .parquet."""
 
 import csv
 import io
@@ -13,7 +13,10 @@ from spo.errors import UserError
 
 
 def file_rows(path: Path, column: str) -> Iterator[object]:
-    """What stands in `column` of each row, text or not; UserError naming the file and the fault."""
+    """Yields the value of `column` in each row, text or not.
+
+    Raises UserError that names the file and the fault.
+    """
     reader = READERS.get(path.suffix.lower())
     if reader is None:
         raise UserError(f"{path}: unknown kind of file; known are {', '.join(READERS)}")
@@ -25,11 +28,11 @@ def file_rows(path: Path, column: str) -> Iterator[object]:
         raise UserError(f"cannot read {path}: {error}") from error
 
 
-def check_column(where: object, column: str, names: Collection[object]) -> None:
-    """Raise UserError, with the `names` that there are, unless `column` is one of them."""
+def check_column(source: object, column: str, names: Collection[object]) -> None:
+    """Raises UserError that lists the columns `names` unless `column` is one of them."""
     if column not in names:
         there = ", ".join(sorted(map(repr, names))[:20]) or "none at all"
-        raise UserError(f"{where} has no column {column!r} (there: {there}); set prompts.column")
+        raise UserError(f"{source} has no column {column!r} (there: {there}); set prompts.column")
 
 
 def _text(path: Path) -> str:
@@ -42,7 +45,7 @@ def _text(path: Path) -> str:
 
 
 def _txt_rows(path: Path, column: str) -> Iterator[str]:
-    # Not str.splitlines, which also splits at characters that a prompt may hold, as U+2028.
+    # str.splitlines would also split at characters that a prompt may hold, such as U+2028.
     return io.StringIO(_text(path))
 
 
@@ -78,10 +81,10 @@ def _csv_rows(path: Path, column: str) -> Iterator[object]:
     try:
         check_column(path, column, reader.fieldnames or ())
         for row in reader:
-            if any(row.get(None, ())):  # an unquoted comma would cut the prompt short, unseen
+            if any(row.get(None, ())):  # an unquoted comma would silently cut the prompt
                 raise ValueError(f"line {reader.line_num} has too many fields; quote its commas")
             yield row[column]
-    except csv.Error as error:  # line_num is still that of the last good row
+    except csv.Error as error:  # line_num is that of the last good row
         raise ValueError(f"row at line {reader.line_num + 1}: {error}") from error
 
 

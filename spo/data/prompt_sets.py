@@ -1,4 +1,4 @@
-"""The prompt sets that papers evaluate on, by name; and any file or dataset."""
+"""Reads the prompt sets that papers evaluate on, by name, and any file or dataset."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ _HPDV2_FILES = ("anime", "concept-art", "paintings", "photo")  # 800 prompts eac
 
 
 def read_prompt_set(source: str, split: str, column: str, num: int, seed: int) -> PromptSet:
-    """The prompts of a named set, or what `spo.data.prompts.read_prompts` reads.
+    """Returns the prompts of a named set, or of any source that read_prompts takes.
 
-    Raises UserError where they cannot be had.
+    Raises UserError if the source cannot be read.
     """
     if source == "hpdv2":
         return _hpdv2(num, seed)
@@ -33,13 +33,13 @@ def read_prompt_set(source: str, split: str, column: str, num: int, seed: int) -
 
 
 def _hpdv2(num: int, seed: int) -> PromptSet:
-    """The benchmark prompts of HPDv2 (Wu et al., arXiv 2306.09341), style by style."""
+    """Returns the benchmark prompts of HPDv2 (Wu et al., arXiv 2306.09341), style by style."""
     rows = []
     for style in _HPDV2_FILES:
         name = f"benchmark/{style}.json"
         try:
             path = hf_hub_download(_HPDV2, name, repo_type="dataset")
-        except Exception as error:  # the Hub's client changes what a broken line raises
+        except Exception as error:  # of whatever network library the Hub's client uses
             raise UserError(
                 f"{_KEY}: cannot download {name} of {_HPDV2} ({first_line(error)})."
             ) from error

@@ -1,18 +1,18 @@
-"""Prompts: read from a file or a dataset, drawn with a seed, shuffled for each epoch."""
+"""Reads prompts from a file or a dataset, draws some with a seed, shuffles them per epoch."""
 
 import hashlib
 import json
 import logging
-import os
 import random
 import re
-import tempfile
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from huggingface_hub import cached_assets_path
 from tqdm import tqdm
 
+from spo.atomic import write_file
 from spo.data.prompt_files import READERS, check_column, file_rows
 from spo.errors import UserError
 from spo.hub import is_hub_id
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class PromptSet:
-    """Unique prompts, and what became of the rows they were read from."""
+    """Unique prompts, and the numbers of rows that were read and left out."""
 
     source: str
     prompts: tuple[str, ...]
@@ -32,13 +32,16 @@ class PromptSet:
     empty: int
     not_text: int
     duplicates: int
-    seed: int | None = None  # of the draw; None: every unique prompt was taken
+    seed: int | None = None  # of the draw; None: all unique prompts
 
     def describe(self) -> str:
-        """One line for the log."""
-        left_out = {"empty": self.empty, "without text": self.not_text}
-        left_out["duplicates"] = self.duplicates
-        counts = ", ".join(f"{count:,} {name}" for name, count in left_out.items() if count)
+        """Returns one line for the log."""
+        left_out = (
+            (self.empty, "empty"),
+            (self.not_text, "without text"),
+            (self.duplicates, "duplicates"),
+        )
+        counts = ", ".join(f"{count:,} {name}" for count, name in left_out if count)
         notes = [f"{self.rows:,} rows", *([f"{counts} left out"] if counts else [])]
         if self.seed is not None:
             notes.append(f"{len(self.prompts):,} drawn with seed {self.seed}")
@@ -52,30 +55,29 @@ def read_prompts(
     column: str = "caption",
     num: int = 0,
     seed: int = 42,
-    key: str = "prompts",
+    key: str = "prompts.source",
 ) -> PromptSet:
-    """Read unique prompts from a file or dataset, and draw `num` of them (0: take all, in order).
+    """Returns `num` unique prompts drawn from a file or dataset (0: all, in order).
 
-    Raises UserError, with the config `key` in front, for whatever is wrong with the source.
+    Raises UserError, with the config `key` in front, for a missing or unfit source.
     """
     try:
         path = Path(source).expanduser()
         if path.is_dir() and source:
-            return draw_prompts(
-                collect_prompts(source, _dataset_rows(str(path), split, column)), num, seed
-            )
-        if path.suffix.lower() in READERS or path.is_file():
-            return draw_prompts(collect_prompts(source, file_rows(path, column)), num, seed)
-        if not is_hub_id(source):
+            rows = _dataset_rows(str(path), split, column)
+        elif path.suffix.lower() in READERS or path.is_file():
+            rows = file_rows(path, column)
+        elif is_hub_id(source):
+            return _read_hub(source, split, column, num, seed)
+        else:
             raise UserError(f"no file or folder {source!r}, and no id of a Hub dataset either")
-        return _read_hub(source, split, column, num, seed)
+        return draw_prompts(collect_prompts(source, rows), num, seed)
     except UserError as error:
-        prefix = "prompts.source" if key == "prompts" else key
-        raise UserError(f"{prefix}: {error}") from error
+        raise UserError(f"{key}: {error}") from error
 
 
 def collect_prompts(source: str, rows: Iterable[object]) -> PromptSet:
-    """The unique prompts among `rows`, in order; UserError where there are none."""
+    """Returns the unique prompts among `rows`, in order; UserError if there are none."""
     prompts: dict[str, None] = {}  # a set that keeps the order of first appearance
     num_rows = empty = not_text = 0
     for row in rows:
@@ -94,7 +96,7 @@ def collect_prompts(source: str, rows: Iterable[object]) -> PromptSet:
 
 
 def draw_prompts(found: PromptSet, num: int, seed: int) -> PromptSet:
-    """`num` of the prompts in random order (0: all as they are); UserError where there are fewer."""
+    """Returns `num` of the prompts in random order (0: all in order); UserError for too few."""
     if num == 0:
         return found
     available = len(found.prompts)
@@ -117,7 +119,7 @@ def _dataset_rows(source: str, split: str, column: str) -> Iterator[object]:
                 progress.update(len(batch[column]))
     except UserError:
         raise
-    except Exception as error:  # whatever the network, the file systems and the builders raise
+    except Exception as error:  # of the network, the file systems or the builders
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         advice = "check prompts.source and prompts.split"
         if not Path(source).is_dir():
@@ -141,44 +143,42 @@ def _open_dataset(source: str, split: str, column: str):  # -> Dataset | Iterabl
     rows = datasets.load_dataset(source, split=split, streaming=True)
     names = rows.column_names or list(next(iter(rows), {}))  # some formats tell only by a row
     check_column(source, column, names)
-    try:  # Parquet fetches the one column only, and so no images
+    try:  # Parquet then fetches this column only, and so no images
         return datasets.load_dataset(source, split=split, streaming=True, columns=[column])
     except (TypeError, ValueError):  # other formats do not know `columns`
         return rows.select_columns([column])
 
 
 def _read_hub(source: str, split: str, column: str, num: int, seed: int) -> PromptSet:
-    """A draw from the Hub is kept, so that the next run needs neither time nor network for it."""
-    cache = _cache_file(source, split, column, num, seed)
-    if cache.exists():
-        try:
-            kept = collect_prompts(
-                f"{source}, as drawn before in {cache}", file_rows(cache, "caption")
-            )
-            if kept.rows == len(kept.prompts) and num in (0, kept.rows):
-                return kept
-            reason = f"wanted {num:,} unique prompts: {kept.describe()}"
-        except UserError as error:
-            reason = str(error)
-        logger.warning("drawing the prompts again, as the kept draw is damaged: %s", reason)
+    """Returns a draw from the Hub, kept on disk so that the next run needs no time or network."""
+    parts = (source, split, column, num or "all", f"seed{seed}")
+    readable = re.sub(r"[^\w.-]+", "_", "-".join(map(str, parts)))[:120]
+    digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:8]
+    name = f"{readable}-{digest}.json"
+    if kept := _kept_draw(source, name, num):
+        return kept
     drawn = draw_prompts(collect_prompts(source, _dataset_rows(source, split, column)), num, seed)
+    rows = [{"caption": prompt} for prompt in drawn.prompts]
     try:
-        _write_cache(cache, drawn.prompts)
-    except OSError as error:  # a full or read-only disk is no reason to stop
+        write_file(cached_assets_path("spo", "prompts") / name, json.dumps(rows).encode())
+    except (OSError, ValueError) as error:  # a full or read-only disk is no reason to stop
         logger.warning("this draw is not kept for the next run: %s", error)
     return drawn
 
 
-def _cache_file(source: str, split: str, column: str, num: int, seed: int) -> Path:
-    parts = (source, split, column, num or "all", f"seed{seed}")
-    readable = re.sub(r"[^\w.-]+", "_", "-".join(map(str, parts)))[:120]
-    digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:8]
-    root = Path(os.environ.get("SPO_CACHE") or Path.home() / ".cache" / "spo")
-    return root / "prompts" / f"{readable}-{digest}.json"
-
-
-def _write_cache(path: Path, prompts: Collection[str]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
-        json.dump([{"caption": prompt} for prompt in prompts], file)
-    os.replace(file.name, path)  # in one go: another process never reads half a file
+def _kept_draw(source: str, name: str, num: int) -> PromptSet | None:
+    """Returns the draw in the file `name` of the Hub's assets cache; None if missing or damaged."""
+    try:
+        file = cached_assets_path("spo", "prompts") / name
+        if not file.exists():
+            return None
+        kept = collect_prompts(f"{source}, as drawn before in {file}", file_rows(file, "caption"))
+        if kept.rows == len(kept.prompts) and num in (0, kept.rows):
+            return kept
+        reason = f"wanted {num:,} unique prompts: {kept.describe()}"
+    except (OSError, ValueError):
+        return None  # no folder for kept draws; keeping the new draw will warn
+    except UserError as error:
+        reason = str(error)
+    logger.warning("drawing the prompts again, as the kept draw is damaged: %s", reason)
+    return None

@@ -1,13 +1,13 @@
-"""Starts a training script on all GPUs of the machine, after checking its command line.
+"""Starts a script on all GPUs of the machine, after checking its command line.
 
 python -m spo.launch train_sd15.py [--num_processes N] [--config=FILE] [--config.key=value ...]
 
-Stays until the end, passes signals on, and ends with the status of spo.launch.exit_status.
+Passes signals on and ends with the exit status of the run: 0 done, 1 failed, 2 bad input,
+75 stopped by a signal with everything saved, 130 killed by a second Ctrl-C.
 """
 
 import argparse
 import os
-import runpy
 import shlex
 import sys
 from collections.abc import Callable
@@ -18,10 +18,11 @@ from typing import Any
 try:
     from ml_collections import ConfigDict
 
-    from spo.command_line.flags import exit_on_user_error, parse_flags
+    from spo.command_line.config_files import BASE, EVAL_BASE, SPM_BASE
+    from spo.command_line.flags import define_config, exit_on_user_error, parse_flags
     from spo.errors import UserError
-    from spo.launch.batch_plan import plan_batches
-    from spo.launch.supervise import run_to_end
+    from spo.launch.batch_plan import UpdatePlan, plan_batches, plan_updates
+    from spo.launch.processes import World, run
     from spo.plugins import find
 except ModuleNotFoundError as error:  # a machine where nothing is installed yet
     print(
@@ -37,42 +38,46 @@ ACCELERATE_CONFIGS = Path(__file__).resolve().parents[2] / "config" / "accelerat
 
 @dataclass(frozen=True)
 class Script:
-    """What the launcher needs to know of a training script."""
+    """A script as the launcher sees it; the defaults are those of a training script."""
 
-    config: ConfigDict
-    # For so many processes; describe() is one line. None where there is nothing to plan.
-    plan: Callable[[ConfigDict, int], Any] | None
-    preflight: Callable[[ConfigDict, int], Any]  # raises UserError where a run would
+    config: str = ""  # default of --config
+    base: str = BASE  # of its config files; see load_config
+    plan: Callable[[ConfigDict, int], UpdatePlan] | None = plan_batches
+    preflight: str = "spo.method.preflight:preflight"  # raises UserError if a run would
 
 
-@dataclass(frozen=True)
-class Launcher:
-    """What starts the processes."""
-
-    processes: int  # on all machines
-    here: int  # on this one
-    arguments: list[str]  # of Python, before the script
+# By file name. Any other script is taken for a training script and needs --config=FILE.
+SCRIPTS = {
+    "train_sd15.py": Script("config/sd15.py"),
+    "train_sdxl.py": Script("config/sdxl.py"),
+    "train_preference_model.py": Script(
+        "config/spm_sd15.py", SPM_BASE, plan_updates, "spo.preference.spm_recipe:check_training"
+    ),
+    "evaluate.py": Script(EVAL_BASE, EVAL_BASE, None, "spo.evaluation.evaluator:preflight"),
+}
 
 
 def main() -> None:
-    """Checks, prints and runs the command that trains; bad input is one line and status 2."""
+    """Checks the command line, prints the plan and runs the script; bad input is one line, status 2."""
     options, script_args = parse_options()
     with exit_on_user_error():
-        script = read_script(options.script, script_args)
-        launcher = cpu_launcher(options) if options.cpu else gpu_launcher(options)
+        script = SCRIPTS.get(Path(options.script).name, Script())
+        config = read_config(options.script, script, script_args)
+        world = cpu_world(options) if options.cpu else gpu_world(options)
         if script.plan is not None:
-            print(script.plan(script.config, launcher.processes).describe())
-        if launcher.processes > 1:
-            # Sooner than in the processes; and what is downloaded here, they find in the cache.
-            script.preflight(script.config, launcher.processes)
-    command = [sys.executable, *launcher.arguments, options.script, *script_args]
-    print("$", shlex.join(command), flush=True)
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, num_cores() // launcher.here)))
-    sys.exit(run_to_end(command, options.script))
+            print(script.plan(config, world.processes).describe())
+        if world.processes > 1:
+            # Sooner than in the processes, which find in the cache what is downloaded here.
+            find(script.preflight, {}, "preflight")(config, world.processes)
+        command = [sys.executable, options.script, *script_args]
+        print("$", shlex.join(command), flush=True)
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, num_cores() // world.here)))
+        status = run(command, world)
+    sys.exit(status)
 
 
 def parse_options() -> tuple[argparse.Namespace, list[str]]:
-    """The launcher's own options, and the arguments that go to the script."""
+    """Returns the launcher's own options, and the arguments that go to the script."""
     parser = argparse.ArgumentParser(
         prog="python -m spo.launch",
         description="Starts a training script on all GPUs of this machine.",
@@ -95,106 +100,89 @@ def parse_options() -> tuple[argparse.Namespace, list[str]]:
     return options, script_args
 
 
-def read_script(script: str, script_args: list[str]) -> Script:
-    """Reads the script's CONFIG, by its own flags and defaults, and its PLAN and PREFLIGHT."""
-    if not Path(script).is_file():
-        raise UserError(f"no such script: {script}")
-    found = runpy.run_path(script)
-    parse_flags([script, *script_args])
-
-    def preflight(config: ConfigDict, num_processes: int) -> None:
-        name = found.get("PREFLIGHT", "spo.method.preflight:preflight")
-        find(name, {}, "PREFLIGHT")(config, num_processes)  # imports torch
-
-    return Script(found["CONFIG"].value, found.get("PLAN", plan_batches), preflight)
+def read_config(path: str, script: Script, script_args: list[str]) -> ConfigDict:
+    """Returns the config that `script_args` make of the script's default."""
+    if not Path(path).is_file():
+        raise UserError(f"no such script: {path}")
+    if not script.config and not any(a.partition("=")[0] == "--config" for a in script_args):
+        raise UserError(f"--config=FILE is missing; a default is known for {', '.join(SCRIPTS)}")
+    holder = define_config(script.config, base=script.base)
+    parse_flags([path, *script_args])
+    return holder.value
 
 
-def cpu_launcher(options: argparse.Namespace) -> Launcher:
-    """Python itself for one process, torchrun for more: `accelerate launch --cpu` would need MPI.
-
-    Raises UserError where several machines lack an address or cannot share the processes.
-    """
+def cpu_world(options: argparse.Namespace) -> World:
+    """Returns the processes that share the CPU; raises the errors of `make_world`."""
     os.environ["ACCELERATE_USE_CPU"] = "true"
-    machines = options.num_machines or 1
-    processes = options.num_processes or machines
-    here = share_of_machine(processes, machines)
-    if processes == 1:
-        return Launcher(1, 1, [])
-    torchrun = ["-m", "torch.distributed.run", f"--nproc_per_node={here}"]
-    if machines == 1:
-        return Launcher(processes, here, [*torchrun, "--standalone"])
-    for name in ("machine_rank", "main_process_ip"):
-        if getattr(options, name) is None:
-            raise UserError(f"--num_machines={machines}: --{name} is missing")
-    torchrun += [f"--nnodes={machines}", f"--node_rank={options.machine_rank}"]
-    torchrun += [f"--master_addr={options.main_process_ip}"]
-    torchrun += [f"--master_port={options.main_process_port or PORT}"]
-    return Launcher(processes, here, torchrun)
+    return make_world(options, {}, per_machine=1)
 
 
-def gpu_launcher(options: argparse.Namespace) -> Launcher:
-    """accelerate, with one of our config files or the one that was given.
+def gpu_world(options: argparse.Namespace) -> World:
+    """Returns one process for each GPU, or the processes of an accelerate file.
 
-    Raises UserError where GPUs, the accelerate file or the first machine's address are missing, and
-    where the file asks for more than data parallel training.
+    Raises UserError if GPUs or the file are missing and if the file asks for more than data
+    parallel training.
     """
     import torch  # slow, and not needed to find a mistake on the command line
     from accelerate.commands.config import load_config_from_file
+    from accelerate.utils import check_cuda_p2p_ib_support
 
     num_gpus = torch.cuda.device_count()
     if num_gpus == 0:
         raise UserError(
             "no GPU found; without one, `bash launch_tiny.sh` trains a tiny model, and --cpu runs this"
         )
-
     ours = "one_gpu.yaml" if (options.num_processes or num_gpus) == 1 else "four_gpus.yaml"
     file = Path(options.accelerate_config or ACCELERATE_CONFIGS / ours)
     if not file.is_file():
         raise UserError(f"--accelerate_config: no such file: {file}")
-    settings = load_config_from_file(str(file))
-    check_distributed_type(file, settings.distributed_type.value)
-    machines = options.num_machines or settings.num_machines
-    default = settings.num_processes if options.accelerate_config else num_gpus * machines
-    processes = options.num_processes or default
-    here = share_of_machine(processes, machines)
-    if here > num_gpus:
+    settings = vars(load_config_from_file(str(file)))
+    kind = settings["distributed_type"].value
+    if kind not in ("NO", "MULTI_GPU"):
         raise UserError(
-            f"{processes} processes on {machines} machine(s) of {num_gpus} GPU(s): a process needs "
-            "a GPU; see --num_processes"
+            f"{file}: distributed_type {kind} is not supported: every process holds the whole model "
+            "here; use MULTI_GPU, see docs/distributed.md"
         )
-    if machines > 1 and not (options.main_process_ip or settings.main_process_ip):
-        raise UserError(f"{machines} machines: --main_process_ip is missing")
-
-    launcher = ["-m", "accelerate.commands.launch", "--quiet", f"--config_file={file}"]
-    launcher.append(f"--num_processes={processes}")
-    if machines > 1 and not settings.main_process_port and options.main_process_port is None:
-        launcher.append(f"--main_process_port={PORT}")
-    for name in ("num_machines", "machine_rank", "main_process_ip", "main_process_port"):
-        if getattr(options, name) is not None:
-            launcher.append(f"--{name}={getattr(options, name)}")
-    return Launcher(processes, here, launcher)
-
-
-def check_distributed_type(file: Path, distributed_type: str) -> None:
-    """Raises UserError for what splits the model over the processes."""
-    if distributed_type not in ("NO", "MULTI_GPU"):
+    if not options.accelerate_config:
+        del settings["num_processes"]  # our files fit any number of GPUs
+    world = make_world(options, settings, per_machine=num_gpus)
+    if world.here > num_gpus:
         raise UserError(
-            f"{file}: distributed_type {distributed_type} is not supported: every process holds the "
-            "whole model here; use MULTI_GPU, see docs/distributed.md"
+            f"{world.processes} processes on {world.machines} machine(s) of {num_gpus} GPU(s): a "
+            "process needs a GPU; see --num_processes"
         )
+    if settings["gpu_ids"] not in (None, "all"):
+        os.environ["CUDA_VISIBLE_DEVICES"] = settings["gpu_ids"]
+    if not check_cuda_p2p_ib_support():  # RTX 4000, which accelerate refuses without these
+        os.environ.update(NCCL_P2P_DISABLE="1", NCCL_IB_DISABLE="1")
+    return world
 
 
-def share_of_machine(processes: int, machines: int) -> int:
-    """Processes of one machine; raises UserError unless all machines have as many."""
+def make_world(options: argparse.Namespace, settings: dict[str, Any], per_machine: int) -> World:
+    """Returns the processes that `options` ask for, or else the `settings` of an accelerate file.
+
+    There are `per_machine` on each machine if neither says how many. Raises UserError if machines
+    lack an address or cannot share the processes equally.
+    """
+    given = settings | {key: value for key, value in vars(options).items() if value is not None}
+    machines = given.get("num_machines", 1)
+    processes = given.get("num_processes", per_machine * machines)
     if processes % machines:
         raise UserError(
             f"--num_processes={processes} counts those of all machines: a multiple of {machines}"
         )
-    return processes // machines
+    here, port = processes // machines, given.get("main_process_port")
+    if machines == 1:
+        return World(processes, here, port=port or 0)
+    for name in ("machine_rank", "main_process_ip"):
+        if given.get(name) is None:
+            raise UserError(f"{machines} machines: --{name} is missing")
+    place = given["machine_rank"], given["main_process_ip"], port or PORT
+    return World(processes, here, machines, *place)
 
 
 def num_cores() -> int:
-    """Cores that this process may use, where the system tells; else those of the machine."""
+    """Returns the cores that this process may use, if the system tells; else the machine's."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

@@ -23,7 +23,7 @@ class UpdatePlan:
         return self.minibatch_size * self.num_processes * self.accumulation_steps
 
     def describe(self) -> str:
-        """The plan in one line."""
+        """Returns the plan in one line."""
         processes = _count(self.num_processes, "process", "processes")
         accumulation = _count(self.accumulation_steps, "accumulation step", "accumulation steps")
         return (
@@ -34,14 +34,14 @@ class UpdatePlan:
 
 @dataclass(frozen=True)
 class BatchPlan(UpdatePlan):
-    """What every process does between two updates, and what that makes in all."""
+    """What every process does between two updates, and the totals over all processes."""
 
     prompts_per_rollout: int  # over all processes
     slices: int  # rollouts that each process makes before it trains
     slice_size: int  # prompts of one slice on one process
 
     def describe(self) -> str:
-        """The plan in one line."""
+        """Returns the plan in one line."""
         processes = _count(self.num_processes, "process", "processes")
         slices = _count(self.slices, "slice", "slices")
         prompts = _count(self.slice_size, "prompt", "prompts")
@@ -52,102 +52,63 @@ class BatchPlan(UpdatePlan):
 
 
 def plan_batches(config: ConfigDict, num_processes: int) -> BatchPlan:
-    """The sizes that `config` makes on `num_processes` processes; raises what `fit_batches` does."""
-    return fit_batches(
-        num_processes,
-        config.sample.batch_size,
-        config.sample.global_batch_size,
-        config.train.batch_size,
-        config.train.global_batch_size,
-        config.train.gradient_accumulation_steps,
-    )
+    """Returns the sizes that keep the config's global numbers on `num_processes` processes.
 
-
-def fit_batches(
-    num_processes: int,
-    sample_batch_size: int,
-    sample_global_batch_size: int | None,
-    train_batch_size: int,
-    train_global_batch_size: int | None,
-    gradient_accumulation_steps: int | None,
-) -> BatchPlan:
-    """Keeps the global numbers on `num_processes` processes; None takes the local ones as they are.
-
-    The batch sizes are upper limits: of prompts in a slice and of pairs in a minibatch. Raises
-    UserError where a global number does not divide by the processes.
+    The batch sizes are upper limits: of prompts in a slice and of pairs in a minibatch. Where a
+    global number is None they are taken unchanged. Raises UserError if a global number does not
+    divide by the processes.
     """
-    _require_positive("sample.batch_size", sample_batch_size)
-    _require_positive("sample.global_batch_size", sample_global_batch_size)
-    _require_positive("train.batch_size", train_batch_size)
-    _require_positive("train.global_batch_size", train_global_batch_size)
-    _require_positive("train.gradient_accumulation_steps", gradient_accumulation_steps)
-    if train_global_batch_size is not None and gradient_accumulation_steps is not None:
+    sample, train = config.sample, config.train
+    _check_sizes(num_processes, sample=sample, train=train)
+    steps = train.gradient_accumulation_steps
+    if train.global_batch_size is not None and steps is not None:
         raise UserError(
             f"train.gradient_accumulation_steps: it follows from train.global_batch_size="
-            f"{train_global_batch_size}; set that to None to choose the accumulation yourself"
+            f"{train.global_batch_size}; set that to None to choose the accumulation yourself"
         )
-    _require_divisible(
-        num_processes,
-        {
-            "sample.global_batch_size": sample_global_batch_size,
-            "train.global_batch_size": train_global_batch_size,
-        },
-    )
-
-    slices, slice_size = 1, sample_batch_size
-    if sample_global_batch_size is not None:
-        slices, slice_size = _split(sample_global_batch_size // num_processes, sample_batch_size)
-
-    accumulation_steps, minibatch_size = gradient_accumulation_steps or 1, train_batch_size
-    if train_global_batch_size is not None:
-        accumulation_steps, minibatch_size = _split(
-            train_global_batch_size // num_processes, train_batch_size
-        )
-
+    slices, slice_size = _split(sample, num_processes)
+    accumulation_steps, minibatch_size = _split(train, num_processes)
     return BatchPlan(
         num_processes=num_processes,
         prompts_per_rollout=slices * slice_size * num_processes,
         slices=slices,
         slice_size=slice_size,
         minibatch_size=minibatch_size,
-        accumulation_steps=accumulation_steps,
+        accumulation_steps=steps or accumulation_steps,
     )
 
 
 def plan_updates(config: ConfigDict, num_processes: int) -> UpdatePlan:
-    """The sizes that `config` makes on `num_processes` processes; raises what `fit_update` does."""
-    return fit_update(num_processes, config.train.batch_size, config.train.global_batch_size)
-
-
-def fit_update(num_processes: int, batch_size: int, global_batch_size: int | None) -> UpdatePlan:
-    """Keeps the global number of pairs on `num_processes` processes; None: one minibatch on each.
-
-    `batch_size` is an upper limit. Raises UserError where the global number does not divide by the
-    processes.
-    """
-    _require_positive("train.batch_size", batch_size)
-    _require_positive("train.global_batch_size", global_batch_size)
-    _require_divisible(num_processes, {"train.global_batch_size": global_batch_size})
-    accumulation_steps, minibatch_size = 1, batch_size
-    if global_batch_size is not None:
-        accumulation_steps, minibatch_size = _split(global_batch_size // num_processes, batch_size)
+    """Returns the sizes of updates without rollouts; raises the errors of `plan_batches`."""
+    _check_sizes(num_processes, train=config.train)
+    accumulation_steps, minibatch_size = _split(config.train, num_processes)
     return UpdatePlan(num_processes, minibatch_size, accumulation_steps)
 
 
-def _split(total: int, limit: int) -> tuple[int, int]:
-    """`total` as (number of parts, size of a part), parts equal and as large as `limit` allows."""
-    size = max(n for n in range(1, min(total, limit) + 1) if total % n == 0)
-    return total // size, size
+def _split(section: ConfigDict, num_processes: int) -> tuple[int, int]:
+    """Returns (number of parts, size of a part) of a process's share of the global batch.
+
+    The parts are equal and as large as batch_size allows.
+    """
+    if section.global_batch_size is None:
+        return 1, section.batch_size
+    share = section.global_batch_size // num_processes
+    size = max(n for n in range(1, min(share, section.batch_size) + 1) if share % n == 0)
+    return share // size, size
 
 
-def _require_positive(key: str, value: int | None) -> None:
-    if value is not None and value < 1:
-        raise UserError(f"{key} = {value}: must be at least 1")
-
-
-def _require_divisible(num_processes: int, totals: dict[str, int | None]) -> None:
-    """Raises a UserError that names the counts that work and the keys that lift the constraint."""
-    totals = {key: total for key, total in totals.items() if total is not None}
+def _check_sizes(num_processes: int, **sections: ConfigDict) -> None:
+    """Raises UserError for a size below 1 or a global number that does not divide."""
+    for name, section in sections.items():
+        for key in ("batch_size", "global_batch_size", "gradient_accumulation_steps"):
+            value = section.get(key)
+            if value is not None and value < 1:
+                raise UserError(f"{name}.{key} = {value}: must be at least 1")
+    totals = {
+        f"{name}.global_batch_size": section.global_batch_size
+        for name, section in sections.items()
+        if section.global_batch_size is not None
+    }
     broken = {key: total for key, total in totals.items() if total % num_processes}
     if not broken:
         return

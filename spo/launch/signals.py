@@ -1,22 +1,26 @@
-"""SIGTERM and SIGINT: a run stops where nothing that it computed is lost."""
+"""SIGTERM and SIGINT stop a run at a point at which it can save all that it computed."""
 
 from __future__ import annotations
 
+import ctypes
+import os
 import signal
+import sys
 import threading
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
+from spo.command_line.flags import LAUNCHER_VARIABLE
 from spo.errors import Stopped
-from spo.launch.exit_status import note_handlers
 
 Item = TypeVar("Item")
+_PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
 class StopSignals:
-    """Within the context, SIGTERM and SIGINT only ask for a stop; a second SIGINT kills at once.
+    """A context in which SIGTERM and SIGINT only ask for a stop; a second SIGINT kills at once.
 
-    Signals are this process's own: the processes of a run have to agree on what follows from one.
+    Each process gets its own signals, so the processes of a run must agree before they stop.
     """
 
     def __init__(self) -> None:
@@ -27,7 +31,7 @@ class StopSignals:
         if threading.current_thread() is threading.main_thread():  # Python refuses it elsewhere
             for number in (signal.SIGTERM, signal.SIGINT):
                 self._before[number] = signal.signal(number, self._note)
-            note_handlers()
+            _end_with_launcher()
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -40,12 +44,18 @@ class StopSignals:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     def check(self) -> None:
-        """Raise Stopped where a stop was asked for."""
+        """Raises Stopped if a stop was asked for."""
         if self.requested:
             raise Stopped("by a signal.")
 
     def watch(self, items: Iterable[Item]) -> Iterator[Item]:
-        """`items`, with a check before each."""
+        """Yields `items`, with a check before each."""
         for item in items:
             self.check()
             yield item
+
+
+def _end_with_launcher() -> None:
+    """Lets Linux send this process SIGTERM if spo.launch, which started it, is killed."""
+    if os.environ.get(LAUNCHER_VARIABLE) == str(os.getppid()) and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

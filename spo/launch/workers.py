@@ -1,12 +1,13 @@
-"""What the processes of a run do together, on top of accelerate.
+"""Operations that all processes of a run call together, on top of accelerate.
 
-Everything here works in one process as well, where it does nothing but its local part.
+In a single process each does its local part only.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import socket
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from functools import cached_property
@@ -22,20 +23,17 @@ from accelerate.utils import (
     gather_object,
 )
 from torch import Tensor, nn
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
-from spo.errors import STOPPED, RunError, UserError
-from spo.launch.exit_status import keep_status
-from spo.launch.liveness import Liveness
-from spo.launch.peers import connect_peers, own_name
+from spo.errors import RunError, UserError
 from spo.types import PreferencePairs
 
 
 class Workers:
     """The processes of a run, seen from one of them.
 
-    Precision and gradient accumulation are the learner's affair; accelerate starts the processes and
-    wraps the UNet. Where one process fails, dies, or is silent for `rank_timeout` seconds, the others
-    stop; a context manager, so that the end of its block tells them how this one ended.
+    Precision and gradient accumulation are the learner's; accelerate joins the processes and wraps
+    the UNet. A collective that a process does not answer within `rank_timeout` seconds fails.
     """
 
     def __init__(self, rank_timeout: int) -> None:
@@ -43,49 +41,40 @@ class Workers:
             raise UserError(f"rank_timeout: {rank_timeout} must be a whole number from 1.")
         _refuse_sharding()
         ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
-        # The main process may have to download before the others can go on.
-        group = InitProcessGroupKwargs(timeout=timedelta(minutes=30))
+        self._timeout = timedelta(seconds=rank_timeout)
+        group = InitProcessGroupKwargs(timeout=self._timeout)
         self.accelerator = Accelerator(mixed_precision="no", kwargs_handlers=[ddp, group])
         self.device = self.accelerator.device
         self.rank = self.accelerator.process_index
         self.count = self.accelerator.num_processes
         self.is_main = self.accelerator.is_main_process
-        self._shared_error: UserError | None = None  # that all processes raise
-        self._liveness = None
-        if self.count > 1:
-            with self.together():
-                peers = connect_peers(self.rank, self.count, self.from_main)
-            self._liveness = Liveness(self.rank, peers, rank_timeout)
 
     def __enter__(self) -> Workers:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
-        """Leave the process group, or tell the others what went wrong here."""
-        if self._liveness is not None:
-            if error is None or error is self._shared_error or _is_stop(error):
-                self._liveness.leave()
-            else:
-                keep_status()
-                self._liveness.fail(" ".join(f"{kind.__name__}: {error}".split()))
+        """Leaves the process group."""
+        if isinstance(error, Exception):
+            # Before the connections close: errors that follow from this one must be later.
+            get_error_handler().record_exception(error)
         self.accelerator.end_training()
 
     def wrap(self, unet: nn.Module) -> nn.Module:
-        """The UNet for the pass with gradients: its DDP wrapper, or itself in one process."""
+        """Returns the UNet for the pass with gradients: its DDP wrapper, or itself in one process."""
         return self.accelerator.prepare_model(unet, device_placement=False)
 
     def from_main(self, value: Any) -> Any:
-        """The main process's `value`, everywhere."""
+        """Returns the main process's `value` on every process."""
         return broadcast_object_list([value])[0]
 
     def gather(self, values: list) -> list:
-        """The items of all processes' lists, in the order of their ranks."""
+        """Returns the items of all processes' lists, in the order of the ranks."""
         return gather_object(values)
 
     def gather_to_main(self, values: list) -> list:
-        """The items of all processes' lists on the main process, in the order of their ranks.
+        """Returns the items of all processes' lists on the main process, [] on every other.
 
-        On the others, nothing: for what is too large to be sent to every process.
+        For values that are too large to be sent to every process.
         """
         if self.count == 1:
             return values
@@ -95,7 +84,7 @@ class Workers:
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
-        """A UserError that any process meets within is raised on all at the end; none waits forever."""
+        """Raises a UserError of any process on all of them at the end of the context."""
         error = None
         try:
             yield
@@ -103,16 +92,16 @@ class Workers:
             error = caught
         met = [e for e in self.gather([error]) if e is not None]
         if met:
-            self._shared_error = met[0]
             raise met[0]
 
     def check_equal(self, what: str, tensors: Mapping[str, Tensor]) -> None:
-        """RunError on every process unless the fp32 `tensors` are the same on all, bit for bit.
+        """Raises RunError on every process unless all have the same fp32 `tensors`, bit for bit.
 
-        Compares a sum of the bits of each tensor.
+        Compares the sum of the bits of each tensor.
         """
         sums = [tensor.detach().view(torch.int32).sum() for tensor in tensors.values()]
-        (_, first), *others = self.gather([(own_name(self.rank), torch.stack(sums).tolist())])
+        name = f"rank {self.rank} ({socket.gethostname()}, pid {os.getpid()})"
+        (_, first), *others = self.gather([(name, torch.stack(sums).tolist())])
         different = [name for name, own in others if own != first]
         with self.together():
             if different:
@@ -122,7 +111,7 @@ class Workers:
                 )
 
     def sum(self, values: dict[str, Tensor]) -> dict[str, float]:
-        """Sums of scalars over all processes; every process passes the same keys."""
+        """Returns the sums of scalars over all processes; every process passes the same keys."""
         stacked = torch.stack([value.double() for value in values.values()])
         total = self.accelerator.reduce(stacked, reduction="sum")
         return dict(zip(values, total.tolist(), strict=True))
@@ -136,12 +125,11 @@ class Workers:
     def deal(
         self, pairs: PreferencePairs, generator: torch.Generator
     ) -> tuple[PreferencePairs, int]:
-        """Shuffle the pairs of all processes together and deal them out evenly.
+        """Shuffles the pairs of all processes together and deals them out evenly.
 
-        The permutation is drawn by the main process from its `generator`. Returns this process's
-        share, in training order, and how many pairs were left over (the last total mod processes).
-        As long as minibatch x processes x accumulation stays the same, so do the pairs of each update,
-        whatever the number of processes.
+        The main process draws the permutation from its `generator`. Returns this process's share, in
+        training order, and the number of pairs left over (the last total mod processes). The pairs of
+        an update depend on minibatch x processes x accumulation only, not on the three factors.
         """
         counts = self.gather([len(pairs)])
         total = sum(counts)
@@ -172,11 +160,11 @@ class Workers:
 
     @cached_property
     def _on_cpu(self) -> dist.ProcessGroup:
-        """All processes, for what must not wait for a GPU."""
-        return dist.new_group(backend="gloo")
+        """The group of all processes for exchanges that must not wait for a GPU."""
+        return dist.new_group(timeout=self._timeout, backend="gloo")
 
     def any(self, flag: bool) -> bool:
-        """Whether `flag` is set in at least one process."""
+        """Returns True if `flag` is set in at least one process."""
         if self.count == 1:
             return flag
         found = torch.tensor(int(flag))
@@ -185,9 +173,9 @@ class Workers:
 
     @contextlib.contextmanager
     def to_main(self, tensors: Mapping[str, Tensor]) -> Iterator[Iterator[dict[str, Tensor]]]:
-        """In the main process, within the context: the tensors of each process in turn, on the CPU.
+        """A context that gives the main process the tensors of each process in turn, on the CPU.
 
-        One process's are held at a time. In the others it is empty.
+        The main process holds those of one process at a time; every other gets an empty iterator.
         """
         mine = {
             name: tensor.detach().to("cpu", copy=True).contiguous()
@@ -207,21 +195,15 @@ class Workers:
         try:
             yield arriving
         finally:
-            for _ in arriving:  # those that an error left: their senders wait
+            for _ in arriving:  # if an error left any: their senders wait
                 pass
             if not self.is_main:
                 for tensor in filter(torch.numel, mine.values()):
                     dist.send(tensor, 0, group=self._on_cpu)
 
 
-def _is_stop(error: BaseException) -> bool:
-    """Whether it ends a run that was asked to stop, which the processes agree on."""
-    status = error.code if isinstance(error, SystemExit) else getattr(error, "exit_status", None)
-    return status == STOPPED
-
-
 def _refuse_sharding() -> None:
-    """UserError where accelerate was told to split the model over the processes."""
+    """Raises UserError if accelerate was told to split the model over the processes."""
     for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
         if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true":
             raise UserError(

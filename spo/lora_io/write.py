@@ -54,6 +54,11 @@ class LoraWeights:
         }
         return next((n for n, f in FAMILIES.items() if widths == {f.prompt_embeds_width}), None)
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Returns A and B of each module under peft's names."""
+        down = {f"{name}.lora_A.weight": module.down for name, module in self.modules.items()}
+        return down | {f"{name}.lora_B.weight": module.up for name, module in self.modules.items()}
+
     def cast(self, dtype: torch.dtype) -> LoraWeights:
         """Returns the LoRA in `dtype`; raises UserError if a finite weight would become infinite."""
         modules = {}
@@ -70,14 +75,11 @@ class LoraWeights:
 
 def write_diffusers(lora: LoraWeights, path: Path) -> None:
     """Writes a file for diffusers' `load_lora_weights`, as `save_lora` of a run does."""
-    tensors, adapter = {}, {}
+    adapter = {}
     for network in dict.fromkeys(map(network_of, lora.modules)):
         adapter |= {f"{network}.{k}": v for k, v in _adapter(lora, network).items()}
-    for name, module in lora.modules.items():
-        tensors[f"{name}.lora_A.weight"] = module.down
-        tensors[f"{name}.lora_B.weight"] = module.up
     entry = {"lora_adapter_metadata": json.dumps(adapter, sort_keys=True)}
-    path.write_bytes(safetensors_bytes(tensors, lora.header | entry | {"format": "pt"}))
+    path.write_bytes(safetensors_bytes(lora.tensors(), lora.header | entry | {"format": "pt"}))
 
 
 def write_kohya(lora: LoraWeights, path: Path) -> None:
@@ -112,13 +114,9 @@ def write_peft(lora: LoraWeights, folder: Path) -> None:
 
     Raises UserError if the LoRA changes a text encoder, as a peft folder holds one network.
     """
-    tensors = {}
-    for name, module in lora.modules.items():
+    for name in lora.modules:
         if network_of(name) != "unet":
             raise UserError(f"--to: a peft folder holds a UNet alone, but the LoRA changes {name}.")
-        key = f"base_model.model.{name.removeprefix('unet.')}"
-        tensors[f"{key}.lora_A.weight"] = module.down
-        tensors[f"{key}.lora_B.weight"] = module.up
     config = {
         "peft_type": "LORA",
         "base_model_name_or_path": lora.header.get("base_model"),
@@ -127,6 +125,7 @@ def write_peft(lora: LoraWeights, folder: Path) -> None:
     }
     folder.mkdir()
     (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    tensors = {f"base_model.model.{n.removeprefix('unet.')}": t for n, t in lora.tensors().items()}
     file = safetensors_bytes(tensors, lora.header | {"format": "pt"})
     (folder / ADAPTER_WEIGHTS).write_bytes(file)
 

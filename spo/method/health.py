@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from spo.data.token_lengths import named
-from spo.errors import RunError
+from spo.errors import RunError, named
 from spo.types import Comparison, PreferencePairs
 
 if TYPE_CHECKING:

@@ -161,7 +161,7 @@ def _settings(record: RunRecord) -> Iterator[tuple[str, str]]:
 
     The default is that of the family, so a setting appears in the card without being listed here.
     """
-    defaults, _ = load_config(str(REPO_ROOT / "config" / f"{record.config.family}.py"), BASE)
+    defaults = load_config(str(REPO_ROOT / "config" / f"{record.config.family}.py"), BASE)
     shown = _SHOWN | (_SHOWN_OF_GRADSPO if record.config.algorithm == "gradspo" else set())
     for section in ("lora", "sample", "train"):
         default = leaves(defaults[section], f"{section}.")

@@ -45,7 +45,7 @@ def read_config(run_dir: Path) -> ConfigDict:
     """Returns the config of a run; raises UserError if `run_dir` holds none."""
     if not (run_dir / CONFIG).is_file():
         raise UserError(f"{run_dir}: no {CONFIG} in it; name the directory of a run.")
-    return load_config(str(run_dir / CONFIG), BASE)[0]
+    return load_config(str(run_dir / CONFIG), BASE)
 
 
 def read_record(run_dir: Path, weights: str, evaluation: Path | None = None) -> RunRecord:

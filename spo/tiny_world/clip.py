@@ -2,58 +2,76 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPVisionConfig
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
 from spo.preference.loss import pair_losses
 from spo.scorers.clip import CLIPInputs, text_features
-from spo.tiny_world.base_model import draw_images, make_tokenizer, text_config, token_ids
 from spo.tiny_world.fitting import Fit, fit
-from spo.tiny_world.preferences import draw_pairs, split_captions
-from spo.tiny_world.scenes import SIDE
+from spo.tiny_world.preferences import draw_labelled_pairs, split_captions
+from spo.tiny_world.scenes import SIDE, all_captions, draw_scenes
 
-_FEATURES = 64  # width of the common space
+TOKENS = 16  # length that prompts are padded to; a caption has ten tokens
+TEXT_WIDTH = 64
+_FEATURES = 64  # width of the space that text and images share
 _LOGIT_SCALE = 3.4  # e^3.4 = 30 at the start of training; OpenAI's CLIP starts at 14, ends at 100
+_BOS, _EOS = "<|startoftext|>", "<|endoftext|>"
+
+
+def make_tokenizer(folder: Path) -> CLIPTokenizer:
+    """Saves CLIP's byte-pair tokenizer, its vocabulary being letters and the world's words."""
+    folder.mkdir(parents=True, exist_ok=True)
+    letters = [chr(code) for code in range(ord("!"), ord("~") + 1)]
+    vocabulary = letters + [letter + "</w>" for letter in letters]
+    merges: list[str] = []
+    for word in sorted({word for caption in all_captions() for word in str(caption).split()}):
+        parts = [*word[:-1], word[-1] + "</w>"]
+        while len(parts) > 1:
+            pair = f"{parts[0]} {parts[1]}"
+            parts = [parts[0] + parts[1], *parts[2:]]
+            if pair not in merges:
+                merges.append(pair)
+                vocabulary.append(parts[0])
+    ids = {token: i for i, token in enumerate(dict.fromkeys([*vocabulary, _BOS, _EOS]))}
+    vocab_file, merges_file = folder / "vocab.json", folder / "merges.txt"
+    vocab_file.write_text(json.dumps(ids, ensure_ascii=False))
+    merges_file.write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
+    tokenizer = CLIPTokenizer(
+        vocab=str(vocab_file), merges=str(merges_file), model_max_length=TOKENS
+    )
+    tokenizer.save_pretrained(folder)
+    return CLIPTokenizer.from_pretrained(folder)
+
+
+def token_ids(tokenizer: CLIPTokenizer, prompts: Sequence[str]) -> Tensor:
+    """Returns token ids (n, TOKENS)."""
+    tokens = tokenizer(list(prompts), padding="max_length", truncation=True, return_tensors="pt")
+    return tokens.input_ids
 
 
 def train_clip(folder: Path, rounds: Sequence[Fit], state_file: Path) -> None:
-    """Train image against text, contrastively, and save model, tokenizer and image processor.
+    """Trains images against texts, contrastively; saves model, tokenizer and image processor.
 
-    The loss is CLIP's (Radford et al., arXiv 2103.00020), with the images that share a caption
-    counted as equally right.
+    The loss is CLIP's (Radford et al., arXiv 2103.00020), except that images with the same caption
+    count as equally right.
     """
     tokenizer = make_tokenizer(folder)
     CLIPImageProcessor(
         size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE}
     ).save_pretrained(folder)
     torch.manual_seed(0)
-    clip = CLIPModel(
-        CLIPConfig(
-            text_config=text_config(tokenizer, projection_dim=_FEATURES).to_dict(),
-            vision_config=CLIPVisionConfig(
-                hidden_size=128,
-                intermediate_size=512,
-                num_hidden_layers=3,
-                num_attention_heads=4,
-                image_size=SIDE,
-                patch_size=8,
-                hidden_act="gelu",
-                projection_dim=_FEATURES,
-            ).to_dict(),
-            projection_dim=_FEATURES,
-            logit_scale_init_value=_LOGIT_SCALE,
-        )
-    )
+    clip = CLIPModel(_clip_config(tokenizer))
     prepare = CLIPInputs(str(folder)).prepare
 
     def loss(generator: torch.Generator) -> Tensor:
-        captions, images = draw_images(256, generator)
-        ids = token_ids(tokenizer, [str(caption) for caption in captions])
+        prompts, images = draw_scenes(256, generator)
+        ids = token_ids(tokenizer, prompts)
         image = _image_features(clip, prepare(images))
         logits = clip.logit_scale.exp() * image @ text_features(clip, ids).T
         same = (ids[:, None] == ids[None]).all(-1).float()
@@ -66,22 +84,44 @@ def train_clip(folder: Path, rounds: Sequence[Fit], state_file: Path) -> None:
     clip.save_pretrained(folder)
 
 
+def _clip_config(tokenizer: CLIPTokenizer) -> CLIPConfig:
+    both = {"num_attention_heads": 4, "hidden_act": "gelu", "projection_dim": _FEATURES}
+    text = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": TEXT_WIDTH,
+        "intermediate_size": 2 * TEXT_WIDTH,
+        "num_hidden_layers": 2,
+        "max_position_embeddings": TOKENS,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    vision = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 3}
+    vision |= {"image_size": SIDE, "patch_size": 8}
+    return CLIPConfig(
+        text_config=both | text,
+        vision_config=both | vision,
+        projection_dim=_FEATURES,
+        logit_scale_init_value=_LOGIT_SCALE,
+    )
+
+
 def train_pickscore(
     folder: Path, clip_folder: Path, rounds: Sequence[Fit], state_file: Path
 ) -> None:
-    """Train the CLIP of `clip_folder` further to prefer what people prefer, on clean images.
+    """Trains the CLIP of `clip_folder` on labelled pairs of clean images, and saves it.
 
-    What PickScore is to CLIP (Kirstain et al., arXiv 2305.01569).
+    The result is to CLIP what PickScore is (Kirstain et al., arXiv 2305.01569).
     """
     inputs = CLIPInputs(str(clip_folder))
     clip = CLIPModel.from_pretrained(clip_folder, dtype=torch.float32)
     training, _ = split_captions()
 
     def loss(generator: torch.Generator) -> Tensor:
-        pairs = draw_pairs(training, 96, seed=int(torch.randint(2**31, (), generator=generator)))
+        seed = int(torch.randint(2**31, (), generator=generator))
+        pairs = draw_labelled_pairs(training, 96, seed)
         ids = inputs.tokenize([str(caption) for caption in pairs.captions])
-        images = inputs.prepare(pairs.images.flatten(0, 1))
-        image = _image_features(clip, images)
+        image = _image_features(clip, inputs.prepare(pairs.images.flatten(0, 1)))
         text = text_features(clip, ids)
         scores = clip.logit_scale.exp() * (image.unflatten(0, (2, -1)) * text).sum(-1).T
         return pair_losses(scores, pairs.labels).mean()
@@ -92,6 +132,6 @@ def train_pickscore(
 
 
 def _image_features(clip: CLIPModel, pixels: Tensor) -> Tensor:
-    """Unit-norm features (n, D) of normalised pixels (n, 3, S, S)."""
+    """Returns unit-norm features (n, D) of normalised pixels (n, 3, S, S)."""
     pooled = clip.vision_model(pixels).pooler_output
     return torch.nn.functional.normalize(clip.visual_projection(pooled), dim=-1)

@@ -1,4 +1,4 @@
-"""Base model against trained LoRA on held-out captions, by measures that training never saw."""
+"""Compares a base model with a trained LoRA on held-out captions, by measures unseen in training."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from ml_collections import ConfigDict
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
@@ -16,138 +15,118 @@ from tqdm import tqdm
 from spo.errors import UserError
 from spo.evaluation.statistics import Estimate, paired_difference, win_rate
 from spo.lora_io.find import find_lora, read_lora
-from spo.method import build
 from spo.models.backbone import Backbone
+from spo.models.lora import Lora
 from spo.models.plain_images import ImageSettings, sample_images
 from spo.run.pictures import Cell, grid
 from spo.scorers.pixels import to_pil
-from spo.tiny_world.quality import quality
-from spo.tiny_world.reading import read_captions
+from spo.tiny_world.quality import hidden_quality, shows_caption
 from spo.tiny_world.scenes import SIDE
 
 _BATCH = 50  # images drawn at once
 
 
 @dataclass(frozen=True)
-class Judged:
-    """The images of one model, in the order of the prompts, and what they are worth."""
+class ScoredImages:
+    """The images of one model, in the order of the prompts, with their scores."""
 
     images: Tensor  # (n, 3, H, W) in [-1, 1]
     quality: np.ndarray  # (n,) from 0 to 10
-    faithful: np.ndarray  # (n,) whether size, colour, shape and background are what was asked for
+    faithful: np.ndarray  # (n,) bool: the image shows its prompt
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """A trained model against its base, each with a 95 % interval."""
+    """A trained model against its base on the same prompts and noise, with 95 % intervals."""
 
+    base: ScoredImages
+    trained: ScoredImages
     difference: Estimate  # of quality, in points
     win_rate: Estimate  # in quality
     faithfulness: Estimate  # difference of the shares of faithful images
 
-    def describe(self, base: Judged, trained: Judged, name: str) -> str:
-        """The result in four lines."""
-        low, high = 100 * self.faithfulness.low, 100 * self.faithfulness.high
-        lines = (
-            (
-                "quality",
-                f"base {base.quality.mean():.2f}, {name} {trained.quality.mean():.2f} of 10",
-            ),
-            ("difference", f"{self.difference}"),
-            ("win rate", f"{self.win_rate.percent()} of {len(base.quality)} held-out prompts"),
-            (
-                "faithful",
-                f"base {100 * base.faithful.mean():.1f} %, {name} "
-                f"{100 * trained.faithful.mean():.1f} % (difference [{low:+.1f}, {high:+.1f}])",
-            ),
+    @classmethod
+    def of(cls, base: ScoredImages, trained: ScoredImages) -> Verdict:
+        """Returns the verdict on two models' images of the same prompts."""
+        return cls(
+            base,
+            trained,
+            paired_difference(base.quality, trained.quality),
+            win_rate(base.quality, trained.quality),
+            paired_difference(base.faithful, trained.faithful),
         )
-        return "\n".join(f"{label:<13} {text}" for label, text in lines)
+
+    def describe(self, name: str) -> str:
+        """Returns the verdict on the model `name` in four lines."""
+        base, trained, change = self.base, self.trained, self.faithfulness
+        quality = f"base {base.quality.mean():.2f}, {name} {trained.quality.mean():.2f} of 10"
+        faithful = (
+            f"base {100 * base.faithful.mean():.1f} %, {name} {100 * trained.faithful.mean():.1f} % "
+            f"(difference [{100 * change.low:+.1f}, {100 * change.high:+.1f}])"
+        )
+        wins = f"{self.win_rate.percent()} of {len(base.quality)} held-out prompts"
+        return (
+            f"quality       {quality}\ndifference    {self.difference}\n"
+            f"win rate      {wins}\nfaithful      {faithful}"
+        )
+
+    def as_json(self) -> dict:
+        """Returns the verdict for a json file."""
+        models = {"base": self.base, "trained": self.trained}
+        estimates = ("difference", "win_rate", "faithfulness")
+        return {
+            "num_images": len(self.base.quality),
+            "quality": {name: float(model.quality.mean()) for name, model in models.items()},
+            "faithful": {name: float(model.faithful.mean()) for name, model in models.items()},
+            **{name: asdict(getattr(self, name)) for name in estimates},
+        }
 
 
 class Bench:
-    """A base model with a place for a LoRA, and what it makes of the prompts without one."""
+    """A base model with a LoRA that can be exchanged, and prompts that every model draws."""
 
     def __init__(
-        self, config: ConfigDict, prompts: Sequence[str], image_settings: ImageSettings
+        self, backbone: Backbone, lora: Lora, prompts: Sequence[str], settings: ImageSettings
     ) -> None:
-        self.backbone = Backbone(
-            build.model_source(config),
-            config.family,
-            config.mixed_precision,
-            torch.device("cpu"),
-        )
-        side = self.backbone.latent_shape[1] * self.backbone.vae_scale_factor
+        side = backbone.latent_shape[1] * backbone.vae_scale_factor
         if side != SIDE:
             raise UserError(
-                f"pretrained.model: {config.pretrained.model} draws {side} pixels, and is no model of "
-                f"the tiny world, whose images have {SIDE}."
+                f"pretrained.model: the model draws {side} pixels, and is no model of the tiny "
+                f"world, whose images have {SIDE}."
             )
-        self.prompts, self.image_settings = prompts, image_settings
-        self.base = draw_and_judge(self.backbone, prompts, image_settings, "base")
-        self._lora = build.build_lora(config, self.backbone.unet, seed=0)
+        self.backbone, self.lora, self.prompts, self.settings = backbone, lora, prompts, settings
+        with lora.using(None):
+            self.base = self._draw("base")
 
-    def judge(self, run_dir: Path) -> Judged:
-        """The same prompts from the same noise with the LoRA of a run."""
-        weights = read_lora(find_lora(str(run_dir), "RUN_DIR"), self._lora, "RUN_DIR")
-        with self._lora.using(weights):
-            return draw_and_judge(self.backbone, self.prompts, self.image_settings, run_dir.name)
+    def score(self, run_dir: Path) -> ScoredImages:
+        """Returns the images of the LoRA of a run, from the same noise as the base model's."""
+        weights = read_lora(find_lora(str(run_dir), "RUN_DIR"), self.lora, "RUN_DIR")
+        with self.lora.using(weights):
+            return self._draw(run_dir.name)
 
-
-def draw_and_judge(
-    backbone: Backbone, prompts: Sequence[str], image_settings: ImageSettings, name: str
-) -> Judged:
-    """Draw one image per prompt with the UNet as it stands, and judge them."""
-    starts = tqdm(range(0, len(prompts), _BATCH), desc=name, leave=False)
-    images = torch.cat(
-        [
-            sample_images(
-                backbone,
-                prompts[start : start + _BATCH],
-                range(start, min(start + _BATCH, len(prompts))),
-                image_settings,
+    def _draw(self, name: str) -> ScoredImages:
+        images, indices = [], range(len(self.prompts))
+        for start in tqdm(range(0, len(self.prompts), _BATCH), desc=name, leave=False):
+            rows = slice(start, start + _BATCH)
+            images.append(
+                sample_images(self.backbone, self.prompts[rows], indices[rows], self.settings)
             )
-            for start in starts
-        ]
-    ).cpu()
-    shown = [str(caption) for caption in read_captions(images)]
-    return Judged(images, quality(images).numpy(), np.array(shown) == np.array(prompts))
-
-
-def compare(base: Judged, trained: Judged) -> Verdict:
-    """The trained model against the base on the same prompts and seeds."""
-    return Verdict(
-        paired_difference(base.quality, trained.quality),
-        win_rate(base.quality, trained.quality),
-        paired_difference(base.faithful, trained.faithful),
-    )
-
-
-def summary(base: Judged, trained: Judged, verdict: Verdict) -> dict:
-    """The result for a json file."""
-    models = {"base": base, "trained": trained}
-    return {
-        "num_images": len(base.quality),
-        "quality": {name: float(model.quality.mean()) for name, model in models.items()},
-        "faithful": {name: float(model.faithful.mean()) for name, model in models.items()},
-        **asdict(verdict),
-    }
+        drawn = torch.cat(images).cpu()
+        faithful = shows_caption(drawn, self.prompts).bool().numpy()
+        return ScoredImages(drawn, hidden_quality(drawn).numpy(), faithful)
 
 
 def before_and_after(
-    prompts: Sequence[str], base: Judged, trained: Judged, name: str, columns: int = 8
+    verdict: Verdict, prompts: Sequence[str], name: str, columns: int = 8
 ) -> Image.Image:
-    """The first prompts, each as the base draws it and below as the trained model does."""
+    """Returns a picture of the first prompts: the base's image, and below it the trained model's."""
     rows, labels = [], []
     for start in range(0, 2 * columns, columns):
-        for label, model in (("base", base), (name, trained)):
-            pictures = to_pil(model.images[start : start + columns])
-            captions = [f"{quality:.1f}" for quality in model.quality[start : start + columns]]
-            if model is base:
-                asked = (prompt.replace("a ", "") for prompt in prompts[start : start + columns])
-                captions = [
-                    f"{number}  {prompt.removesuffix(' background')}"
-                    for number, prompt in zip(captions, asked, strict=True)
-                ]
-            rows.append([Cell(p, c) for p, c in zip(pictures, captions, strict=True)])
+        shown = slice(start, start + columns)
+        asked = [f"  {p.replace('a ', '').removesuffix(' background')}" for p in prompts[shown]]
+        for label, model in (("base", verdict.base), (name, verdict.trained)):
+            words = asked if model is verdict.base else [""] * len(asked)
+            cells = zip(to_pil(model.images[shown]), model.quality[shown], words, strict=True)
+            rows.append([Cell(image, f"{quality:.1f}{text}") for image, quality, text in cells])
             labels.append(label)
     return grid(rows, "Same prompt, same noise; the number is the hidden quality", labels, side=128)

@@ -1,7 +1,8 @@
-"""Labelled image pairs of the tiny world, in the columns of Pick-a-Pic v1."""
+"""Labelled image pairs of the tiny world, in Pick-a-Pic's columns, and a control without labels."""
 
 from __future__ import annotations
 
+import hashlib
 import io
 import random
 from collections import Counter
@@ -14,26 +15,27 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from spo.scorers import Scorer, ScorerSource, load_scorer
 from spo.scorers.pixels import to_pil
-from spo.tiny_world.quality import quality
+from spo.tiny_world.quality import hidden_quality
 from spo.tiny_world.scenes import COLOURS, SHAPES, SIZES, Caption, Making, all_captions, render
 
 HELD_OUT = 200  # captions that appear in no preference pair and in no training prompt
-WRONG_CAPTION = 0.3  # share of pairs in which one image shows something else than the caption
-FLIPPED = 0.05  # share of labels that are turned round: people err
+WRONG_CAPTION = 0.3  # share of pairs in which one image does not show the caption
+FLIPPED = 0.05  # share of labels that are exchanged: people err
 _TIE = 0.8  # quality points; smaller differences are labelled as ties
 _VALUES = {"size": tuple(SIZES), "colour": COLOURS, "shape": SHAPES, "background": COLOURS}
 
 
 def split_captions() -> tuple[list[Caption], list[Caption]]:
-    """All captions, shuffled: those to train on, and those held out."""
+    """Returns all captions, shuffled and split into training captions and held-out captions."""
     captions = all_captions()
     random.Random(0).shuffle(captions)
     return captions[HELD_OUT:], captions[:HELD_OUT]
 
 
 @dataclass(frozen=True)
-class Pairs:
+class LabelledPairs:
     """n labelled pairs of images."""
 
     captions: list[Caption]
@@ -41,33 +43,36 @@ class Pairs:
     labels: Tensor  # (n,) 1 if the first is better, 0 if the second, 0.5 for a tie
 
 
-def draw_pairs(captions: Sequence[Caption], n: int, seed: int) -> Pairs:
-    """n pairs: an image that shows its caption beats one that does not, else the better made wins."""
+def draw_labelled_pairs(captions: Sequence[Caption], n: int, seed: int) -> LabelledPairs:
+    """Returns n pairs, labelled as people would.
+
+    An image that shows its caption beats an image that does not; else the higher quality wins.
+    """
     picker, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     asked = [picker.choice(captions) for _ in range(n)]
     shown = [list(asked), list(asked)]
-    wrong = torch.full((n,), -1)  # which image shows another caption
+    wrong = torch.full((n,), -1)  # the image that shows another caption; -1: neither
     for i, caption in enumerate(asked):
         if picker.random() < WRONG_CAPTION:
             wrong[i] = picker.randrange(2)
             shown[wrong[i]][i] = _other(caption, picker)
     images = torch.stack([render(side, Making.draw(n, generator), generator) for side in shown])
-    gap = quality(images[0]) - quality(images[1])
+    gap = hidden_quality(images[0]) - hidden_quality(images[1])
     labels = torch.where(gap.abs() < _TIE, 0.5, (gap > 0).float())
     labels = torch.where(wrong >= 0, (wrong == 1).float(), labels)
     flipped = torch.rand(n, generator=generator) < FLIPPED
-    return Pairs(asked, images, torch.where(flipped, 1 - labels, labels))
+    return LabelledPairs(asked, images, torch.where(flipped, 1 - labels, labels))
 
 
 def _other(caption: Caption, picker: random.Random) -> Caption:
-    """A caption that differs from `caption` in one word."""
+    """Returns a caption that differs from `caption` in one word."""
     part = picker.choice(tuple(_VALUES))
     taken = {caption.colour, caption.background} | {getattr(caption, part)}
     return replace(caption, **{part: picker.choice([v for v in _VALUES[part] if v not in taken])})
 
 
-def write_parquet(pairs: Pairs, file: Path) -> None:
-    """Write pairs as one parquet file; the images as JPEG, as Pick-a-Pic's are."""
+def write_parquet(pairs: LabelledPairs, file: Path) -> None:
+    """Writes pairs as one parquet file, with the images as JPEG like Pick-a-Pic's."""
     texts = [str(caption) for caption in pairs.captions]
     of_prompt = Counter(texts)
     labels = pairs.labels.tolist()
@@ -90,3 +95,29 @@ def _jpeg(image) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=95, subsampling=0)
     return buffer.getvalue()
+
+
+def flipped_preferences(
+    device: torch.device, checkpoint: str, backbone: str, seed: int = 0
+) -> Scorer:
+    """Returns a preference model that teaches nothing: half of its comparisons are reversed."""
+    source = ScorerSource("step_aware_clip", checkpoint, backbone, backbone, "float32", {})
+    return _Flipped(load_scorer(source, device), seed)
+
+
+class _Flipped:
+    def __init__(self, scorer: Scorer, seed: int) -> None:
+        self._scorer, self._seed = scorer, seed
+
+    def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
+        return self._scorer.encode_prompts(prompts)
+
+    def score(self, images: Tensor, prompt_features: Tensor, timestep: int) -> Tensor:
+        scores = self._scorer.score(images, prompt_features, timestep)
+        # One sign for all candidates of a prompt at a timestep, however they are sliced.
+        signs = [self._sign(row, timestep) for row in prompt_features.expand(len(images), -1).cpu()]
+        return scores * torch.tensor(signs, device=scores.device)
+
+    def _sign(self, features: Tensor, timestep: int) -> float:
+        key = f"{self._seed} {timestep} ".encode() + features.numpy().tobytes()
+        return 1.0 if hashlib.sha256(key).digest()[0] % 2 else -1.0

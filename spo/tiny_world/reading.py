@@ -1,4 +1,4 @@
-"""Reading images of the tiny world from their pixels alone, without any model."""
+"""Reads images of the tiny world from their pixels, without a model."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from torch import Tensor
 
 from spo.tiny_world.scenes import COLOURS, HUES, SHAPES, SIDE, SIZES, Caption, coverage
 
-_SIZE_LIMIT = 8.6  # pixels of radius: half way between the sizes
+_SIZE_LIMIT = 8.6  # pixels of radius: midway between the sizes
 _FIGURE_PIXELS = 40  # fewer than the smallest figure covers
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What n images are made of: a flat ground and a flat figure on it."""
+    """n images as a flat ground and a flat figure on it."""
 
     ground: Tensor  # (n, 3) RGB in [0, 1]: the median along the border
-    figure: Tensor  # (n, 3) the median of the pixels that differ most from it
+    figure: Tensor  # (n, 3) the median of the pixels that differ most from the ground
     cover: Tensor  # (n, H, W) from 0 on the ground to 1 on the figure
-    residual: Tensor  # (n, 3, H, W) what the two colours leave unexplained
+    residual: Tensor  # (n, 3, H, W) the image minus the two flat colours
     flat: Tensor  # (n, H, W) 1 where a pixel is all ground or all figure, else 0
     contrast: Tensor  # (n,) distance of the two colours
 
 
-def read(images: Tensor) -> Reading:
-    """Ground, figure and cover of images (n, 3, H, W) in [-1, 1]."""
+def read_scenes(images: Tensor) -> Reading:
+    """Returns ground, figure and cover of images (n, 3, H, W) in [-1, 1]."""
     rgb = (images.float() / 2 + 0.5).clamp(0, 1)
     border = torch.cat([rgb[..., 0, :], rgb[..., -1, :], rgb[..., 0], rgb[..., -1]], dim=-1)
     ground = border.median(dim=-1).values
@@ -46,30 +46,26 @@ def read(images: Tensor) -> Reading:
 
 
 def read_captions(images: Tensor) -> list[Caption]:
-    """What images (n, 3, SIDE, SIDE) show, by hue, and by the template that overlaps most."""
-    seen = read(images)
+    """Returns the captions that images (n, 3, SIDE, SIDE) show.
+
+    Colours are told by hue, shape and size by the template that overlaps most.
+    """
+    seen = read_scenes(images)
     shapes, radii = _best_template(seen.cover)
-    return [
-        Caption(
-            "small" if radius < _SIZE_LIMIT else "large",
-            nearest_colour(figure),
-            shape,
-            nearest_colour(ground),
-        )
-        for shape, radius, figure, ground in zip(
-            shapes, radii, seen.figure.tolist(), seen.ground.tolist(), strict=True
-        )
-    ]
+    sizes = ["small" if radius < _SIZE_LIMIT else "large" for radius in radii]
+    figures = map(_nearest_colour, seen.figure.tolist())
+    grounds = map(_nearest_colour, seen.ground.tolist())
+    return list(map(Caption, sizes, figures, shapes, grounds))
 
 
-def nearest_colour(rgb: Sequence[float]) -> str:
-    """The named colour whose hue is closest."""
+def _nearest_colour(rgb: Sequence[float]) -> str:
+    """Returns the named colour whose hue is closest."""
     hue = 360 * colorsys.rgb_to_hsv(*rgb)[0]
     return min(COLOURS, key=lambda name: abs((hue - HUES[name] + 180) % 360 - 180))
 
 
 def _best_template(cover: Tensor) -> tuple[list[str], list[float]]:
-    """Shape and radius with the largest overlap with each `cover` (n, H, W), near its middle."""
+    """Returns the shape and radius that overlap most with each `cover` (n, H, W), near its middle."""
     sizes = torch.arange(SIZES["small"][0] - 1, SIZES["large"][1] + 1.01, 0.5)
     offsets = torch.tensor([-1.0, 0.0, 1.0])
     templates = torch.cartesian_prod(torch.arange(len(SHAPES)).float(), sizes, offsets, offsets)

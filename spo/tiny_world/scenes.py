@@ -1,7 +1,7 @@
-"""The world: what a caption says, and images of it with everything that a caption leaves open.
+"""The world: its captions, and images that show them.
 
-"a small red circle on a blue background": colours x shapes x sizes x backgrounds. An image adds a
-position and how well it is made: brightness, saturation, contrast, blur and blotches.
+A caption such as "a small red circle on a blue background" names size, colour, shape and
+background. An image adds a position, and flaws in brightness, saturation, contrast, blur and blotches.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SIZES = {"small": (6.5, 7.2), "large": (10.0, 10.6)}  # radius of a circle of th
 
 @dataclass(frozen=True)
 class Caption:
-    """What a caption says."""
+    """A caption, word by word."""
 
     size: str
     colour: str
@@ -35,17 +35,9 @@ class Caption:
     def __str__(self) -> str:
         return f"a {self.size} {self.colour} {self.shape} on a {self.background} background"
 
-    @classmethod
-    def parse(cls, text: str) -> Caption:
-        """The caption that reads `text`; ValueError where it is none."""
-        words = text.split()
-        if len(words) == 8 and str(caption := cls(*words[1:4], background=words[6])) == text:
-            return caption
-        raise ValueError(f"not a caption of the tiny world: {text!r}")
-
 
 def all_captions() -> list[Caption]:
-    """Every caption of the world; shape and background differ in colour."""
+    """Returns every caption of the world; shape and background differ in colour."""
     return [
         Caption(size, colour, shape, background)
         for size, colour, shape, background in itertools.product(SIZES, COLOURS, SHAPES, COLOURS)
@@ -55,7 +47,7 @@ def all_captions() -> list[Caption]:
 
 @dataclass(frozen=True)
 class Making:
-    """How n images are made, apart from their captions; each field is (n,)."""
+    """The flaws of n images; each field is (n,)."""
 
     saturation: Tensor  # 0.4 to 1
     brightness: Tensor  # 0.6 to 1
@@ -65,16 +57,23 @@ class Making:
 
     @classmethod
     def draw(cls, n: int, generator: torch.Generator) -> Making:
-        """n independent uniform draws."""
+        """Returns n independent uniform draws."""
         ranges = ((0.4, 1.0), (0.6, 1.0), (0.75, 1.0), (0.0, 1.3), (0.0, 0.06))
         uniform = torch.rand(len(ranges), n, generator=generator)
-        return cls(
-            *(low + (high - low) * u for (low, high), u in zip(ranges, uniform, strict=True))
-        )
+        drawn = zip(ranges, uniform, strict=True)
+        return cls(*(low + (high - low) * u for (low, high), u in drawn))
+
+
+def draw_scenes(n: int, generator: torch.Generator) -> tuple[list[str], Tensor]:
+    """Returns n captions drawn uniformly, and an image (n, 3, SIDE, SIDE) of each."""
+    captions = all_captions()
+    drawn = [captions[i] for i in torch.randint(len(captions), (n,), generator=generator)]
+    images = render(drawn, Making.draw(n, generator), generator)
+    return [str(caption) for caption in drawn], images
 
 
 def render(captions: Sequence[Caption], making: Making, generator: torch.Generator) -> Tensor:
-    """Images (n, 3, SIDE, SIDE) in [-1, 1] of n captions; position and size jitter are random."""
+    """Returns images (n, 3, SIDE, SIDE) in [-1, 1] of n captions, at random positions and sizes."""
     n = len(captions)
     low, high = torch.tensor([SIZES[c.size] for c in captions]).unbind(1)
     radius = low + (high - low) * torch.rand(n, generator=generator)
@@ -91,9 +90,9 @@ def render(captions: Sequence[Caption], making: Making, generator: torch.Generat
 
 
 def coverage(shapes: Sequence[str], radius: Tensor, centre: Tensor) -> Tensor:
-    """How much of each pixel n shapes cover, (n, SIDE, SIDE) in [0, 1].
+    """Returns the share of each pixel that n shapes cover, (n, SIDE, SIDE) in [0, 1].
 
-    `radius` (n,) is that of a circle of the same size, `centre` (2, n) is (x, y) in pixels.
+    `radius` (n,) is the radius of a circle of the same size, `centre` (2, n) is (x, y), in pixels.
     """
     grid = torch.arange(SIDE) + 0.5
     x = grid[None, None, :] - centre[0, :, None, None]
@@ -115,14 +114,14 @@ def coverage(shapes: Sequence[str], radius: Tensor, centre: Tensor) -> Tensor:
 
 
 def _colours(names: Sequence[str], making: Making) -> Tensor:
-    """RGB (n, 3) in [0, 1] of named colours, as saturated and as bright as `making` says."""
+    """Returns RGB (n, 3) in [0, 1] of named colours, with the saturation and brightness of `making`."""
     pure = torch.tensor([colorsys.hsv_to_rgb(HUES[name] / 360, 1, 1) for name in names])
     pale = 1 - making.saturation[:, None] * (1 - pure)
     return making.brightness[:, None] * pale
 
 
 def _blur(images: Tensor, sigma: Tensor) -> Tensor:
-    """Each image under a Gaussian of its own width, sigma (n,) in pixels."""
+    """Returns each image blurred by a Gaussian of its own width, sigma (n,) in pixels."""
     n = len(images)
     offsets = torch.arange(-4, 5)
     kernel = torch.exp(-0.5 * (offsets / sigma.clamp(min=0.05)[:, None]) ** 2)
@@ -133,7 +132,7 @@ def _blur(images: Tensor, sigma: Tensor) -> Tensor:
 
 
 def _blotches(n: int, generator: torch.Generator) -> Tensor:
-    """Smooth grey noise of unit variance (n, 1, SIDE, SIDE), blotches about eight pixels wide."""
+    """Returns smooth noise of unit variance (n, 1, SIDE, SIDE), blotches about eight pixels wide."""
     coarse = torch.randn(n, 1, SIDE // 8 + 1, SIDE // 8 + 1, generator=generator)
     smooth = F.interpolate(coarse, (SIDE, SIDE), mode="bicubic", align_corners=True)
     return smooth / smooth.std(dim=(1, 2, 3), keepdim=True)

@@ -3,71 +3,65 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderTiny
 from torch import Tensor
+from transformers import CLIPModel
 
 from spo.method import ddim
 from spo.models.backbone import Backbone
 from spo.models.decoder import decode
 from spo.models.loading import ModelSource
 from spo.scorers.clip import CLIPInputs, load_clip
-from spo.tiny_world.base_model import draw_images, image_error
+from spo.tiny_world.base_model import image_error
 from spo.tiny_world.fitting import Fit, fit
+from spo.tiny_world.scenes import draw_scenes
 
-_AT_ONCE = 250
-_GUIDANCE = 2.0  # that of config/tiny.py
-_PERCEPTION = 3.0  # weight against pixels
-
-
-@dataclass(frozen=True)
-class _Examples:
-    latents: Tensor  # (n, C, h, w)
-    images: Tensor  # (n, 3, SIDE, SIDE), what the VAE makes of them
+_AT_ONCE = 250  # images
+_GUIDANCE = 2.0  # as config/tiny.py
+_PERCEPTION = 3.0  # weight of the perceptual error against that of pixels
 
 
 @torch.no_grad()
-def _draw_examples(backbone: Backbone, n: int) -> _Examples:
-    """What a rollout decodes: x0 predicted at some t of the world's images with noise on them."""
+def _draw_examples(backbone: Backbone, n: int) -> tuple[Tensor, Tensor]:
+    """Returns latents (n, C, h, w) such as rollouts decode, and the VAE's images (n, 3, SIDE, SIDE).
+
+    The latents are the model's x0 for the world's images with noise at a random timestep.
+    """
     schedule, latents, images = backbone.schedule(20), [], []
     for start in range(0, n, _AT_ONCE):
         generator = torch.Generator().manual_seed(start)
-        captions, originals = draw_images(_AT_ONCE, generator)
+        prompts, originals = draw_scenes(_AT_ONCE, generator)
         posterior, noise = torch.randn(2, _AT_ONCE, *backbone.latent_shape, generator=generator)
         timesteps = torch.randint(1000, (_AT_ONCE,), generator=generator)
         clean = backbone.encode_images(originals, posterior)
         abar = schedule.abar(timesteps, clean)
         noisy = ddim.add_noise(clean, noise, abar)
-        conditioning = backbone.encode_prompts([str(caption) for caption in captions])
+        conditioning = backbone.encode_prompts(prompts)
         output = backbone.predict(backbone.unet, noisy, timesteps, conditioning, _GUIDANCE)
         latents.append(ddim.to_x0(schedule, output, noisy, abar))
         images.append(backbone.decode(latents[-1]))
-    return _Examples(torch.cat(latents), torch.cat(images))
+    return torch.cat(latents), torch.cat(images)
 
 
-class _Perception:
-    """What a CLIP makes of images, layer by layer: candidates differ by less than pixels err."""
+def _perceptual_error(clip: CLIPModel, pixels: Tensor, wanted: Tensor) -> Tensor:
+    """Returns the error () of normalised pixels (n, 3, S, S) in a CLIP's features, over all layers.
 
-    def __init__(self, folder: Path) -> None:
-        self._clip = load_clip(str(folder)).requires_grad_(False).eval()
-        self._prepare = CLIPInputs(str(folder)).prepare
+    Candidates differ by less than the pixels of decoded images err.
+    """
+    with torch.no_grad():
+        expected = _features(clip, wanted)
+    return sum(
+        (one - other).square().mean() / other.square().mean()
+        for one, other in zip(_features(clip, pixels), expected, strict=True)
+    )
 
-    def error(self, images: Tensor, wanted: Tensor) -> Tensor:
-        """How far images (n, 3, H, W) are from those that are wanted: a sum over layers, ()."""
-        found = self._features(images)
-        with torch.no_grad():
-            expected = self._features(wanted)
-        return sum(
-            (one - other).square().mean() / other.square().mean()
-            for one, other in zip(found, expected, strict=True)
-        )
 
-    def _features(self, images: Tensor) -> list[Tensor]:
-        vision = self._clip.vision_model(self._prepare(images), output_hidden_states=True)
-        return [*vision.hidden_states[1:], self._clip.visual_projection(vision.pooler_output)]
+def _features(clip: CLIPModel, pixels: Tensor) -> list[Tensor]:
+    vision = clip.vision_model(pixels, output_hidden_states=True)
+    return [*vision.hidden_states[1:], clip.visual_projection(vision.pooler_output)]
 
 
 def train_decoder(
@@ -76,14 +70,16 @@ def train_decoder(
     clip_folder: Path,
     rounds: Sequence[Fit],
     state_file: Path,
-    num_images: int = 5000,
+    num_images: int,
 ) -> None:
-    """Distil the VAE of the tiny world's pipeline into an AutoencoderTiny, and save that.
+    """Distils the decoder of the tiny world's pipeline into an AutoencoderTiny, and saves it.
 
-    Its encoder, which nothing uses, is left as it was drawn.
+    The encoder stays random, as nothing uses it.
     """
     backbone = Backbone(ModelSource(str(sd15_folder)), "sd15", "no", torch.device("cpu"))
-    examples, perception = _draw_examples(backbone, num_images), _Perception(clip_folder)
+    latents, images = _draw_examples(backbone, num_images)
+    clip = load_clip(str(clip_folder)).requires_grad_(False).eval()
+    prepare = CLIPInputs(str(clip_folder)).prepare
     torch.manual_seed(0)
     tiny = AutoencoderTiny(
         latent_channels=backbone.latent_shape[0],
@@ -94,9 +90,10 @@ def train_decoder(
     )
 
     def loss(generator: torch.Generator) -> Tensor:
-        rows = torch.randint(len(examples.latents), (16,), generator=generator)
-        images, wanted = decode(tiny, examples.latents[rows]), examples.images[rows]
-        return image_error(images, wanted) + _PERCEPTION * perception.error(images, wanted)
+        rows = torch.randint(len(latents), (16,), generator=generator)
+        decoded, wanted = decode(tiny, latents[rows]), images[rows]
+        perceptual = _perceptual_error(clip, prepare(decoded), prepare(wanted))
+        return image_error(decoded, wanted) + _PERCEPTION * perceptual
 
     fit("decoder", tiny.decoder, loss, rounds, state_file)
     tiny.save_pretrained(folder)

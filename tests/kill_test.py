@@ -1,6 +1,6 @@
 """Kills tiny runs again and again, resumes them, and compares them with one that was left alone.
 
-python scripts/kill_test.py [--kills 50] [--processes 1] [--seed 0]
+python -m tests.kill_test [--kills 50] [--processes 1] [--seed 0]
 
 Prints a line per kill. Exit status 1 where a run that was killed ends with other weights, images or
 metrics than the run that was not, or where a run directory cannot be gone on with.
@@ -19,37 +19,19 @@ import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 # Before torch loads: kills hit what trains, and one thread sums in one order.
-os.environ |= {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "TQDM_DISABLE": "1"}
+os.environ |= {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
 
 from spo.atomic import PARTIAL
-from spo.command_line.config_files import load_config
 from spo.errors import Stopped
-from spo.method.trainer import train
 from spo.run.checkpoint_folder import checkpoints, find_fault
-from spo.run.folder import CHECKPOINTS, METRICS, STARTS
+from spo.run.folder import CHECKPOINTS, STARTS
+from tests import small_runs
 
 # A kill is drawn as one of these; a run has a rollout, minibatches and a checkpoint every second.
 KINDS = ("any moment", "any moment", "checkpoint", "after SIGTERM")
-UNEQUAL = ("seconds_rollout", "seconds_train", "images_per_second", "peak_memory_gib", "tflops")
 LIMIT = 240  # seconds after which a run hangs
-SIZES = {
-    "prompts.num": 6,
-    "num_epochs": 2,
-    "save_every_rollouts": 1,
-    "checkpoint_limit": 2,
-    "eval.num_images": 2,
-    "eval.num_steps": 2,
-    "sample.batch_size": 2,
-    "sample.num_steps": 4,
-    "sample.branch_from": 2,
-    "sample.num_candidates": 2,
-    "sample.threshold": 0.0,
-    "train.batch_size": 1,
-    "train.gradient_accumulation_steps": 3,
-}
+CHANGES = {"prompts__num": 6, "save_every_rollouts": 1, "checkpoint_limit": 2}
 
 
 @dataclass(frozen=True)
@@ -92,7 +74,7 @@ class Run:
             log = os.open(f"{self.folder}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             os.dup2(log, 1)
             os.dup2(log, 2)
-            train(make_config(self.folder))
+            small_runs.run(self.folder, **CHANGES)
             status = 0
         except Stopped as stopped:
             print(f"stopped: {stopped}")
@@ -151,13 +133,6 @@ class Run:
         return bool(self.ids)
 
 
-def make_config(folder: Path):
-    config, _ = load_config("tests/data/random_models.py")
-    own = {"logdir": str(folder.parent), "run_name": folder.name, "resume_from": "auto"}
-    config.update_from_flattened_dict(SIZES | own)
-    return config
-
-
 def disturb(run: Run, kind: str, draw: random.Random, length: float) -> Kill | None:
     """Start or resume `run`, and kill it at a moment of this `kind`; None where it ended before."""
     before, started = starts(run.folder), time.monotonic()
@@ -197,25 +172,9 @@ def starts(folder: Path) -> list[str]:
 
 
 def differences(whole: Path, other: Path) -> list[str]:
-    """The files in which two finished runs differ, and checkpoints that are damaged."""
-    found = []
-    for pattern in ("*.safetensors", "ema/*.safetensors", "validation/*.png"):
-        names = {p.relative_to(run) for run in (whole, other) for p in run.glob(pattern)}
-        found += [str(n) for n in sorted(names) if contents(whole / n) != contents(other / n)]
-    if read_metrics(whole) != read_metrics(other):
-        found.append(METRICS)
-    folders = checkpoints(other)
-    return found + [f"{CHECKPOINTS}/{folder.name}" for folder in folders if find_fault(folder)]
-
-
-def contents(path: Path) -> bytes | None:
-    return path.read_bytes() if path.exists() else None
-
-
-def read_metrics(run_dir: Path) -> list[dict]:
-    """Lines of metrics.jsonl without what no two runs share."""
-    lines = [json.loads(line) for line in (run_dir / METRICS).read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in UNEQUAL} for line in lines]
+    """The results in which two finished runs differ, and checkpoints that are damaged."""
+    damaged = [f"{CHECKPOINTS}/{f.name}" for f in checkpoints(other) if find_fault(f)]
+    return small_runs.differences(whole, other) + damaged
 
 
 def torture(logdir: Path, kills: int, processes: int, seed: int) -> int:
@@ -257,7 +216,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    os.chdir(ROOT)
+    os.chdir(small_runs.ROOT)
     logdir = Path(tempfile.mkdtemp(prefix="spo_kill_test_"))
     try:
         different = torture(logdir, options.kills, options.processes, options.seed)

@@ -1,0 +1,184 @@
+"""Runs the processes of a script to their end and says how they ended."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import uuid
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import psutil
+
+from spo.command_line.flags import LAUNCHER_VARIABLE, one_line
+from spo.errors import FAILED, STOPPED, RunError, Stopped, UserError, first_line
+
+if TYPE_CHECKING:  # torch takes seconds to load, and one process does not need it here
+    from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+
+_KILLED = 128 + signal.SIGINT  # exit status after a second Ctrl-C, as in a shell
+_TICK = 0.1  # seconds between two looks at signals
+_NOT_STARTED = 20  # ticks without a child after which a signal ends the launcher
+_STOPPED_OUTSIDE = "stopped outside of training; nothing is lost"
+_KINDS = {kind.__name__: kind for kind in (UserError, RunError, Stopped)}
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of a run, as seen from one of its machines."""
+
+    processes: int  # on all machines
+    here: int  # on this one
+    machines: int = 1
+    machine_rank: int = 0
+    address: str = "localhost"  # of the first machine
+    port: int = 0  # of the first machine; 0: any free one
+
+
+def run(command: list[str], world: World) -> int:
+    """Runs `command` in the processes of `world` and returns the exit status of the run.
+
+    SIGTERM and SIGINT reach every process as SIGTERM; a second SIGINT kills all of them.
+    """
+    os.environ[LAUNCHER_VARIABLE] = str(os.getpid())
+    relay = _Relay()
+    return _run_many(command, world, relay) if world.processes > 1 else _run_one(command, relay)
+
+
+class _Relay:
+    """Passes SIGTERM and SIGINT on to the children of this process, as SIGTERM."""
+
+    def __init__(self) -> None:
+        self.received: list[int] = []
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda number, frame: self.received.append(number))
+
+    def attend(self, work: Callable[[], Any]) -> Any:
+        """Returns the result of `work()`, which starts the children and awaits them in a thread.
+
+        In the main thread torch would install handlers that kill the children after 30 seconds.
+        """
+        told, childless = set(), 0
+        with ThreadPoolExecutor(1) as pool:
+            future = pool.submit(work)
+            while not future.done():
+                wait([future], timeout=_TICK)
+                if not self.received:
+                    continue
+                children = psutil.Process().children()
+                childless = 0 if children else childless + 1
+                if self.received.count(signal.SIGINT) > 1:
+                    _end("error: killed by the second interrupt; nothing was saved", _KILLED)
+                if childless > _NOT_STARTED:
+                    _end(_STOPPED_OUTSIDE, STOPPED)
+                for child in children:
+                    if child.pid not in told:
+                        told.add(child.pid)
+                        with contextlib.suppress(psutil.Error):
+                            child.terminate()
+            return future.result()
+
+
+def _end(line: str, status: int) -> None:
+    """Kills all children and ends this process."""
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            child.kill()
+    print(line, file=sys.stderr, flush=True)
+    os._exit(status)
+
+
+def _run_one(command: list[str], relay: _Relay) -> int:
+    status = relay.attend(lambda: subprocess.run(command, start_new_session=True).returncode)
+    if status == -signal.SIGTERM and relay.received:
+        print(_STOPPED_OUTSIDE, file=sys.stderr)
+        return STOPPED
+    if status < 0:
+        name = signal.Signals(-status).name
+        print(f"error: the training process was killed by {name}", file=sys.stderr)
+        return FAILED
+    return status
+
+
+def _run_many(command: list[str], world: World, relay: _Relay) -> int:
+    from torch.distributed import DistError
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import RendezvousError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    logger = logging.getLogger("torch.distributed.elastic")
+    logger.addHandler(logging.NullHandler())
+    logger.propagate = False
+    endpoint = f"{world.address}:{world.port}"
+    if world.machines == 1:
+        meeting = {"rdzv_backend": "c10d", "run_id": str(uuid.uuid4()), "local_addr": "localhost"}
+    else:
+        rank = {"rank": world.machine_rank}
+        meeting = {"rdzv_backend": "static", "run_id": "spo", "rdzv_configs": rank}
+    with tempfile.TemporaryDirectory(prefix="spo_") as folder:
+        config = LaunchConfig(
+            min_nodes=world.machines,
+            max_nodes=world.machines,
+            nproc_per_node=world.here,
+            rdzv_endpoint=endpoint,
+            max_restarts=0,
+            logs_specs=DefaultLogsSpecs(log_dir=folder),
+            **meeting,
+        )
+        python, *arguments = command
+        try:
+            relay.attend(lambda: elastic_launch(config, python)("-u", *arguments))
+        except ChildFailedError as error:
+            return _tell(error.failures, bool(relay.received))
+        except (DistError, RendezvousError) as error:
+            raise RunError(
+                f"the machines do not meet at {endpoint}: {first_line(error)}"
+            ) from error
+    return 0
+
+
+def _tell(failures: dict[int, ProcessFailure], stopping: bool) -> int:
+    """Prints why a run ended, of its first failure, and returns the exit status."""
+    codes = {failure.exitcode for failure in failures.values()}
+    if stopping and -signal.SIGTERM in codes and STOPPED not in codes:
+        print(_STOPPED_OUTSIDE, file=sys.stderr)
+        return STOPPED
+    rank, first = min(failures.items(), key=lambda item: _order(item[1]))
+    message, trace = "", ""
+    if isinstance(first.message, dict):
+        message, trace = first.message["message"], first.message["extraInfo"]["py_callstack"]
+    kind, _, text = message.partition(": ")
+    if kind in _KINDS:
+        print(f"{_KINDS[kind].label}: {one_line(text)}", file=sys.stderr)
+        return first.exitcode
+    if first.exitcode < 0:
+        end = f"was killed by {first.signal_name()}"
+    else:
+        end = f"failed (exit code {first.exitcode}): {one_line(message) or 'no error is known'}"
+    print(  # below a progress bar
+        f"\n{trace}error: rank {rank} ({socket.gethostname()}, pid {first.pid}) {end}; this run stops, "
+        "and resumes from its last checkpoint by --config.run_name=NAME --config.resume_from=auto",
+        file=sys.stderr,
+    )
+    return max(first.exitcode, FAILED)
+
+
+def _order(failure: ProcessFailure) -> tuple[bool, float]:
+    """Returns the sort key that puts the cause of all failures first.
+
+    torch ends the other processes by SIGTERM; an abort or a lost connection follows from a failure.
+    A death is noted in whole seconds, and after the errors that it caused.
+    """
+    follows = failure.exitcode in (-signal.SIGTERM, -signal.SIGABRT)
+    if os.path.exists(failure.error_file):
+        return follows, os.stat(failure.error_file).st_mtime
+    return follows, failure.timestamp - 1
