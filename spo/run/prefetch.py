@@ -13,8 +13,8 @@ from spo.method.build import read_recipe
 from spo.models.backbone import DTYPES
 from spo.models.decoder import load_decoder
 from spo.models.loading import ModelSource, check_source, load_pipeline
-from spo.preference import spm_build
-from spo.preference.spm_preflight import read_rows
+from spo.preference import spm_recipe
+from spo.preference.rows import find_usable_rows
 from spo.scorers import ImageScorerSource, load_scorer
 from spo.scorers.clip import CLIPInputs, load_clip
 
@@ -47,21 +47,21 @@ def _of_training(config: ConfigDict) -> Iterator[str]:
 
 
 def _of_preference_model(config: ConfigDict) -> Iterator[str]:
-    spm_build.check(config)
-    spm_build.load_spm(config)
-    CLIPInputs(config.preference.processor)
-    yield f"preference model: {config.preference.init_from or config.preference.backbone}"
-    if config.labels.source == "pickscore":
-        load_clip(config.labels.backbone, "labels")
-        CLIPInputs(config.labels.processor, "labels")
-        yield f"labels: {config.labels.backbone}"
-    source = spm_build.model_source(config)
-    yield _load_base_model(source, config.family, config.mixed_precision)
+    recipe = spm_recipe.read_recipe(config)
+    spm, labels, data = recipe.spm, recipe.labels, recipe.data
+    spm_recipe.build_spm(spm, recipe.seed, gradient_checkpointing=False)
+    CLIPInputs(spm.processor)
+    yield f"preference model: {spm.init_from or spm.backbone}"
+    if labels.source == "pickscore":
+        load_clip(labels.backbone, "labels")
+        CLIPInputs(labels.processor, "labels")
+        yield f"labels: {labels.backbone}"
+    yield _load_base_model(recipe.base, config.family, config.mixed_precision)
     # Last, because Pick-a-Pic is by far the largest.
-    yield read_rows(config, config.data.train_split).description
-    if config.eval_steps and config.data.validation_split:
-        yield read_rows(config, config.data.validation_split, need_has_label=True).description
-    if config.data.streaming:
+    yield find_usable_rows(data, data.train_split).description
+    if recipe.validates:
+        yield find_usable_rows(data, data.validation_split, need_has_label=True).description
+    if data.streaming:
         yield "The rows are not kept: data.streaming reads them from their source in training."
 
 
