@@ -60,7 +60,7 @@ def print_times(
     """Times each of `loaders` against the first, prints the tables, and returns the figures."""
     found = time_in_turns(loaders, rounds, repeats)
     baseline, *_ = found.values()
-    print(f"{rounds} rounds of {repeats} repeats; every comparison makes a pair\n")
+    print(f"rounds: {rounds}, repeats: {repeats}; every comparison makes a pair\n")
     figures = {}
     for name, measured in found.items():
         parts = {part: _figures(measured, part, baseline) for part in measured.turns[0]}
