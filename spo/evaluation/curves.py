@@ -52,7 +52,7 @@ TRAINING = (
 PREFERENCE = (
     Panel("Accuracy on the validation pairs", {"accuracy": "t"}, reference=0.5),
     Panel("Training loss", {"loss": ""}),
-    Panel("Accuracy on the training pairs", {"training_accuracy_at": "t"}, reference=0.5),
+    Panel("Accuracy on the training pairs", {"training_accuracy": ""}, reference=0.5),
     Panel("Gradient norm", {"grad_norm": ""}, from_zero=True),
     Panel("Pairs per second", {"pairs_per_second": ""}, from_zero=True),
     Panel("Peak memory, GiB", {"peak_memory_gib": ""}, from_zero=True),

@@ -13,8 +13,7 @@ from ml_collections import ConfigDict
 from spo.atomic import PARTIAL
 from spo.command_line.config_files import check_leaves, save_config
 from spo.command_line.values import fill, require_number, require_whole
-from spo.data.prompt_sets import read_prompt_set
-from spo.data.prompts import PromptSet
+from spo.data.prompts import PromptSet, read_prompt_set
 from spo.data.token_lengths import describe_lengths
 from spo.errors import Stopped, UserError
 from spo.evaluation.image_sets import DrawSettings, ImageSet, claim, claim_prompts, image_set
