@@ -337,7 +337,7 @@ def test_long_runs_and_unknown_values(run_dir):
 def test_the_report_of_a_preference_model(tmp_path):
     totals = {"loss": 3.0, "steps": 4, "pairs": 8, "grad_norm": 2.0, "updates": 4}
     counts = {f"t{t}": 6.0 for t in TIMESTEPS} | {"pairs": 8.0, "ties": 0.0, "damaged": 0.0}
-    line = {"step": 4, **step_metrics(Counter(totals), 1000), "peak_memory_gib": 1.0}
+    line = {"step": 4, **step_metrics(Counter(totals)), "peak_memory_gib": 1.0}
     lines = [{"step": 0, **validation_metrics(counts)}, line | validation_metrics(counts)]
     config = {"pretrained": {"model": "base"}}
     page = read(write_run_report(make_run(tmp_path / "spm", lines, config)))

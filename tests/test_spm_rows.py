@@ -206,6 +206,12 @@ def test_streams_are_split_among_processes():
     assert sorted(parts[0] + parts[1]) == [f"c{i}" for i in range(8)]
 
 
+def test_a_stream_without_a_usable_row_is_an_error():
+    rows = datasets.Dataset.from_list([make_row(0, caption="")]).to_iterable_dataset()
+    with pytest.raises(UserError, match="data.source: no row with a valid label"):
+        next(stream_batches(rows, 3, 5, Share(0, 1, 4), 0))
+
+
 @pytest.mark.parametrize("limit", [0, 5])
 def test_validation_rows_are_the_same_from_a_stream_and_shared_out(limit):
     rows = datasets.Dataset.from_list(mixed_rows())

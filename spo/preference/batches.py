@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from spo.errors import RunError, first_line
+from spo.errors import RunError, UserError, first_line
 from spo.preference.source import IMAGE_COLUMNS
 
 DAMAGED = "damaged image"
@@ -116,6 +116,8 @@ def decoded(batches: Iterator[RawBatch], size: int, workers: int) -> Iterator[Pa
 def _readable(batches: Iterator[RawBatch]) -> Iterator[RawBatch]:
     try:
         yield from batches
+    except UserError:
+        raise
     except Exception as error:  # whatever the network, the file systems and the formats raise
         raise RunError(
             f"data.source: no row can be read any more ({type(error).__name__}: "

@@ -125,17 +125,25 @@ def stream_batches(
 
     A later `start` reads and drops the minibatches before it.
     """
-    sound = (row for row in _endless(rows, seed, buffer_size, share) if fault_of(row) is None)
+    sound = _sound_rows(rows, seed, buffer_size, share)
     for minibatch in count():
         batch = list(islice(sound, share.size))
         if minibatch >= start:
             yield RawBatch(batch, share.places(minibatch))
 
 
-def _endless(rows: IterableDataset, seed: int, buffer_size: int, share: Share) -> Iterator[Row]:
+def _sound_rows(rows: IterableDataset, seed: int, buffer_size: int, share: Share) -> Iterator[Row]:
     for epoch in count():
         shuffled = rows.shuffle(derive_seed(seed, "stream", epoch) % 2**32, buffer_size=buffer_size)
-        yield from split_dataset_by_node(shuffled, share.rank, share.processes)
+        mine = split_dataset_by_node(shuffled, share.rank, share.processes)
+        row = None
+        for row in filter(lambda row: fault_of(row) is None, mine):
+            yield row
+        if row is None:
+            raise UserError(
+                f"data.source: no row with a valid label for process {share.rank} of "
+                f"{share.processes}; use fewer processes, or data.streaming=False."
+            )
 
 
 def validation_batches(
