@@ -1,4 +1,4 @@
-"""Which rows can be used, and which rows each process takes, in which order."""
+"""Finds the rows that can be used, and deals them out to the processes in a seeded order."""
 
 import math
 from collections import Counter

@@ -28,7 +28,7 @@ from spo.scorers.step_aware_clip import StepAwareCLIP
 
 @dataclass(frozen=True)
 class TrainSettings(Checked, section="train"):
-    """How an SPM is trained; `config.train` explains each field of its name."""
+    """The settings of an SPM's training; `config.train` explains each field of its name."""
 
     max_train_steps: int  # of the config itself
     optimizer: OptimizerSettings
