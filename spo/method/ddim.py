@@ -4,8 +4,6 @@ Equations are those of Song et al., Denoising Diffusion Implicit Models, arXiv 2
 `abar` is `alphas_cumprod[t]`. A timestep is an int, or a tensor (n,) with one per row of the latents.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

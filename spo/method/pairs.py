@@ -1,7 +1,5 @@
 """Scores of candidates -> a rule chooses winners and losers -> preference pairs."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 

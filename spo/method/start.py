@@ -1,7 +1,5 @@
 """The start of a training run: config -> processes, models, session -> a trainer at its position."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator
 from dataclasses import asdict

@@ -1,7 +1,5 @@
 """What makes the same arithmetic faster; `config.compile` and its neighbours explain each."""
 
-from __future__ import annotations
-
 import ctypes
 from dataclasses import dataclass
 

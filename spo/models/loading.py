@@ -1,7 +1,5 @@
 """Base models of diffusers: checked by their small files, then loaded and frozen."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Plain images: DDIM with eta 0, without branching."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 
