@@ -318,6 +318,7 @@ def test_a_pickle_executes_nothing(stopped, tmp_path, monkeypatch, name, sealed)
     assert not (ROOT / "executed").exists()
 
 
+@pytest.mark.slow
 def test_two_processes_stop_together_and_go_on(tmp_path):
     """Only one of them gets the signal; half an update is accumulated, differently on each."""
     whole, folder = tmp_path / "whole", tmp_path / "run"
@@ -458,6 +459,7 @@ def test_a_rollout_in_progress_of_an_older_format_is_refused(stopped, tmp_path):
     assert "\n" not in str(error.value) and str(newest) in str(error.value)
 
 
+@pytest.mark.slow
 def test_kills_at_random_moments():
     """The short form of what scripts/kill_test.py is for."""
     command = [sys.executable, "scripts/kill_test.py", "--kills=4", "--seed=3"]
