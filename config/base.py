@@ -31,7 +31,7 @@ def get_config() -> ConfigDict:
     config.save_every_rollouts = 0  # rollouts between further checkpoints; 0: none within an epoch
     config.checkpoint_limit = 3  # checkpoints kept, oldest deleted first; 0 keeps all
     config.eval_interval = 1  # epochs between grids of validation images; 0 draws none
-    # Count, before anything long, what a step costs, and warn of what will not fit into memory.
+    # The launcher counts the costs of a step, in seconds, and warns of what will not fit into memory.
     config.estimate_costs = True
     # Seconds after which a collective fails that a process does not answer; the main process may have
     # to download while the others wait.

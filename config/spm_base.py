@@ -1,6 +1,6 @@
 """Every setting of the training of a step-aware preference model (SPM), as in config/base.py.
 
-The other config/spm_*.py are overlays: they change this config and hold only differences.
+The other config/spm_*.py are overlays: they change this config and hold only their differences.
 "SPO" is Liang et al., CVPR 2025 (arXiv 2406.04314): 4 x A100 80 GB.
 
 On the command line:
@@ -27,8 +27,8 @@ def get_config() -> ConfigDict:
     config.save_steps = 1000  # optimizer steps between checkpoints
     config.eval_steps = 1000  # optimizer steps between measurements of accuracy; 0: none
     config.log_steps = 10  # optimizer steps that a line of metrics averages over
-    # Seconds after which a collective fails that a process does not answer; the main process may have
-    # to download while the others wait.
+    # Seconds without an answer of a process until the others stop; the main process may have to
+    # download while the others wait.
     config.rank_timeout = 1800
 
     # ---- the base model, whose predictions the SPM learns to judge -----------------------------
@@ -40,16 +40,17 @@ def get_config() -> ConfigDict:
 
     # ---- preference model ----------------------------------------------------------------------
     config.preference = preference = ConfigDict()
-    preference.backbone = "yuvalkirstain/PickScore_v1"  # CLIP that a fresh SPM scores exactly as
+    # CLIP of the SPM; a fresh SPM scores exactly as it does.
+    preference.backbone = "yuvalkirstain/PickScore_v1"
     preference.processor = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # tokenizer, image processor
     # SPM to start from, .bin or .safetensors, a path or hf://user/repo/file; empty: a fresh one.
     preference.init_from = ""
 
     # ---- labelled pairs of images --------------------------------------------------------------
     config.data = data = ConfigDict()
-    # Columns of Pick-a-Pic: the Hub id of a dataset, a folder of `save_to_disk`, a folder of parquet
-    # files named by split (train-00000-of-00001.parquet), or a .parquet file or glob, where {split}
-    # stands for the split.
+    # Rows with the columns of Pick-a-Pic: the Hub id of a dataset, a folder of `save_to_disk`, a
+    # folder of parquet files named by split (train-00000-of-00001.parquet), or a .parquet file or
+    # glob in which {split} stands for the split.
     data.source = "yuvalkirstain/pickapic_v1"
     data.revision = placeholder(str)  # branch, tag or commit of the Hub dataset
     data.train_split = "train"  # every row with a valid label is used (SPO)
@@ -58,22 +59,22 @@ def get_config() -> ConfigDict:
     data.shuffle_buffer = 1000  # rows that streaming shuffles among
     data.image_size = 512  # pixels: shorter side resized, centre cropped (SPO: 512, SDXL 1024)
     data.num_workers = 4  # threads that decode images in the background; 0: none
-    data.max_validation = 0  # the first so many usable rows measure accuracy; 0: all
+    data.max_validation = 0  # usable rows, from the first on, that measure accuracy; 0: all
 
     # ---- labels --------------------------------------------------------------------------------
     config.labels = labels = ConfigDict()
     labels.source = "data"  # people's labels, or "pickscore": PickScore's on the clean images
-    labels.margin = 0.1  # "pickscore": a win if softmax of the two scores differ by more (SPO)
+    labels.margin = 0.1  # "pickscore": a win if the softmax of the scores differs by more (SPO)
     labels.backbone = "yuvalkirstain/PickScore_v1"  # "pickscore": its CLIP
-    labels.processor = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # "pickscore": what goes with it
+    labels.processor = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # "pickscore": its tokenizer
 
     # ---- loss and update -----------------------------------------------------------------------
     config.train = train = ConfigDict()
     train.batch_size = 16  # largest minibatch of pairs on one GPU (SPO: 16)
-    # Pairs of one optimizer step: minibatch x GPUs x accumulation, which are chosen to make it
-    # (SPO: 4 GPUs x 16); None: one minibatch of train.batch_size on each GPU.
+    # Pairs of one optimizer step = minibatch x GPUs x accumulation; minibatch and accumulation are
+    # chosen to fit (SPO: 4 GPUs x 16). None: one minibatch of train.batch_size on each GPU.
     train.global_batch_size = FieldReference(64)
-    train.predict_batch_size = 8  # images that the base model encodes, predicts, decodes at once
+    train.predict_batch_size = 8  # images that go through the base model together
     train.gradient_checkpointing = False  # recompute the SPM's activations: less memory, slower
     train.guidance_scale = 5.0  # of the base model's predictions (SPO)
     train.in_batch_negatives = False  # other pairs' prompts and images as negatives (SPO: none)
@@ -84,16 +85,16 @@ def get_config() -> ConfigDict:
     train.adam_epsilon = 1e-8
     train.adam_weight_decay = 0.3  # on all weights (SPO)
     train.max_grad_norm = FieldReference(1.0)  # clip the global gradient norm; None: no clipping
-    # fp16: updates in a row that are skipped, as their gradients overflow, before the run stops.
+    # fp16: the run stops after this number of updates in a row whose gradients overflowed.
     train.max_skipped_updates = 50
 
     # ---- result --------------------------------------------------------------------------------
     config.export = export = ConfigDict()
-    export.bin = False  # write the SPM as a .bin, too, as it was published
+    export.bin = False  # also write the SPM as a .bin, the format of the published models
 
     # ---- tracker -------------------------------------------------------------------------------
     config.tracker = tracker = ConfigDict()
-    tracker.name = "wandb"  # "wandb" (offline where no key is set), "tensorboard" or "none"
+    tracker.name = "wandb"  # "wandb" (offline without a key), "tensorboard" or "none"
     tracker.project = "spo"  # name of the project there
 
     return config

@@ -1,15 +1,16 @@
-"""Compare a run on the tiny world with its base model, in five lines, a picture and curves.
+"""Compares a run on the tiny world with its base model, in five lines, a picture and curves.
 
     python scripts/evaluate_tiny.py runs/NAME [--weights ema] [--num_images 200]
 
-Draws the held-out captions with the base model and with the run's LoRA, from the same noise, and
-compares them by the hidden quality and by whether size, colour, shape and background are as asked.
-Both are read from the pixels, and training knows neither. Writes tiny_world.png, curves.png and
-tiny_world.json into the run directory.
+Draws the held-out captions with the base model and with the run's LoRA, from the same noise. Compares
+the images by the hidden quality, and by the share whose size, colour, shape and background are those of
+the caption: both are read from the pixels, and training knows neither. Writes tiny_world.png,
+curves.png and tiny_world.json into the run directory.
 """
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 
 from spo.command_line.flags import exit_on_user_error
@@ -30,26 +31,24 @@ def main() -> None:
 
 
 def evaluate(options: argparse.Namespace) -> None:
-    """Draws images, compares them, writes files and prints the result."""
+    """Draws and judges the images, writes the files and prints the result."""
     import torch
 
     from spo.command_line.config_files import load_config
     from spo.data.prompts import read_prompts
     from spo.evaluation.curves import draw_curves
-    from spo.method import build
-    from spo.models.backbone import Backbone
-    from spo.models.plain_images import ImageSettings
+    from spo.method.build import read_recipe
     from spo.run.folder import CONFIG
     from spo.tiny_world.evaluation import Bench, Verdict, before_and_after
 
     run_dir = options.run_dir
-    config = load_config(str(run_dir / CONFIG))
-    name = "GradSPO" if config.algorithm == "gradspo" else config.algorithm.upper()
+    recipe = read_recipe(load_config(str(run_dir / CONFIG)))
+    algorithm = recipe.run.algorithm
+    name = "GradSPO" if algorithm == "gradspo" else algorithm.upper()
     prompts = read_prompts(options.prompts, key="--prompts").prompts[: options.num_images]
-    images = ImageSettings(config.eval.num_steps, config.eval.guidance_scale, options.seed)
-    source, precision = build.model_source(config), config.mixed_precision
-    backbone = Backbone(source, config.family, precision, torch.device("cpu"))
-    lora = build.build_lora(config, backbone.unet, seed=0)
+    images = replace(recipe.validation.images, seed=options.seed)
+    backbone = recipe.load_backbone(torch.device("cpu"))
+    lora = recipe.lora.add_to(backbone.unet, seed=0)
     bench = Bench(backbone, lora, prompts, images)
     trained = bench.score(run_dir / "ema" if options.weights == "ema" else run_dir)
     verdict = Verdict.of(bench.base, trained)

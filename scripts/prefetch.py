@@ -1,4 +1,4 @@
-"""Download everything that a config needs, and check it by loading it.
+"""Downloads everything that a config needs, and checks it by loading it.
 
     python scripts/prefetch.py --config=config/sdxl.py
     python scripts/prefetch.py --config=config/spm_sdxl.py
@@ -25,84 +25,11 @@ CONFIG = define_config("config/sd15.py", base=base_of)
 
 def main(_) -> None:
     with exit_on_user_error():
-        config = CONFIG.value
-        commands = {EVAL_BASE: prefetch_evaluation, SPM_BASE: prefetch_preference_model}
-        commands.get(base_of(config), prefetch)(config)
+        from spo.run.prefetch import prefetch  # torch takes seconds to load
+
+        for line in prefetch(CONFIG.value):
+            print(line)
         print("Everything is there.")
-
-
-def prefetch(config) -> None:
-    """Load, one by one, the prompts, base model, decoder, scorer and the LoRA to start from."""
-    import torch
-
-    from spo import scorers
-    from spo.lora_io.find import find_lora
-    from spo.method import build, preflight
-    from spo.models.backbone import DTYPES
-    from spo.models.decoder import load_decoder
-
-    build.check(config)
-    print(preflight.read_training_prompts(config).describe())
-    print(f"{len(preflight.read_validation_prompts(config))} validation prompts")
-    source = build.rollout_source(config)
-    load_base_model(source, config)
-    if source.decoder is not None:
-        load_decoder(source.decoder, DTYPES[config.mixed_precision])
-        print(f"decoder: {source.decoder}")
-    scorers.load_scorer(build.scorer_source(config), torch.device("cpu"))
-    print(f"preference model: {config.preference.scorer}")
-    if config.lora.init_from:
-        print(f"LoRA: {find_lora(config.lora.init_from, 'lora.init_from')}")
-
-
-def prefetch_preference_model(config) -> None:
-    """Load what the training of a preference model needs: the CLIPs, the base model, the rows."""
-    from spo.preference import spm_build
-    from spo.preference.spm_preflight import read_rows
-    from spo.scorers.clip import CLIPInputs, load_clip
-
-    spm_build.check(config)
-    spm_build.load_spm(config)
-    CLIPInputs(config.preference.processor)
-    print(f"preference model: {config.preference.init_from or config.preference.backbone}")
-    if config.labels.source == "pickscore":
-        load_clip(config.labels.backbone, "labels")
-        CLIPInputs(config.labels.processor, "labels")
-        print(f"labels: {config.labels.backbone}")
-    load_base_model(spm_build.model_source(config), config)
-    # Last, as Pick-a-Pic is by far the largest.
-    print(read_rows(config, config.data.train_split).description)
-    if config.eval_steps and config.data.validation_split:
-        print(read_rows(config, config.data.validation_split, need_has_label=True).description)
-    if config.data.streaming:
-        print("The rows are not kept: data.streaming reads them from their source in training.")
-
-
-def prefetch_evaluation(config) -> None:
-    """Load what an evaluation needs: the prompts, the models with their LoRAs, the scorers."""
-    import torch
-
-    from spo.evaluation.evaluator import preflight
-    from spo.scorers import ImageScorerSource, load_scorer
-
-    ready = preflight(config, num_processes=1)
-    print(ready.prompts.describe())
-    for source in {spec.source for spec in ready.models if spec.source is not None}:
-        load_base_model(source, config)
-    for scorer in ready.scorers:
-        source = ImageScorerSource(scorer.name, scorer.options)
-        loaded = load_scorer(source, torch.device("cpu"))
-        print(f"scorer: {loaded.title}")
-
-
-def load_base_model(source, config) -> None:
-    """Load a base model, and say how large it is."""
-    from spo.models import backbone
-
-    backbone.check_source(source, config.family)
-    pipe = backbone.load_pipeline(source, config.family, backbone.DTYPES[config.mixed_precision])
-    size = sum(p.numel() for p in pipe.unet.parameters())
-    print(f"base model: {source.model}, UNet of {size / 1e6:.1f} M parameters")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Draw unique prompts with a seed and write them to a file that `prompts.source` can name.
+"""Draws unique prompts with a seed, and writes them to a file that `prompts.source` can name.
 
 python scripts/prepare_prompts.py --num=4000 --output=prompts.json
 python scripts/prepare_prompts.py --source=captions.csv --column=text --num=500 --output=eval.txt

@@ -1,209 +1,18 @@
-"""Replay a recorded run of the official code through the functions that training calls.
+"""Replays a recorded run of the official code through the functions that training calls.
 
     cd tests/data/golden
     python ../../../scripts/replay_trace.py --trace gradspo_sd15 --models models
 
 Prints one JSON object with the largest absolute deviation of every quantity in every rollout, and
-exits with status 1 where one is past its tolerance. Of the trace's tensors, only the initial LoRA
-enters the computation; prompts, seeds and settings come from its meta.json.
+exits with status 1 if one is past its tolerance.
 """
-
-from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
-from dataclasses import replace
 from pathlib import Path
 
-import torch
-from ml_collections import ConfigDict
-from safetensors.torch import load_file
-from torch import Tensor
-
-from config import base
-from spo.method import build as settings
-from spo.method import losses
-from spo.method.collect import Collected, collect_rollout
-from spo.models.backbone import Backbone
-from spo.scorers import load_scorer
-from spo.types import NoisePredictions, PreferencePairs
-
-TOLERANCES = {
-    "timesteps": 0,
-    "permutation": 0,
-    "minibatches": 0,
-    "latents": 5e-4,
-    "directions": 5e-4,
-    "next_latents": 5e-4,
-    "predictions": 5e-4,
-    "scores": 5e-3,
-    "losses": 2e-5,
-    "terms": 2e-5,
-    "policy": 2e-4,
-    "ema": 2e-4,
-}
-SPO_TERMS = 1e-3  # log-densities, whose scale is 1 / sigma^2
-
-
-def trace_config(meta: dict, models: Path) -> ConfigDict:
-    """This project's config for a trace's settings."""
-    recorded = dict(meta["config"])
-    config = base.get_config()
-    config.lora.rank = recorded.pop("lora_rank")
-    config.pretrained.model = str(models / meta["base_model"])
-    config.preference.checkpoint = str(models / meta["preference_checkpoint"])
-    config.preference.backbone = str(models / meta["preference_backbone"])
-    config.preference.processor = str(models / meta["preference_backbone"])
-    with config.ignore_type():  # json knows no difference between 10 and 10.0
-        config.lock().update(recorded)
-    return config
-
-
-class Replay:
-    """A learner in the state in which a trace begins."""
-
-    def __init__(self, trace: Path, models: Path) -> None:
-        self.meta = json.loads((trace / "meta.json").read_text())
-        self.trace = load_file(trace / "trace.safetensors")
-        self.config = config = trace_config(self.meta, models)
-        device = torch.device("cpu")
-        self.backbone = Backbone(
-            settings.model_source(config), config.family, config.mixed_precision, device
-        )
-        self.scorer = load_scorer(settings.scorer_source(config), device)
-        unet, accumulation = self.backbone.unet, config.train.gradient_accumulation_steps or 1
-        lora = settings.build_lora(config, unet, seed=0)
-        lora.assign(self.recorded("init.policy."))
-        self.learner = settings.build_learner(config, self.backbone, unet, lora, accumulation)
-        if self.learner.ema is not None:
-            self.learner.ema.update(self.recorded("init.ema."))
-
-    def recorded(self, prefix: str) -> dict[str, Tensor]:
-        """The trace's tensors whose name starts with `prefix`, without it."""
-        return {
-            name.removeprefix(prefix): tensor
-            for name, tensor in self.trace.items()
-            if name.startswith(prefix)
-        }
-
-    def run(self) -> list[dict[str, float]]:
-        """Largest absolute deviations, one dict per rollout."""
-        return [self.rollout(index) for index in range(len(self.meta["rollouts"]))]
-
-    def rollout(self, index: int) -> dict[str, float]:
-        """Replay one rollout and the training that follows it."""
-        recorded = self.recorded(f"it{index}.")
-        spec = self.meta["rollouts"][index]
-        generator = torch.Generator().manual_seed(spec["seed"])
-        collected = self.collect(spec["prompts"], generator)
-        pairs = collected.pairs
-        deviations = self.compare_pairs(collected, recorded)
-        permutation = torch.randperm(len(pairs), generator=generator)
-        deviations["permutation"] = deviation(permutation, recorded["perm"])
-        self.train(pairs.select(permutation), recorded, deviations)
-        after = {"policy": self.learner.lora.parameters, "ema": self.learner.ema}
-        for name, weights in after.items():
-            for key, expected in self.recorded(f"it{index}.after.{name}.").items():
-                worst(deviations, name, deviation(weights[key], expected))
-        return deviations
-
-    def collect(self, prompts: list[str], generator: torch.Generator) -> Collected:
-        with self.learner.sampler():
-            return collect_rollout(
-                self.backbone,
-                self.scorer,
-                self.learner.schedule,
-                settings.collect_settings(self.config),
-                prompts,
-                torch.arange(len(prompts)),
-                generator,
-            )
-
-    def compare_pairs(self, collected: Collected, recorded: dict[str, Tensor]) -> dict[str, float]:
-        pairs = collected.pairs
-        deviations: dict[str, float] = {}
-        timesteps = recorded["rollout.timesteps"].flatten()
-        deviations["timesteps"] = deviation(pairs.timesteps, timesteps)
-        expected = recorded["rollout.current_latents"]
-        shared = pairs.latents.shape[1] == 1  # the SDXL traces keep a shared x_t twice
-        mine = pairs.latents.expand(-1, expected.shape[1], -1, -1, -1) if shared else pairs.latents
-        deviations["latents"] = deviation(mine, expected)
-        if self.config.algorithm == "gradspo":
-            # The direction g is entry 0; the SD1.5 trace keeps the raw noises under the other name.
-            noise = "noise_sam" if "rollout.noise_sam" in recorded else "noise_added"
-            expected = recorded[f"rollout.{noise}"][:, 0]
-            deviations["directions"] = deviation(losses.direction(pairs), expected)
-        else:
-            expected = recorded["rollout.next_latents"]
-            deviations["next_latents"] = deviation(pairs.next_latents, expected)
-        scores = torch.cat([comparison.scores.flatten() for comparison in collected.comparisons])
-        if self.config.algorithm == "gradspo" and self.config.sample.final_score_timestep == "t":
-            # That code scores the final images twice.
-            scores = torch.cat([scores, collected.comparisons[-1].scores.flatten()])
-        deviations["scores"] = deviation(scores, recorded["rollout.preference_score_logs"])
-        return deviations
-
-    def train(
-        self, pairs: PreferencePairs, recorded: dict[str, Tensor], deviations: dict[str, float]
-    ) -> None:
-        """Train on the pairs, noting how losses, terms and predictions deviate."""
-        predictions: list[NoisePredictions] = []
-        own_loss = self.learner.objective.loss
-
-        def observed(noise_predictions, *rest):
-            predictions.append(noise_predictions)
-            return own_loss(noise_predictions, *rest)
-
-        self.learner.objective = replace(self.learner.objective, loss=observed)
-        size = self.config.train.batch_size
-        for index in range(math.ceil(len(pairs) / size)):
-            batch = pairs.select(slice(index * size, (index + 1) * size))
-            output = self.learner.train_minibatch(batch, index).output
-            mine = {
-                "loss": ("losses", output.loss),
-                "win_policy": ("terms", output.win_policy),
-                "win_ref": ("terms", output.win_reference),
-                "lose_policy": ("terms", output.lose_policy),
-                "lose_ref": ("terms", output.lose_reference),
-                "policy_noise_pred": ("predictions", predictions[-1].policy[:, 0]),
-                "ref_noise_pred": ("predictions", predictions[-1].reference[:, 0]),
-            }
-            if self.learner.ema is not None:
-                mine["ema_noise_pred"] = ("predictions", predictions[-1].ema[:, 0])
-                mine["direction"] = ("directions", losses.direction(batch))
-            for name, (quantity, value) in mine.items():
-                expected = recorded.get(f"batch{index}.{name}")
-                if expected is not None:
-                    worst(deviations, quantity, deviation(value, expected))
-        self.learner.objective = replace(self.learner.objective, loss=own_loss)
-        trained = sum(name.startswith("batch") and name.endswith(".loss") for name in recorded)
-        deviations["minibatches"] = abs(trained - math.ceil(len(pairs) / size))
-
-
-def deviation(mine: Tensor, expected: Tensor) -> float:
-    """Largest absolute difference; infinite where the shapes differ or a value is not finite."""
-    mine = mine.detach()
-    if mine.shape != expected.shape:
-        return math.inf
-    difference = (mine.double() - expected.double()).abs().flatten()
-    return max(difference.nan_to_num(nan=math.inf).tolist(), default=0.0)
-
-
-def worst(deviations: dict[str, float], name: str, value: float) -> None:
-    deviations[name] = max(deviations.get(name, 0.0), value)
-
-
-def failures(rollouts: list[dict[str, float]], algorithm: str) -> list[str]:
-    """What is past its tolerance, as "rollout 1: losses 3.0e-03 > 2e-05"."""
-    limits = TOLERANCES | ({"terms": SPO_TERMS} if algorithm == "spo" else {})
-    return [
-        f"rollout {index}: {name} {value:.1e} > {limits[name]:g}"
-        for index, deviations in enumerate(rollouts)
-        for name, value in deviations.items()
-        if not value <= limits[name]
-    ]
+from spo.method.replay import replay_trace
 
 
 def main() -> int:
@@ -211,14 +20,9 @@ def main() -> int:
     parser.add_argument("--trace", type=Path, required=True, help="folder with meta.json")
     parser.add_argument("--models", type=Path, required=True, help="folder of the trace's models")
     options = parser.parse_args()
-    torch.set_num_threads(1)  # sums in one order, whatever the number of cores
-    replay = Replay(options.trace, options.models)
-    rollouts = replay.run()
-    failed = failures(rollouts, replay.config.algorithm)
-    # JSON has no infinity: null stands for "not comparable", which is a failure too.
-    shown = [{k: v if math.isfinite(v) else None for k, v in r.items()} for r in rollouts]
-    print(json.dumps({"trace": options.trace.name, "rollouts": shown, "failures": failed}))
-    return 1 if failed else 0
+    report = replay_trace(options.trace, options.models)
+    print(json.dumps(report))
+    return 1 if report["failures"] else 0
 
 
 if __name__ == "__main__":

@@ -12,10 +12,11 @@ CONFIG = define_config("config/spm_sd15.py", base=SPM_BASE)
 
 
 def main(_):
-    from spo.preference.spm_trainer import train  # a bad command line fails before torch loads
+    # A bad command line fails before torch loads.
+    from spo.preference.spm_trainer import train_preference_model
 
     with exit_on_user_error():
-        train(CONFIG.value)
+        train_preference_model(CONFIG.value)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderTiny, DDIMScheduler
 
-from spo.method.ddim import DDIMSchedule
+from spo.method.ddim import DDIM
 from spo.models.backbone import Backbone, ModelSource
 from spo.models.lora import Lora, add_lora
 from spo.scorers import ScorerSource
@@ -71,16 +71,16 @@ def official_scheduler(num_steps, **changes):
     return scheduler
 
 
-def two_point_schedule(abar: float, abar_previous: float) -> DDIMSchedule:
-    """One transition, from t = 1 at `abar` to t' = 0 at `abar_previous`."""
-    return DDIMSchedule(
-        timesteps=(1,),
-        stride=1,
-        alphas_cumprod=torch.tensor([abar_previous, abar]),
+def two_point_sampler(abar: float, abar_next: float, eta: float = 1.0) -> DDIM:
+    """Returns a sampler of one transition, from t = 1 at `abar` to t' = 0 at `abar_next`."""
+    return DDIM(
+        alphas_cumprod=torch.tensor([abar_next, abar]),
         prediction_type="epsilon",
         clip_range=None,
         threshold_ratio=None,
         threshold_max=1.0,
+        timesteps=(1,),
+        eta=eta,
     )
 
 

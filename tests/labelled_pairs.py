@@ -12,7 +12,7 @@ CAPTIONS = ("a red fox", "a tiny house", "a blue whale", "stars above a lake")
 
 
 def picture(seed: int, size: tuple[int, int] = (32, 32), form: str = "PNG") -> bytes:
-    """An encoded image (width, height), seeded: noise around a random colour."""
+    """Returns an encoded image (width, height), seeded: noise around a random colour."""
     rng = np.random.default_rng(seed)
     colour = rng.integers(30, 220, 3)
     pixels = colour + rng.normal(0, 10, (size[1], size[0], 3))
@@ -26,7 +26,7 @@ def brightness(data: bytes) -> float:
 
 
 def make_row(seed: int, **changes) -> dict:
-    """A valid row: the brighter image wins; every fifth is a tie."""
+    """Returns a valid row: the brighter image wins; every fifth is a tie."""
     images = picture(2 * seed), picture(2 * seed + 1)
     first = 0.5 if seed % 5 == 4 else float(brightness(images[0]) > brightness(images[1]))
     row = {
@@ -47,7 +47,7 @@ def write_rows(file: Path, rows: list[dict]) -> None:
 
 
 def write_splits(folder: Path, train: list[dict], validation: list[dict]) -> Path:
-    """A folder as that of the config's tiny data."""
+    """Writes a folder like the config's tiny data, and returns it."""
     for split, rows in (("train", train), ("validation_unique", validation)):
         write_rows(folder / f"{split}-00000-of-00001.parquet", rows)
     return folder

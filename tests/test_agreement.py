@@ -16,14 +16,14 @@ from small_runs import SIZES, read_metrics, run, small_config
 from spo.costs.pair_agreement import (
     Judged,
     agreement,
-    check_change,
-    concatenate,
+    check_judges,
     judge_rollout,
     load_judges,
 )
 from spo.errors import UserError
 from spo.launch.batch_plan import plan_batches
 from spo.method.build import collect_settings, rollout_source
+from spo.method.pairs import best_and_worst
 from spo.method.preflight import read_training_prompts
 from spo.method.shared_rollout import first_slices
 from spo.models.backbone import Backbone
@@ -32,7 +32,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def judged(scores, kept):
-    return Judged(torch.zeros(len(scores)), torch.tensor(scores), torch.tensor(kept))
+    scores = torch.tensor(scores)
+    return Judged(torch.zeros(len(scores)), scores, best_and_worst(scores.T), torch.tensor(kept))
 
 
 def test_agreement_by_hand():
@@ -49,26 +50,29 @@ def test_agreement_by_hand():
     assert math.isnan(agreement(none, other).both_of_pairs)
 
 
-def test_comparisons_of_one_timestep():
-    mixed = Judged(torch.tensor([5, 1, 5]), torch.eye(3), torch.tensor([True, False, False]))
-    assert torch.equal(mixed.at(5).scores, torch.eye(3)[[0, 2]])
-    assert mixed.at(5).kept.tolist() == [True, False] and mixed.at(1).kept.tolist() == [False]
+def test_some_of_the_comparisons():
+    mixed = judged([[0.0, 1.0], [2.0, 0.0], [0.0, 3.0]], [True, False, False])
+    found = mixed.select(torch.tensor([True, False, True]))
+    assert found.scores.tolist() == [[0.0, 1.0], [0.0, 3.0]]
+    assert found.chosen.tolist() == [[1, 0], [1, 0]] and found.kept.tolist() == [True, False]
 
 
 @pytest.mark.parametrize(
-    ("key", "changes", "message"),
+    ("changes", "message"),
     [
-        ("sample.eta", {"sample.eta": 0.5}, "--compare: sample.eta changes the rollout itself"),
-        ("sample.decoder", {"sample.decoder": "./no"}, "sample.decoder: './no' is neither"),
-        ("preference.dtype", {"preference.dtype": "int8"}, "preference.dtype: 'int8' is none of"),
-        ("sample.threshold", {"sample.threshold": 2.0}, "sample.threshold: 2.0 must be"),
+        ({"sample.eta": 0.5}, "--compare: sample.eta changes the rollout itself"),
+        ({"sample.threshold": 0.1, "seed": 5}, "--compare: seed changes the rollout itself"),
+        ({"sample.decoder": "./no"}, "sample.decoder: './no' is neither"),
+        ({"preference.dtype": "int8"}, "preference.dtype: 'int8' is none of"),
+        ({"sample.threshold": 2.0}, "sample.threshold: 2.0 must be"),
     ],
 )
-def test_what_cannot_be_compared(tmp_path, key, changes, message):
-    config = small_config(tmp_path / "run")
-    config.update_from_flattened_dict(changes)
+def test_what_cannot_be_compared(tmp_path, changes, message):
+    config, other = (small_config(tmp_path / "run") for _ in range(2))
+    check_judges([config, other])
+    other.update_from_flattened_dict(changes)
     with pytest.raises(UserError, match=message):
-        check_change(config, key)
+        check_judges([config, other])
 
 
 def test_judges_share_what_is_the_same(tmp_path):
@@ -77,7 +81,7 @@ def test_judges_share_what_is_the_same(tmp_path):
     exact = small_config(tmp_path / "run", sample__threshold=0.3)
     other = small_config(tmp_path / "run", sample__decoder=folder, preference__dtype="bfloat16")
     model = Backbone(rollout_source(config), "sd15", "no", torch.device("cpu"))
-    own, vae, low = load_judges(model, config, [exact, other])
+    own, vae, low = load_judges(model, [config, exact, other])
     assert own.decoder is low.decoder is model.decoder and vae.decoder is model.vae
     assert own.scorer is vae.scorer is not low.scorer
     assert own.pairs.threshold != vae.pairs.threshold == 0.3
@@ -98,15 +102,14 @@ def test_the_rollouts_are_those_of_training(tmp_path):
     plan, prompts = plan_batches(config, 1), read_training_prompts(config).prompts
     slices = first_slices(len(prompts), plan, config.seed, rollouts=5)
     assert len(slices) == 2 and len({i for part in slices for i in part.prompt_ids}) == 4
-    (found,) = judge_rollout(
+    (judged,) = judge_rollout(
         model,
         model.schedule(config.sample.num_steps),
         collect_settings(config),
-        load_judges(model, config, []),
+        load_judges(model, [config]),
         [prompts[i] for i in slices[0].prompt_ids],
         slices[0].generator,
     )
-    judged = concatenate(found)
     run(tmp_path / "run", num_epochs=1, sample__threshold=0.02)
     (first, _) = read_metrics(tmp_path / "run")
     assert judged.scores.mean().item() == pytest.approx(first["score_mean"], abs=1e-5)
@@ -126,11 +129,11 @@ def test_the_script_compares_with_the_config(tmp_path):
     assert same["both"] == same["kept"] == 1 and same["correlation"] == pytest.approx(1)
     tiny = figures[f"sample.decoder={folder}"]
     assert tiny["all"]["comparisons"] == 4 and tiny["all"]["correlation"] < 0.99
-    assert set(tiny) == {"seconds", "all", "t = 1", "t = 0"}
-    assert tiny["t = 0"]["comparisons"] == 2 and tiny["seconds"]["decoding"] > 0
+    assert set(tiny) == {"all", "t = 1", "t = 0"}
+    assert tiny["t = 0"]["comparisons"] == 2
     # The config's own threshold is 0 and keeps all four.
     assert figures["sample.threshold=0.02"]["all"]["kept"] == 3 / 4
-    assert re.search(r"^config: decoding .* s, scoring .* s$", result.stdout, re.MULTILINE)
+    assert re.search(r"^\| all +\| +4 \| +1 \| ", result.stdout, re.MULTILINE)
 
 
 @pytest.mark.parametrize(

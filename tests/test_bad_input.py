@@ -8,8 +8,7 @@ import pytest
 
 from config import tiny
 from spo.errors import UserError
-from spo.launch.batch_plan import plan_batches
-from spo.method.preflight import preflight, run_facts
+from spo.method.preflight import preflight
 from spo.run.checkpoint_folder import new_checkpoint, write_state
 from spo.run.session import open_run_dir
 
@@ -87,9 +86,19 @@ CASES = {
     ),
     "missing resume": ({"resume_from": "nowhere"}, "resume_from: nowhere is not a checkpoint"),
     "resume of no run": ({"resume_from": "auto"}, "resume_from: auto .* run_name"),
-    "loss that is no objective": (
-        {"algorithm": "spo.method.losses:gradspo_loss"},
-        "algorithm: spo.method.losses:gradspo_loss is not a spo.method.losses.Objective",
+    "loss that is no class": (
+        {"algorithm": "spo.method.losses:LOSSES"},
+        "algorithm: spo.method.losses:LOSSES is not a class of losses",
+    ),
+    "parameter that the loss lacks": (
+        {"train.loss_kwargs": {"margin": 1.0}},
+        "train.loss_kwargs: the parameters of gradspo are beta, clip_eps, grad_scale; .*'margin'",
+    ),
+    "unknown timesteps": ({"sample.timesteps": "middle"}, "sample.timesteps: 'middle' is none of"),
+    "unknown pairing": ({"sample.pairing": "best"}, "sample.pairing: 'best' is none of best_worst"),
+    "threshold of two": (
+        {"sample.threshold": 2.0},
+        "sample.threshold: 2.0 must be from 0 to 1, or",
     ),
     "no LoRA targets": ({"lora.target_modules": ()}, "lora.target_modules: name at least one"),
     "no processor": ({"preference.processor": "assets"}, "preference.processor: no file"),
@@ -115,7 +124,8 @@ def test_bad_input_is_told_before_any_model_loads(name, tmp_path, monkeypatch):
     if changes.get("prompts.source") == "PROMPTS.json":
         changes["prompts.source"] = str(tmp_path / "prompts.json")
         (tmp_path / "prompts.json").write_text('[{"text": "a fox"}]')
-    config.update_from_flattened_dict(changes)
+    with config.unlocked():  # train.loss_kwargs takes any name
+        config.update_from_flattened_dict(changes)
     with pytest.raises(UserError, match=message):
         open_run_dir(preflight(config, num_processes).run_dir, config)
     assert not (tmp_path / "runs").exists()
@@ -125,12 +135,13 @@ def test_what_a_run_computed_is_not_written_over(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     config = tiny.get_config()
     config.logdir, config.run_name = str(tmp_path), "run"
-    run_dir = preflight(config, 1).run_dir
+    ready = preflight(config, 1)
+    run_dir = ready.run_dir
     open_run_dir(run_dir, config)
     preflight(config, 1)  # nothing was computed yet
     for epoch in (1, 2):
         with new_checkpoint(run_dir, f"epoch_{epoch:04d}", limit=0) as folder:
-            write_state(folder, STATE | run_facts(config, plan_batches(config, 1), ()))
+            write_state(folder, STATE | ready.facts())
     with pytest.raises(UserError, match="already holds a run"):
         preflight(config, 1)
     config.resume_from = "auto"

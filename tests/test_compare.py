@@ -5,6 +5,7 @@ import shutil
 import sys
 import weakref
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -12,16 +13,14 @@ from helpers import MODELS
 from test_benchmark import CPU, SIZES, run_script, small_config
 
 from spo.command_line.flags import FLAGS, changed, define_config, parse_flags
-from spo.costs import measure, variants
-from spo.costs.measure import Work
+from spo.costs import benchmark, measure
+from spo.costs.load import load_models
+from spo.costs.measure import Measured, Work, profile_iteration
 from spo.costs.meter import EMA, ROLLOUT, TRAINING
-from spo.costs.profile import profile_iteration
-from spo.costs.variants import Measured, Turn
 from spo.errors import UserError
-from spo.launch.batch_plan import plan_batches
 from spo.models.backbone import Backbone
 
-WORK = Work(flops={}, copied_bytes={}, prompts=2, pairs=10, images=1)
+WORK = Work(flops={ROLLOUT: 6, TRAINING: 3, EMA: 0}, prompts=2, pairs=10)
 
 
 def without_weights(folder, family):
@@ -43,63 +42,61 @@ def test_random_weights_run(tmp_path, family, precision, scorer):
     changes = {"preference.scorer": scorer, "sample.batch_size": 1}
     config = small_config(family, mixed_precision=precision, **changes)
     config.pretrained.model = str(folder)
-    plan = plan_batches(config, 1)
-    models = measure.load_models(config, plan.accumulation_steps, CPU, random=True)
+    models = load_models(config, CPU, random=True)
     assert type(models.backbone).autocast is Backbone.autocast
     dtypes = {p.dtype for p in models.backbone.vae.parameters()}
     assert dtypes == {models.backbone.dtype} and torch.get_default_dtype() is torch.float32
-    work = measure.count_work(models, plan)
+    work = measure.count_work(models)
     real = small_config(family, mixed_precision=precision, **changes)
-    measured = measure.count_work(measure.load_models(real, plan.accumulation_steps, CPU), plan)
+    measured = measure.count_work(load_models(real, CPU))
     assert work == measured
     assert work.pairs == 2 and all(work.flops[part] for part in (ROLLOUT, TRAINING))
 
 
 def test_random_weights_without_a_finite_score():
-    config = small_config()
-    plan = plan_batches(config, 1)
-    models = measure.load_models(config, plan.accumulation_steps, CPU, random=True)
+    models = load_models(small_config(), CPU, random=True)
     models.backbone.vae.decoder.conv_out.bias.data.fill_(torch.nan)
     with pytest.raises(UserError, match="no score is finite"):
-        measure.count_work(models, plan)
+        measure.count_work(models)
 
 
 def test_rates_are_those_of_prompts_pairs_and_updates_by_hand():
     def turn(rollout, training, ema):
-        return Turn({ROLLOUT: rollout, TRAINING: training, EMA: ema}, peak_bytes=None)
+        return {ROLLOUT: rollout, TRAINING: training, EMA: ema}
 
-    baseline = Measured(
-        WORK, (turn((4.0, 6.0, 50.0), (1.0,), (1.0,)), turn((3.0,), (1.0,), (1.0,)))
-    )
+    turns = (turn((4.0, 6.0, 50.0), (1.0,), (1.0,)), turn((3.0,), (1.0,), (1.0,)))
+    baseline = Measured(WORK, 1.0, turns, peak_gib=1.0)
     # Twice the prompts and four times the pairs at once.
     work = replace(WORK, prompts=4, pairs=40)
-    variant = Measured(work, (turn((6.0,), (2.0,), (2.0,)), turn((6.0,), (8.0,), (0.5,))))
+    turns = (turn((6.0,), (2.0,), (2.0,)), turn((6.0,), (8.0,), (0.5,)))
+    variant = Measured(work, 1.0, turns, peak_gib=1.0)
     assert variant.ratios(ROLLOUT, baseline) == (2.0, 1.0)  # 2 in 6 s against 4 in 6 s; 2 in 3 s
     assert variant.ratios(TRAINING, baseline) == (2.0, 0.5)
     assert variant.ratios(EMA, baseline) == (0.5, 2.0)
     assert baseline.ratios(ROLLOUT, baseline) == (1.0, 1.0)
-    assert baseline.peak_bytes is None
-    large = replace(baseline, turns=(Turn({}, 5), Turn({}, 7), Turn({}, 6)))
-    assert large.peak_bytes == 7
+    assert baseline.seconds(ROLLOUT) == (4.0, 6.0, 50.0, 3.0)
 
 
 def test_variants_take_turns_and_one_is_in_memory(monkeypatch):
     order, alive = [], []
+    memory = iter((5.0, 1.0, 7.0, 2.0))
+    monkeypatch.setattr(benchmark, "peak_memory_gib", lambda device: next(memory))
 
     def load(config):
-        models = measure.load_models(config, 1, CPU)
+        models = load_models(config, CPU)
         assert not any(unet() for unet in alive)  # the last one's is gone
         alive.append(weakref.ref(models.backbone.unet))
         order.append(config.sample.batch_size)
         return models
 
     one, two = (small_config(**{"sample.batch_size": n, "sample.num_steps": 3}) for n in (1, 2))
-    measured = variants.compare({"one": one, "two": two}, load, rounds=2, repeats=2)
+    loaders = {"one": partial(load, one), "two": partial(load, two)}
+    measured = benchmark.time_in_turns(loaders, rounds=2, repeats=2)
     assert order == [1, 2, 1, 2]
     assert (measured["one"].work.prompts, measured["two"].work.prompts) == (1, 2)
-    assert [len(turn.seconds[ROLLOUT]) for turn in measured["two"].turns] == [2, 2]
-    rollout = measured["two"].parts()[ROLLOUT]
-    assert len(rollout.seconds) == 4 and rollout.flops == measured["two"].work.flops[ROLLOUT]
+    assert [len(turn[ROLLOUT]) for turn in measured["two"].turns] == [2, 2]
+    assert len(measured["two"].seconds(ROLLOUT)) == 4
+    assert (measured["one"].peak_gib, measured["two"].peak_gib) == (7.0, 2.0)
 
 
 @pytest.fixture
@@ -129,15 +126,13 @@ def test_changes_to_a_copy_of_the_config(parsed):
             changed(parsed, text)
 
 
-def test_a_profile_accounts_for_the_whole_iteration():
+def test_a_profile_lists_what_takes_longest_first():
     config = small_config(**{"sample.batch_size": 1, "sample.num_steps": 3})
-    plan = plan_batches(config, 1)
-    text = profile_iteration(measure.load_models(config, plan.accumulation_steps, CPU), plan)
-    title, _, _, *rows = text.splitlines()
-    assert "aten::mm" in text and len(rows) == 30 + 2
-    seconds = [float(row.split()[-2]) for row in rows]
-    assert sum(seconds) == pytest.approx(float(title.split()[-2]), rel=0.01)
-    assert seconds[:30] == sorted(seconds[:30], reverse=True)
+    text = profile_iteration(load_models(config, CPU))
+    rows = [row.split() for row in text.splitlines() if row.strip().startswith("aten::")]
+    assert len(rows) > 10 and "aten::addmm" in [row[0] for row in rows]
+    shares = [float(row[1].rstrip("%")) for row in rows]
+    assert shares == sorted(shares, reverse=True) and 50 < sum(shares) <= 100
 
 
 def test_command_line(tmp_path):
@@ -158,9 +153,10 @@ def test_command_line(tmp_path):
     variants = json.loads(file.read_text())["variants"]
     assert set(variants) == {"baseline", variant}
     for name, figures in variants.items():
-        assert 0.1 < figures["peak_memory_gib"] < 10 and figures["images_per_second"] > 0
+        assert 0.1 < figures["peak_memory_gib"] < 10
         row = figures["parts"][TRAINING]
-        assert [len(turn) for turn in row["turns"]] == [1, 1] and len(row["ratios"]) == 2
-        assert f"  {name} " in result.stdout
+        assert ("rate_of_baseline" in row) == (name == variant) and f"| {name} " in result.stdout
+    row = variants[variant]["parts"][TRAINING]
+    assert 0 < row["from"] <= row["rate_of_baseline"] <= row["to"]
     flops = [figures["parts"][TRAINING]["tflop"] for figures in variants.values()]
     assert flops[1] < flops[0]  # a LoRA of less

@@ -6,13 +6,7 @@ from pathlib import Path
 import pytest
 
 from config import base, spm_base
-from spo.command_line.config_files import (
-    BASE,
-    EVAL_BASE,
-    SPM_BASE,
-    leaves,
-    load_config,
-)
+from spo.command_line.config_files import BASE, EVAL_BASE, SPM_BASE, leaves, load_config
 from spo.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -12,7 +12,7 @@ from small_runs import LORA, read_metrics, run, small_config
 
 from spo.costs.meter import flop_counter
 from spo.errors import UserError
-from spo.method import build
+from spo.method.build import read_recipe
 from spo.method.collect import collect_rollout
 from spo.models.backbone import Backbone, ModelSource, check_source
 from spo.models.decoder import decode, load_decoder
@@ -85,8 +85,8 @@ def test_a_rollout_decodes_with_it_slice_by_slice(folder, monkeypatch, tmp_path)
     collect_rollout(
         model,
         scorer,
-        model.schedule(4),
-        build.collect_settings(config),
+        model.sampler(4, eta=1.0),
+        read_recipe(config).collect,
         PROMPTS[:2],
         torch.arange(2),
         torch.Generator().manual_seed(0),

@@ -27,13 +27,13 @@ from spo.data.prompts import read_prompts
 from spo.evaluation.evaluator import preflight as preflight_evaluation
 from spo.method.preflight import preflight
 from spo.method.trainer import train
-from spo.preference.spm_preflight import preflight as preflight_spm
+from spo.preference.spm_recipe import check_training
 from spo.scorers import clip
 
 ROOT = Path(__file__).resolve().parent.parent
 KINDS = {
     "train": ("tests/data/random_models.py", BASE, preflight),
-    "spm": ("config/spm_tiny.py", SPM_BASE, preflight_spm),
+    "spm": ("config/spm_tiny.py", SPM_BASE, check_training),
     "eval": ("config/eval_tiny.py", EVAL_BASE, preflight_evaluation),
 }
 NUMBERS = [

@@ -7,19 +7,22 @@ import math
 import shutil
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from helpers import (
     add_tiny_lora,
     load_backbone,
     model_folder,
+    randn,
     random_pairs,
     random_weights,
     unet_output,
 )
 
-from spo.method.learner import Learner, UpdateSettings
-from spo.method.losses import LOSSES, LossSettings
+from spo.errors import UserError
+from spo.method.learner import Learner, UpdateSettings, distance, update_ema
+from spo.method.losses import LOSSES, make_loss
 from spo.models.backbone import Backbone, ModelSource
 
 TIMESTEPS = [751, 301, 51, 1]
@@ -39,22 +42,24 @@ def make_learner(
     lora = add_tiny_lora(backbone)
     settings = {
         "accumulation_steps": 1,
+        "guidance_scale": guidance_scale,
+        "merge": True,
         "max_grad_norm": 1.0,
+        "max_skipped_updates": 50,
+        "clip_eps": clip_eps,
         "ema_decay": 0.9,
         "ema_every": "optimizer_step",
-        "merge_lora": True,
-        "skip_ema_pass": False,
+        "ema_prediction": "fresh",
     }
+    train = {"beta": beta, "clip_eps": clip_eps, "grad_scale": 0.5}
     return Learner(
         backbone=backbone,
         unet=wrapper(backbone.unet) if wrapper else backbone.unet,
         lora=lora,
         optimizer=optimizer(lora.parameters.values(), lr=learning_rate),
-        objective=LOSSES[algorithm],
-        schedule=backbone.schedule(20),
-        loss_settings=LossSettings(beta=beta, clip_eps=clip_eps, grad_scale=0.5, eta=1.0),
+        loss=make_loss(algorithm, train, {}),
+        sampler=backbone.sampler(20, eta=1.0),
         settings=UpdateSettings(**(settings | updates)),
-        guidance_scale=guidance_scale,
     )
 
 
@@ -116,19 +121,19 @@ def test_training_lowers_the_loss(own_backbone, algorithm):
     assert losses == sorted(losses, reverse=True) and losses[-1] < losses[0] - 1e-4
 
 
-@pytest.mark.parametrize("merge_lora", [False, True])
-def test_the_sampler_is_the_ema_or_the_policy(own_backbone, merge_lora):
+@pytest.mark.parametrize("merge", [False, True])
+def test_the_sampler_is_the_ema_or_the_policy(own_backbone, merge):
     for algorithm in LOSSES:
-        learner = make_learner(own_backbone("sd15"), algorithm, merge_lora=merge_lora)
+        learner = make_learner(own_backbone("sd15"), algorithm, merge=merge)
         policy = random_weights(learner.lora, seed=1)
         learner.lora.assign(policy)
         if learner.ema is not None:
             learner.ema.update(random_weights(learner.lora, seed=2))
-        with learner.sampler():
+        with learner.drawing_network():
             sampled = unet_output(learner.backbone)
         learner.lora.assign(policy if algorithm == "spo" else learner.ema)
         expected = unet_output(learner.backbone)
-        assert torch.equal(sampled, expected) != merge_lora  # merged, it rounds otherwise
+        assert torch.equal(sampled, expected) != merge  # merged, it rounds otherwise
         torch.testing.assert_close(sampled, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -139,7 +144,7 @@ def test_the_sampler_moves_with_the_updates(own_backbone):
         pairs = random_pairs(learner.backbone, TIMESTEPS, seed=0)
         for index in range(3):
             learner.train_minibatch(pairs, index)
-            with learner.sampler():
+            with learner.drawing_network():
                 sampled = unet_output(learner.backbone)
             with learner.lora.using(learner.ema or learner.lora.snapshot()):
                 expected = unet_output(learner.backbone)
@@ -151,7 +156,7 @@ def test_where_the_ema_prediction_comes_from(own_backbone):
     results = {}
     for name in ("fresh", "rollout", "none"):
         backbone = own_backbone("sd15")
-        learner = make_learner(backbone, clip_eps=None, skip_ema_pass=name == "none")
+        learner = make_learner(backbone, clip_eps=None, ema_prediction=name)
         learner.lora.assign(random_weights(learner.lora, seed=1))
         pairs = random_pairs(backbone, TIMESTEPS, seed=0)
         calls = []
@@ -190,12 +195,13 @@ def test_accumulated_halves_are_one_batch(own_backbone, algorithm):
     pairs = random_pairs(whole.backbone, TIMESTEPS, seed=0)
     whole_step = whole.train_minibatch(pairs, 0)
     first = halves.train_minibatch(pairs.select(slice(0, 2)), 0)
-    assert first.grad_norm is None and equal(halves.lora.parameters, start)
+    assert first.update is None and not first.is_update and equal(halves.lora.parameters, start)
     second = halves.train_minibatch(pairs.select(slice(2, 4)), 1)
-    torch.testing.assert_close(second.grad_norm, whole_step.grad_norm, rtol=1e-4, atol=1e-6)
+    norms = second.update.grad_norm, whole_step.update.grad_norm
+    torch.testing.assert_close(*norms, rtol=1e-4, atol=1e-6)
     assert (whole.updates, halves.updates, halves.minibatches) == (1, 1, 2)
-    distance = moved(start, whole.lora.parameters)
-    assert moved(whole.lora.snapshot(), halves.lora.parameters) < 1e-4 * distance
+    expected = moved(start, whole.lora.parameters)
+    assert moved(whole.lora.snapshot(), halves.lora.parameters) < 1e-4 * expected
 
 
 @pytest.mark.parametrize("limit", [None, 1e-3])
@@ -204,8 +210,8 @@ def test_gradient_clipping(own_backbone, limit):
     learner = make_learner(own_backbone("sd15"), max_grad_norm=limit, beta=1e4, **sgd)
     start = learner.lora.snapshot()
     step = learner.train_minibatch(random_pairs(learner.backbone, TIMESTEPS, seed=0), 0)
-    assert step.grad_norm > 10  # reported before clipping
-    expected = step.grad_norm.item() if limit is None else limit
+    assert step.update.grad_norm > 10  # reported before clipping
+    expected = step.update.grad_norm.item() if limit is None else limit
     assert moved(start, learner.lora.parameters) == pytest.approx(expected, rel=1e-3)
 
 
@@ -263,7 +269,7 @@ def test_an_fp16_overflow_leaves_the_update_out():
     learner.lora.assign(random_weights(learner.lora, seed=1))  # apart from the EMA
     start, ema = learner.lora.snapshot(), {k: v.clone() for k, v in learner.ema.items()}
     step = learner.train_minibatch(pairs, 0)
-    assert step.skipped and learner.updates == 0
+    assert step.update.skipped and not step.is_update and learner.updates == 0
     assert equal(learner.lora.parameters, start) and equal(learner.ema, ema)
     assert learner.scaler.get_scale() == 2.0**99
     assert all(p.grad is None for p in learner.lora.parameters.values())
@@ -284,7 +290,7 @@ def test_other_prediction_types(tmp_path, sd15, prediction_type, guidance_scale)
         output = sd15.predict(
             sd15.unet, latents, pairs.timesteps, pairs.conditioning, guidance_scale
         )
-    abar = learner.schedule.alphas_cumprod[TIMESTEPS].view(-1, 1, 1, 1)
+    abar = learner.sampler.alphas_cumprod[TIMESTEPS].view(-1, 1, 1, 1)
     if prediction_type == "v_prediction":
         x0 = abar.sqrt() * latents - (1 - abar).sqrt() * output
     else:
@@ -339,3 +345,55 @@ def test_the_wrapper_sees_the_policy_alone_and_syncs_once_per_update(own_backbon
     for index in range(6):
         learner.train_minibatch(pairs, index)
     assert learner.unet.calls == ["local", "local", "synced"] * 2
+
+
+def test_the_skipped_ema_prediction_needs_a_loss_without_clips(own_backbone):
+    with pytest.raises(UserError, match="train.ema_prediction: without the EMA's prediction"):
+        make_learner(own_backbone("sd15"), ema_prediction="none", clip_eps=0.1)
+
+
+# ---- the moving average against its closed form -------------------------------------------------
+
+MU = 0.9
+
+
+def tensors(seed):
+    return {"a": randn(3, 4, seed=seed), "b": randn(5, seed=seed + 1)}
+
+
+@pytest.mark.parametrize("n", [1, 2, 7, 30])
+def test_a_policy_that_stands_still(n):
+    start, policy, ema = tensors(0), tensors(2), tensors(0)
+    for _ in range(n):
+        update_ema(ema, policy, MU)
+    for name in ema:
+        expected = MU**n * start[name].double() + (1 - MU**n) * policy[name].double()
+        torch.testing.assert_close(ema[name], expected.float(), rtol=1e-5, atol=1e-6)
+
+
+def test_a_policy_that_moves():
+    ema, n = tensors(0), 6
+    policies = [tensors(100 + 10 * i) for i in range(n)]
+    for policy in policies:
+        update_ema(ema, policy, MU)
+    weights = (1 - MU) * MU ** np.arange(n - 1, -1, -1)  # the latest weighs most
+    for name, start in tensors(0).items():
+        path = np.stack([policy[name].numpy() for policy in policies]).astype(np.float64)
+        expected = MU**n * start.numpy() + np.tensordot(weights, path, axes=1)
+        np.testing.assert_allclose(ema[name].numpy(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_moves_in_place_and_leaves_the_policy_alone():
+    ema, policy = tensors(0), {k: torch.nn.Parameter(v) for k, v in tensors(2).items()}
+    storage = {name: tensor.data_ptr() for name, tensor in ema.items()}
+    update_ema(ema, policy, 0.0)
+    assert all(torch.equal(ema[name], policy[name]) for name in ema)
+    assert all(torch.equal(policy[name], value) for name, value in tensors(2).items())
+    assert {name: tensor.data_ptr() for name, tensor in ema.items()} == storage
+    assert not any(tensor.requires_grad for tensor in ema.values())
+
+
+def test_distance():
+    zero = {"a": torch.zeros(2), "b": torch.zeros(1, 1)}
+    other = {"a": torch.tensor([3.0, 4.0]), "b": torch.tensor([[12.0]])}
+    assert distance(zero, other).item() == 13.0  # sqrt(9 + 16 + 144)

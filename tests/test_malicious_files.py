@@ -11,7 +11,7 @@ from spo.errors import UserError
 from spo.lora_io.find import read_folded, read_lora
 from spo.lora_io.model_spec import read_specs
 from spo.models.backbone import Backbone, ModelSource
-from spo.preference.model import build_spm
+from spo.preference.spm_recipe import SPMSource, build_spm
 from spo.scorers import load_scorer
 from spo.scorers.state_dicts import read_state_dict
 
@@ -52,7 +52,7 @@ def test_preference_models(trap, tmp_path, suffix, legacy):
     with pytest.raises(UserError, match=r"preference\.checkpoint: .*cannot be read"):
         load_scorer(scorer_source("step_aware_clip", checkpoint=str(path)), CPU)
     with pytest.raises(UserError, match=r"preference\.init_from: .*cannot be read"):
-        build_spm(CLIP, str(path), seed=0, gradient_checkpointing=False)
+        build_spm(SPMSource(CLIP, CLIP, str(path)), seed=0, gradient_checkpointing=False)
     with pytest.raises(UserError, match=r"any\.key: .*cannot be read"):
         read_state_dict(path, "any.key")
 

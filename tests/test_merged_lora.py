@@ -7,9 +7,9 @@ import torch
 from helpers import add_tiny_lora, load_backbone, random_weights, unet_output
 
 from spo.command_line.config_files import load_config
-from spo.method.build import collect_settings
+from spo.method.build import read_recipe
 from spo.method.collect import roll_out
-from spo.models.merged_lora import MergedLora
+from spo.models.lora import MergedLora
 
 
 @pytest.mark.parametrize(
@@ -111,12 +111,13 @@ def test_a_rollout_is_under_autocast_where_a_lora_is_in_use(mixed_precision):
     backbone.unet.register_forward_hook(lambda *_: seen.append(torch.is_autocast_enabled("cpu")))
     config = load_config(str(Path(__file__).parent / "data" / "random_models.py"))
     config.update_from_flattened_dict({"sample.num_steps": 2, "sample.branch_from": 0})
+    collect = read_recipe(config).collect
 
     def is_under_autocast():
         drawn = roll_out(
             backbone,
-            backbone.schedule(2),
-            collect_settings(config),
+            backbone.sampler(2, eta=1.0),
+            collect,
             backbone.encode_prompts(["a fox"]),
             torch.Generator().manual_seed(0),
         )

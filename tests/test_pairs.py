@@ -1,28 +1,36 @@
-"""Best against worst, by hand: every latent carries a number that tells where it came from."""
+"""From scores to pairs, by hand: every latent carries a number that tells where it came from."""
 
 from dataclasses import replace
 
 import pytest
 import torch
 
+from spo.errors import UserError
 from spo.method.pairs import (
+    Chosen,
     PairSettings,
-    best_against_worst,
+    best_worst,
+    choose,
     concatenate_pairs,
+    differ_enough,
+    make_pairs,
     no_pairs,
-    preference_gap,
 )
 from spo.types import Candidates, Conditioning, Transition
 
 SHAPE = (1, 2, 2)
 PLAIN = PairSettings(
+    pairing="best_worst",
     threshold=0.3,
     keep_all_final=False,
-    direction_from_last=False,
-    branching_only=True,
-    one_x_t=True,
+    final_direction="window",
+    final_step="branch",
+    num_inner_steps=0,
+    shares_latents=True,
     keep_predictions=False,
 )
+# As SPO's: every transition makes pairs, and after the first one win and lose have their own x_t.
+INNER = {"shares_latents": False, "num_inner_steps": 1}
 # Three candidates (rows) of four prompts (columns). Gaps of softmax([best, worst]) = tanh((b - w) / 2):
 # 2 - 0 = 2: 0.76; a tie: 0; 0.5 - 0 = 0.5: 0.245; 3 - -1 = 4: 0.96.
 SCORES = torch.tensor(
@@ -68,10 +76,10 @@ def conditioning(pooled=False):
 def select(length=1, scores=SCORES, is_final=False, pooled=False, **changes):
     candidates = Candidates(window(length), numbered(0, 0), 0, is_final)
     settings = replace(PLAIN, **changes)
-    pairs, differ = best_against_worst(
-        candidates, scores, conditioning(pooled), PROMPT_IDS, settings
-    )
-    return pairs.select(differ)
+    chosen = choose(scores, settings, torch.Generator().manual_seed(0))
+    differ = differ_enough(candidates, chosen.gap(scores), settings)
+    pairs = make_pairs(candidates, chosen, conditioning(pooled), PROMPT_IDS, settings)
+    return pairs.select(differ.repeat(len(pairs) // len(differ)))
 
 
 def numbers(latents):
@@ -82,9 +90,12 @@ def numbers(latents):
 
 
 def test_gap():
+    chosen = best_worst(SCORES, torch.Generator())
     torch.testing.assert_close(
-        preference_gap(SCORES), torch.tensor([0.76159416, 0.0, 0.24491866, 0.96402758])
+        chosen.gap(SCORES), torch.tensor([0.76159416, 0.0, 0.24491866, 0.96402758])
     )
+    swapped = Chosen(chosen.lose, chosen.win, chosen.prompts)
+    torch.testing.assert_close(swapped.gap(SCORES), -chosen.gap(SCORES))
 
 
 def test_best_against_worst():
@@ -100,11 +111,17 @@ def test_best_against_worst():
 
 @pytest.mark.parametrize(
     ("threshold", "prompts"),
-    [(0.0, [70, 72, 73]), (0.2449, [70, 72, 73]), (0.245, [70, 73]), (0.97, [])],
+    [
+        (0.0, [70, 72, 73]),  # a tie is no pair even at threshold 0
+        (0.2449, [70, 72, 73]),
+        (0.245, [70, 73]),
+        (0.97, []),
+        (-1, [70, 71, 72, 73]),
+    ],
 )
 def test_threshold(threshold, prompts):
     pairs = select(threshold=threshold)
-    assert pairs.prompt_ids.tolist() == prompts  # a tie is no pair even at threshold 0
+    assert pairs.prompt_ids.tolist() == prompts
     assert len(pairs) == len(pairs.latents) == len(prompts)
 
 
@@ -117,7 +134,7 @@ def test_keeping_all_final_pairs():
 
 
 def test_windows_go_transition_by_transition_then_prompt_by_prompt():
-    pairs = select(length=2, branching_only=False, one_x_t=False)
+    pairs = select(length=2, **INNER)
     assert pairs.timesteps.tolist() == [201, 201, 101, 101]
     assert pairs.prompt_ids.tolist() == [70, 73, 70, 73]
     assert pairs.conditioning.prompt_embeds[:, 0, 0].tolist() == [0, 3, 0, 3]
@@ -127,23 +144,23 @@ def test_windows_go_transition_by_transition_then_prompt_by_prompt():
     assert numbers(pairs.next_latents) == [[3010, 3000], [3003, 3023], [3110, 3100], [3103, 3123]]
 
 
-@pytest.mark.parametrize(("from_last", "noise"), [(False, 2000), (True, 2100)])
-def test_direction_of_an_extended_window(from_last, noise):
+@pytest.mark.parametrize(("direction", "noise"), [("window", 2000), ("last", 2100)])
+def test_direction_of_an_extended_window(direction, noise):
     """GradSPO keeps the first x_t; the official SDXL code takes the last transition's noise."""
-    pairs = select(length=2, direction_from_last=from_last)
+    pairs = select(length=2, final_step="extend", final_direction=direction)
     assert pairs.timesteps.tolist() == [201, 201]
     assert numbers(pairs.latents) == [[1000], [1003]]
     assert numbers(pairs.noises) == [[noise + 10, noise], [noise + 3, noise + 23]]
     assert numbers(pairs.next_latents) == [[3010, 3000], [3003, 3023]]
 
 
-@pytest.mark.parametrize("from_last", [False, True])
-def test_predictions_are_those_at_x_t(from_last):
+@pytest.mark.parametrize("direction", ["window", "last"])
+def test_predictions_are_those_at_x_t(direction):
     assert select().sampler_epsilon is None
-    kept = select(length=2, keep_predictions=True, direction_from_last=from_last)
+    kept = select(length=2, keep_predictions=True, final_direction=direction)
     assert numbers(kept.latents) == [[1000], [1003]]
     assert numbers(kept.sampler_epsilon) == [[4000], [4003]]
-    own = select(length=2, branching_only=False, one_x_t=False, keep_predictions=True)
+    own = select(length=2, **INNER, keep_predictions=True)
     assert numbers(own.sampler_epsilon) == [[4000, 4000], [4003, 4003], [4110, 4100], [4103, 4123]]
 
 
@@ -151,7 +168,7 @@ def test_predictions_are_those_at_x_t(from_last):
 @pytest.mark.parametrize("pooled", [False, True])
 @pytest.mark.parametrize("one_x_t", [False, True])
 def test_joining_choosing_and_none(pooled, one_x_t, keep_predictions):
-    layout = {"one_x_t": one_x_t, "branching_only": one_x_t, "keep_predictions": keep_predictions}
+    layout = {"keep_predictions": keep_predictions, **({} if one_x_t else INNER)}
     settings = replace(PLAIN, **layout)
     parts = [
         no_pairs(conditioning(pooled), SHAPE, settings),
@@ -183,3 +200,51 @@ def test_joining_choosing_and_none(pooled, one_x_t, keep_predictions):
     assert numbers(chosen.noises) == [numbers(joined.noises)[-1], [2010, 2000]]
     if pooled:
         assert chosen.conditioning.pooled_prompt_embeds.flatten().tolist() == [53, 50]
+
+
+@pytest.mark.parametrize(
+    ("changes", "one_x_t"),
+    [
+        ({}, True),
+        ({"final_step": "extend"}, True),  # GradSPO keeps the branching transition only
+        ({"shares_latents": False}, True),  # windows of one transition
+        ({"shares_latents": False, "final_step": "extend"}, False),
+        (INNER, False),
+    ],
+)
+def test_when_x_t_is_kept_once(changes, one_x_t):
+    assert replace(PLAIN, **changes).one_x_t == one_x_t
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"pairing": "worst_best"}, "sample.pairing: 'worst_best' is none of best_worst"),
+        ({"pairing": "no.module:rule"}, "sample.pairing: cannot import"),
+        ({"threshold": 1.5}, "sample.threshold: 1.5 must be from 0 to 1, or -1"),
+        ({"threshold": -0.5}, "sample.threshold: -0.5 must be"),
+        ({"final_direction": "first"}, "sample.final_direction: 'first' is none of window, last"),
+    ],
+)
+def test_what_does_not_fit_is_named(changes, message):
+    with pytest.raises(UserError, match=message):
+        replace(PLAIN, **changes)
+
+
+def winner_against_all(scores, generator):
+    """The best candidate of each prompt against each of the two others, prompt by prompt."""
+    order = scores.argsort(dim=0, descending=True)
+    prompts = torch.arange(scores.shape[1]).repeat_interleave(2)
+    return Chosen(order[0].repeat_interleave(2), order[1:].T.flatten(), prompts)
+
+
+def test_a_rule_of_ones_own():
+    """Prompts 0 and 2 have 0.46 and 0.76, 0.15 and 0.24; prompt 1 ties; prompt 3 has 0.76 and 0.96."""
+    pairs = select(pairing=f"{__name__}:winner_against_all")
+    assert pairs.prompt_ids.tolist() == [70, 70, 73, 73]
+    assert numbers(pairs.latents) == [[1000], [1000], [1003], [1003]]
+    assert numbers(pairs.noises) == [[2010, 2020], [2010, 2000], [2003, 2013], [2003, 2023]]
+    assert pairs.conditioning.prompt_embeds[:, 0, 0].tolist() == [0, 0, 3, 3]
+    own = select(length=2, pairing=f"{__name__}:winner_against_all", threshold=0.9, **INNER)
+    assert own.timesteps.tolist() == [201, 101] and own.prompt_ids.tolist() == [73, 73]
+    assert numbers(own.noises) == [[2003, 2023], [2103, 2123]]

@@ -1,6 +1,5 @@
 """The official code's traces replay, and a replay of a broken algorithm does not."""
 
-import importlib.util
 import json
 import shutil
 import subprocess
@@ -14,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from spo.method import build
 from spo.method import learner as learner_module
+from spo.method.replay import Replay, failures
 from spo.models.device import speed_up
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "replay_trace.py"
@@ -31,14 +31,6 @@ COMPARED = {
 COMPARED_OF = {"gradspo": {"directions", "predictions", "ema"}, "spo": {"next_latents"}}
 
 
-@pytest.fixture(scope="module")
-def script():
-    spec = importlib.util.spec_from_file_location("replay_trace", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_all_traces_are_here():
     algorithms = ("gradspo_sd15", "gradspo_sdxl", "spo_sd15", "spo_sdxl")
     variants = ("gradspo_sd15_clip", "gradspo_sdxl_clip", "spo_sd15_all", "spo_sdxl_all")
@@ -46,25 +38,25 @@ def test_all_traces_are_here():
 
 
 @pytest.mark.parametrize("trace", TRACES)
-def test_a_trace_replays(script, trace):
-    replay = script.Replay(GOLDEN / trace, MODELS)
+def test_a_trace_replays(trace):
+    replay = Replay(GOLDEN / trace, MODELS)
     algorithm = replay.config.algorithm
     rollouts = replay.run()
     assert len(rollouts) == len(replay.meta["rollouts"])
     for deviations in rollouts:
         assert set(deviations) == COMPARED | COMPARED_OF[algorithm]
-    assert script.failures(rollouts, algorithm) == []
+    assert failures(rollouts, algorithm) == []
 
 
 @pytest.mark.parametrize("trace", ["gradspo_sd15_clip", "gradspo_sdxl_clip"])
-def test_a_trace_replays_with_other_memory_layout_and_recomputed_activations(script, trace):
-    replay = script.Replay(GOLDEN / trace, MODELS)
+def test_a_trace_replays_with_other_memory_layout_and_recomputed_activations(trace):
+    replay = Replay(GOLDEN / trace, MODELS)
     assert replay.learner.merged is not None  # as everywhere, by default
     replay.backbone.unet.enable_gradient_checkpointing()
     layout = replace(build.speed_settings(replay.config), channels_last=True)
     speed_up(replay.backbone, replay.scorer, layout)
     assert not replay.backbone.unet.conv_in.weight.is_contiguous()
-    assert script.failures(replay.run(), "gradspo") == []
+    assert failures(replay.run(), "gradspo") == []
 
 
 def remove_clips(replay):
@@ -129,18 +121,18 @@ def change(**values):
         ("spo_sd15_all", change(guidance_scale=4.9), 1, "next_latents"),
     ],
 )
-def test_a_broken_algorithm_does_not_replay(script, trace, break_it, rollouts, quantity):
-    replay = script.Replay(GOLDEN / trace, MODELS)
+def test_a_broken_algorithm_does_not_replay(trace, break_it, rollouts, quantity):
+    replay = Replay(GOLDEN / trace, MODELS)
     break_it(replay)
     deviations = [replay.rollout(index) for index in range(rollouts)]
-    failed = script.failures(deviations, replay.config.algorithm)
+    failed = failures(deviations, replay.config.algorithm)
     assert any(f": {quantity} " in failure for failure in failed), failed
 
 
-def test_an_ema_that_is_never_updated_does_not_replay(script, monkeypatch):
+def test_an_ema_that_is_never_updated_does_not_replay(monkeypatch):
     monkeypatch.setattr(learner_module, "update_ema", lambda *args: None)
-    replay = script.Replay(GOLDEN / "gradspo_sd15_clip", MODELS)
-    failed = script.failures([replay.rollout(0)], "gradspo")
+    replay = Replay(GOLDEN / "gradspo_sd15_clip", MODELS)
+    failed = failures([replay.rollout(0)], "gradspo")
     assert any(": ema " in failure for failure in failed)
 
 

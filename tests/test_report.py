@@ -24,8 +24,7 @@ from spo.evaluation.report import chosen_prompts, write_report
 from spo.evaluation.results import ModelInfo, Results, ScorerInfo, summarize, write_results
 from spo.evaluation.run_report import write_run_report
 from spo.method import metrics
-from spo.preference.accuracy import TIMESTEPS, accuracy
-from spo.preference.spm_metrics import step_metrics
+from spo.preference.spm_metrics import TIMESTEPS, step_metrics, validation_metrics
 from spo.run.folder import record_start
 from spo.run.tracking import Tracking
 from spo.types import Comparison
@@ -339,7 +338,7 @@ def test_the_report_of_a_preference_model(tmp_path):
     totals = {"loss": 3.0, "steps": 4, "pairs": 8, "grad_norm": 2.0, "updates": 4}
     counts = {f"t{t}": 6.0 for t in TIMESTEPS} | {"pairs": 8.0, "ties": 0.0, "damaged": 0.0}
     line = {"step": 4, **step_metrics(Counter(totals), 1000), "peak_memory_gib": 1.0}
-    lines = [{"step": 0, **accuracy(counts)}, line | accuracy(counts)]
+    lines = [{"step": 0, **validation_metrics(counts)}, line | validation_metrics(counts)]
     config = {"pretrained": {"model": "base"}}
     page = read(write_run_report(make_run(tmp_path / "spm", lines, config)))
     page.check_self_contained()

@@ -12,20 +12,17 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers import make_pairs
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from spo.errors import Stopped, UserError
-from spo.method import shared_rollout
-from spo.method.position import (
-    RolloutInProgress,
-    gradient_tensors,
-    gradients_of,
-    load_share,
-    rollout_of,
-)
-from spo.method.preflight import preflight
+from spo.method import trainer
+from spo.method.checkpoint import load_share, rollout_of
+from spo.method.metrics import Metrics
+from spo.method.pairs import best_worst
+from spo.method.position import RolloutInProgress
+from spo.method.preflight import preflight, refusal
 from spo.run import validation
-from spo.run.checkpoint_folder import _seal, checkpoints, find_fault
+from spo.run.checkpoint_folder import _seal, checkpoints, find_fault, read_state
 from tests import small_runs
 from tests.small_runs import (
     LORA,
@@ -96,15 +93,15 @@ def test_a_signal_between_minibatches_loses_nothing(whole, stopped, tmp_path):
 
 
 def test_a_signal_in_a_rollout_draws_it_again(whole, tmp_path, monkeypatch):
-    own, calls = shared_rollout.collect_rollout, []
+    own, calls = trainer.collect_rollout, []
 
-    def signalled(*arguments):
+    def signalled(*arguments, **options):
         calls.append(arguments)
         if len(calls) == 2:
             os.kill(os.getpid(), signal.SIGINT)
-        return own(*arguments)
+        return own(*arguments, **options)
 
-    monkeypatch.setattr(shared_rollout, "collect_rollout", signalled)
+    monkeypatch.setattr(trainer, "collect_rollout", signalled)
     folder = tmp_path / "run"
     with pytest.raises(Stopped, match="epoch_0000_rollout_000001:"):
         run(folder)
@@ -198,6 +195,10 @@ def test_a_run_goes_on_from_the_checkpoint_before_the_damaged_one(whole, stopped
     assert left.name == "epoch_0002" and find_fault(left) is None
 
 
+def another_rule(scores, generator):
+    return best_worst(scores, generator)
+
+
 REFUSED = {
     "algorithm": "gradspo",
     "lora.rank": 8,
@@ -209,6 +210,12 @@ REFUSED = {
     "sample.num_steps": 5,
     "sample.guidance_scale": 2.0,
     "sample.eta": 0.5,
+    "sample.timesteps": "trailing",
+    "sample.pairing": f"{__name__}:another_rule",
+    "sample.num_candidates": 3,
+    "sample.branch_from": 1,
+    "sample.final_step": "extend",
+    "sample.final_score_timestep": "t",
 }
 
 
@@ -219,6 +226,25 @@ def test_a_key_that_makes_nonsense_is_refused(stopped, key):
         changes = {key: str(stopped / REFUSED[key]), "lora.reference": "init"}
     with pytest.raises(UserError, match=f"^{key}: .*, but the checkpoint was trained with "):
         preflight(small_config(stopped, **changes), 1)
+
+
+def test_a_rollout_in_progress_keeps_every_key_of_sample_but_a_few(whole, stopped):
+    inside, between = (
+        refusal(read_state(checkpoints(folder)[-1]), preflight(small_config(folder), 1).recipe)
+        for folder in (stopped, whole)
+    )
+    keys = {f"sample.{name}" for name in small_config(stopped).sample} | {"sample.invented"}
+    assert {key for key in keys if inside(key) is None} == {
+        "sample.batch_size",
+        "sample.global_batch_size",
+        "sample.decode_batch_size",
+        "sample.decoder",
+        "sample.threshold",
+        "sample.keep_all_final",
+    }
+    assert all(between(key) is None for key in keys)
+    assert "a rollout is in progress" in inside("sample.invented")
+    assert inside("train.invented") is None
 
 
 def test_prompts_may_move_but_not_change_inside_an_epoch(stopped, tmp_path):
@@ -343,9 +369,10 @@ def write_shares(folder, count, each):
         values = places.float().reshape(-1, 1, 1, 1, 1)
         pairs = make_pairs(values, values.clone(), values.clone(), places.tolist())
         pairs = replace(pairs, sampler_epsilon=values.clone())
-        rows = tuple(torch.full((2,), float(rank)) for _ in range(3))
-        rollout = RolloutInProgress(pairs, rows, {}, 4, 6, 0, 1.0, 1.0)
-        gradients = gradient_tensors({"w": torch.full((2,), float(rank))})
+        metrics = Metrics(torch.device("cpu"))
+        metrics.total("images", 10 + rank)
+        rollout = RolloutInProgress(pairs, metrics, prompts=4, left_over=0, seconds_rollout=1.0)
+        gradients = {"gradient:w": torch.full((2,), float(rank))}
         files.append(folder / f"{rank}.safetensors")
         tensors = {name: t.contiguous() for name, t in rollout.tensors().items()}
         save_file(tensors | gradients, files[-1])
@@ -360,8 +387,7 @@ def test_what_is_left_is_dealt_out_anew_in_its_order(tmp_path, then, now, each):
         share, left = load_share(files, rank, now)
         assert left == total % now
         places = list(range(rank, total - left, now))
-        numbers = {"sums": {}, "prompts": 4, "used": 6, "left_over": 0}
-        numbers |= {"seconds_rollout": 1.0, "seconds_train": 1.0}
+        numbers = {"prompts": 4, "used": 6, "left_over": 0, "seconds_rollout": 1.0}
         rollout = rollout_of(share, numbers, torch.device("cpu"))
         assert rollout.pairs.timesteps.tolist() == places
         assert rollout.pairs.latents.flatten().tolist() == places
@@ -369,15 +395,67 @@ def test_what_is_left_is_dealt_out_anew_in_its_order(tmp_path, then, now, each):
         assert len(rollout.pairs.conditioning) == len(places)
         assert rollout.pairs.conditioning.negative_prompt_embeds.shape == (1, 1, 1)
         mean = (then - 1) / 2
-        assert [row.tolist() for row in rollout.steps] == [[mean, mean]] * 3
-        assert gradients_of(share)["w"].tolist() == [mean, mean]
+        assert share["gradient:w"].tolist() == [mean, mean]
+        # Sums are sums over processes: the first takes them all.
+        images = sum(10 + source for source in range(then)) if rank == 0 else 0
+        assert rollout.metrics.sums["total:images"].item() == images
 
 
 def test_the_same_processes_go_on_with_their_own(tmp_path):
     files = write_shares(tmp_path, 2, 3)
     share, left = load_share(files, 1, 2)
-    assert left == 0 and gradients_of(share)["w"].tolist() == [1.0, 1.0]
+    assert left == 0 and share["gradient:w"].tolist() == [1.0, 1.0]
     assert share["pairs.timesteps"].tolist() == [1, 3, 5]
+    assert share["metrics.total:images"].item() == 11
+
+
+def change_process_file(folder, change):
+    """Lets `change` alter the tensors of the newest checkpoint's only process."""
+    newest = checkpoints(folder)[-1]
+    tensors = load_file(newest / "process_0000.safetensors")
+    change(tensors)
+    save_file(tensors, newest / "process_0000.safetensors")
+    reseal(newest)
+
+
+def test_metrics_that_a_checkpoint_lacks_or_has_in_addition(whole, stopped, tmp_path):
+    folder = copy_of(stopped, tmp_path)
+
+    def change(tensors):
+        for kind in ("sum", "count"):
+            del tensors[f"metrics.{kind}:win_ratio"]
+        tensors["metrics.total:of_before"] = torch.tensor(5.0, dtype=torch.float64)
+        tensors["metrics.sum:old_mean"] = torch.tensor(6.0, dtype=torch.float64)
+        tensors["metrics.count:old_mean"] = torch.tensor(4.0, dtype=torch.float64)
+
+    change_process_file(folder, change)
+    assert differences(whole, run(folder)) == ["metrics.jsonl"]
+    expected, found = read_metrics(whole)[2], read_metrics(folder)[2]
+    assert found.pop("of_before") == 5 and found.pop("old_mean") == 1.5
+    # Only of the minibatches since.
+    assert found.pop("win_ratio") != expected.pop("win_ratio")
+    assert found == expected
+    assert read_metrics(folder)[3] == read_metrics(whole)[3]
+
+
+def test_a_rollout_in_progress_of_an_older_format_is_refused(stopped, tmp_path):
+    folder = copy_of(stopped, tmp_path)
+
+    def change(tensors):
+        for name in [name for name in tensors if name.startswith("metrics.")]:
+            del tensors[name]
+        tensors["steps"] = torch.zeros(3, 2)
+
+    change_process_file(folder, change)
+    newest = checkpoints(folder)[-1]
+    state = read_state(newest)
+    names = ("prompts", "used", "left_over", "seconds_rollout", "seconds_train")
+    state["rollout"] = {"sums": {"images": 8.0}} | {name: state["rollout"][name] for name in names}
+    (newest / "training_state.json").write_text(json.dumps(state))
+    reseal(newest)
+    with pytest.raises(UserError, match="^resume_from: .* is not a checkpoint of this c") as error:
+        run(folder)
+    assert "\n" not in str(error.value) and str(newest) in str(error.value)
 
 
 @pytest.mark.slow

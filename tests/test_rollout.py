@@ -12,17 +12,17 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from spo.errors import UserError
-from spo.method.ddim import make_schedule
-from spo.method.rollout import RolloutSettings, check_settings, stepwise_rollout
+from spo.method.ddim import make_sampler
+from spo.method.rollout import RolloutSettings, stepwise_rollout
 from spo.types import Conditioning
 
 SHAPE = (2, 3, 3)
 PLAIN = RolloutSettings(
+    num_steps=20,
     num_candidates=3,
     branch_from=2,
     num_inner_steps=0,
-    eta=1.0,
-    extend_final=False,
+    final_step="branch",
     final_score_timestep="zero",
 )
 SCHEDULER = {
@@ -41,21 +41,21 @@ def predict(latents, timestep, conditioning):
     return 0.6 * latents + 0.3 * prompt * torch.tanh(latents.flip(-1)) + timestep / 5000
 
 
-def roll_out(settings, num_steps, prompts=2, seed=0, predict=predict):
+def roll_out(settings, prompts=2, seed=0, eta=1.0, predict=predict):
     conditioning = Conditioning(randn(prompts, 4, 5, seed=9), torch.zeros(1, 4, 5))
     generator = torch.Generator().manual_seed(seed)
-    schedule = make_schedule(SCHEDULER, num_steps)
-    given = (predict, schedule, settings, conditioning, SHAPE, generator)
+    sampler = make_sampler(SCHEDULER, settings.num_steps, eta)
+    given = (predict, sampler, settings, conditioning, SHAPE, generator)
     return list(stepwise_rollout(*given)), conditioning, generator
 
 
-def account(settings, num_steps, conditioning, seed):
+def account(settings, conditioning, seed, eta):
     """The same rollout once more: what is drawn when, then one latent at a time in numpy.
 
     Returns per window its transitions (timestep, x_t, noise, x_t'), all (K, B, C, h, w), and what is
     scored; and the generator.
     """
-    k, b = settings.num_candidates, len(conditioning)
+    num_steps, k, b = settings.num_steps, settings.num_candidates, len(conditioning)
     generator = torch.Generator().manual_seed(seed)
     abar = np.cumprod(1 - np.linspace(math.sqrt(0.00085), math.sqrt(0.012), 1000) ** 2)
     stride = 1000 // num_steps
@@ -71,7 +71,7 @@ def account(settings, num_steps, conditioning, seed):
 
     def move(x, t, i, z):
         a, a_next = abar[t], abar[max(t - stride, 0)]
-        sigma = settings.eta * math.sqrt((1 - a_next) / (1 - a) * (1 - a / a_next))
+        sigma = eta * math.sqrt((1 - a_next) / (1 - a) * (1 - a / a_next))
         epsilon, x0 = network(x, t, i)
         return math.sqrt(a_next) * x0 + math.sqrt(1 - a_next - sigma**2) * epsilon + sigma * z
 
@@ -97,7 +97,7 @@ def account(settings, num_steps, conditioning, seed):
             current = np.stack([x] * k)
         transitions = []
         length = 1 + settings.num_inner_steps
-        if settings.extend_final and step + length == num_steps - 1:
+        if settings.final_step == "extend" and step + length == num_steps - 1:
             length += 1
         for j in range(min(length, num_steps - step)):
             t = times[step]
@@ -114,9 +114,9 @@ def account(settings, num_steps, conditioning, seed):
     return windows, generator
 
 
-def check_against_account(settings, num_steps, prompts=2, seed=0):
-    found, conditioning, generator = roll_out(settings, num_steps, prompts, seed)
-    expected, drawn = account(settings, num_steps, conditioning, seed)
+def check_against_account(settings, eta, prompts, seed):
+    found, conditioning, generator = roll_out(settings, prompts, seed, eta)
+    expected, drawn = account(settings, conditioning, seed, eta)
     assert len(found) == len(expected)
     for candidates, (transitions, scored, timestep) in zip(found, expected, strict=True):
         assert len(candidates.window) == len(transitions)
@@ -140,28 +140,25 @@ def shapes(draw):
     num_steps = draw(st.integers(2, 9))
     extend = draw(st.booleans())
     branch_from = draw(st.integers(0, num_steps - (2 if extend else 1)))
-    settings = RolloutSettings(
+    return RolloutSettings(
+        num_steps=num_steps,
         num_candidates=draw(st.integers(2, 3)),
         branch_from=branch_from,
         num_inner_steps=draw(st.integers(0, num_steps - branch_from - 1)),
-        eta=draw(st.sampled_from([0.5, 1.0])),
-        extend_final=extend,
+        final_step="extend" if extend else "branch",
         final_score_timestep=draw(st.sampled_from(["zero", "t"])),
     )
-    return settings, num_steps
 
 
 @hypothesis_settings(max_examples=40, deadline=None, derandomize=True)
-@given(shapes(), st.integers(1, 3), st.integers(0, 1000))
-def test_any_shape_is_as_accounted(shape, prompts, seed):
-    settings, num_steps = shape
-    check_settings(settings, num_steps)
-    found = check_against_account(settings, num_steps, prompts, seed)
+@given(shapes(), st.sampled_from([0.5, 1.0]), st.integers(1, 3), st.integers(0, 1000))
+def test_any_shape_is_as_accounted(settings, eta, prompts, seed):
+    found = check_against_account(settings, eta, prompts, seed)
     # After branching, steps fill windows of 1 + inner transitions; extended, the last is one more.
-    steps = num_steps - settings.branch_from - settings.extend_final
+    steps = settings.num_steps - settings.branch_from - (settings.final_step == "extend")
     assert len(found) == math.ceil(steps / (1 + settings.num_inner_steps))
     used = sum(len(candidates.window) for candidates in found)
-    assert used == num_steps - settings.branch_from
+    assert used == settings.num_steps - settings.branch_from
 
 
 @pytest.mark.parametrize(
@@ -175,7 +172,7 @@ def test_any_shape_is_as_accounted(shape, prompts, seed):
             [*range(701, 0, -50), 1],
         ),
         (
-            {"extend_final": True},
+            {"final_step": "extend"},
             [[t] for t in range(751, 100, -50)] + [[51, 1]],
             [*range(701, 50, -50), 0],
         ),
@@ -192,7 +189,7 @@ def test_any_shape_is_as_accounted(shape, prompts, seed):
         ),
         # 16 = 5 + 5 + 5 + 1: extended, the last step joins the window before it.
         (
-            {"num_inner_steps": 4, "extend_final": True},
+            {"num_inner_steps": 4, "final_step": "extend"},
             [list(range(t, t - 250, -50)) for t in (751, 501)] + [[251, 201, 151, 101, 51, 1]],
             [501, 251, 0],
         ),
@@ -200,7 +197,7 @@ def test_any_shape_is_as_accounted(shape, prompts, seed):
 )
 def test_windows_of_twenty_steps(changes, windows, scored_at):
     settings = replace(PLAIN, branch_from=4, **changes)
-    found, _, _ = roll_out(settings, 20, prompts=1)
+    found, _, _ = roll_out(settings, prompts=1)
     assert [[t.timestep for t in candidates.window] for candidates in found] == windows
     assert [candidates.score_timestep for candidates in found] == scored_at
 
@@ -209,7 +206,7 @@ def test_every_candidate_may_carry_on():
     """The one that goes on is drawn per prompt, and none is out of reach."""
     carried = set()
     for seed in range(10):
-        found, _, _ = roll_out(PLAIN, 6, prompts=2, seed=seed)
+        found, _, _ = roll_out(replace(PLAIN, num_steps=6), prompts=2, seed=seed)
         for before, after in zip(found, found[1:], strict=False):
             start = after.window[0].latents[0]
             same = (before.window[-1].next_latents == start).all(dim=(2, 3, 4))  # (K, B)
@@ -226,7 +223,7 @@ def test_the_network_runs_once_per_row():
         return predict(latents, timestep, conditioning)
 
     settings = replace(PLAIN, branch_from=4, num_candidates=4)
-    roll_out(settings, 20, prompts=2, predict=counted)
+    roll_out(settings, prompts=2, predict=counted)
     # Design: 130 rows per two halves of guidance, 65 = 5 + 15 * 4 per prompt.
     assert [t for t, _ in rows] == list(range(951, 0, -50))
     assert [n for _, n in rows] == [2] * 5 + [8] * 15
@@ -238,17 +235,33 @@ def test_the_network_runs_once_per_row():
         ({"num_candidates": 1}, "num_candidates"),
         ({"branch_from": -1}, "branch_from"),
         ({"branch_from": 20}, "branch_from"),
-        ({"branch_from": 19, "extend_final": True}, "branch_from"),
+        ({"branch_from": 19, "final_step": "extend"}, "branch_from"),
         ({"branch_from": 4, "num_inner_steps": 16}, "num_inner_steps"),
         ({"num_inner_steps": -1}, "num_inner_steps"),
     ],
 )
 def test_what_does_not_fit_is_named(changes, key):
     with pytest.raises(UserError, match=rf"sample\.{key}: {changes[key]} "):
-        check_settings(replace(PLAIN, **changes), 20)
+        replace(PLAIN, **changes)
+
+
+@pytest.mark.parametrize("key", ["final_step", "final_score_timestep"])
+def test_a_choice_that_is_none_is_named(key):
+    with pytest.raises(UserError, match=rf"sample\.{key}: 'other' is none of "):
+        replace(PLAIN, **{key: "other"})
 
 
 def test_the_limits_fit():
-    check_settings(replace(PLAIN, branch_from=19), 20)
-    check_settings(replace(PLAIN, branch_from=18, extend_final=True), 20)
-    check_settings(replace(PLAIN, branch_from=4, num_inner_steps=15), 20)
+    replace(PLAIN, branch_from=19)
+    replace(PLAIN, branch_from=18, final_step="extend")
+    replace(PLAIN, branch_from=4, num_inner_steps=15)
+
+
+def test_branching_makes_no_gradients():
+    weight = torch.ones((), requires_grad=True)
+
+    def with_weight(latents, timestep, conditioning):
+        return weight * predict(latents, timestep, conditioning)
+
+    found, _, _ = roll_out(replace(PLAIN, num_steps=4), predict=with_weight)
+    assert not any(candidates.latents.requires_grad for candidates in found)

@@ -10,10 +10,9 @@ from helpers import GOLDEN, randn
 from safetensors.torch import load_file
 from transformers import get_linear_schedule_with_warmup
 
-from spo.preference.accuracy import is_right
-from spo.preference.labels import labels_of_scores
 from spo.preference.loss import PairFeatures, in_batch_losses, learning_rate_factor, pair_losses
-from spo.preference.spm_metrics import bucket_names
+from spo.preference.preparation import labels_of_scores
+from spo.preference.spm_metrics import bucket_names, is_right
 
 
 @pytest.fixture(scope="module")

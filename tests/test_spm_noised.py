@@ -1,4 +1,4 @@
-"""What the SPM sees of a pair in training, and the gradient it learns from."""
+"""The SPM's input in training, and the gradient of its loss."""
 
 from collections import Counter
 from dataclasses import replace
@@ -10,14 +10,21 @@ import torch.nn.functional as F
 from helpers import MODELS, PROMPTS, official_scheduler, randn, scorer_source
 from labelled_pairs import make_row
 
+from config import spm_base
+from spo.command_line.values import fill
 from spo.errors import UserError
-from spo.preference.batches import decode_batch
-from spo.preference.labels import labels_of_scores
-from spo.preference.model import PairScorer, build_spm
-from spo.preference.noised import PairNoise, draw_noise, predicted_images
-from spo.preference.preparation import Labeller, Preparation
-from spo.preference.rows import RawBatch
-from spo.preference.spm_learner import PreferenceLearner, UpdateSettings
+from spo.models.optimizers import ADAMW, OptimizerSettings
+from spo.preference.batches import RawBatch, decode_batch
+from spo.preference.preparation import (
+    Labeller,
+    PairNoise,
+    Preparation,
+    draw_noise,
+    labels_of_scores,
+    predicted_images,
+)
+from spo.preference.spm_learner import PairScorer, PreferenceLearner, TrainSettings
+from spo.preference.spm_recipe import SPMSource, build_spm
 from spo.scorers import load_scorer
 from spo.scorers.clip import CLIPInputs
 
@@ -35,16 +42,13 @@ def preparation(backbone, labeller=None, seed=0, size=SIZE):
 
 
 def make_learner(gradient_checkpointing=False, dtype=torch.float32, **changes):
-    spm = build_spm(CLIP, str(MODELS / "tiny-spm.bin"), 0, gradient_checkpointing)
-    settings = UpdateSettings(1e-3, 0, 10, 1.0, in_batch_negatives=False)
-    return PreferenceLearner(
-        spm,
-        PairScorer(spm),
-        torch.optim.AdamW(spm.parameters(), lr=1e-3),
-        replace(settings, **changes),
-        torch.device("cpu"),
-        dtype,
-    )
+    source = SPMSource(CLIP, CLIP, str(MODELS / "tiny-spm.bin"))
+    spm = build_spm(source, 0, gradient_checkpointing)
+    train = spm_base.get_config().train
+    changes |= {"max_train_steps": 10, "warmup_steps": 0}
+    adamw = fill(OptimizerSettings, train, optimizer=ADAMW, learning_rate=1e-3)
+    settings = fill(TrainSettings, train, optimizer=adamw, **changes)
+    return PreferenceLearner(spm, PairScorer(spm), settings, torch.device("cpu"), dtype)
 
 
 def noise_for(backbone, timesteps, seed):
@@ -62,19 +66,19 @@ def gradients_of(learner, *minibatches):
 
 
 def assert_same_gradients(found, expected):
-    """Up to rounding, which the number of rows in a batch changes."""
+    """Compares up to rounding, which the number of rows in a batch changes."""
     differences = torch.cat([(found[name] - expected[name]).flatten() for name in expected])
     total = torch.cat([gradient.flatten() for gradient in expected.values()]).norm()
     assert differences.norm() < 1e-3 * total
 
 
 def test_predictions_are_those_of_diffusers(backbone):
-    """Each image by itself, through the pipeline's own modules and diffusers' scheduler."""
+    """Predicts each image by itself, with the pipeline's own modules and diffusers' scheduler."""
     images = randn(3, 2, 3, SIZE, SIZE, seed=1).clamp(-1, 1)
     timesteps = [5, 501, 951]
     noise = noise_for(backbone, timesteps, seed=2)
     found = predicted_images(
-        backbone, backbone.schedule(1), images, backbone.encode_prompts(PROMPTS), noise, 5.0, 8
+        backbone, backbone.noise_schedule(), images, backbone.encode_prompts(PROMPTS), noise, 5.0, 8
     )
     scheduler = official_scheduler(20, clip_sample=False)
     assert found.shape == images.shape
@@ -103,11 +107,11 @@ def test_the_posterior_is_sampled_as_diffusers_does(sd15):
 
 
 def test_equal_images_stay_equal_only_if_sampled_alike(sd15):
-    """One noise for both images: equal latents make equal predictions."""
+    """Both images get one noise, so equal latents make equal predictions."""
     image = randn(1, 1, 3, SIZE, SIZE, seed=4).expand(-1, 2, -1, -1, -1)
     noise = noise_for(sd15, [601], seed=5)
     alike = replace(noise, posterior=noise.posterior[:, :1].expand(-1, 2, -1, -1, -1))
-    arguments = (sd15, sd15.schedule(1), image, sd15.encode_prompts(PROMPTS[:1]))
+    arguments = (sd15, sd15.noise_schedule(), image, sd15.encode_prompts(PROMPTS[:1]))
     same = predicted_images(*arguments, alike, 5.0, 8)
     torch.testing.assert_close(same[:, 0], same[:, 1], atol=1e-5, rtol=0)
     other = predicted_images(*arguments, noise, 5.0, 8)
@@ -115,10 +119,16 @@ def test_equal_images_stay_equal_only_if_sampled_alike(sd15):
 
 
 def test_no_more_images_at_once_than_told(backbone, monkeypatch):
-    """And the predictions are the same: both images of a pair may fall into different parts."""
+    """The predictions stay the same, though a pair may be split between two parts."""
     images = randn(3, 2, 3, SIZE, SIZE, seed=1)
     noise = noise_for(backbone, [5, 501, 951], seed=2)
-    arguments = (backbone, backbone.schedule(1), images, backbone.encode_prompts(PROMPTS), noise)
+    arguments = (
+        backbone,
+        backbone.noise_schedule(),
+        images,
+        backbone.encode_prompts(PROMPTS),
+        noise,
+    )
     whole, sizes = predicted_images(*arguments, 5.0, 6), []
     for name in ("encode_images", "predict", "decode"):
         own = getattr(backbone, name)
@@ -170,7 +180,7 @@ def test_every_weight_gets_a_gradient(sd15):
     learner, batch = make_learner(), batch_of(4)
     _, gradients = gradients_of(learner, preparation(sd15).training_pairs(batch, 1.0))
     assert set(gradients) == set(dict(learner.spm.named_parameters()))
-    # Softmax does not notice what shifts all keys alike.
+    # A bias that shifts all keys alike has no effect on the softmax.
     assert all(g.abs().max() > 0 for name, g in gradients.items() if "k_proj.bias" not in name)
 
 
@@ -199,7 +209,7 @@ def test_accumulated_minibatches_are_one_batch(sd15):
     losses = torch.cat([j.losses for j in judged])
     torch.testing.assert_close(losses, one.losses, atol=1e-3, rtol=0)
     assert_same_gradients(found, expected)
-    # Minibatches that are normalised each by itself make another gradient.
+    # Minibatches normalised one by one make a different gradient.
     apart = [prepare.training_pairs(p, 2 * p.weights.sum()) for p in parts]
     with pytest.raises(AssertionError):
         assert_same_gradients(gradients_of(learner, *apart)[1], expected)
@@ -256,7 +266,7 @@ def test_pickscore_labels_replace_those_of_the_data(sd15):
 
 
 def test_a_fresh_spm_is_pickscore_in_fp32_and_trains():
-    spm = build_spm(CLIP, "", 0, False)
+    spm = build_spm(SPMSource(CLIP, CLIP, ""), 0, False)
     assert spm.training and all(p.requires_grad for p in spm.parameters())
     assert {p.dtype for p in spm.parameters()} == {torch.float32}
 

@@ -1,4 +1,4 @@
-"""Labelled pairs: where they come from, which can be used, who takes which, and their images."""
+"""Labelled pairs: their sources, which are usable, each process's share, and their images."""
 
 import io
 import math
@@ -11,10 +11,11 @@ import pytest
 from labelled_pairs import make_row, picture, write_rows, write_splits
 from PIL import Image
 
+from config import spm_base
+from spo.command_line.values import fill
 from spo.errors import RunError, UserError
-from spo.preference.batches import decode_batch, decode_image, decode_pair, decoded
+from spo.preference.batches import RawBatch, decode_batch, decode_image, decode_pair, decoded
 from spo.preference.rows import (
-    RawBatch,
     Share,
     fault_of,
     stream_batches,
@@ -22,18 +23,19 @@ from spo.preference.rows import (
     usable_rows,
     validation_batches,
 )
-from spo.preference.source import COLUMNS, DataSource, open_split
+from spo.preference.source import COLUMNS, PairData, open_split
 
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    # What datasets waits at the end of a stream.
+    # Seconds that datasets waits at the end of a stream.
     monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0, raising=False)
 
 
 def data_source(source, streaming=False):
-    return DataSource(str(source), None, streaming, "train")
+    data = spm_base.get_config().data
+    return fill(PairData, data, source=str(source), streaming=streaming, train_split="train")
 
 
 FAULTY = {
@@ -60,7 +62,7 @@ FAULTY = {
 
 
 def mixed_rows():
-    """Ten sound rows, those of FAULTY, and two sound ones without has_label."""
+    """Returns ten sound rows, the rows of FAULTY, and two sound rows without has_label."""
     faulty = [change for changes in FAULTY.values() for change in changes]
     rows = [make_row(i) for i in range(10)] + [make_row(50, **change) for change in faulty]
     return rows + [make_row(60, has_label=False), make_row(61, has_label=None)]
@@ -79,7 +81,7 @@ def test_unusable_rows_are_left_out_and_counted(tmp_path):
     usable, faults = usable_rows(rows)
     assert faults == counts_of(LABELS)
     assert usable == [*range(10), *range(20, 27)]
-    # In validation has_label decides, too.
+    # Validation also needs has_label.
     usable, faults = usable_rows(rows, need_has_label=True)
     assert faults == counts_of(LABELS) | {"without has_label": 2}
     assert usable == [*range(10), *range(20, 25)]
@@ -99,7 +101,7 @@ def test_damaged_images_weigh_nothing_and_are_counted():
 
 
 def rows_seen(batches):
-    """What the batches hold, without the images."""
+    """Returns the rows of each batch without their images."""
     return [
         [(row["caption"], row["label_0"], row["num_example_per_prompt"]) for row in batch.rows]
         for batch in batches

@@ -1,9 +1,8 @@
-"""Whole trainings of the SPM: what they leave behind, that they resume, and agree over processes."""
+"""Whole trainings of the SPM: their files, resuming, and agreement between processes."""
 
 import functools
 import json
 import os
-import runpy
 import shutil
 import signal
 import subprocess
@@ -19,12 +18,15 @@ from labelled_pairs import make_row, write_splits
 from safetensors.torch import load_file
 
 from config import spm_tiny
+from spo.command_line.config_files import leaves
 from spo.errors import RunError, Stopped, UserError
-from spo.launch.__main__ import read_script
+from spo.launch.__main__ import SCRIPTS, read_config
+from spo.plugins import find
 from spo.preference import preparation, spm_learner
-from spo.preference.spm_preflight import preflight
-from spo.preference.spm_trainer import train
+from spo.preference.spm_recipe import check_training, refusal
+from spo.preference.spm_trainer import train_preference_model
 from spo.run.checkpoint_folder import _seal, checkpoints, read_state
+from spo.run.prefetch import prefetch
 from spo.scorers import load_scorer
 from spo.scorers.clip import clip_config
 from spo.scorers.step_aware_clip import load_step_aware_clip
@@ -52,7 +54,7 @@ CHANGES = {
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """24 rows to train on, one of them damaged, and 6 to validate on, one of them a tie."""
+    """Writes 24 training rows, one of them damaged, and 6 validation rows, one of them a tie."""
     train_rows = [make_row(i) for i in range(23)] + [make_row(99, jpg_1=b"broken")]
     folder = tmp_path_factory.mktemp("pairs")
     return write_splits(folder, train_rows, [make_row(i) for i in range(30, 36)])
@@ -63,7 +65,7 @@ def surroundings(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
-        # What datasets waits at the end of a stream.
+        # Seconds that datasets waits at the end of a stream.
         patch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0, raising=False)
         yield
 
@@ -81,21 +83,21 @@ def config(tmp_path, data):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, data):
-    """A run from start to end, with every checkpoint; not to be changed."""
+    """Makes a run from start to end, with every checkpoint; tests must not change it."""
     config = make_config(tmp_path_factory.mktemp("whole"), data)
     return run(config, checkpoint_limit=0, export__bin=True)
 
 
 def run(config, **changes):
-    """Train a copy of `config` with `changes`; the keys have __ for a dot."""
+    """Trains with a copy of `config` with `changes`; the keys have __ for a dot."""
     changed = config.copy_and_resolve_references()
     changed.update_from_flattened_dict({k.replace("__", "."): v for k, v in changes.items()})
-    train(changed)
+    train_preference_model(changed)
     return Path(changed.logdir) / changed.run_name
 
 
 def read_metrics(run_dir):
-    """Lines of metrics.jsonl without what no two runs share."""
+    """Returns the lines of metrics.jsonl without timing and memory."""
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if k not in TIMING} for line in lines]
 
@@ -183,7 +185,7 @@ def test_resumed_run_is_the_run_that_was_not_interrupted(config, whole, tmp_path
     ids=["training", "first validation", "last validation"],
 )
 def test_a_signal_loses_nothing(config, whole, monkeypatch, where, call, step):
-    """Neither what was summed up for the next line nor an accuracy that was being measured."""
+    """The sums for the next line survive, and an interrupted accuracy is measured again."""
     owner = spm_learner if where == "pair_losses" else spm_learner.PreferenceLearner
     own, calls = getattr(owner, where), []
 
@@ -198,7 +200,7 @@ def test_a_signal_loses_nothing(config, whole, monkeypatch, where, call, step):
         run(config, save_steps=4)
     resumed = run(config, save_steps=4, resume_from="auto")
     assert equal_weights(whole, resumed)
-    # `whole` has a line where it saved, too.
+    # `whole` also has a line for its checkpoint at step 2.
     lines = [line for line in read_metrics(resumed) if line["step"] != 3]
     wanted = [line for line in read_metrics(whole) if line["step"] not in (2, 3)]
     assert lines == wanted
@@ -222,7 +224,15 @@ def test_a_damaged_checkpoint_is_passed_over_and_a_changed_key_told(
         own = {"run_name": "damaged", "resume_from": "auto", key: value}
         changed.update_from_flattened_dict(own)
         with pytest.raises(UserError, match=f"^{key}: .*, but the checkpoint was trained with"):
-            preflight(changed, 1)
+            check_training(changed, 1)
+
+
+def test_a_resumed_run_may_not_change_its_weights_or_rows():
+    """A key that a section of weights or rows gets later may not change either."""
+    refused = {key for key in leaves(spm_tiny.get_config()) if refusal(key)}
+    rows = {"seed", "data.train_split", "data.streaming", "data.shuffle_buffer"}
+    assert refused == rows | {"family", "pretrained.model", "preference.backbone"}
+    assert all(refusal(f"{section}.new") for section in ("data", "pretrained", "preference"))
 
 
 def test_a_run_that_stopped_before_its_first_checkpoint_starts_anew(config, whole, tmp_path):
@@ -259,7 +269,7 @@ def launch(config, tmp_path, processes, **changes):
 
 
 def test_two_processes_train_as_one_does(config, tmp_path):
-    """No pair, weight or noise depends on the number of processes; neither do the negatives."""
+    """Pairs, weights, noise and negatives do not depend on the number of processes."""
     changes = {"max_train_steps": 6, "save_steps": 1, "checkpoint_limit": 0, "eval_steps": 6}
     changes |= {"train.in_batch_negatives": True}
     # Close to plain gradient descent: Adam blows the rounding of tiny gradients up.
@@ -324,7 +334,7 @@ def test_warm_start_begins_where_the_given_spm_is(config, whole):
 
 
 def test_training_learns_what_the_labels_say(config, monkeypatch):
-    """With a base model that predicts every image right: that of the tests has random weights."""
+    """The base model, whose weights are random here, is replaced by a perfect one."""
     monkeypatch.setattr(preparation, "predicted_images", lambda *arguments: arguments[2])
     run_dir = run(
         config,
@@ -410,7 +420,7 @@ CASES = {
     "steps": ({"max_train_steps": 0}, "max_train_steps: 0 must be a whole number from 1"),
     "margin": ({"labels.margin": 1.0}, "labels.margin: 1.0 must be from 0 to below 1"),
     "rate": ({"train.learning_rate": 0.0}, "train.learning_rate: 0.0 must be above 0"),
-    "decay": ({"train.adam_weight_decay": -1.0}, "train.adam_weight_decay: -1.0 must be from 0"),
+    "decay": ({"train.adam_weight_decay": -1.0}, "train.adam_weight_decay: -1.0 must be 0 or more"),
     "precision": ({"mixed_precision": "fp8"}, "mixed_precision: 'fp8' is none of"),
     "tracker": ({"tracker.name": "paper"}, "tracker.name: 'paper' is none of"),
     "family": ({"family": "sdxl"}, "family='sdxl' needs a StableDiffusionXLPipe"),
@@ -429,7 +439,7 @@ def test_bad_input_is_told_before_any_model_loads(config, name):
     processes = changes.get("num_processes", 1)
     config.update_from_flattened_dict({k: v for k, v in changes.items() if k != "num_processes"})
     with pytest.raises(UserError, match=message):
-        preflight(config, processes)
+        check_training(config, processes)
     assert not (Path(config.logdir) / "run").exists()
 
 
@@ -441,12 +451,12 @@ def test_data_without_a_usable_row_is_an_error(config, tmp_path, rows, streaming
     config.data.source = str(write_splits(tmp_path / "d", rows, [make_row(0)]))
     config.data.streaming = streaming
     with pytest.raises(UserError, match=r"split 'train', has no usable row \(left out: 1 "):
-        preflight(config, 1)
+        check_training(config, 1)
 
 
 @pytest.fixture
 def own_flags():
-    """Lets a script define its flags, which are gone afterwards."""
+    """Lets a script define its flags, and removes them afterwards."""
     before = set(flags.FLAGS)
     yield
     for name in set(flags.FLAGS) - before:
@@ -455,25 +465,26 @@ def own_flags():
 
 def test_the_launcher_checks_by_the_scripts_own_config(own_flags):
     arguments = ["--config=config/spm_tiny.py", "--config.labels.margin=2"]
-    script = read_script("scripts/train_preference_model.py", arguments)
+    path = "scripts/train_preference_model.py"
+    script = SCRIPTS[Path(path).name]
+    config = read_config(path, script, arguments)
     plan = "minibatch 16 x 2 processes x 1 accumulation step = 32 pairs per update"
-    assert script.plan(script.config, 2).describe() == plan
+    assert script.plan(config, 2).describe() == plan
     with pytest.raises(UserError, match="^labels.margin: 2.0 must be from 0 to below 1.$"):
-        script.preflight(script.config, 2)
+        find(script.preflight, {}, "preflight")(config, 2)
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_prefetch_loads_everything_and_tells_of_the_rows(config, own_flags, capsys, streaming):
+def test_prefetch_loads_everything_and_tells_of_the_rows(config, streaming):
     config.update_from_flattened_dict({"data.streaming": streaming, "labels.source": "pickscore"})
-    runpy.run_path("scripts/prefetch.py")["prefetch_preference_model"](config)
-    out = capsys.readouterr().out
+    out = "\n".join(prefetch(config))
     for line in ("preference model: ", "labels: ", "base model: "):
         assert line in out
     assert ("24 of 24 rows usable" in out) == ("6 of 6 rows usable" in out) == (not streaming)
     assert ("The rows are not kept" in out) == streaming
     config.preference.init_from = "no.bin"
     with pytest.raises(UserError, match="preference.init_from: no file"):
-        runpy.run_path("scripts/prefetch.py")["prefetch_preference_model"](config)
+        list(prefetch(config))
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What a run would cost, counted without weights: FLOPs, memory, what fits on a card, hours."""
+"""Counts the costs of a run without weights: FLOPs, memory, and the batches that fit on a card."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from ml_collections import ConfigDict
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from spo.costs.meta_cache import KnownShapes
+from spo.costs.load import Models
 from spo.costs.meter import (
     DECODING,
     DENOISING,
@@ -27,84 +27,72 @@ from spo.costs.meter import (
     flop_counter,
     train_on_pairs,
 )
-from spo.costs.weightless_models import SCORER, UnloadedModels, count_models, meta_kernels
+from spo.costs.weightless_models import meta_kernels
 from spo.models.optimizers import moment_bytes
 from spo.types import PreferencePairs
 
 CHECKPOINTED = "training, gradient checkpointing"
-# What says how many are done at once.
-BATCH = {
+SCORER = "scorer"  # the preference model's name among the networks
+BATCH_KEYS = {
     DENOISING: "sample.batch_size",
     DECODING: "sample.decode_batch_size",
     TRAINING: "train.batch_size",
-    CHECKPOINTED: "train.batch_size, gradient checkpointing",
+    CHECKPOINTED: "train.batch_size",
 }
-# Of a card's memory, for CUDA itself, workspaces of kernels and fragmentation. An assumption.
+# The share of a card's memory left for CUDA itself, kernels' workspaces and fragmentation: assumed.
 SPARE = 0.1
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Per prompt of a rollout and per pair of training; keys are the parts of spo.costs.meter."""
+    """Costs per prompt of a rollout and per pair of training, by the parts of spo.costs.meter."""
 
     flops: Mapping[str, int]  # rollout and its parts: of a prompt; training: of a pair
-    pairs: int  # that a prompt gives if every comparison is sure enough
-    resident_bytes: Mapping[str, int]  # what is in memory all the time
-    # Largest live set on top of that; denoising: of a prompt, decoding: of an image with its score,
-    # training: of a pair.
+    pairs: int  # of a prompt, if every comparison makes a pair
+    resident_bytes: Mapping[str, int]  # in memory all the time, by network
+    # Largest set of tensors alive at once on top of that; denoising: of a prompt, decoding: of an
+    # image with its score, training: of a pair.
     peak_bytes: Mapping[str, int]
 
     @property
     def has_scorer(self) -> bool:
-        """Whether the preference model is one whose costs are known."""
+        """Returns whether the costs of the preference model are known."""
         return SCORER in self.resident_bytes
 
     def run_flops(self, prompts: int, pairs: float, training: str) -> float:
-        """FLOPs of a rollout of `prompts` prompts and the training on `pairs` pairs."""
+        """Returns the FLOPs of a rollout of `prompts` prompts and the training on `pairs` pairs."""
         return prompts * self.flops[ROLLOUT] + pairs * self.flops[training]
 
     def bytes_of(self, part: str, batch: int) -> int:
-        """Memory that `batch` prompts, images or pairs of a `part` need, with what is always there."""
+        """Returns the memory of `batch` prompts, images or pairs in `part`, networks included."""
         return sum(self.resident_bytes.values()) + batch * self.peak_bytes[part]
 
     def largest_batch(self, part: str, card_bytes: float) -> int:
-        """Prompts, images or pairs of a `part` that fit at once; 0: none."""
+        """Returns how many prompts, images or pairs of `part` fit at once, 0 for none."""
         free = card_bytes * (1 - SPARE) - self.bytes_of(part, 0)
         return max(0, int(free // self.peak_bytes[part]))
 
 
-def training_part(config: ConfigDict) -> str:
-    """The part that training is under `config`."""
-    return CHECKPOINTED if config.train.gradient_checkpointing else TRAINING
+def training_part(models: Models) -> str:
+    """Returns the part of the meter that the config's own training is."""
+    return CHECKPOINTED if models.backbone.unet.is_gradient_checkpointing else TRAINING
 
 
-def count_costs(config: ConfigDict, trainings: Sequence[str] = (TRAINING, CHECKPOINTED)) -> Costs:
-    """Run a rollout of one prompt and the training of one pair in these ways, on shapes alone.
-
-    Leaves random state as it is. Raises UserError for what is wrong with `config`.
-    """
-    with torch.random.fork_rng(devices=[]):
-        models = count_models(config)
-        device = models.backbone.device
-        with (
-            meta_kernels(),
-            flop_counter() as counter,
-            KnownShapes(counter),
-            LiveMemory(device) as memory,
-        ):
-            meters = {name: MetaMeter(device, counter, memory) for name in (ROLLOUT, *trainings)}
-            meter = meters.pop(ROLLOUT)
-            pairs = draw_pairs(models, ["a prompt"], meter, apart=True).pairs
-            pair = pairs.select(slice(1))
-            for name in trainings:
-                _train(models, pair, meters[name], checkpointing=name == CHECKPOINTED)
-    parts = (ROLLOUT, DENOISING, DECODING, SCORING)
+def count_costs(models: Models, trainings: Sequence[str] = (TRAINING, CHECKPOINTED)) -> Costs:
+    """Runs `models` on the meta device: a prompt's rollout, then each kind of training of a pair."""
+    device = models.backbone.device
+    with meta_kernels(), flop_counter() as counter, LiveMemory(device) as memory:
+        meters = {name: MetaMeter(device, counter, memory) for name in (ROLLOUT, *trainings)}
+        meter = meters.pop(ROLLOUT)
+        pairs = draw_pairs(models, ["a prompt"], meter, apart=True).pairs
+        for name in trainings:
+            _train(models, pairs.select(slice(1)), meters[name], name == CHECKPOINTED)
     peaks = meter.peak_bytes
     return Costs(
-        flops={name: meter.flops[name] for name in parts}
+        flops={name: meter.flops[name] for name in (ROLLOUT, DENOISING, DECODING, SCORING)}
         | {name: own.flops[TRAINING] for name, own in meters.items()},
         pairs=len(pairs),
-        resident_bytes=_resident(models, config.train.optimizer),
+        resident_bytes=_resident(models),
         peak_bytes={
             DENOISING: peaks[DENOISING],
             DECODING: max(peaks[DECODING], peaks[SCORING]),
@@ -113,36 +101,41 @@ def count_costs(config: ConfigDict, trainings: Sequence[str] = (TRAINING, CHECKP
     )
 
 
-def _train(
-    models: UnloadedModels, pair: PreferencePairs, meter: MetaMeter, checkpointing: bool
-) -> None:
+def _train(models: Models, pair: PreferencePairs, meter: MetaMeter, checkpointing: bool) -> None:
     unet = models.backbone.unet
-    (unet.enable_gradient_checkpointing if checkpointing else unet.disable_gradient_checkpointing)()
-    # A backward pass that recomputes activations is to be under autocast, too, as in training.
+    switch = {True: unet.enable_gradient_checkpointing, False: unet.disable_gradient_checkpointing}
+    before = unet.is_gradient_checkpointing
+    switch[checkpointing]()
+    # Recomputation in the backward pass also runs under autocast, as in training.
     with models.backbone.autocast():
         train_on_pairs(models, pair, 1, meter)
+    switch[before]()
 
 
-def _resident(models: UnloadedModels, optimizer: str) -> dict[str, int]:
+def _resident(models: Models) -> dict[str, int]:
     learner, lora = models.learner, models.learner.lora.parameters
     own = {id(parameter) for parameter in lora.values()}
+    networks = models.backbone.networks()
+    for part in vars(models.scorer).values():
+        if isinstance(part, nn.Module):
+            networks[SCORER] = part
     sizes = {
         name: _bytes(p for p in module.parameters() if id(p) not in own)
-        for name, module in models.networks.items()
+        for name, module in networks.items()
     }
     if learner.merged is not None:
         layers = learner.lora.layers.values()
         sizes["weights with the LoRA merged in"] = _bytes(layer.weight for layer in layers)
-    # Policy, gradient, and what besides is a LoRA.
+    # The policy, its gradient, and the other LoRAs.
     copies = 2 + (learner.ema is not None) + (learner.reference is not None)
-    trained = copies * _bytes(lora.values()) + moment_bytes(optimizer, lora.values())
+    trained = copies * _bytes(lora.values()) + moment_bytes(models.optimizer, lora.values())
     return sizes | {"LoRAs, gradient, optimizer": trained}
 
 
 class LiveMemory(TorchDispatchMode):
-    """Follows the tensors that are made on a device within the context, and their bytes at once.
+    """Follows the tensors made on a device within the context, and the bytes alive at once.
 
-    What was there before, weights above all, does not count, nor does what a kernel needs inside.
+    Tensors from before, such as weights, do not count, nor does what a kernel allocates inside.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -151,14 +144,16 @@ class LiveMemory(TorchDispatchMode):
         self._known: set[int] = set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        for tensor in _tensors((args, kwargs)):
+        for tensor in tree_leaves((args, kwargs)):
             self._add(tensor, is_new=False)
         result = func(*args, **(kwargs or {}))
-        for tensor in _tensors(result):
+        for tensor in tree_leaves(result):
             self._add(tensor, is_new=True)
         return result
 
-    def _add(self, tensor: Tensor, is_new: bool) -> None:
+    def _add(self, tensor: Any, is_new: bool) -> None:
+        if not isinstance(tensor, Tensor):
+            return
         storage = tensor.untyped_storage()
         if tensor.device.type != self.device.type or id(storage) in self._known:
             return
@@ -174,7 +169,7 @@ class LiveMemory(TorchDispatchMode):
 
 
 class MetaMeter(Meter):
-    """A meter for the meta device that knows memory, and runs calls of equal shapes only once.
+    """A meter for the meta device that also follows memory, and runs calls of equal shapes once.
 
     FLOPs and memory follow from shapes: of the 20 calls of the UNet in a rollout two are different.
     """
@@ -186,7 +181,7 @@ class MetaMeter(Meter):
 
     @contextlib.contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """As in Meter; its memory is the largest live set on top of what lived at its beginning."""
+        """Counts as Meter does; a part's memory is the peak on top of what lived at its start."""
         outer, before = self.memory.peak, self.memory.live
         self.memory.peak = before
         with super().part(name):
@@ -213,15 +208,6 @@ class MetaMeter(Meter):
             return result
 
         return call
-
-
-def _tensors(tree: Any) -> Iterator[Tensor]:
-    """The tensors in tuples, lists and dicts: torch's own function for that is slow."""
-    if isinstance(tree, Tensor):
-        yield tree
-    elif isinstance(tree, tuple | list | dict):
-        for part in tree.values() if isinstance(tree, dict) else tree:
-            yield from _tensors(part)
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:

@@ -1,4 +1,4 @@
-"""What an iteration costs: seconds, FLOPs and memory of its parts, on the calls that training makes."""
+"""Measures the parts of an iteration, in seconds and FLOPs, on the calls that training makes."""
 
 from __future__ import annotations
 
@@ -6,86 +6,46 @@ import contextlib
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from unittest import mock
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from spo.method.collect import Collected, CollectSettings, collect_rollout
-from spo.method.ema import update_ema
-from spo.method.learner import Learner
-from spo.models.backbone import Backbone
-from spo.scorers import Scorer
+from spo.costs.load import Models
+from spo.method.collect import Collected, collect_rollout
+from spo.method.learner import update_ema
 from spo.types import PreferencePairs
 
 ROLLOUT, TRAINING, EMA = "rollout", "training", "EMA update"
 DENOISING, DECODING, SCORING = "denoising", "decoding", "scoring"
 
 
-@dataclass(frozen=True)
-class Models:
-    """What an iteration runs on."""
-
-    backbone: Backbone
-    scorer: Scorer
-    learner: Learner
-    collect: CollectSettings
-
-
-def with_every_pair(collect: CollectSettings) -> CollectSettings:
-    """`collect` with a threshold that every comparison passes: the work is the same for all models."""
-    return replace(collect, pairs=replace(collect.pairs, threshold=-1.0))
-
-
-def _attention(query: Sequence[int], key: Sequence[int], value: Sequence[int], *_, **__) -> int:
-    return sdpa_flop_count(query, key, value)
-
-
-def _attention_backward(
-    grad: Sequence[int], query: Sequence[int], key: Sequence[int], value: Sequence[int], *_, **__
-) -> int:
-    return sdpa_backward_flop_count(grad, query, key, value)
-
-
 def flop_counter() -> FlopCounterMode:
-    """torch's counter (a multiply-add is 2 FLOPs), which does not know the CPU's fused attention."""
+    """Returns torch's counter (a multiply-add is 2 FLOPs), taught the CPU's fused attention."""
     aten = torch.ops.aten
     formulas = {
-        aten._scaled_dot_product_flash_attention_for_cpu: _attention,
-        aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+        aten._scaled_dot_product_flash_attention_for_cpu: (
+            lambda query, key, value, *_, **__: sdpa_flop_count(query, key, value)
+        ),
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+            lambda grad, query, key, value, *_, **__: sdpa_backward_flop_count(
+                grad, query, key, value
+            )
+        ),
     }
     counter = FlopCounterMode(display=False, custom_mapping=formulas)
     counter.mod_tracker = _NoModules()
     return counter
 
 
-class _NoModules:
-    """In the place of the counter's tracker of modules, whose hooks keep activations alive."""
+class _NoModules(contextlib.nullcontext):
+    """Stub for the counter's module tracker, whose hooks keep activations alive."""
 
     parents = ("Global",)
 
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, *_: Any) -> None: ...
-
-
-@contextlib.contextmanager
-def replaced(owner: object, name: str, value: Any) -> Iterator[None]:
-    """Within the context `owner` has `value` for its attribute `name`."""
-    is_own, before = name in vars(owner), getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        if is_own:
-            setattr(owner, name, before)
-        else:
-            delattr(owner, name)  # uncovers the class's
-
 
 class Meter:
-    """The seconds of named parts, and their FLOPs where there is a `counter` in use."""
+    """The seconds of named parts, and their FLOPs if a `counter` is in use."""
 
     def __init__(self, device: torch.device, counter: FlopCounterMode | None = None) -> None:
         self.device, self.counter = device, counter
@@ -94,7 +54,7 @@ class Meter:
 
     @contextlib.contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """Within the context everything counts as `name`; parts may lie within parts."""
+        """Counts everything within the context as `name`; parts may lie within parts."""
         flops, started = self.total_flops(), self.now()
         yield
         self.seconds[name] += self.now() - started
@@ -102,35 +62,30 @@ class Meter:
 
     @contextlib.contextmanager
     def each_call(self, parts: Mapping[str, tuple[object, str]]) -> Iterator[None]:
-        """Within the context every call of an object's method is a part: {part: (object, method)}."""
+        """Counts every call of an object's method as a part: {part: (object, method)}."""
         with contextlib.ExitStack() as stack:
             for name, (owner, method) in parts.items():
                 measured = self.measured(getattr(owner, method), name)
-                stack.enter_context(replaced(owner, method, measured))
+                stack.enter_context(mock.patch.object(owner, method, measured))
             yield
 
     def measured(self, function: Callable, name: str) -> Callable:
-        """`function`, every call of which is a part."""
-
-        def call(*args: Any) -> Any:
-            with self.part(name):
-                return function(*args)
-
-        return call
+        """Returns `function` with every call counted as the part `name`."""
+        return self.part(name)(function)
 
     def now(self) -> float:
-        """Seconds on a clock, when the device has done what it was given."""
+        """Returns the seconds on a clock, once the device has finished its work."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
 
     def total_flops(self) -> int:
-        """FLOPs so far."""
+        """Returns the FLOPs so far."""
         return 0 if self.counter is None else self.counter.get_total_flops()
 
 
 def draw_pairs(models: Models, prompts: Sequence[str], meter: Meter, apart: bool) -> Collected:
-    """One rollout of `prompts`; `apart`: its denoising, decoding and scoring are measured, too."""
+    """Rolls out `prompts` once; `apart` also measures denoising, decoding and scoring."""
     backbone, scorer = models.backbone, models.scorer
     parts = {
         DENOISING: (backbone, "predict"),
@@ -138,11 +93,11 @@ def draw_pairs(models: Models, prompts: Sequence[str], meter: Meter, apart: bool
         SCORING: (scorer, "score"),
     }
     inner = meter.each_call(parts) if apart else contextlib.nullcontext()
-    with meter.part(ROLLOUT), inner, models.learner.sampler():
+    with meter.part(ROLLOUT), inner, models.learner.drawing_network():
         return collect_rollout(
             backbone,
             scorer,
-            models.learner.schedule,
+            models.learner.sampler,
             models.collect,
             prompts,
             torch.arange(len(prompts), device=backbone.device),
@@ -151,7 +106,7 @@ def draw_pairs(models: Models, prompts: Sequence[str], meter: Meter, apart: bool
 
 
 def train_on_pairs(models: Models, pairs: PreferencePairs, size: int, meter: Meter) -> None:
-    """Train on minibatches of `size` pairs, then measure an EMA update once more, by itself."""
+    """Trains on minibatches of `size` pairs, then measures one more EMA update by itself."""
     learner = models.learner
     with meter.part(TRAINING):
         for index, start in enumerate(range(0, len(pairs), size)):

@@ -1,98 +1,62 @@
-"""What a run will cost, said before it begins, and how long it takes once its rate is known."""
+"""Prints, before a run starts, what a step will cost and what will not fit into memory."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Mapping
 
 import psutil
 import torch
 from ml_collections import ConfigDict
 
-from spo.costs.count import BATCH, CHECKPOINTED, SPARE, Costs, count_costs, training_part
+from spo.costs.count import BATCH_KEYS, CHECKPOINTED, SPARE, Costs, count_costs, training_part
+from spo.costs.load import load_models
 from spo.costs.meter import DECODING, DENOISING, ROLLOUT, TRAINING
+from spo.costs.weightless_models import META
 from spo.errors import first_line
 from spo.launch.batch_plan import BatchPlan
-from spo.method.position import RolloutInProgress
 
 _UNITS = {DENOISING: "prompts", DECODING: "images", TRAINING: "pairs", CHECKPOINTED: "pairs"}
-_CGROUPS = ("memory.max", "memory/memory.limit_in_bytes")  # versions 2 and 1
 
 
-@dataclass(frozen=True)
-class Forecast:
-    """What the steps of a run cost; None where that is not known."""
+def print_estimate(
+    config: ConfigDict, plan: BatchPlan, device: torch.device, processes: int
+) -> None:
+    """Prints the costs of a step, and a warning for each part that will not fit into memory.
 
-    costs: Costs | None = None
-    training: str = TRAINING  # the part that training is
-
-    def tflops(self, rollout: RolloutInProgress) -> float | None:
-        """TFLOP/s of all processes together, over a rollout and its training so far."""
-        if self.costs is None:
-            return None
-        flops = self.costs.run_flops(rollout.prompts, rollout.used, self.training)
-        return flops / seconds(rollout) / 1e12
-
-    def rest(self, rollout: RolloutInProgress, prompts_left: int) -> str:
-        """How long the rest of a run takes that goes on like this rollout; a line."""
-        each = seconds(rollout) / rollout.prompts
-        rate = self.tflops(rollout)
-        so_fast = "" if rate is None else f", {rate:.3g} TFLOP/s in all"
-        hours = each * prompts_left / 3600
-        time = f"{hours:.3g} hours" if hours >= 1 else f"{hours * 60:.3g} minutes"
-        return (
-            f"rate: {each:.3g} s for a prompt and its pairs{so_fast}; at this rate the {prompts_left} "
-            f"prompts that are left take {time}"
-        )
-
-
-def seconds(rollout: RolloutInProgress) -> float:
-    """What a rollout and its training took so far."""
-    return rollout.seconds_rollout + rollout.seconds_train
-
-
-def make_forecast(
-    config: ConfigDict, plan: BatchPlan, device: torch.device, say: Callable[[str], None]
-) -> Forecast:
-    """Counts what the steps of a run cost, says so, and warns of what will not fit into memory."""
+    `processes` share this machine. Raises nothing: a model or library that cannot be counted is no
+    reason not to train.
+    """
     if not config.estimate_costs:
-        return Forecast()
-    training, memory = training_part(config), device_memory(device)
-    say(
-        "estimate: counting what a step costs, which takes seconds, at full size up to a minute ..."
-    )
+        return
+    print("estimate: counting what a step costs, which takes seconds ...", flush=True)
     try:
-        costs, sizes = count_costs(config, [training]), batches(config, plan, training)
-        say(describe(costs, sizes, memory))
+        models, memory = load_models(config, META), device_memory(device, processes)
+        training = training_part(models)
+        costs = count_costs(models, [training])
+        images = plan.slice_size * config.sample.num_candidates
+        sizes = {
+            DENOISING: plan.slice_size,
+            DECODING: min(images, config.sample.decode_batch_size),
+            training: plan.minibatch_size,
+        }
+        print(describe(costs, sizes, memory))
+        checkpointed = None
         for part, batch in sizes.items():
             if batch > costs.largest_batch(part, memory):
-                say(warning(config, costs, part, batch, memory))
-    # Models or libraries that it does not foresee are no reason not to train.
+                if part == TRAINING:
+                    checkpointed = count_costs(models, [CHECKPOINTED])
+                print(warning(costs, part, batch, memory, checkpointed), flush=True)
     except Exception as error:
-        say(f"estimate: none ({type(error).__name__}: {first_line(error)})")
-        return Forecast()
-    return Forecast(costs, training)
+        print(f"estimate: none ({type(error).__name__}: {first_line(error)})", flush=True)
 
 
-def batches(config: ConfigDict, plan: BatchPlan, training: str) -> dict[str, int]:
-    """Prompts, images and pairs that the parts of a step have in memory at once."""
-    images = plan.slice_size * config.sample.num_candidates
-    return {
-        DENOISING: plan.slice_size,
-        DECODING: min(images, config.sample.decode_batch_size),
-        training: plan.minibatch_size,
-    }
-
-
-def describe(costs: Costs, batches: Mapping[str, int], memory: float) -> str:
-    """FLOPs, and memory beside that of the device (bytes); two lines."""
-    training = list(batches)[-1]
+def describe(costs: Costs, sizes: Mapping[str, int], memory: float) -> str:
+    """Returns two lines: FLOPs, and the memory of `sizes` beside that of the device (bytes)."""
+    training = list(sizes)[-1]
     unknown = "" if costs.has_scorer else " (without the preference model, which is not known)"
     most = ", ".join(
         f"{_gib(costs.bytes_of(part, batch))} in {part} of {batch} {_UNITS[part]}"
-        for part, batch in batches.items()
+        for part, batch in sizes.items()
     )
     return (
         f"estimate: {costs.flops[ROLLOUT] / 1e12:.3g} TFLOP for the rollout of a prompt, "
@@ -102,14 +66,17 @@ def describe(costs: Costs, batches: Mapping[str, int], memory: float) -> str:
     )
 
 
-def warning(config: ConfigDict, costs: Costs, part: str, batch: int, memory: float) -> str:
-    """What does not fit, and the key to change; a line."""
-    fits, key = costs.largest_batch(part, memory), BATCH[part].partition(",")[0]
+def warning(
+    costs: Costs, part: str, batch: int, memory: float, checkpointed: Costs | None = None
+) -> str:
+    """Returns one line: the part that does not fit, and the key to change and to what.
+
+    `checkpointed` are the costs with gradient checkpointing, as a way out for training.
+    """
+    fits, key = costs.largest_batch(part, memory), BATCH_KEYS[part]
     if fits:
         advice = f"lower {key} to {fits}"
-    elif part == TRAINING and (
-        fits := count_costs(config, [CHECKPOINTED]).largest_batch(CHECKPOINTED, memory)
-    ):
+    elif checkpointed and (fits := checkpointed.largest_batch(CHECKPOINTED, memory)):
         advice = f"set train.gradient_checkpointing=true, with {key} up to {fits}"
     else:
         advice = f"{key} = 1 does not fit either"
@@ -119,16 +86,11 @@ def warning(config: ConfigDict, costs: Costs, part: str, batch: int, memory: flo
     )
 
 
-def device_memory(device: torch.device) -> float:
-    """Bytes of a GPU, or this process's share of what is free to the processes of a CPU."""
+def device_memory(device: torch.device, processes: int) -> float:
+    """Returns the bytes of a GPU, or of a CPU's free memory the share of each of its processes."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    free = [psutil.virtual_memory().available]
-    for name in _CGROUPS:
-        file = Path("/sys/fs/cgroup", name)
-        limit = file.read_text().strip() if file.is_file() else ""
-        free += [int(limit)] if limit.isdecimal() else []  # or "max"
-    return min(free) / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return psutil.virtual_memory().available / processes
 
 
 def _gib(size: float) -> str:

@@ -51,7 +51,7 @@ SCRIPTS = {
     "train_sd15.py": Script("config/sd15.py"),
     "train_sdxl.py": Script("config/sdxl.py"),
     "train_preference_model.py": Script(
-        "config/spm_sd15.py", SPM_BASE, plan_updates, "spo.preference.spm_preflight:preflight"
+        "config/spm_sd15.py", SPM_BASE, plan_updates, "spo.preference.spm_recipe:check_training"
     ),
     "evaluate.py": Script(EVAL_BASE, EVAL_BASE, None, "spo.evaluation.evaluator:preflight"),
 }
@@ -65,10 +65,18 @@ def main() -> None:
         config = read_config(options.script, script, script_args)
         world = cpu_world(options) if options.cpu else gpu_world(options)
         if script.plan is not None:
-            print(script.plan(config, world.processes).describe())
+            plan = script.plan(config, world.processes)
+            print(plan.describe())
         if world.processes > 1:
             # Sooner than in the processes, which find in the cache what is downloaded here.
             find(script.preflight, {}, "preflight")(config, world.processes)
+        if script.plan is plan_batches and config.estimate_costs:
+            import torch  # slow
+
+            from spo.costs.startup import print_estimate
+
+            device = torch.device("cpu" if options.cpu else "cuda")
+            print_estimate(config, plan, device, world.here)
         command = [sys.executable, options.script, *script_args]
         print("$", shlex.join(command), flush=True)
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, num_cores() // world.here)))

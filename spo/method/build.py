@@ -25,7 +25,7 @@ from spo.data.prompts import PromptSet, read_prompts
 from spo.errors import UserError
 from spo.hub import Destination, public_name
 from spo.method.collect import CollectSettings
-from spo.method.ddim import SamplerSettings
+from spo.method.ddim import DDIM, SamplerSettings
 from spo.method.learner import Learner, UpdateSettings
 from spo.method.losses import Loss, make_loss
 from spo.method.pairs import PairSettings
@@ -102,6 +102,11 @@ class Recipe:
     def load_backbone(self, device: Any) -> Backbone:
         """Loads the base model onto a torch.device."""
         return Backbone(self.model, self.run.family, self.run.mixed_precision, device)
+
+    def load_sampler(self, backbone: Backbone) -> DDIM:
+        """Returns the sampler of the rollout on this base model."""
+        settings = self.sampler
+        return backbone.sampler(settings.num_steps, settings.eta, settings.timesteps)
 
     def lora_metadata(self) -> dict[str, str]:
         """Returns metadata for a LoRA file, identical for identical training on any machine."""
@@ -190,8 +195,7 @@ def build_learner(
     recipe: Recipe, backbone: Backbone, unet: nn.Module, lora: Lora, accumulation_steps: int
 ) -> Learner:
     """Returns the learner of a run; `unet` is the backbone's, or its DDP wrapper."""
-    settings = recipe.sampler
-    sampler = backbone.sampler(settings.num_steps, settings.eta, settings.timesteps)
+    sampler = recipe.load_sampler(backbone)
     if not recipe.loss.shares_latents and sampler.timesteps[-1] == 0:
         raise UserError(
             f"pretrained.model: the scheduler of {recipe.model.model} ends at t = 0, where "

@@ -179,7 +179,7 @@ def make_sampler(
     schedule = find(timesteps, TIMESTEPS, "sample.timesteps")
     chosen = schedule(num_steps, scheduler.alphas_cumprod, scheduler.config.steps_offset)
     chosen = tuple(int(timestep) for timestep in chosen)
-    if chosen[0] >= total:
+    if chosen and chosen[0] >= total:
         raise UserError(
             f"sample.num_steps, eval.num_steps: {num_steps} steps begin at t = {chosen[0]}, beyond the "
             f"model's {total} timesteps; use fewer."

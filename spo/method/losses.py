@@ -116,11 +116,12 @@ def make_loss(algorithm: str, train: Mapping[str, Any], loss_kwargs: Mapping[str
     if the loss lacks a parameter, or does not know one of `loss_kwargs`.
     """
     factory = find(algorithm, LOSSES, "algorithm")
-    if not callable(factory):
+    try:
+        signature = inspect.signature(factory)
+    except (TypeError, ValueError) as error:  # not callable, or a builtin
         raise UserError(
             f"algorithm: {algorithm} is not a class of losses; see spo/method/losses.py."
-        )
-    signature = inspect.signature(factory)
+        ) from error
     own = {name: train[name] for name in signature.parameters if name in train}
     try:
         signature.bind(**own, **loss_kwargs)
@@ -159,8 +160,8 @@ def preference_loss(
             "win_reference": win_reference.detach(),
             "lose_policy": lose_policy.detach(),
             "lose_reference": lose_reference.detach(),
-            "win_ratio": win.detach().exp(),
-            "lose_ratio": lose.detach().exp(),
+            "win_ratio": _ratio(win),
+            "lose_ratio": _ratio(lose),
             # Share of the pair's two ratios: 0, 0.5 or 1.
             "clipped": (win_clipped.float() + lose_clipped.float()) / 2,
         },
@@ -173,3 +174,8 @@ def _clipped_log_ratio(difference: Tensor, clip_eps: float | None) -> tuple[Tens
         return difference, torch.zeros_like(difference, dtype=torch.bool)
     low, high = math.log1p(-clip_eps), math.log1p(clip_eps)
     return difference.clamp(low, high), (difference < low) | (difference > high)
+
+
+def _ratio(log_ratio: Tensor) -> Tensor:
+    """Returns exp(log_ratio) without gradients, at most e^88, so that it fits fp32."""
+    return log_ratio.detach().clamp(max=88).exp()

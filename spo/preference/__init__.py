@@ -1,4 +1,10 @@
 """Training of the step-aware preference model (SPM) on labelled pairs of images.
 
-rows -> batches -> (labels) -> noised predictions of the base model -> SPM -> loss -> update
+spm_recipe   config -> the values of a training, checked, and the objects that they make
+source       where labelled pairs come from
+rows         which rows are used, and which process takes which
+batches      rows -> tensors
+preparation  tensors -> labels, predictions of the base model -> pixels for the SPM
+spm_learner  pixels -> features -> loss -> gradients -> update
+spm_metrics, spm_checkpoint, spm_trainer
 """

@@ -1,12 +1,13 @@
-"""From rows to tensors: decoding images, in the background if so configured."""
+"""From rows to tensors: decoding images, in background threads if configured."""
 
 from __future__ import annotations
 
 import io
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,19 +15,33 @@ from PIL import Image
 from torch import Tensor
 
 from spo.errors import RunError, UserError, first_line
-from spo.preference.rows import RawBatch, Row
 from spo.preference.source import IMAGE_COLUMNS
 
+IMAGE_FAULTS = ("no image", "damaged image")
 _AHEAD = 3  # minibatches that are decoded while the device is busy
-_LONGEST = 50  # longer side over the shorter one; damaged bytes may claim what no memory holds
+_LONGEST = (
+    50  # longer side over the shorter one; damaged bytes may claim a size that exceeds the memory
+)
+
+Row = dict[str, Any]  # of the columns of Pick-a-Pic, as the user's files have them
+
+
+@dataclass(frozen=True)
+class RawBatch:
+    """The rows of a minibatch of one process, images still encoded."""
+
+    rows: Sequence[Row]
+    # Of each row: its number among all rows that the run draws, or in the validation split.
+    places: Sequence[int]
+    faults: Counter  # why rows were left out before this minibatch was full
 
 
 @dataclass(frozen=True)
 class PairBatch:
     """A minibatch of n labelled pairs of one process, on the CPU.
 
-    A row whose images cannot be decoded keeps its place, grey and with weight 0, so that minibatches
-    have one size everywhere.
+    A row whose images cannot be decoded keeps its place, grey and with weight 0: minibatches have the
+    same size on every process.
     """
 
     captions: tuple[str, ...]
@@ -34,17 +49,15 @@ class PairBatch:
     labels: Tensor  # (n,) probability that image 0 wins: 1, 0, or 0.5 for a tie
     weights: Tensor  # (n,) 1 / number of examples of the prompt, not normalised
     places: tuple[int, ...]  # see RawBatch
-    faults: Counter  # why rows were left out, those of the RawBatch and these
-
-    def __len__(self) -> int:
-        return len(self.captions)
+    faults: Counter  # why rows were left out, including the faults of the RawBatch
 
 
 def decode_image(data: object, size: int) -> np.ndarray:
-    """A square picture (size, size, 3) uint8 from encoded bytes, or a dict with "bytes" or "path".
+    """Returns a square RGB picture (size, size, 3) uint8 of encoded bytes.
 
-    RGB; PIL's bilinear filter, which is antialiased, on the shorter side; the centre cut out: as
-    torchvision's Resize and CenterCrop. Raises ValueError where there is nothing to decode.
+    `data` may also be a dict with "bytes" or "path". PIL's bilinear filter, which is antialiased,
+    resizes the shorter side; the centre is cut out, as by torchvision's Resize and CenterCrop. Raises
+    ValueError if there is nothing to decode.
     """
     if isinstance(data, dict):
         data = data.get("bytes") or data.get("path")
@@ -64,7 +77,7 @@ def decode_image(data: object, size: int) -> np.ndarray:
 
 
 def decode_pair(row: Row, size: int) -> tuple[np.ndarray, str | None]:
-    """Both images of a row, (2, size, size, 3) uint8, and None; or grey, and one of IMAGE_FAULTS."""
+    """Returns both images of a row, (2, size, size, 3) uint8, and None; or grey and the fault."""
     try:
         return np.stack([decode_image(row[name], size) for name in IMAGE_COLUMNS]), None
     except Exception as error:
@@ -74,7 +87,7 @@ def decode_pair(row: Row, size: int) -> tuple[np.ndarray, str | None]:
 
 
 def decode_batch(raw: RawBatch, size: int, pool: Executor | None = None) -> PairBatch:
-    """The tensors of a minibatch; `pool` decodes its rows at the same time."""
+    """Returns the tensors of a minibatch, whose rows `pool` decodes at the same time."""
     each = pool.map if pool is not None else map
     pairs, found = zip(*each(lambda row: decode_pair(row, size), raw.rows), strict=True)
     weights = [
@@ -92,30 +105,26 @@ def decode_batch(raw: RawBatch, size: int, pool: Executor | None = None) -> Pair
 
 
 def decoded(batches: Iterator[RawBatch], size: int, workers: int) -> Iterator[PairBatch]:
-    """The tensors of `batches`, read and decoded by `workers` threads ahead of their use (0: none).
+    """Yields the tensors of `batches`, read and decoded ahead of their use by `workers` threads.
 
-    Decoders leave Python's lock to others, so threads do as well as processes. Raises RunError where
-    the rows cannot be read any further.
+    0 workers decode on demand. Decoders release Python's lock, so threads do as well as processes.
+    Raises RunError if the rows cannot be read any further.
     """
+    raws = _readable(batches)
     if workers == 0:
-        while (raw := _next_of(batches)) is not None:
-            yield decode_batch(raw, size)
+        yield from (decode_batch(raw, size) for raw in raws)
         return
     with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(workers) as pool:
-
-        def read() -> PairBatch | None:
-            raw = _next_of(batches)
-            return None if raw is None else decode_batch(raw, size, pool)
-
-        pending = deque(reader.submit(read) for _ in range(_AHEAD))
+        found = (decode_batch(raw, size, pool) for raw in raws)
+        pending = deque(reader.submit(next, found, None) for _ in range(_AHEAD))
         while (batch := pending.popleft().result()) is not None:
-            pending.append(reader.submit(read))
+            pending.append(reader.submit(next, found, None))
             yield batch
 
 
-def _next_of(batches: Iterator[RawBatch]) -> RawBatch | None:
+def _readable(batches: Iterator[RawBatch]) -> Iterator[RawBatch]:
     try:
-        return next(batches, None)
+        yield from batches
     except UserError:
         raise
     except Exception as error:  # whatever the network, the file systems and the formats raise

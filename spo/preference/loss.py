@@ -1,4 +1,4 @@
-"""The loss of the SPM: pure functions of features (that of PickScore, arXiv 2305.01569)."""
+"""The loss of the SPM, which is PickScore's (arXiv 2305.01569): pure functions of features."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class PairFeatures:
-    """What the SPM makes of n pairs; features have unit norm."""
+    """The SPM's features, of unit norm, of n pairs."""
 
     image: Tensor  # (n, 2, D)
     text: Tensor  # (n, D)
@@ -19,14 +19,14 @@ class PairFeatures:
 
     @property
     def scores(self) -> Tensor:
-        """(n, 2) scores of both images."""
+        """Scores of both images, (n, 2)."""
         return self.scale * (self.image @ self.text[:, :, None]).squeeze(-1)
 
 
 def pair_losses(scores: Tensor, labels: Tensor) -> Tensor:
-    """(n,) cross-entropy of softmax(scores), (n, 2), against labels (n,), P(image 0 wins).
+    """Returns (n,) cross-entropies of softmax(scores), (n, 2), and labels (n,), P(image 0 wins).
 
-    Less log 2 for a tie, so that a perfect tie costs 0.
+    For a tie log 2 is subtracted, so that a perfect tie costs 0.
     """
     targets = torch.stack([labels, 1 - labels], dim=-1)
     return -(targets * scores.log_softmax(dim=-1)).sum(dim=-1) - _tie_entropy(labels)
@@ -35,18 +35,18 @@ def pair_losses(scores: Tensor, labels: Tensor) -> Tensor:
 def in_batch_losses(
     mine: PairFeatures, everyone: PairFeatures, valid: Tensor, first: int, labels: Tensor
 ) -> Tensor:
-    """(n,) losses with the other pairs of the minibatch as negatives; labels (n,), P(image 0 wins).
+    """Returns (n,) losses with the other pairs of the minibatch as negatives.
 
-    The mean of two cross-entropies: of the preferred image over the prompts, and of the prompt over
-    all images. Row i of `mine` is row `first` + i of `everyone`, of which only the `valid` (N,) count.
+    Each is the mean of two cross-entropies: of the preferred image over the prompts, and of the prompt
+    over all images. `labels` (n,) are P(image 0 wins). Row i of `mine` is row `first` + i of
+    `everyone`, whose rows count only if `valid` (N,).
     """
     total, rows = len(everyone.text), torch.arange(len(labels), device=labels.device)
     own = first + rows
     hidden = ~valid.repeat(len(labels), 1)  # (n, N)
     hidden[rows, own] = False
-    over_texts = (mine.scale * mine.image @ everyone.text.T).masked_fill(
-        hidden[:, None], -math.inf
-    )  # (n, 2, N)
+    over_texts = mine.scale * mine.image @ everyone.text.T
+    over_texts = over_texts.masked_fill(hidden[:, None], -math.inf)  # (n, 2, N)
     over_images = mine.scale * mine.text @ everyone.image.transpose(0, 1).flatten(0, 1).T
     over_images = over_images.masked_fill(hidden.repeat(1, 2), -math.inf)  # (n, 2 N)
     of_text = over_texts.log_softmax(dim=-1)[rows, :, own]
@@ -60,9 +60,9 @@ def _tie_entropy(labels: Tensor) -> Tensor:
 
 
 def learning_rate_factor(step: int, warmup_steps: int, total_steps: int) -> float:
-    """Part of the peak learning rate at optimizer step `step` (from 0): linear up, linear to 0.
+    """Returns the share of the peak learning rate at optimizer step `step` (from 0).
 
-    As transformers' get_linear_schedule_with_warmup.
+    Linear warm-up, then linear decay to 0, as transformers' get_linear_schedule_with_warmup.
     """
     if step < warmup_steps:
         return step / warmup_steps

@@ -1,4 +1,4 @@
-"""Which rows can be used, and which of them each process takes, in which order."""
+"""Which rows can be used, and which rows each process takes, in which order."""
 
 from __future__ import annotations
 
@@ -8,55 +8,30 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import count, islice
-from typing import Any
 
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from datasets.distributed import split_dataset_by_node
 
-from spo.data.prompts import epoch_order
 from spo.errors import UserError
-from spo.preference.source import LABEL_COLUMNS
+from spo.method.position import epoch_order
+from spo.preference.batches import IMAGE_FAULTS, RawBatch, Row, decode_pair
+from spo.preference.source import LABEL_COLUMNS, PairData, open_split
 from spo.seeding import derive_seed
 
 # Why rows are left out. The images of a row are looked at when they are needed, the rest before.
-LABEL_FAULTS = (
+FAULTS = (
     "no caption",
     "invalid label",
     "invalid num_example_per_prompt",
     "without has_label",
+    *IMAGE_FAULTS,
 )
-IMAGE_FAULTS = ("no image", "damaged image")
-FAULTS = LABEL_FAULTS + IMAGE_FAULTS
 _VALID = {(1.0, 0.0), (0.0, 1.0), (0.5, 0.5)}
-
-Row = dict[str, Any]  # of the columns of Pick-a-Pic, as the user's files have them
-
-
-@dataclass(frozen=True)
-class RawBatch:
-    """The rows of a minibatch of one process, images still encoded."""
-
-    rows: Sequence[Row]
-    places: Sequence[int]  # of each row among all that the run draws, or in the validation split
-    faults: Counter  # why rows before these were left out
-
-
-@dataclass(frozen=True)
-class Share:
-    """What one process takes of every minibatch."""
-
-    rank: int
-    processes: int
-    size: int  # rows of its minibatch
-
-    def places(self, minibatch: int) -> range:
-        """Places, among all rows drawn, of this process's rows of a minibatch."""
-        first = (minibatch * self.processes + self.rank) * self.size
-        return range(first, first + self.size)
+_FIRST_ROWS = 10_000  # of a stream, to look at before a run starts
 
 
 def fault_of(row: Row, need_has_label: bool = False) -> str | None:
-    """One of LABEL_FAULTS, or None where the row can be used as far as its images can."""
+    """Returns one of FAULTS, or None if all but the images of the row can be used."""
     caption = row["caption"]
     if not isinstance(caption, str) or not caption.strip():
         return "no caption"
@@ -75,31 +50,73 @@ def _number(value: object) -> float:
 
 
 def usable_rows(rows: Dataset, need_has_label: bool = False) -> tuple[list[int], Counter]:
-    """Indices of the rows without a label fault, and how many rows have which."""
+    """Returns the indices of the rows that `fault_of` passes, and the number of rows per fault."""
     table = rows.select_columns(list(LABEL_COLUMNS)).with_format("arrow")[:]
-    columns = [table.column(name).to_pylist() for name in LABEL_COLUMNS]
-    usable, faults = [], Counter()
-    for index, values in enumerate(zip(*columns, strict=True)):
-        fault = fault_of(dict(zip(LABEL_COLUMNS, values, strict=True)), need_has_label)
+    labels = (row for batch in table.to_batches() for row in batch.to_pylist())
+    found = [fault_of(row, need_has_label) for row in labels]
+    usable = [index for index, fault in enumerate(found) if fault is None]
+    return usable, Counter(fault for fault in found if fault is not None)
+
+
+@dataclass(frozen=True)
+class UsableRows:
+    """The rows of a split that a run uses."""
+
+    indices: tuple[int, ...] | None  # of rows without a label fault; None for a stream
+    faults: Counter  # why the other rows are left out
+    description: str
+
+
+def find_usable_rows(data: PairData, split: str, need_has_label: bool = False) -> UsableRows:
+    """Finds the rows of a split that can be used; raises UserError if there are none.
+
+    Images, and the rows of a stream, are looked at until one sound pair is found.
+    """
+    rows = open_split(data, split)
+    if data.streaming:
+        usable, faults, candidates = None, Counter(), islice(rows, _FIRST_ROWS)
+        name = f"{data.source}, split {split!r}, streamed"
+    else:
+        usable, faults = usable_rows(rows, need_has_label)
+        candidates = (rows[index] for index in usable)
+        name = f"{data.source}, split {split!r}: {len(usable):,} of {len(rows):,} rows usable"
+    seen = Counter()
+    for row in candidates:
+        fault = fault_of(row, need_has_label) or decode_pair(row, data.image_size)[1]
         if fault is None:
-            usable.append(index)
-        else:
-            faults[fault] += 1
-    return usable, faults
+            indices = None if usable is None else tuple(usable)
+            return UsableRows(indices, faults, f"{name}{describe_faults(faults)}")
+        seen[fault] += 1
+    raise UserError(
+        f"data.source: {data.source}, split {split!r}, has no usable row"
+        f"{describe_faults(faults + seen)}."
+    )
 
 
-def pick(rows: Dataset, indices: Sequence[int]) -> list[Row]:
-    """Rows of a dataset that can be indexed."""
-    columns = rows[list(indices)]
-    return [
-        dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)
-    ]
+def describe_faults(faults: Counter) -> str:
+    """Says in parentheses how many rows were left out for which reason; empty if none were."""
+    counts = ", ".join(f"{number:,} {reason}" for reason, number in sorted(faults.items()))
+    return f" (left out: {counts})" if counts else ""
+
+
+@dataclass(frozen=True)
+class Share:
+    """The part of every minibatch that one process takes."""
+
+    rank: int
+    processes: int
+    size: int  # rows of its minibatch
+
+    def places(self, minibatch: int) -> range:
+        """Returns the places, among all rows drawn, of this process's rows of a minibatch."""
+        first = (minibatch * self.processes + self.rank) * self.size
+        return range(first, first + self.size)
 
 
 def table_batches(
     rows: Dataset, usable: Sequence[int], seed: int, share: Share, start: int
 ) -> Iterator[RawBatch]:
-    """This process's minibatches from number `start` on, without end.
+    """Yields this process's minibatches from number `start` on, without end.
 
     Every epoch has its own order, and epochs follow each other without a gap.
     """
@@ -107,16 +124,16 @@ def table_batches(
     for minibatch in count(start):
         places = share.places(minibatch)
         split = [divmod(place, len(usable)) for place in places]
-        indices = [usable[order(epoch)[position]] for epoch, position in split]
-        yield RawBatch(pick(rows, indices), places, Counter())
+        batch = [rows[usable[order(epoch)[position]]] for epoch, position in split]
+        yield RawBatch(batch, places, Counter())
 
 
 def stream_batches(
-    rows, seed: int, buffer_size: int, share: Share, start: int
+    rows: IterableDataset, seed: int, buffer_size: int, share: Share, start: int
 ) -> Iterator[RawBatch]:
-    """As `table_batches` of an IterableDataset, whose rows are split among the processes first.
+    """Yields as `table_batches` does, from a stream that is first split among the processes.
 
-    To start later it reads, and drops, what comes before.
+    A later `start` reads and drops the minibatches before it.
     """
     stream, minibatch = _endless(rows, seed, buffer_size, share), 0
     while True:
@@ -133,7 +150,7 @@ def stream_batches(
         minibatch += 1
 
 
-def _endless(rows, seed: int, buffer_size: int, share: Share) -> Iterator[Row]:
+def _endless(rows: IterableDataset, seed: int, buffer_size: int, share: Share) -> Iterator[Row]:
     for epoch in count():
         shuffled = rows.shuffle(derive_seed(seed, "stream", epoch) % 2**32, buffer_size=buffer_size)
         usable = False
@@ -148,14 +165,18 @@ def _endless(rows, seed: int, buffer_size: int, share: Share) -> Iterator[Row]:
 
 
 def validation_batches(
-    rows, usable: Sequence[int] | None, limit: int, share: Share
+    rows: Dataset | IterableDataset, usable: Sequence[int] | None, limit: int, share: Share
 ) -> Iterator[RawBatch]:
-    """This process's share of the first `limit` (0: of all) usable rows; `usable` None: a stream."""
+    """Yields this process's share of the first `limit` usable rows, of all if `limit` is 0.
+
+    `usable` is None for a stream.
+    """
     if usable is None:
         sound = (row for row in rows if fault_of(row, need_has_label=True) is None)
     else:
-        sound = iter(usable)
+        sound = usable
     mine = islice(enumerate(islice(sound, limit or None)), share.rank, None, share.processes)
     while chunk := list(islice(mine, share.size)):
         places, found = zip(*chunk, strict=True)
-        yield RawBatch(found if usable is None else pick(rows, found), places, Counter())
+        batch = found if usable is None else [rows[index] for index in found]
+        yield RawBatch(batch, places, Counter())

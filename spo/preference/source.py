@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from spo.errors import UserError
+import datasets
+from datasets import Dataset, IterableDataset
+
+from spo.command_line.values import Checked, whole
+from spo.errors import UserError, in_one_line
 from spo.hub import is_hub_id
-
-if TYPE_CHECKING:
-    from datasets import Dataset, IterableDataset
 
 LABEL_COLUMNS = ("caption", "label_0", "label_1", "has_label", "num_example_per_prompt")
 IMAGE_COLUMNS = ("jpg_0", "jpg_1")
@@ -18,32 +18,36 @@ COLUMNS = LABEL_COLUMNS + IMAGE_COLUMNS
 
 
 @dataclass(frozen=True)
-class DataSource:
-    """Where labelled pairs come from; `config.data` explains each."""
+class PairData(Checked, section="data"):
+    """The source of labelled pairs, and how it is read; `config.data` explains each field."""
 
     source: str
     revision: str | None
-    streaming: bool
     train_split: str
+    validation_split: str
+    streaming: bool
+    shuffle_buffer: int = whole()
+    image_size: int = whole()
+    num_workers: int = whole(0)
+    max_validation: int = whole(0)
 
 
-def open_split(data: DataSource, split: str) -> Dataset | IterableDataset:
-    """The rows of a split with `COLUMNS` alone, images as encoded bytes.
+def open_split(data: PairData, split: str) -> Dataset | IterableDataset:
+    """Opens a split and returns its rows with only `COLUMNS`, images as encoded bytes.
 
-    Raises UserError where there is no such source, split or column.
+    Raises UserError if the source, the split or a column does not exist.
     """
-    import datasets  # takes seconds
-
     try:
         rows = _open(data, split)
-        found = rows.column_names or list(next(iter(rows), {}))  # some formats tell only by a row
+        # Some formats tell their columns only by a row.
+        found = rows.column_names or list(next(iter(rows), {}))
         missing = [name for name in COLUMNS if name not in found]
         if missing:
             raise UserError(
                 f"data.source: {data.source}, split {split!r}, has no column {', '.join(missing)}; "
                 f"a labelled pair needs {', '.join(COLUMNS)}."
             )
-        # A dataset that was saved with a format would give arrays and tensors.
+        # A dataset saved with a format would give arrays and tensors.
         rows = rows.select_columns(list(COLUMNS)).with_format(None)
         for name in IMAGE_COLUMNS:
             if isinstance((rows.features or {}).get(name), datasets.Image):
@@ -52,17 +56,14 @@ def open_split(data: DataSource, split: str) -> Dataset | IterableDataset:
     except UserError:
         raise
     except Exception as error:  # whatever the network, the file systems and the builders raise
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise UserError(
-            f"data.source: cannot read {data.source!r}, split {split!r} ({reason}); check "
-            "data.source, data.train_split and data.validation_split."
+            f"data.source: cannot read {data.source!r}, split {split!r} ({type(error).__name__}: "
+            f"{in_one_line(error)}); check data.source, data.train_split and data.validation_split."
         ) from error
 
 
-def _open(data: DataSource, split: str) -> Dataset | IterableDataset:
-    import datasets
-
-    path = Path(data.source).expanduser()
+def _open(data: PairData, split: str) -> Dataset | IterableDataset:
+    path = Path(data.source)
     if path.is_dir() and any((path / n).exists() for n in ("state.json", "dataset_dict.json")):
         saved = datasets.load_from_disk(str(path))
         if isinstance(saved, datasets.DatasetDict):
@@ -88,8 +89,8 @@ def _open(data: DataSource, split: str) -> Dataset | IterableDataset:
     )
 
 
-def _parquet_files(data: DataSource, path: Path, split: str) -> list[str]:
-    """The parquet files of a split in a folder or under a pattern; none for a Hub id."""
+def _parquet_files(data: PairData, path: Path, split: str) -> list[str]:
+    """Returns the parquet files of a split in a folder or under a pattern; none for a Hub id."""
     if path.is_dir():
         patterns = (f"{split}-*.parquet", f"{split}.parquet", f"{split}/*.parquet")
         found = [f for p in patterns for where in ("", "data/") for f in path.glob(where + p)]
@@ -105,8 +106,8 @@ def _parquet_files(data: DataSource, path: Path, split: str) -> list[str]:
     return sorted(map(str, found))
 
 
-def _check_single(data: DataSource, split: str) -> None:
-    """Raise UserError for another split than the one that a source without splits stands for."""
+def _check_single(data: PairData, split: str) -> None:
+    """Raises UserError unless `split` is the training split, which a source without splits is."""
     if split != data.train_split:
         raise UserError(
             f"data.source: {data.source} is one split, {data.train_split!r}; for {split!r} name a "

@@ -1,4 +1,4 @@
-"""What of the training of an SPM survives on disk, in safe formats alone."""
+"""Checkpoints of an SPM's training, in safe formats only."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from safetensors.torch import load_file, save_file
 from spo.atomic import replacing
 from spo.models.optimizers import optimizer_tensors, restore_optimizer
 from spo.preference.spm_learner import PreferenceLearner
-from spo.run.checkpoint_folder import OPTIMIZER, new_checkpoint, read_state, reading, write_state
+from spo.run.checkpoint_folder import OPTIMIZER, read_state, reading, write_state
 from spo.run.folder import SPM_FILE
 from spo.scorers.step_aware_clip import StepAwareCLIP
 
 
 def save_spm(folder: Path, spm: StepAwareCLIP, as_bin: bool = False) -> None:
-    """Write the state dict, as `preference.checkpoint` takes it; with `as_bin` as a .bin, too."""
+    """Writes the state dict that `preference.checkpoint` takes, with `as_bin` also as a .bin."""
     weights = {name: t.detach().cpu().contiguous() for name, t in spm.state_dict().items()}
     with replacing(folder / SPM_FILE) as path:
         save_file(weights, path, metadata={"format": "pt"})
@@ -31,49 +31,39 @@ def save_spm(folder: Path, spm: StepAwareCLIP, as_bin: bool = False) -> None:
 
 @dataclass
 class Tally:
-    """What of a run is not in its learner."""
+    """The state of a training outside its learner."""
 
     totals: Counter = field(default_factory=Counter)  # metrics since the last line
     left_out: Counter = field(default_factory=Counter)  # rows, by their faults
-    line_is_due: bool = False  # the step is made, and its evaluation and line are not
+    # True between an optimizer step and its evaluation and line of metrics.
+    line_is_due: bool = False
 
 
-def checkpoint_name(learner: PreferenceLearner) -> str:
-    """The name of the checkpoint that is saved here."""
-    return f"step_{learner.step:07d}"
-
-
-def save_checkpoint(
-    run_dir: Path, learner: PreferenceLearner, tally: Tally, facts: Mapping[str, Any], limit: int
-) -> None:
-    """Write a checkpoint, then delete the oldest beyond `limit` (0 keeps all).
-
-    `facts` are those that `resume.compare` knows.
-    """
+def save(folder: Path, learner: PreferenceLearner, tally: Tally, facts: Mapping[str, Any]) -> None:
+    """Writes the files of a checkpoint; `facts` is what `spo.run.resume.checkpoint_facts` returns."""
     (group,) = learner.optimizer.param_groups
     state = {
         "step": learner.step,
         "skipped_in_a_row": learner.skipped_in_a_row,
-        "learning_rate": group["lr"],  # of this step: its line may be due
+        "learning_rate": group["lr"],  # of this step, whose line may be due
         "scaler": learner.scaler.state_dict(),
         **vars(tally),
         **facts,
     }
     tensors = optimizer_tensors(learner.optimizer, dict(learner.spm.named_parameters()))
-    with new_checkpoint(run_dir, checkpoint_name(learner), limit) as folder:
-        save_spm(folder, learner.spm)
-        save_file(tensors, folder / OPTIMIZER)
-        write_state(folder, state)
+    save_spm(folder, learner.spm)
+    save_file(tensors, folder / OPTIMIZER)
+    write_state(folder, state)
 
 
-def load_checkpoint(folder: Path, learner: PreferenceLearner) -> Tally:
-    """Put `learner` into the state that was saved; UserError where a file is missing or unfit."""
+def load(folder: Path, learner: PreferenceLearner) -> Tally:
+    """Restores `learner` and returns the tally; raises UserError if a file is missing or unfit."""
     state = read_state(folder)
     with reading(folder):
         learner.spm.load_state_dict(load_file(folder / SPM_FILE), strict=True)
         parameters = dict(learner.spm.named_parameters())
         restore_optimizer(learner.optimizer, parameters, load_file(folder / OPTIMIZER))
-        if state["scaler"]:  # empty where the checkpoint is not of fp16
+        if state["scaler"]:  # empty unless the checkpoint is of fp16
             learner.scaler.load_state_dict(state["scaler"])
         learner.step = state["step"]
         (group,) = learner.optimizer.param_groups

@@ -6,183 +6,172 @@ import contextlib
 import math
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from ml_collections import ConfigDict
-from torch import Tensor
-from tqdm import tqdm
 
 from spo.atomic import writing
-from spo.errors import RunError, Stopped
+from spo.errors import RunError
 from spo.evaluation.curves import draw_accuracy
-from spo.launch.signals import StopSignals
 from spo.launch.workers import Workers
 from spo.method.health import check_skipped
 from spo.method.metrics import peak_memory_gib
-from spo.preference import spm_build
-from spo.preference.accuracy import accuracy, count_correct
+from spo.models.backbone import DTYPES
+from spo.preference import spm_checkpoint, spm_metrics
 from spo.preference.batches import PairBatch, decoded
-from spo.preference.rows import FAULTS, Share, stream_batches, table_batches, validation_batches
-from spo.preference.source import open_split
-from spo.preference.spm_checkpoint import (
-    Tally,
-    checkpoint_name,
-    load_checkpoint,
-    save_checkpoint,
-    save_spm,
+from spo.preference.rows import (
+    FAULTS,
+    Share,
+    describe_faults,
+    stream_batches,
+    table_batches,
+    validation_batches,
 )
-from spo.preference.spm_metrics import Seen, minibatch_sums, step_metrics
-from spo.preference.spm_preflight import Preflight, describe_faults, preflight
-from spo.run.folder import CHECKPOINTS, METRICS, SPM_FILE, drop_metrics_after, record_start
-from spo.run.resume import facts, stopped_at
-from spo.run.session import open_run_dir
-from spo.run.tracking import Tracking
+from spo.preference.source import open_split
+from spo.preference.spm_learner import PairScorer, PreferenceLearner
+from spo.preference.spm_recipe import (
+    CheckedTraining,
+    build_preparation,
+    build_spm,
+    check_training,
+)
+from spo.run.checkpoint_folder import new_checkpoint
+from spo.run.folder import METRICS, SPM_FILE
+from spo.run.resume import checkpoint_facts
+from spo.run.session import Session, open_run_dir
 
 _NAMED = 4  # pairs that an error names
 
 
-def train(config: ConfigDict) -> None:
-    """Train as `config` says, in one process or as one of several that accelerate started.
+def train_preference_model(config: ConfigDict) -> None:
+    """Trains an SPM, in one process or as one of several that the launcher started.
 
-    Raises UserError for bad input before any model loads, RunError where a run cannot go on, and
+    Raises UserError for bad input before any model loads, RunError if a run cannot continue, and
     Stopped after a signal.
     """
     with Workers(config.rank_timeout) as workers:
-        ready = None
+        checked = None
         with workers.together():
             if workers.is_main:
-                ready = preflight(config, workers.count)
-                open_run_dir(ready.run_dir, config, ready.resume.damaged)
-        PreferenceTrainer(config, workers.from_main(ready), workers).run()
+                checked = check_training(config, workers.count)
+                open_run_dir(checked.run_dir, config, checked.resume.damaged)
+        PreferenceTrainer(workers.from_main(checked), workers).run()
 
 
 class PreferenceTrainer:
-    """A run: its models, its rows, and where its results go."""
+    """A run: its models, its rows, and the session that reports on it."""
 
-    def __init__(self, config: ConfigDict, ready: Preflight, workers: Workers) -> None:
-        self.config, self.ready, self.workers = config, ready, workers
-        self.plan, self.run_dir = ready.plan, ready.run_dir
-        self.share = Share(workers.rank, workers.count, ready.plan.minibatch_size)
-        for rows in (ready.train, ready.validation):
+    def __init__(self, checked: CheckedTraining, workers: Workers) -> None:
+        self.checked, self.workers = checked, workers
+        self.recipe, self.plan = recipe, plan = checked.recipe, checked.plan
+        self.session = Session(checked.run_dir, workers, checked.resume.checkpoint)
+        self.share = Share(workers.rank, workers.count, plan.minibatch_size)
+        for rows in (checked.train, checked.validation):
             if rows is not None:
-                self.say(rows.description)
-        self.say(ready.plan.describe())
+                self.session.say(rows.description)
+        self.session.say(plan.describe())
         with workers.together():
-            source = spm_build.data_source(config)
-            self.rows = open_split(source, config.data.train_split)
-            if ready.validation is not None:
-                self.validation_rows = open_split(source, config.data.validation_split)
-            self.preparation = spm_build.build_preparation(config, workers.device)
-            spm = spm_build.load_spm(config)
-        self.learner = spm_build.build_learner(config, spm, workers)
-        self.signals = StopSignals()
-        self.tally = Tally(left_out=Counter(ready.train.faults))
-        self.saved = ready.resume.checkpoint
-        if self.saved is not None:
-            with workers.together():
-                self.tally = load_checkpoint(self.saved, self.learner)
-            self.say("\n".join([*ready.resume.describe(), *ready.changes]))
-        with workers.together():
-            self.tracking = self._start_tracking() if workers.is_main else None
-
-    def _start_tracking(self) -> Tracking:
-        step = self.learner.step
-        # A run that starts anew writes the line of step 0 itself.
-        last = step - self.tally.line_is_due if step else -1
-        drop_metrics_after(self.run_dir, last, counter="step")
-        splits = {"train": self.ready.train, "validation": self.ready.validation}
-        record_start(
-            self.run_dir,
-            {
-                "plan": asdict(self.plan),
-                "data": {name: rows and rows.description for name, rows in splits.items()},
-                "resumed_from": str(self.saved or ""),
-            },
+            self.rows = open_split(recipe.data, recipe.data.train_split)
+            if checked.validation is not None:
+                self.validation_rows = open_split(recipe.data, recipe.data.validation_split)
+            self.preparation = build_preparation(recipe, workers.device)
+            spm = build_spm(recipe.spm, recipe.seed, recipe.train.gradient_checkpointing)
+        spm = spm.to(workers.device)
+        scorer, dtype = workers.wrap(PairScorer(spm)), DTYPES[recipe.mixed_precision]
+        self.learner = PreferenceLearner(
+            spm, scorer, recipe.train, workers.device, dtype, workers.count, workers.rank
         )
-        tracker = self.config.tracker
-        return Tracking(self.run_dir, tracker.name, tracker.project, self.config.to_dict())
+        self.tally = spm_checkpoint.Tally(left_out=Counter(checked.train.faults))
+        if self.session.saved is not None:
+            with workers.together():
+                self.tally = spm_checkpoint.load(self.session.saved, self.learner)
+            self.session.say("\n".join([*checked.resume.describe(), *checked.changes]))
+        splits = {"train": checked.train, "validation": checked.validation}
+        data = {name: rows and rows.description for name, rows in splits.items()}
+        start = {"plan": asdict(plan), "data": data}
+        step = self.learner.step
+        # A run that starts from the beginning writes the line of step 0 itself.
+        last = step - self.tally.line_is_due if step else -1
+        self.session.start(recipe.tracker, recipe.config, start, counter="step", last=last)
 
     def run(self) -> None:
-        """Make the optimizer steps that are left, then write the SPM.
+        """Makes the remaining optimizer steps, then writes the SPM.
 
         Raises Stopped, with everything saved, after SIGTERM or SIGINT.
         """
-        with self.signals:
-            try:
-                self.train_steps()
-            except Stopped as stopped:
-                self.save_and_stop(stopped)
-        with self.workers.together():
-            if self.tracking is not None:
-                with writing(self.run_dir):
-                    save_spm(self.run_dir, self.learner.spm, as_bin=self.config.export.bin)
-                self.tracking.close()
-        self.say(f"preference model: {self.run_dir / SPM_FILE}")
-        self.say(f"metrics:          {self.run_dir / METRICS}")
-        self.say(f"rows left out:    {describe_faults(self.tally.left_out) or 'none'}")
+        self.session.run(self.train_steps, self.save_checkpoint)
+        run_dir = self.session.run_dir
+
+        def finish() -> None:
+            with writing(run_dir):
+                spm_checkpoint.save_spm(run_dir, self.learner.spm, as_bin=self.recipe.export_bin)
+            self.session.close()
+
+        self.session.on_main(finish)
+        self.session.say(f"preference model: {run_dir / SPM_FILE}")
+        self.session.say(f"metrics:          {run_dir / METRICS}")
+        self.session.say(f"rows left out:    {describe_faults(self.tally.left_out) or 'none'}")
 
     def train_steps(self) -> None:
-        """Make the optimizer steps that are left."""
-        config, first = self.config, self.learner.step
+        """Makes the remaining optimizer steps."""
+        first, last = self.learner.step, self.recipe.train.max_train_steps
         self.started = time.perf_counter()
         if self.tally.line_is_due:
             self.after_step()
-        if first == 0 and self.ready.validation is not None:
-            self.log({"step": 0, **self.evaluate()})
+        if first == 0 and self.checked.validation is not None:
+            self.log({"step": 0, **self.measure_accuracy()})
             self.started = time.perf_counter()
         with contextlib.closing(self.training_batches()) as batches:
-            for _ in self.progress(range(first, config.max_train_steps), "steps"):
-                if self.workers.any(self.signals.requested):
-                    raise Stopped("by a signal.")
-                with self.workers.together():  # a stream may fail in one process alone
-                    update = [next(batches) for _ in range(self.plan.accumulation_steps)]
-                self.train_step(update)
+            for _ in self.session.bar(range(first, last), "steps"):
+                self.session.check_signals()
+                with self.workers.together():  # a stream may fail in only one process
+                    minibatches = [next(batches) for _ in range(self.plan.accumulation_steps)]
+                self.train_step(minibatches)
                 self.after_step()
 
     def training_batches(self) -> Iterator[PairBatch]:
-        """This process's minibatches, from the position of the run on."""
-        config, data = self.config, self.config.data
+        """Returns this process's minibatches, from the position of the run on."""
+        seed, data = self.recipe.seed, self.recipe.data
         start = self.learner.step * self.plan.accumulation_steps
         if data.streaming:
-            raw = stream_batches(self.rows, config.seed, data.shuffle_buffer, self.share, start)
+            raw = stream_batches(self.rows, seed, data.shuffle_buffer, self.share, start)
         else:
-            usable = self.ready.train.usable
-            raw = table_batches(self.rows, usable, config.seed, self.share, start)
+            raw = table_batches(self.rows, self.checked.train.indices, seed, self.share, start)
         return decoded(raw, data.image_size, data.num_workers)
 
-    def train_step(self, batches: Sequence[PairBatch]) -> None:
-        """One optimizer step on the minibatches that make it up; RunError if it is not finite."""
-        weight = torch.stack([batch.weights.sum() for batch in batches]).sum()
+    def train_step(self, minibatches: Sequence[PairBatch]) -> None:
+        """Makes an optimizer step on its minibatches; raises RunError if it is not finite."""
+        weight = torch.stack([batch.weights.sum() for batch in minibatches]).sum()
         total = self.workers.sum({"weight": weight.to(self.workers.device)})["weight"]
-        sums, seen = [], []
-        for number, batch in enumerate(batches, start=1):
-            # Where no pair of an update is sound, its weights are 0 whatever they are divided by.
+        sums, done = [], []
+        for number, batch in enumerate(minibatches, start=1):
+            # If no pair of an update is sound, its weights are 0 whatever they are divided by.
             pairs = self.preparation.training_pairs(batch, total or 1.0)
-            judged = self.learner.backward(pairs, last=number == len(batches))
-            sums.append(minibatch_sums(batch, pairs, judged, self.preparation.num_timesteps))
-            seen.append(Seen(batch.captions, pairs.timesteps, pairs.weights, judged.losses))
+            scored = self.learner.backward(pairs, last=number == len(minibatches))
+            sums.append(spm_metrics.minibatch_sums(batch, scored, self.preparation.num_timesteps))
+            done.append((batch, scored))
         summed = self.workers.sum({name: sum(part[name] for part in sums) for name in sums[0]})
         self.tally.totals.update(summed, steps=total > 0)
         if total == 0:
             self.learner.skip_update()
             return
         update = self.learner.update()
-        if not (math.isfinite(summed["loss"]) and update.is_finite()):
-            self.stop(seen)
+        norm = 0.0 if update.skipped else update.grad_norm.item()
+        if not (math.isfinite(summed["loss"]) and math.isfinite(norm)):
+            self.raise_not_finite([text for pair in done for text in spm_metrics.not_finite(*pair)])
         if update.skipped:  # on every process, or on none
             with self.workers.together():
-                limit = self.config.train.max_skipped_updates
+                limit = self.recipe.train.max_skipped_updates
                 check_skipped(self.learner.skipped_in_a_row, limit)
-        norm = 0.0 if update.skipped else update.grad_norm.item()
         counts = {"skipped_updates": update.skipped, "updates": not update.skipped}
         self.tally.totals.update(counts, grad_norm=norm)
 
-    def stop(self, seen: Sequence[Seen]) -> None:
-        """Raise the RunError of a loss or gradient that is not finite."""
-        found = self.workers.gather([where for minibatch in seen for where in minibatch.broken()])
+    def raise_not_finite(self, pairs: list[str]) -> None:
+        """Raises the RunError of a loss or gradient that is not finite, due to `pairs` here."""
+        found = self.workers.gather(pairs)
         places = "; ".join(found[:_NAMED]) or "no pair by itself"
         if len(found) > _NAMED:
             places += f"; and {len(found) - _NAMED} more"
@@ -194,16 +183,16 @@ class PreferenceTrainer:
             )
 
     def after_step(self) -> None:
-        """Evaluate, log and save where these are due."""
-        config, step, self.tally.line_is_due = self.config, self.learner.step, True
-        last = step == config.max_train_steps
-        saves = last or step % config.save_steps == 0
-        evaluates = bool(config.eval_steps) and (last or step % config.eval_steps == 0)
+        """Evaluates, logs and saves if it is due."""
+        recipe, step, self.tally.line_is_due = self.recipe, self.learner.step, True
+        last = step == recipe.train.max_train_steps
+        saves = last or step % recipe.save_steps == 0
+        evaluates = bool(recipe.eval_steps) and (last or step % recipe.eval_steps == 0)
         measured = {}
-        if evaluates and self.ready.validation is not None:
-            measured = self.evaluate()
-        # A line ends where a checkpoint is saved.
-        if saves or evaluates or step % config.log_steps == 0:
+        if evaluates and self.checked.validation is not None:
+            measured = self.measure_accuracy()
+        # A checkpoint ends a line, so that a resumed run writes the same lines.
+        if saves or evaluates or step % recipe.log_steps == 0:
             self.log(self.metrics_line() | measured)
             self.started = time.perf_counter()
         self.tally.line_is_due = False
@@ -211,74 +200,45 @@ class PreferenceTrainer:
             self.save_checkpoint()
 
     def save_checkpoint(self) -> Path:
-        """Save, on the main process, everything that a resumed run needs, unless that is done."""
-        folder = self.run_dir / CHECKPOINTS / checkpoint_name(self.learner)
-        if folder == self.saved:
-            return folder
-        with self.workers.together():
-            if self.workers.is_main:
-                facts_of_run = facts(self.config, self.plan)
-                limit = self.config.checkpoint_limit
-                save_checkpoint(self.run_dir, self.learner, self.tally, facts_of_run, limit)
-        self.saved = folder
-        return folder
+        """Saves everything that a resumed run needs, unless that is done; returns the folder."""
+        run_dir, limit = self.session.run_dir, self.recipe.checkpoint_limit
+        name = f"step_{self.learner.step:07d}"
 
-    def save_and_stop(self, stopped: Stopped) -> None:
-        """Save everything, and raise a Stopped that says how to go on."""
-        folder = self.save_checkpoint()
-        if self.tracking is not None:
-            self.tracking.close()
-        raise stopped_at(folder) from stopped
+        def save() -> None:
+            of_run = checkpoint_facts(self.recipe.config, self.plan)
+            with new_checkpoint(run_dir, name, limit) as folder:
+                spm_checkpoint.save(folder, self.learner, self.tally, of_run)
+
+        return self.session.save_once(name, lambda: self.session.on_main(save))
 
     def metrics_line(self) -> dict:
-        """Metrics of the steps since the last line."""
+        """Returns metrics of the steps since the last line."""
         totals, self.tally.totals = self.tally.totals, Counter()
         seconds = time.perf_counter() - self.started
-        left_out = {name: int(totals[name]) for name in FAULTS if totals[name]}
-        self.tally.left_out.update(left_out)
+        self.tally.left_out.update({name: int(totals[name]) for name in FAULTS if totals[name]})
         return {
             "step": self.learner.step,
-            **step_metrics(totals, self.preparation.num_timesteps),
+            **spm_metrics.step_metrics(totals, self.preparation.num_timesteps),
             "learning_rate": self.learner.optimizer.param_groups[0]["lr"],
             "pairs_per_second": totals["pairs"] / seconds,
             "peak_memory_gib": peak_memory_gib(self.workers.device),
         }
 
-    def evaluate(self) -> dict:
-        """Accuracy on the validation rows, shared out over the processes."""
-        data, preparation = self.config.data, self.preparation
-        usable = self.ready.validation.usable
+    def measure_accuracy(self) -> dict:
+        """Returns the accuracy on the validation rows, which all processes share."""
+        data, usable = self.recipe.data, self.checked.validation.indices
         raw = validation_batches(self.validation_rows, usable, data.max_validation, self.share)
         batches = decoded(raw, data.image_size, data.num_workers)
-        with self.workers.together():  # a stream may fail in one process alone
-            sums = count_correct(
-                self.signals.watch(self.progress(batches, "validation: minibatches")),
-                self.scores_at,
-                preparation.labels,
-                self.workers.device,
-            )
-        return accuracy(self.workers.sum(sums))
-
-    def scores_at(self, batch: PairBatch, timestep: int) -> Tensor:
-        """Scores (n, 2) of a validation minibatch."""
-        pixels = self.preparation.validation_pixels(batch, timestep)
-        timesteps = torch.full((len(batch),), timestep, device=pixels.device)
-        return self.learner.features(pixels, timesteps, self.preparation.input_ids(batch)).scores
+        batches = self.session.bar(batches, "validation: minibatches")
+        with self.workers.together():  # a stream may fail in only one process
+            batches = self.session.signals.watch(batches)
+            sums = spm_metrics.validation_sums(batches, self.preparation, self.learner)
+        return spm_metrics.validation_metrics(self.workers.sum(sums))
 
     def log(self, line: dict) -> None:
-        """Write a line of metrics, on the main process, and where it tells accuracy, draw that."""
-        with self.workers.together():
-            if self.tracking is not None:
-                self.tracking.log(line, step=line["step"])
-                if "accuracy" in line:
-                    with writing(self.run_dir):
-                        draw_accuracy(self.run_dir)
-
-    def say(self, text: str) -> None:
-        """Print a line, on the main process, without breaking the progress bar."""
-        if self.workers.is_main:
-            tqdm.write(text)
-
-    def progress(self, items: Iterable, name: str) -> tqdm:
-        """`items` with a progress bar on the main process."""
-        return tqdm(items, desc=name, disable=not self.workers.is_main, leave=False)
+        """Writes a line of metrics, and draws the accuracy if the line has it."""
+        self.session.log(line)
+        if "accuracy" in line:
+            with self.workers.together(), writing(self.session.run_dir):
+                if self.workers.is_main:
+                    draw_accuracy(self.session.run_dir)

@@ -10,7 +10,6 @@ from diffusers import AutoencoderTiny
 from torch import Tensor
 from transformers import CLIPModel
 
-from spo.method import ddim
 from spo.models.backbone import Backbone
 from spo.models.decoder import decode
 from spo.models.loading import ModelSource
@@ -30,18 +29,17 @@ def _draw_examples(backbone: Backbone, n: int) -> tuple[Tensor, Tensor]:
 
     The latents are the model's x0 for the world's images with noise at a random timestep.
     """
-    schedule, latents, images = backbone.schedule(20), [], []
+    schedule, latents, images = backbone.noise_schedule(), [], []
     for start in range(0, n, _AT_ONCE):
         generator = torch.Generator().manual_seed(start)
         prompts, originals = draw_scenes(_AT_ONCE, generator)
         posterior, noise = torch.randn(2, _AT_ONCE, *backbone.latent_shape, generator=generator)
         timesteps = torch.randint(1000, (_AT_ONCE,), generator=generator)
         clean = backbone.encode_images(originals, posterior)
-        abar = schedule.abar(timesteps, clean)
-        noisy = ddim.add_noise(clean, noise, abar)
+        noisy = schedule.add_noise(clean, noise, timesteps)
         conditioning = backbone.encode_prompts(prompts)
         output = backbone.predict(backbone.unet, noisy, timesteps, conditioning, _GUIDANCE)
-        latents.append(ddim.to_x0(schedule, output, noisy, abar))
+        latents.append(schedule.predict(output, noisy, timesteps).x0)
         images.append(backbone.decode(latents[-1]))
     return torch.cat(latents), torch.cat(images)
 

@@ -20,7 +20,7 @@ from torch import nn
 
 from spo.errors import UserError
 from spo.models.device import SpeedSettings, set_up_device, speed_up
-from spo.models.merged_lora import MergedLora
+from spo.models.lora import MergedLora
 from spo.scorers import ImageScorer, load_scorer
 
 CPU = torch.device("cpu")
@@ -51,7 +51,13 @@ def what_models_say(backbone, scorer, lora):
 
 
 @pytest.mark.parametrize(
-    "change", ["channels_last", "compile_unet", "compile_vae", "compile_scorer"]
+    "change",
+    [
+        "channels_last",
+        pytest.param("compile_unet", marks=pytest.mark.slow),
+        "compile_vae",
+        "compile_scorer",
+    ],
 )
 def test_the_same_numbers(change, monkeypatch):
     """Traced as torch.compile traces, but run as traced: generating code would take minutes."""

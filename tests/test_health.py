@@ -14,7 +14,7 @@ from spo.errors import RunError
 from spo.method.collect import score_candidates
 from spo.method.health import Fault, check_images, check_skipped, find_faults
 from spo.method.learner import Learner, Step
-from spo.method.losses import LOSSES
+from spo.models.optimizers import Update
 from spo.run.checkpoint_folder import checkpoints, read_state
 from spo.types import Candidates
 from tests.small_runs import LORA, read_metrics, run, run_in_processes
@@ -32,13 +32,15 @@ def step_and_batch(sd15):
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-@pytest.mark.parametrize("term", ["win_policy", "win_reference", "lose_policy", "lose_reference"])
+@pytest.mark.parametrize(
+    "term", ["win_policy", "win_reference", "lose_policy", "lose_reference", "of_ones_own"]
+)
 def test_predictions(step_and_batch, term, value):
     step, batch = step_and_batch
     assert find_faults([(batch, step)], PROMPTS) == []
-    bad = getattr(step.output, term).detach().clone()
+    bad = step.output.terms["win_policy"].clone()
     bad[1] = value
-    broken = replace(step, output=replace(step.output, **{term: bad}))
+    broken = replace(step, output=replace(step.output, terms=step.output.terms | {term: bad}))
     text = "predictions are not finite at t = [301] for the prompts 'a bear'"
     assert find_faults([(batch, step), (batch, broken)], PROMPTS) == [Fault(1, False, text)]
 
@@ -47,9 +49,9 @@ def test_loss_and_gradient(step_and_batch):
     step, batch = step_and_batch
     infinite = torch.tensor(torch.inf)
     steps = [
-        replace(step, grad_norm=infinite, skipped=True),
-        replace(step, grad_norm=None),
-        replace(step, grad_norm=infinite),
+        replace(step, update=Update(infinite, skipped=True)),
+        replace(step, update=None),
+        replace(step, update=Update(infinite, skipped=False)),
         replace(step, output=replace(step.output, loss=infinite)),
     ]
     where = "not finite at t = [51, 301, 751] for the prompts 'a fox', 'a bear', 'a whale'"
@@ -76,7 +78,7 @@ def test_an_infinite_prediction_is_seen_through_the_clips(own_backbone, algorith
     bad = getattr(own, network).detach().clone()
     bad[1, 0, 0, 0, 0] = torch.inf
     predictions = replace(own, **{network: bad})
-    output = LOSSES[algorithm].loss(predictions, batch, learner.schedule, learner.loss_settings)
+    output = learner.loss(predictions, batch, learner.sampler)
     if (algorithm, network) == ("gradspo", "reference"):
         assert output.loss.isfinite()
     (fault,) = find_faults([(batch, Step(output, None))], PROMPTS)
