@@ -55,7 +55,7 @@ def none_of_the_first(scores, generator):
     return Chosen(chosen.win[1:], chosen.lose[1:], chosen.prompts[1:])
 
 
-class Means:
+class Means(Scorer):
     """Scores what it is shown by its mean, and keeps it."""
 
     def __init__(self, looks_at=None):

@@ -17,7 +17,7 @@ from spo.command_line.config_files import load_config
 from spo.errors import RunError
 from spo.method.losses import LOSSES, GradSPO
 from spo.method.preflight import preflight
-from spo.method.trainer import train
+from spo.method.start import train
 
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = ROOT / "tests" / "data" / "golden" / "models"

@@ -12,7 +12,7 @@ from spo.seeding import derive_seed
 
 @dataclass(frozen=True)
 class ImageSettings:
-    """How images are drawn without branching; `config.eval` explains each."""
+    """Settings of images drawn without branching; `config.eval` explains each."""
 
     num_steps: int
     guidance_scale: float
