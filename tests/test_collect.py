@@ -9,6 +9,7 @@ from helpers import PROMPTS
 from spo.method.collect import CollectSettings, collect_rollout
 from spo.method.pairs import Chosen, PairSettings, best_worst
 from spo.method.rollout import RolloutSettings
+from spo.scorers import Scorer
 
 SETTINGS = CollectSettings(
     rollout=RolloutSettings(
