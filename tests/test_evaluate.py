@@ -22,7 +22,7 @@ from spo.evaluation.results import read_results
 from spo.evaluation.scores import ScoreFolder
 from spo.lora_io.diffusers_file import save_lora
 from spo.lora_io.model_spec import read_specs
-from spo.models.backbone import ModelSource
+from spo.models.loading import ModelSource
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPTS = [f"a fox number {i} reading a map" for i in range(6)]

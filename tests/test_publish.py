@@ -25,7 +25,8 @@ from spo.evaluation.results import ModelInfo, Results, ScorerInfo, write_results
 from spo.hub import Destination, is_hub_id
 from spo.lora_io.diffusers_file import save_lora
 from spo.method.build import read_recipe
-from spo.models.backbone import Backbone, ModelSource
+from spo.models.backbone import Backbone
+from spo.models.loading import ModelSource
 from spo.models.lora import add_lora
 from spo.publish import push as publish
 from spo.publish.card import merge_cards
