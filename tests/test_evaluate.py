@@ -243,6 +243,7 @@ import torch
 torch.set_num_threads(1)
 from spo.command_line.config_files import EVAL_BASE, load_config
 from spo.evaluation import evaluator
+from spo.scorers import ImageScorer
 config = load_config(sys.argv[1], EVAL_BASE)
 for line in sys.stdin:  # each line is a start of the evaluation, in a process that can be killed
     child = os.fork()
@@ -293,12 +294,12 @@ def test_an_evaluation_killed_ten_times_ends_as_one_that_was_not(config, tmp_pat
     assert contents(folder) == expected
 
 
-class StopAfter:
+class StopAfter(ImageScorer):
     """Brightness, and SIGTERM to this process after so many batches."""
 
     title, scale, batches = "Brightness", 100.0, 0
 
-    def score(self, images, prompts):
+    def score_images(self, images, prompts):
         self.batches += 1
         if self.batches == 3:
             os.kill(os.getpid(), signal.SIGTERM)

@@ -1,7 +1,5 @@
 """Converting a LoRA to another format, and merging a LoRA into its base model."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 

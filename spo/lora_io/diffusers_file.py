@@ -1,7 +1,5 @@
 """The LoRA file of a run, in diffusers' format: names and bytes."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from pathlib import Path

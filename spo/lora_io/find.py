@@ -1,7 +1,5 @@
 """LoRA files of any format, found by a path or on the Hub, as the parameters that are trained."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 

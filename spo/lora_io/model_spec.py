@@ -4,8 +4,6 @@
 folder or a Hub id, and a LORA a file too; [NAME=]FOLDER of images that have been drawn already.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace

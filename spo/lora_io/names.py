@@ -6,8 +6,6 @@ original U-Net (`input_blocks_4_1_proj_in`, called SGM names here). As words hol
 way back looks for the words of the U-Net; it needs no model.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 

@@ -1,7 +1,5 @@
 """Reading LoRA files of all formats: ours, diffusers' old and new ones, kohya's, peft's."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections import defaultdict

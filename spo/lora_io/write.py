@@ -4,8 +4,6 @@ read_lora_file (spo/lora_io/read.py) -> LoraWeights -> WRITERS[format]. Weights 
 and each module keeps its own rank and alpha, which all formats can state.
 """
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 from collections.abc import Mapping
@@ -59,7 +57,7 @@ class LoraWeights:
         down = {f"{name}.lora_A.weight": module.down for name, module in self.modules.items()}
         return down | {f"{name}.lora_B.weight": module.up for name, module in self.modules.items()}
 
-    def cast(self, dtype: torch.dtype) -> LoraWeights:
+    def cast(self, dtype: torch.dtype) -> "LoraWeights":
         """Returns the LoRA in `dtype`; raises UserError if a finite weight would become infinite."""
         modules = {}
         for name, module in self.modules.items():

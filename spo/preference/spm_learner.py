@@ -18,6 +18,7 @@ from spo.preference.loss import (
     learning_rate_factor,
     pair_losses,
 )
+from spo.scorers.clip import text_features
 from spo.scorers.step_aware_clip import StepAwareCLIP
 
 
@@ -84,7 +85,7 @@ class PairScorer(nn.Module):
         image = self.spm.image_features(pixels.flatten(0, 1), timesteps.repeat_interleave(2))
         return PairFeatures(
             image=image.float().unflatten(0, (-1, 2)),
-            text=self.spm.text_features(input_ids).float(),
+            text=text_features(self.spm.model, input_ids).float(),
             scale=self.spm.model.logit_scale.exp(),
         )
 
