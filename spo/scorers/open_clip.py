@@ -51,10 +51,9 @@ class OpenClipScorer(ImageScorer):
         self._tokenize = SimpleTokenizer(context_length=self._network.context_length)
         size = self._network.visual.image_size
         size = {"size": size if isinstance(size, int) else size[0]}
-        preprocess = PreprocessCfg(**merge_preprocess_dict(source.preprocess, size))
-        self._transform = image_transform_v2(preprocess, is_train=False)
-        mean, std = tuple(preprocess.mean), tuple(preprocess.std)
-        self.preparation = ImagePreparation(preprocess.size, mean, std)
+        to = PreprocessCfg(**merge_preprocess_dict(source.preprocess, size))
+        self._transform = image_transform_v2(to, is_train=False)
+        self.preparation = ImagePreparation(to.size, tuple(to.mean), tuple(to.std))
 
     def prepare(self, image: Image.Image) -> Tensor:
         """Returns the pixels (3, S, S) of an image, prepared as in open_clip's evaluation."""
@@ -93,8 +92,7 @@ class HPSv2(OpenClipScorer):
     Images are prepared as in the package hpsv2 1.2.0: scaled to [0, 1], resized (bicubic) so that the
     longer side fits, and padded with black on both sides to a square; open_clip's own evaluation crops
     instead. The package computes in mixed precision, this class in fp32. Resized with antialiasing, as
-    by torchvision 0.17 or newer; with older versions, current when the paper's scores were computed,
-    the official code does without.
+    by torchvision 0.17 or newer; older versions, current in the paper's time, resize without.
     """
 
     title, scale = "HPSv2", 100.0
