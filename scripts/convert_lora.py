@@ -32,9 +32,7 @@ def parse_args() -> argparse.Namespace:
     task = parser.add_mutually_exclusive_group(required=True)
     task.add_argument("--to", choices=FORMATS, help="convert")
     task.add_argument("--merge", action="store_true", help="write base model + LoRA, for diffusers")
-    parser.add_argument(
-        "--base", help="base model, folder or Hub id; with --to: check that it fits"
-    )
+    parser.add_argument("--base", help="base model, folder or Hub id; with --to: noted in the file")
     parser.add_argument("--output", type=Path, required=True, help=".safetensors file, or folder")
     parser.add_argument("--dtype", choices=DTYPES, help="dtype of the weights (default: unchanged)")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")

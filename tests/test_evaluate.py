@@ -20,9 +20,10 @@ from spo.evaluation.evaluator import evaluate, preflight
 from spo.evaluation.image_sets import ImageSet
 from spo.evaluation.results import read_results
 from spo.evaluation.scores import ScoreFolder
-from spo.lora_io.diffusers_file import save_lora
 from spo.lora_io.model_spec import read_specs
+from spo.lora_io.write import save_lora
 from spo.models.loading import ModelSource
+from spo.scorers import ImageScorer
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPTS = [f"a fox number {i} reading a map" for i in range(6)]
@@ -101,8 +102,8 @@ def test_texts_name_models(tmp_path):
     base, run, half, both, full, dpo, there = read_specs(texts, BASE, "sd15", "models")
     assert (base.name, base.source, base.loras) == ("base", BASE, ())
     assert run.name == "one"
-    assert [(lora.path, lora.weight) for lora in half.loras] == [(file, 0.5)]
-    assert [(lora.path, lora.weight) for lora in both.loras] == [(file, -1.0), (other, 2.0)]
+    assert half.loras == ((file, 0.5),)
+    assert both.loras == ((file, -1.0), (other, 2.0))
     assert full.source == ModelSource(model_folder("sd15")) and not full.loras
     assert dpo.source == ModelSource(BASE.model, unet=str(unet.parent))
     assert there.source is None and there.images == images
@@ -115,7 +116,7 @@ def test_texts_name_models(tmp_path):
         (("base", "base"), "two models are called 'base'"),
         (("a/b=base",), "'a/b' is no name"),
         (("./nowhere",), "no file './nowhere'"),
-        (("x=base:0.5.5",), "no weight of a LoRA"),
+        (("x=base:0.5.5",), "no file .base:0.5.5."),
         ((f"x={GOLDEN / 'models' / 'tiny-sdxl'}",), "family='sd15' needs"),
     ],
 )
@@ -293,12 +294,12 @@ def test_an_evaluation_killed_ten_times_ends_as_one_that_was_not(config, tmp_pat
     assert contents(folder) == expected
 
 
-class StopAfter:
+class StopAfter(ImageScorer):
     """Brightness, and SIGTERM to this process after so many batches."""
 
     title, scale, batches = "Brightness", 100.0, 0
 
-    def score(self, images, prompts):
+    def score_images(self, images, prompts):
         self.batches += 1
         if self.batches == 3:
             os.kill(os.getpid(), signal.SIGTERM)

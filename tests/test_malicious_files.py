@@ -67,7 +67,7 @@ def test_loras(trap, tmp_path, own_backbone, suffix):
         read_lora(path, add_tiny_lora(backbone), "lora.init_from")
     (spec,) = read_specs([f"x={path}"], ModelSource(model_folder("sd15")), "sd15", "models")
     with pytest.raises(UserError, match=f"models: .*{reason}"):
-        read_folded(spec.loras[0].path, backbone, "models")
+        read_folded(spec.loras[0][0], backbone, "models")
 
 
 @pytest.mark.parametrize("suffix", [".bin", ".safetensors"])

@@ -10,7 +10,7 @@ import pytest
 from helpers import add_tiny_lora, load_backbone, random_weights, save_tiny_decoder
 
 from spo.evaluation.results import read_results
-from spo.lora_io.diffusers_file import save_lora
+from spo.lora_io.write import save_lora
 
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = ROOT / "tests" / "data" / "golden" / "models"

@@ -23,7 +23,7 @@ from spo.command_line.config_files import load_config, save_config
 from spo.errors import UserError
 from spo.evaluation.results import ModelInfo, Results, ScorerInfo, write_results
 from spo.hub import Destination, is_hub_id
-from spo.lora_io.diffusers_file import save_lora
+from spo.lora_io.write import save_lora
 from spo.method.build import read_recipe
 from spo.models.backbone import Backbone
 from spo.models.loading import ModelSource

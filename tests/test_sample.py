@@ -13,7 +13,7 @@ from PIL import Image
 
 from spo.errors import UserError
 from spo.evaluation import images_cli
-from spo.lora_io.diffusers_file import save_lora
+from spo.lora_io.write import save_lora
 from spo.models.backbone import SCHEDULERS
 from spo.models.families import FAMILIES
 from spo.models.plain_images import ImageSettings, sample_images

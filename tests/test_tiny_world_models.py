@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from spo.command_line.config_files import load_config
 from spo.data.prompts import read_prompts
 from spo.errors import UserError
-from spo.lora_io.diffusers_file import LORA_FILE, save_lora
+from spo.lora_io.write import LORA_FILE, save_lora
 from spo.method import build
 from spo.models.backbone import Backbone
 from spo.models.plain_images import ImageSettings

@@ -63,11 +63,11 @@ _SCORERS = {
 
 def unloaded_scorer(source: ScorerSource, device: torch.device) -> Scorer:
     """Returns a scorer without its weights; on the meta device a user's own costs nothing."""
-    if source.scorer not in _SCORERS:
+    if source.name not in _SCORERS:
         return _FreeScorer() if device == META else load_scorer(source, device)
-    network, scorer = _SCORERS[source.scorer]
-    config = clip_config(_folder(source.backbone, "clip_h", "preference.backbone"))
-    dtype = weight_dtype(source.dtype, "preference")
+    network, scorer = _SCORERS[source.name]
+    config = clip_config(_folder(source.options["backbone"], "clip_h", "preference.backbone"))
+    dtype = weight_dtype(source.options["dtype"], "preference")
     with _made_on(device, dtype):
         clip = network(config)
     inputs = CLIPInputs(_TOKENIZER)

@@ -28,7 +28,7 @@ from spo.models.loading import ModelSource, check_source, model_source
 from spo.models.plain_images import sample_images
 from spo.run.folder import CONFIG, TABLE, run_folder
 from spo.run.session import Session
-from spo.scorers import ImageScorerSource, check_scorer, load_scorer
+from spo.scorers import check_scorer, image_scorer, load_scorer
 from spo.scorers.pixels import to_pil
 
 _PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "open-clip-torch")
@@ -89,7 +89,7 @@ def preflight(config: ConfigDict, num_processes: int) -> EvaluationPlan:
     scorers = []
     for name in settings.scorers:
         options = settings.scorer_options.get(name, {})
-        check_scorer(ImageScorerSource(name, options))
+        check_scorer(image_scorer(name, options))
         scorers.append(ScoreFolder(folder / "scores" / name.replace(":", "."), name, options))
     prompts = read_prompt_set(**config.prompts)
     for scores in scorers:
@@ -191,7 +191,7 @@ class Evaluation:
         if not any(missing):
             return
         with self.workers.together():
-            source = ImageScorerSource(scores.name, scores.options)
+            source = image_scorer(scores.name, scores.options)
             scorer = load_scorer(source, self.workers.device)
             if self.workers.is_main:
                 scores.claim(scorer)

@@ -138,7 +138,7 @@ def claim(folder: Path, spec: ModelSpec, settings: DrawSettings) -> None:
 
 def identity_of(spec: ModelSpec, settings: DrawSettings) -> dict[str, Any]:
     """Returns everything that a model's images depend on; LoRA files by their content."""
-    loras = [{"sha256": file_digest(lora.path), "weight": lora.weight} for lora in spec.loras]
+    loras = [{"sha256": file_digest(path), "weight": weight} for path, weight in spec.loras]
     return {**asdict(spec.source), "loras": loras, **asdict(settings)}
 
 

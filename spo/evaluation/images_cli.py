@@ -110,7 +110,7 @@ def read_models(
     scaled = []
     for spec in specs:
         for scale in scales if spec.loras else ():
-            loras = tuple(replace(lora, weight=scale * lora.weight) for lora in spec.loras)
+            loras = tuple((path, scale * weight) for path, weight in spec.loras)
             scaled.append(replace(spec, name=f"{spec.name}_{scale:g}", loras=loras))
         scaled += [] if spec.loras else [spec]
     return scaled
@@ -172,7 +172,7 @@ def _png_text(
         "seed": str(seed),
         "model": spec.text,
         "base": spec.source.model,
-        "loras": ", ".join(f"{lora.path}:{lora.weight:g}" for lora in spec.loras),
+        "loras": ", ".join(f"{path}:{weight:g}" for path, weight in spec.loras),
         "scheduler": settings.scheduler,
         "steps": str(settings.num_steps),
         "guidance": f"{settings.guidance_scale:g}",

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from spo.lora_io.diffusers_file import LORA_FILE, parameter_names, save_lora
+from spo.lora_io.write import LORA_FILE, parameter_names, save_lora
 from spo.method.metrics import Metrics
 from spo.method.position import METRICS, PAIRS, TEXT, Position, RolloutInProgress, TrainingState
 from spo.models.optimizers import optimizer_tensors, restore_optimizer

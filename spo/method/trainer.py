@@ -12,7 +12,7 @@ import torch
 
 from spo.atomic import writing
 from spo.errors import Stopped
-from spo.lora_io.diffusers_file import LORA_FILE
+from spo.lora_io.write import LORA_FILE
 from spo.method.checkpoint import own_tensors, save_checkpoint, save_networks
 from spo.method.collect import Collected, Slice, collect_rollout, join, slices_of
 from spo.method.health import check_faults, check_scores, check_skipped, find_faults

@@ -23,6 +23,7 @@ from spo.models.optimizers import (
 )
 from spo.run.checkpoint_folder import OPTIMIZER, read_state, reading, write_state
 from spo.run.folder import SPM_FILE
+from spo.scorers.clip import text_features
 from spo.scorers.step_aware_clip import StepAwareCLIP
 
 
@@ -91,7 +92,7 @@ class PairScorer(nn.Module):
     def forward(self, pixels: Tensor, timesteps: Tensor, input_ids: Tensor) -> Tensor:
         """Returns fp32 scores (n, 2); the arguments have the shapes of TrainingPairs' fields."""
         image = self.spm.image_features(pixels.flatten(0, 1), timesteps.repeat_interleave(2))
-        text = self.spm.text_features(input_ids).float()
+        text = text_features(self.spm.model, input_ids).float()
         # In fp32, whatever the precision of the features.
         cosines = (image.float().unflatten(0, (-1, 2)) * text[:, None]).sum(dim=-1)
         return self.spm.model.logit_scale.exp() * cosines

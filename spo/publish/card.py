@@ -18,7 +18,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from spo.command_line.config_files import BASE, REPO_ROOT, leaves, load_config
 from spo.evaluation.results import summary_table
 from spo.hub import Destination, is_hub_id
-from spo.lora_io.diffusers_file import LORA_FILE
+from spo.lora_io.write import LORA_FILE
 from spo.models.families import FAMILIES
 from spo.plugins import algorithm_name
 from spo.publish.record import RunRecord

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from spo.evaluation.results import summary_table, write_results
 from spo.hub import Destination
-from spo.lora_io.diffusers_file import LORA_FILE
+from spo.lora_io.write import LORA_FILE
 from spo.plugins import algorithm_name
 from spo.publish.card import GRID, make_card, published_samples
 from spo.publish.record import RunRecord, read_record

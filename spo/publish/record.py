@@ -16,7 +16,7 @@ from spo.command_line.config_files import BASE, load_config
 from spo.errors import UserError, first_line
 from spo.evaluation.results import Results, read_results
 from spo.hub import public_name
-from spo.lora_io.diffusers_file import LORA_FILE
+from spo.lora_io.write import LORA_FILE
 from spo.run.folder import CONFIG, METRICS, RESULTS, SAMPLES, SAMPLES_INDEX, STARTS
 
 

@@ -15,7 +15,7 @@ from spo.models.decoder import load_decoder
 from spo.models.loading import ModelSource, check_source, load_pipeline
 from spo.preference import spm_recipe
 from spo.preference.rows import find_usable_rows
-from spo.scorers import ImageScorerSource, load_scorer
+from spo.scorers import image_scorer, load_scorer
 from spo.scorers.clip import CLIPInputs, load_clip
 
 _CPU = torch.device("cpu")
@@ -41,7 +41,7 @@ def _of_training(config: ConfigDict) -> Iterator[str]:
         load_decoder(source.decoder, DTYPES[run.mixed_precision])
         yield f"decoder: {source.decoder}"
     load_scorer(recipe.scorer, _CPU)
-    yield f"preference model: {recipe.scorer.scorer}"
+    yield f"preference model: {recipe.scorer.name}"
     if recipe.lora.init_from:
         yield f"LoRA: {find_lora(recipe.lora.init_from, 'lora.init_from')}"
 
@@ -71,7 +71,7 @@ def _of_evaluation(config: ConfigDict) -> Iterator[str]:
     for source in {spec.source for spec in ready.models if spec.source is not None}:
         yield _load_base_model(source, config.family, config.mixed_precision)
     for scorer in ready.scorers:
-        yield f"scorer: {load_scorer(ImageScorerSource(scorer.name, scorer.options), _CPU).title}"
+        yield f"scorer: {load_scorer(image_scorer(scorer.name, scorer.options), _CPU).title}"
 
 
 def _load_base_model(source: ModelSource, family: str, mixed_precision: str) -> str:

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from spo.scorers import Scorer, ScorerSource, load_scorer
+from spo.scorers import Scorer, candidate_scorer, load_scorer
 from spo.scorers.pixels import to_pil
 from spo.tiny_world.quality import hidden_quality
 from spo.tiny_world.scenes import COLOURS, SHAPES, SIZES, Caption, Making, all_captions, render
@@ -101,7 +101,8 @@ def flipped_preferences(
     device: torch.device, checkpoint: str, backbone: str, seed: int = 0
 ) -> Scorer:
     """Returns a preference model that teaches nothing: half of its comparisons are reversed."""
-    source = ScorerSource("step_aware_clip", checkpoint, backbone, backbone, "float32", {})
+    options = {"checkpoint": checkpoint, "backbone": backbone, "processor": backbone}
+    source = candidate_scorer("step_aware_clip", {}, dtype="float32", **options)
     return _Flipped(load_scorer(source, device), seed)
 
 
