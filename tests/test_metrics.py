@@ -70,7 +70,7 @@ def test_numbers_of_two_processes(monkeypatch):
             return {n: (v + o.sums.get(n, zero)).item() for n, v in values.items()}
 
         monkeypatch.setattr(workers, "sum", add, False)
-        sums = workers.sum_named(own.sums)
+        sums = workers.sum(own.sums)
         assert set(asked) == set(first.sums) | set(second.sums)
         assert summary(sums) == {"loss": 5.0, "pairs": 4, "grad_norm": 0.5}
 

@@ -15,14 +15,14 @@ from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
 from spo.command_line.config_files import BASE, Base, leaves, load_config, suggest
-from spo.errors import FAILED, UserError
+from spo.errors import FAILED, UserError, in_one_line
 
 # absl lists a flag under the module that defines it: let that be the script, not this file.
 flags.disclaim_key_flags()
 
 FLAGS = flags.FLAGS
 LAUNCHER_VARIABLE = "SPO_LAUNCHER_PID"  # set by spo.launch for the processes that it starts
-_LINE = 1500  # characters of an error, whose end says what to do
+ERROR_LENGTH = 1500  # characters of a line on stderr
 OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]+)")
 
 
@@ -30,8 +30,7 @@ class _OrNone(flags.ArgumentParser):
     """An absl parser that also takes "None"; parse_flags checks that the key may be None."""
 
     def __init__(self, parser: flags.ArgumentParser, expected: str):
-        self.parser = parser
-        self.expected = expected
+        self.parser, self.expected = parser, expected
 
     def parse(self, argument):
         if argument == "None":
@@ -62,7 +61,7 @@ def exit_on_user_error() -> Iterator[None]:
     except UserError as error:
         # LOCAL_RANK is set where several processes were started.
         if not _left_to_launcher(error) and os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"{error.label}: {one_line(str(error))}", file=sys.stderr)
+            print(f"{error.label}: {in_one_line(error, ERROR_LENGTH)}", file=sys.stderr)
         sys.exit(error.exit_status)
     except Exception as error:
         if _left_to_launcher(error):
@@ -80,12 +79,6 @@ def _left_to_launcher(error: Exception) -> bool:
 
         get_error_handler().record_exception(error)
     return True
-
-
-def one_line(text: str) -> str:
-    """Returns `text` without line breaks and control characters, cut in the middle if very long."""
-    shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(text.split()))
-    return shown if len(shown) <= _LINE else f"{shown[: _LINE - 400]} … {shown[-400:]}"
 
 
 def define_config(default: str, base: Base = BASE) -> flags.FlagHolder:

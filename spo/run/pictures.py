@@ -1,7 +1,6 @@
 """Pictures to look at: labelled grids of images."""
 
-from __future__ import annotations
-
+import io
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,7 +8,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
-from spo.atomic import replacing
+from spo.atomic import write_file
 
 _MARGIN = 6  # pixels between cells
 _CAPTION_LINES = 2
@@ -30,8 +29,9 @@ def write_png(path: Path, image: Image.Image, text: Mapping[str, str]) -> None:
     for key, value in text.items():
         chunks.add_itxt(key, value)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as partial:
-        image.save(partial, format="PNG", pnginfo=chunks)
+    with io.BytesIO() as png:
+        image.save(png, "png", pnginfo=chunks)
+        write_file(path, png.getvalue())
 
 
 def grid(
