@@ -1,13 +1,12 @@
 """Writes files whole or not at all, even if the process is killed or the machine stops."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from safetensors import SafetensorError
 
@@ -22,20 +21,11 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:  # safetensors wraps OSError in its own error
+        reason = getattr(error, "strerror", None) or error
         raise RunError(
-            f"cannot write {path}: {_reason(path, error)}; mend that, then go on from the last "
+            f"cannot write {path}: {reason}; mend that, then go on from the last "
             "checkpoint by resume_from=auto."
         ) from error
-
-
-def _reason(path: Path, error: Exception) -> str:
-    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
-    if not (full or "No space left" in str(error)):
-        return getattr(error, "strerror", None) or str(error)
-    disk = path.absolute()
-    while not os.path.ismount(disk):
-        disk = disk.parent
-    return f"no space left on {disk} ({shutil.disk_usage(disk).free / 2**20:,.1f} MiB free)"
 
 
 @contextlib.contextmanager
@@ -59,9 +49,8 @@ def write_file(path: Path, data: bytes) -> None:
 
 def append_line(path: Path, line: str) -> None:
     """Appends a line to a file, in one write."""
-    with path.open("ab") as file:
+    with path.open("ab", buffering=0) as file:
         file.write(line.encode() + b"\n")
-        file.flush()
         os.fsync(file.fileno())
 
 
@@ -117,22 +106,13 @@ def new_output(path: Path) -> Iterator[Path]:
 
     Raises UserError that names --output if writing fails.
     """
-    partial = path.with_name(path.name + PARTIAL)
-    _remove(partial)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        yield partial
-        if path.is_dir():
-            shutil.rmtree(path)
-        partial.replace(path)
+        with TemporaryDirectory(suffix=PARTIAL, dir=path.parent) as folder:
+            partial = Path(folder) / path.name
+            yield partial
+            if path.is_dir():
+                shutil.rmtree(path)
+            partial.replace(path)
     except (OSError, SafetensorError) as error:
         raise UserError(f"--output: cannot write {path} ({error}).") from error
-    finally:
-        _remove(partial)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)

@@ -1,7 +1,5 @@
 """Reads files by a path or hf://user/repo/file, and names repos of the Hugging Face Hub."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 

@@ -29,25 +29,20 @@ OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]+)")
 class _OrNone(flags.ArgumentParser):
     """An absl parser that also takes "None"; parse_flags checks that the key may be None."""
 
-    def __init__(self, parser: flags.ArgumentParser, expected: str):
-        self.parser, self.expected = parser, expected
+    def __init__(self, parser: flags.ArgumentParser):
+        self.parser = parser
 
     def parse(self, argument):
-        if argument == "None":
-            return None
-        try:
-            return self.parser.parse(argument)
-        except (TypeError, ValueError):
-            raise ValueError(f"expected {self.expected}") from None
+        return None if argument == "None" else self.parser.parse(argument)
 
     def flag_type(self) -> str:
         return self.parser.flag_type()
 
 
-config_flags.register_flag_parser_for_type(float, _OrNone(flags.FloatParser(), "a number"))
-config_flags.register_flag_parser_for_type(int, _OrNone(flags.IntegerParser(), "a whole number"))
-config_flags.register_flag_parser_for_type(bool, _OrNone(flags.BooleanParser(), "true or false"))
-config_flags.register_flag_parser_for_type(str, _OrNone(flags.ArgumentParser(), "text"))
+config_flags.register_flag_parser_for_type(float, _OrNone(flags.FloatParser()))
+config_flags.register_flag_parser_for_type(int, _OrNone(flags.IntegerParser()))
+config_flags.register_flag_parser_for_type(bool, _OrNone(flags.BooleanParser()))
+config_flags.register_flag_parser_for_type(str, _OrNone(flags.ArgumentParser()))
 
 
 @contextmanager
@@ -59,7 +54,7 @@ def exit_on_user_error() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        # LOCAL_RANK is set where several processes were started.
+        # LOCAL_RANK is set if several processes were started.
         if not _left_to_launcher(error) and os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"{error.label}: {in_one_line(error, ERROR_LENGTH)}", file=sys.stderr)
         sys.exit(error.exit_status)
@@ -126,7 +121,10 @@ def changed(config: ConfigDict, changes: str) -> ConfigDict:
 
 def _lay_over(config: ConfigDict, argv: list[str], values: flags.FlagValues) -> list[str]:
     """Applies the overrides in `argv` to `config`; returns the arguments that are not flags."""
-    _check_keys(argv, list(leaves(config)))
+    known = list(leaves(config))
+    for match in filter(None, map(OVERRIDE.match, argv)):
+        if match[1] not in known:
+            raise UserError(f"config: unknown key {match[1]}{suggest(match[1], known)}")
     try:
         # Replaces define_config's flag, and defines a flag for each override.
         config_flags.DEFINE_config_dict(
@@ -134,7 +132,7 @@ def _lay_over(config: ConfigDict, argv: list[str], values: flags.FlagValues) -> 
         )
         positional = values(argv)
     except flags.Error as error:
-        # absl says "flag --config.train.beta=x: expected a number".
+        # absl says "flag --config.train.beta=x: could not convert string to float: 'x'".
         raise UserError(str(error).replace("flag --config.", "config: ", 1)) from error
     optional = leaves(config, only_optional=True)
     for key, value in values["config"].override_values.items():
@@ -155,9 +153,3 @@ def _take_config_path(argv: list[str]) -> tuple[str, list[str]]:
         if not path:
             raise UserError("--config needs a file, e.g. --config=config/sd15.py")
     return path, others
-
-
-def _check_keys(argv: list[str], known: list[str]) -> None:
-    for match in filter(None, map(OVERRIDE.match, argv)):
-        if match[1] not in known:
-            raise UserError(f"config: unknown key {match[1]}{suggest(match[1], known)}")

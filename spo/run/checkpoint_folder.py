@@ -16,7 +16,7 @@ from spo.run.folder import CHECKPOINTS
 
 STATE = "training_state.json"
 OPTIMIZER = "optimizer.safetensors"
-MANIFEST = "manifest.json"  # size and SHA-256 of every other file
+_MANIFEST = "manifest.json"  # size and SHA-256 of every other file
 DAMAGED = ".damaged"
 # Raised by reading a damaged or foreign checkpoint.
 READ_ERRORS = (*LOAD_ERRORS, KeyError, TypeError, AttributeError)
@@ -62,7 +62,7 @@ def checkpoints(run_dir: Path) -> list[Path]:
 def find_fault(folder: Path) -> str | None:
     """Returns the fault in the files of a checkpoint, by its manifest, or None."""
     try:
-        files = json.loads((folder / MANIFEST).read_text())
+        files = json.loads((folder / _MANIFEST).read_text())
         for name, wanted in files.items():
             size = (folder / name).stat().st_size
             if size != wanted["size"]:
@@ -72,7 +72,7 @@ def find_fault(folder: Path) -> str | None:
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
     except READ_ERRORS as error:
-        return f"{MANIFEST} cannot be used: {first_line(error)}"
+        return f"{_MANIFEST} cannot be used: {first_line(error)}"
     return None
 
 
@@ -108,7 +108,7 @@ def _seal(folder: Path) -> None:
         files[name] = {"size": path.stat().st_size, "sha256": _sha256(path)}
     for inner in (p for p in folder.rglob("*") if p.is_dir()):
         sync_folder(inner)
-    write_file(folder / MANIFEST, json.dumps(files, indent=1).encode())
+    write_file(folder / _MANIFEST, json.dumps(files, indent=1).encode())
 
 
 def _sha256(path: Path) -> str:

@@ -64,7 +64,7 @@ def read_metrics(run_dir: Path) -> list[dict]:
 
 
 def drop_metrics_after(run_dir: Path, last: int, counter: str = "rollout") -> None:
-    """Deletes metrics with `counter` past `last`, which a resumed run writes again, and damaged lines."""
+    """Deletes damaged metrics, and metrics with `counter` past `last`, which a resumed run repeats."""
     path = run_dir / METRICS
     if not path.exists():
         return

@@ -10,8 +10,7 @@ from ml_collections import ConfigDict
 from spo.command_line.config_files import leaves
 from spo.errors import UserError
 from spo.launch.batch_plan import UpdatePlan
-from spo.run.checkpoint_folder import MANIFEST, STATE, find_fault
-from spo.run.checkpoint_folder import checkpoints as checkpoints_of
+from spo.run.checkpoint_folder import checkpoints, find_fault
 from spo.run.folder import METRICS, versions
 
 
@@ -33,7 +32,7 @@ def find_checkpoint(run_dir: Path, run_name: str, resume_from: str) -> Resume:
 
     Raises UserError if there is none, and if a new run would overwrite one that is there.
     """
-    own = checkpoints_of(run_dir)
+    own = checkpoints(run_dir)
     if resume_from == "auto":
         if not run_name:
             raise UserError("resume_from: auto goes on with a run; say which one by run_name.")
@@ -62,15 +61,11 @@ def find_checkpoint(run_dir: Path, run_name: str, resume_from: str) -> Resume:
 
 def _named_checkpoint(name: str, run_dir: Path, own: list[Path]) -> Path:
     folder = Path(name).expanduser()
-    if not any((folder / file).is_file() for file in (MANIFEST, STATE)):
-        raise UserError(
-            f"resume_from: {folder} is not a checkpoint; name a folder of "
-            "runs/NAME/checkpoints, or run_name=NAME and resume_from=auto."
-        )
     fault = find_fault(folder)
     if fault is not None:
         raise UserError(
-            f"resume_from: {folder} is damaged ({fault}); name the checkpoint before it."
+            f"resume_from: {folder} is not a checkpoint, or is damaged ({fault}); name another folder "
+            "of runs/NAME/checkpoints, or run_name=NAME and resume_from=auto."
         )
     if own and folder.resolve() == own[-1].resolve():
         return own[-1]
@@ -116,9 +111,9 @@ def changes(
             f"resume: {processes} processes before, {plan.num_processes} from here on: prompts, "
             "noise and the order of the pairs stay, sums are rounded otherwise"
         )
-    found = versions()
-    others = {name: now for name, now in found.items() if state["versions"].get(name) != now}
-    if others:
-        changed = (f"{name} {state['versions'].get(name)} -> {now}" for name, now in others.items())
+    then = state["versions"]
+    pairs = [(name, then.get(name), now) for name, now in versions().items()]
+    changed = [f"{name} {before} -> {now}" for name, before, now in pairs if before != now]
+    if changed:
         lines.append(f"resume: other versions than before: {', '.join(changed)}")
     return lines

@@ -1,10 +1,9 @@
 """Writes the numbers and pictures of a run to its directory, and to the tracker of the config."""
 
-import contextlib
 import json
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +34,11 @@ class TrackerSettings(Checked, section="tracker"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.name == "tensorboard":
-            try:
-                import torch.utils.tensorboard  # noqa: F401
-            except ImportError as error:
-                raise UserError(
-                    'tracker.name: tensorboard is not installed; pip install "spo[tensorboard]", '
-                    "or tracker.name=none."
-                ) from error
+        if self.name == "tensorboard" and find_spec("tensorboard") is None:
+            raise UserError(
+                'tracker.name: tensorboard is not installed; pip install "spo[tensorboard]", or '
+                "tracker.name=none."
+            )
 
 
 def has_wandb_key() -> bool:
@@ -51,17 +47,14 @@ def has_wandb_key() -> bool:
     return bool(os.environ.get("WANDB_API_KEY") or get_netrc_auth(host))
 
 
-def _start_tracker(name: str, project: str, run_dir: Path) -> GeneralTracker:
+def _make_tracker(name: str, project: str, run_dir: Path) -> GeneralTracker:
     if name == "tensorboard":
-        tracker = TensorBoardTracker(project, logging_dir=run_dir)
-    else:
-        mode = os.environ.get("WANDB_MODE")
-        if not (mode or has_wandb_key()):
-            mode = "offline"
-            print(f"wandb: offline, no API key is set; later: wandb sync {run_dir}/wandb/offline-*")
-        tracker = WandBTracker(project, name=run_dir.name, dir=str(run_dir), mode=mode)
-    tracker.start()
-    return tracker
+        return TensorBoardTracker(project, logging_dir=run_dir)
+    mode = os.environ.get("WANDB_MODE")
+    if not (mode or has_wandb_key()):
+        mode = "offline"
+        print(f"wandb: offline, no API key is set; later: wandb sync {run_dir}/wandb/offline-*")
+    return WandBTracker(project, name=run_dir.name, dir=str(run_dir), mode=mode)
 
 
 class Tracking:
@@ -75,18 +68,16 @@ class Tracking:
         self._run_dir = run_dir
         self._tracker: GeneralTracker | None = None
         if tracker != "none":
-            with self._tracker_may_fail():
-                self._tracker = _start_tracker(tracker, project, run_dir)
-                self._tracker.store_init_configuration(_flat(config))
+            self._tracker = _make_tracker(tracker, project, run_dir)
+            self._tell("start")
+            self._tell("store_init_configuration", _flat(config))
 
     def log(self, metrics: dict[str, Any], step: int) -> None:
         """Appends a line to metrics.jsonl and tells the tracker."""
         path = self._run_dir / METRICS
         with writing(path):
             append_line(path, json.dumps(metrics))
-        if self._tracker is not None:
-            with self._tracker_may_fail():
-                self._tracker.log(_flat(metrics), step=step)
+        self._tell("log", _flat(metrics), step=step)
 
     def picture(self, name: str, image: Image.Image, step: int) -> Path:
         """Saves a picture as `name`.png in the run directory and sends it to the tracker."""
@@ -94,24 +85,21 @@ class Tracking:
         with writing(path):
             path.parent.mkdir(exist_ok=True)
             write_png(path, image, {})
-        if self._tracker is not None:
-            images, options = [image], {}
-            if isinstance(self._tracker, TensorBoardTracker):
-                images, options = np.asarray(image)[None], {"dataformats": "NHWC"}
-            with self._tracker_may_fail():
-                self._tracker.log_images({path.parent.name: images}, step=step, **options)
+        images, options = [image], {}
+        if isinstance(self._tracker, TensorBoardTracker):
+            images, options = np.asarray(image)[None], {"dataformats": "NHWC"}
+        self._tell("log_images", {path.parent.name: images}, step=step, **options)
         return path
 
     def close(self) -> None:
         """Finishes the tracker's run."""
-        if self._tracker is not None:
-            with self._tracker_may_fail():
-                self._tracker.finish()
+        self._tell("finish")
 
-    @contextlib.contextmanager
-    def _tracker_may_fail(self) -> Iterator[None]:
+    def _tell(self, method: str, *arguments: Any, **options: Any) -> None:
+        """Calls a method of the tracker, if there is one that works."""
         try:
-            yield
+            if self._tracker is not None:
+                getattr(self._tracker, method)(*arguments, **options)
         except Exception as error:  # whatever the tracker's network, service and files raise
             self._tracker = None
             tqdm.write(
