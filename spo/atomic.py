@@ -83,23 +83,6 @@ def sync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
-def check_output(path: Path, mark: str | None, overwrite: bool) -> None:
-    """Raises UserError unless `path` may be written, as a folder or as a .safetensors file.
-
-    `mark` is a file that every folder of this kind has, and only folders with it are overwritten;
-    None stands for a .safetensors file.
-    """
-    if (path.suffix == ".safetensors") != (mark is None):
-        wanted = "end in .safetensors" if mark is None else "be a folder"
-        raise UserError(f"--output: {path} must {wanted}.")
-    if not path.exists():
-        return
-    if not overwrite:
-        raise UserError(f"--output: {path} exists; choose another, or add --overwrite.")
-    if path.is_dir() if mark is None else not (path / mark).is_file():
-        raise UserError(f"--output: {path} holds something else, and is not overwritten.")
-
-
 @contextlib.contextmanager
 def new_output(path: Path) -> Iterator[Path]:
     """Yields a temporary path that replaces the file or folder `path` on exit; errors remove it.

@@ -53,15 +53,14 @@ def exit_on_user_error() -> Iterator[None]:
     """
     try:
         yield
-    except UserError as error:
-        # LOCAL_RANK is set if several processes were started.
-        if not _left_to_launcher(error) and os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"{error.label}: {in_one_line(error, ERROR_LENGTH)}", file=sys.stderr)
-        sys.exit(error.exit_status)
     except Exception as error:
-        if _left_to_launcher(error):
-            sys.exit(FAILED)
-        raise
+        if not _left_to_launcher(error):
+            if not isinstance(error, UserError):
+                raise
+            # LOCAL_RANK is set if several processes were started.
+            if os.environ.get("LOCAL_RANK", "0") == "0":
+                print(f"{error.label}: {in_one_line(error, ERROR_LENGTH)}", file=sys.stderr)
+        sys.exit(getattr(error, "exit_status", FAILED))
 
 
 def _left_to_launcher(error: Exception) -> bool:

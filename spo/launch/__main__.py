@@ -15,22 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-try:
-    from ml_collections import ConfigDict
+from ml_collections import ConfigDict
 
-    from spo.command_line.config_files import BASE, EVAL_BASE, SPM_BASE
-    from spo.command_line.flags import define_config, exit_on_user_error, parse_flags
-    from spo.errors import UserError
-    from spo.launch.batch_plan import UpdatePlan, plan_batches, plan_updates
-    from spo.launch.processes import World, run
-    from spo.plugins import find
-except ModuleNotFoundError as error:  # a machine where nothing is installed yet
-    print(
-        f"error: {sys.executable} has no {error.name}: run `bash scripts/setup_env.sh` first, or, "
-        "without a GPU, `bash launch_tiny.sh`, which trains a tiny model on the CPU",
-        file=sys.stderr,
-    )
-    sys.exit(2)
+from spo.command_line.config_files import BASE, EVAL_BASE, SPM_BASE
+from spo.command_line.flags import define_config, exit_on_user_error, parse_flags
+from spo.errors import UserError
+from spo.launch.batch_plan import UpdatePlan, plan_batches, plan_updates
+from spo.launch.processes import World, run
+from spo.plugins import find
 
 PORT = 29500  # of the first machine, as everywhere in torch
 
