@@ -11,9 +11,7 @@ CONFIG = define_config("config/sdxl.py")
 
 
 def main(_):
-    from spo.method.trainer import (
-        train,  # here, so that a bad command line fails before torch loads
-    )
+    from spo.method.start import train  # a bad command line fails before torch loads
 
     with exit_on_user_error():
         train(CONFIG.value)

@@ -6,7 +6,8 @@ import torch
 from diffusers import AutoencoderTiny, DDIMScheduler
 
 from spo.method.ddim import DDIM
-from spo.models.backbone import Backbone, ModelSource
+from spo.models.backbone import Backbone
+from spo.models.loading import ModelSource
 from spo.models.lora import Lora, add_lora
 from spo.scorers import ScorerSource
 from spo.types import Conditioning, PreferencePairs

@@ -15,7 +15,7 @@ import torch
 from spo.command_line.config_files import load_config
 from spo.errors import UserError
 from spo.method.losses import GradSPO
-from spo.method.trainer import train
+from spo.method.start import train
 
 ROOT = Path(__file__).resolve().parent.parent
 LORA = "pytorch_lora_weights.safetensors"

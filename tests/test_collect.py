@@ -9,6 +9,7 @@ from helpers import PROMPTS
 from spo.method.collect import CollectSettings, collect_rollout
 from spo.method.pairs import Chosen, PairSettings, best_worst
 from spo.method.rollout import RolloutSettings
+from spo.scorers import Scorer
 
 SETTINGS = CollectSettings(
     rollout=RolloutSettings(
@@ -55,7 +56,7 @@ def none_of_the_first(scores, generator):
     return Chosen(chosen.win[1:], chosen.lose[1:], chosen.prompts[1:])
 
 
-class Means:
+class Means(Scorer):
     """Scores what it is shown by its mean, and keeps it."""
 
     def __init__(self, looks_at=None):

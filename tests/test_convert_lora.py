@@ -25,7 +25,8 @@ from spo.lora_io.diffusers_file import LORA_FILE, save_lora
 from spo.lora_io.find import find_lora
 from spo.lora_io.read import read_lora_file
 from spo.lora_io.write import LoraModule, LoraWeights
-from spo.models.backbone import Backbone, ModelSource
+from spo.models.backbone import Backbone
+from spo.models.loading import ModelSource
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = str(ROOT / "assets" / "tiny" / "sd15")  # stored in fp16

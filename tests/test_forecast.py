@@ -18,7 +18,7 @@ from spo.costs.weightless_models import META
 from spo.launch import __main__ as launch
 from spo.launch.batch_plan import plan_batches
 from spo.method.metrics import time_left
-from spo.method.trainer import train
+from spo.method.start import train
 from tests.small_runs import small_config as run_config
 
 GIB = 2**30

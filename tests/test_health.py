@@ -16,6 +16,7 @@ from spo.method.health import Fault, check_images, check_skipped, find_faults
 from spo.method.learner import Learner, Step
 from spo.models.optimizers import Update
 from spo.run.checkpoint_folder import checkpoints, read_state
+from spo.scorers import Scorer
 from spo.types import Candidates
 from tests.small_runs import LORA, read_metrics, run, run_in_processes
 
@@ -90,7 +91,7 @@ def test_an_image_that_is_not_finite_has_no_score(value):
     latents = torch.zeros(2, 3, 4, 8, 8)
     latents[1, 2, 0, 0, 0] = value
 
-    class Blind:
+    class Blind(Scorer):
         def score(self, images, features, timestep):
             return torch.ones(len(images))
 

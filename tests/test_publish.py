@@ -25,7 +25,8 @@ from spo.evaluation.results import ModelInfo, Results, ScorerInfo, write_results
 from spo.hub import Destination, is_hub_id
 from spo.lora_io.diffusers_file import save_lora
 from spo.method.build import read_recipe
-from spo.models.backbone import Backbone, ModelSource
+from spo.models.backbone import Backbone
+from spo.models.loading import ModelSource
 from spo.models.lora import add_lora
 from spo.publish import push as publish
 from spo.publish.card import merge_cards
@@ -110,6 +111,11 @@ def refused(capsys, *arguments):
         push(*arguments)
     (line,) = capsys.readouterr().err.splitlines()
     return caught.value.code, line
+
+
+def squeezed(text):
+    """The text with single spaces: tables are padded to be read as text."""
+    return re.sub(" +", " ", text)
 
 
 def metadata(card):
@@ -208,7 +214,7 @@ def test_the_card_says_what_the_run_recorded(run_dir):
         "@inproceedings{tee2025gradspo",
         "2406.04314",
     ):
-        assert row in card
+        assert row in squeezed(card)
     # Nothing was measured, nothing is claimed.
     shutil.rmtree(run_dir / "evaluation_pickapic")
     assert "Results" not in (lay_out(run_dir, to).folder / "README.md").read_text()
@@ -256,7 +262,7 @@ def test_sdxl_with_a_vae_of_its_own_and_another_scorer(run_dir):
     compile(code, "snippet", "exec")
     for line in ("= StableDiffusionXLPipeline.from_pretrained(", "vae=vae,", 'variant="fp16",'):
         assert line in code
-    assert "| preference model | yuvalkirstain/PickScore_v1 |" in card
+    assert "| preference model | yuvalkirstain/PickScore_v1 |" in squeezed(card)
     assert metadata(card)["license"] == "openrail++" and "spo" in metadata(card)["tags"]
     assert "GradSPO" not in card and "grad_scale" not in card and "ema_decay" not in card
 
@@ -276,7 +282,9 @@ def test_a_loss_of_ones_own_is_called_by_its_name_and_cites_nobody(run_dir, algo
     layout = lay_out(run_dir, Destination("user/name"))
     card = (layout.folder / "README.md").read_text()
     assert metadata(card)["tags"][-1] == name and f"## {name} on sd15" in card
-    assert f"| algorithm | {algorithm} |" in card and layout.summary.startswith(f"{name} LoRA, ")
+    assert f"| algorithm | {algorithm} |" in squeezed(card) and layout.summary.startswith(
+        f"{name} LoRA, "
+    )
     assert "bibtex" not in card and "Citation" not in card and "2406.04314" not in card
 
 
@@ -289,7 +297,7 @@ def test_a_setting_is_in_the_card_if_it_differs_from_the_family_s_default(run_di
         changed.update_from_flattened_dict({k.replace("__", "."): v for k, v in changes.items()})
         save_config(changed, run_dir / "config.json")
         card = (lay_out(run_dir, Destination("user/name")).folder / "README.md").read_text()
-        return dict(re.findall(r"\| ((?:lora|sample|train)\.\w+) \| (.*) \|", card))
+        return dict(re.findall(r"\| ((?:lora|sample|train)\.\w+) \| (.*) \|", squeezed(card)))
 
     plain = settings()
     assert plain["lora.rank"] == "64" and "sample.eta" not in plain
@@ -320,7 +328,7 @@ def test_runs_share_a_card_and_keep_each_others_sections(hub, run_dir):
     save_config(config, run_dir / "config.json")
     push(run_dir, "--subfolder=sdxl")
     again = hub.files("user/name")["README.md"].decode()
-    assert again.count("## ") == card.count("## ") and "| train.beta | 77 |" in again
+    assert again.count("## ") == card.count("## ") and "| train.beta | 77 |" in squeezed(again)
     first = again[: again.index("<!-- spo:run", again.index("<!-- spo:run") + 1)]
     assert first in card and "By hand." in first and "sd1_5/pytorch_lora" in first
 

@@ -318,6 +318,7 @@ def test_a_pickle_executes_nothing(stopped, tmp_path, monkeypatch, name, sealed)
     assert not (ROOT / "executed").exists()
 
 
+@pytest.mark.slow
 def test_two_processes_stop_together_and_go_on(tmp_path):
     """Only one of them gets the signal; half an update is accumulated, differently on each."""
     whole, folder = tmp_path / "whole", tmp_path / "run"

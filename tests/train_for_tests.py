@@ -51,7 +51,7 @@ def main(_):
 
     from spo.launch.workers import Workers
     from spo.method.learner import Learner
-    from spo.method.trainer import train
+    from spo.method.start import train
 
     sent, exchange = [], dist.all_to_all_single
 

@@ -128,28 +128,18 @@ def read_results(folder: Path) -> Results:
     try:
         content = json.loads(path.read_text())
         scorers = tuple(ScorerInfo(**scorer) for scorer in content["scorers"])
-        rows = content["prompts"]
-        models = tuple(
-            ModelInfo(
-                **model,
-                files=tuple(row["images"][model["name"]]["file"] for row in rows),
-                scores={
-                    scorer.name: tuple(
-                        row["images"][model["name"]]["scores"][scorer.name] for row in rows
-                    )
-                    for scorer in scorers
-                },
-            )
-            for model in content["models"]
-        )
+        rows, models = content["prompts"], []
+        for model in content["models"]:
+            images = [row["images"][model["name"]] for row in rows]
+            files = tuple(image["file"] for image in images)
+            scores = {s.name: tuple(image["scores"][s.name] for image in images) for s in scorers}
+            models.append(ModelInfo(**model, files=files, scores=scores))
         return Results(
-            title=content["title"],
-            settings=content["settings"],
-            versions=content["versions"],
+            **{name: content[name] for name in ("title", "settings", "versions")},
             scorers=scorers,
             prompts=tuple(row["prompt"] for row in rows),
             seeds=tuple(row["seed"] for row in rows),
-            models=models,
+            models=tuple(models),
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is not the results.json of an evaluation: {error!r}") from error

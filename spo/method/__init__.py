@@ -12,6 +12,7 @@
     checkpoint.py   how far a run is, on disk
     build.py        config -> values, once
     preflight.py    every check before a model loads
+    start.py        config -> processes, models, session -> the loop
     trainer.py      the loop
     replay.py       the official code's traces, through the same functions
 
@@ -39,7 +40,7 @@ _HOME = {
     "Recipe": "build",
     "read_recipe": "build",
     "Trainer": "trainer",
-    "train": "trainer",
+    "train": "start",
 }
 __all__ = list(_HOME)
 

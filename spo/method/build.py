@@ -1,7 +1,5 @@
 """From the config to frozen values, once; and every check that is possible before a model loads."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Mapping

@@ -19,7 +19,7 @@ from spo.method.pairs import (
     make_pairs,
     no_pairs,
 )
-from spo.method.position import Position, epoch_order
+from spo.method.position import Position, TrainingState, chunks_left, epoch_order
 from spo.method.rollout import RolloutSettings, stepwise_rollout
 from spo.models import lora
 from spo.seeding import derive_seed
@@ -177,13 +177,10 @@ def slices_of(
 
 def first_slices(num_prompts: int, plan: BatchPlan, seed: int, rollouts: int) -> list[Slice]:
     """Returns the slices of process 0 of a run's first `rollouts` in its first epoch."""
-    order, size = epoch_order(num_prompts, seed, epoch=0), plan.prompts_per_rollout
-    starts = range(0, num_prompts, size)[:rollouts]
-    return [
-        part
-        for i, start in enumerate(starts)
-        for part in slices_of(
-            order[start : start + size], plan, seed, Position(rollouts_in_epoch=i), rank=0
-        )
-        if part.prompt_ids
+    order = epoch_order(num_prompts, seed, epoch=0)
+    chunks = chunks_left(order, TrainingState(Position()), plan.prompts_per_rollout)
+    slices = [
+        slices_of(chunk, plan, seed, Position(rollouts_in_epoch=i), rank=0)
+        for i, chunk in enumerate(chunks[:rollouts])
     ]
+    return [part for own in slices for part in own if part.prompt_ids]

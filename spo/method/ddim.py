@@ -4,8 +4,6 @@ Equations are those of Song et al., Denoising Diffusion Implicit Models, arXiv 2
 `abar` is `alphas_cumprod[t]`. A timestep is an int, or a tensor (n,) with one per row of the latents.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -43,7 +41,7 @@ TIMESTEPS: dict[str, Timesteps] = {"leading": leading, "trailing": trailing}
 
 @dataclass(frozen=True)
 class SamplerSettings(Checked, section="sample"):
-    """How candidates are denoised; `config.sample` explains each."""
+    """Settings of the sampler; `config.sample` explains each."""
 
     num_steps: int = number(NUM_STEPS, lambda v: 1 <= v <= 1000)
     eta: float = number(
@@ -58,7 +56,7 @@ class SamplerSettings(Checked, section="sample"):
 
 @dataclass(frozen=True)
 class NoiseSchedule:
-    """How a base model adds noise, and how its output is read."""
+    """A base model's noise schedule, and the meaning of its output."""
 
     alphas_cumprod: Tensor  # (T,) fp32, on the device of the latents
     prediction_type: str  # "epsilon", "v_prediction" or "sample"

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class UpdateSettings(Checked, section="train"):
-    """How minibatches become updates; `config.train` explains each."""
+    """Settings of the updates; `config.train` explains each."""
 
     accumulation_steps: int  # minibatches of one optimizer step
     guidance_scale: float  # sample.guidance_scale
@@ -55,7 +55,7 @@ class Step:
 
     @property
     def is_update(self) -> bool:
-        """Whether the policy moved."""
+        """True if the policy moved."""
         return self.update is not None and not self.update.skipped
 
     def note(self, metrics: Metrics) -> None:

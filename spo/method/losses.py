@@ -4,8 +4,6 @@ A loss of your own is a class like `GradSPO`, named "module:name" in `config.alg
 are filled by name from `config.train`, further ones from `config.train.loss_kwargs`.
 """
 
-from __future__ import annotations
-
 import inspect
 import math
 from collections.abc import Callable, Mapping

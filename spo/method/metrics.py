@@ -1,7 +1,5 @@
 """Named numbers of a rollout and its training, averaged over processes; one line per number."""
 
-from __future__ import annotations
-
 import re
 import resource
 import sys

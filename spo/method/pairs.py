@@ -1,7 +1,5 @@
 """Scores of candidates -> a rule chooses winners and losers -> preference pairs."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -43,7 +41,7 @@ PAIRINGS: dict[str, Pairing] = {"best_worst": best_worst}
 
 @dataclass(frozen=True)
 class PairSettings(Checked, section="sample"):
-    """Which pairs a comparison gives; `config.sample` explains each."""
+    """Settings of the pairs of a comparison; `config.sample` explains each."""
 
     pairing: str
     threshold: float = number(
@@ -62,7 +60,7 @@ class PairSettings(Checked, section="sample"):
 
     @property
     def one_x_t(self) -> bool:
-        """Whether win and lose of every pair share x_t, which is then kept once."""
+        """True if win and lose of every pair share x_t, which is then kept once."""
         one_transition = self.num_inner_steps == 0 and self.final_step == "branch"
         return self.shares_latents or one_transition
 

@@ -1,4 +1,4 @@
-"""How far a run has come: its position, and the rollout whose pairs it is training on."""
+"""The progress of a run: its position, and the rollout whose pairs it is training on."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Position:
-    """How far the run is. A rollout counts once all its pairs have been trained on."""
+    """The progress of a run. A rollout counts once all its pairs have been trained on."""
 
     epochs: int = 0
     rollouts: int = 0  # of all epochs
@@ -105,14 +105,14 @@ PAIRS, TEXT, METRICS = "pairs.", "conditioning.", "metrics."
 
 @dataclass(frozen=True)
 class TrainingState:
-    """How far a run has come, as one of its processes sees it."""
+    """The progress of a run, as one of its processes sees it."""
 
     position: Position
     rollout: RolloutInProgress | None = None  # None: between rollouts
 
     @property
     def inside_epoch(self) -> bool:
-        """Whether an epoch has begun."""
+        """True if an epoch has begun."""
         return bool(self.position.prompts or self.rollout)
 
     def name(self) -> str:

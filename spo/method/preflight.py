@@ -1,7 +1,5 @@
 """Every check of config and files that is possible before a model loads."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Callable, Mapping

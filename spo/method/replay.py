@@ -4,8 +4,6 @@ Of a trace's tensors only the initial LoRA enters the computation; prompts, seed
 its meta.json.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from pathlib import Path

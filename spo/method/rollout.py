@@ -4,8 +4,6 @@ No gradients, no scores: the candidate that continues is drawn uniformly (SPO, a
 sec. 3), so the rollout runs ahead of the scorer and yields the candidates to be compared.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 

@@ -1,9 +1,5 @@
-"""The start of a training run: config -> processes, models, session -> a trainer at its position."""
+"""The start of a training run: config -> processes, models, session -> the loop."""
 
-from __future__ import annotations
-
-import contextlib
-from collections.abc import Iterator
 from dataclasses import asdict
 
 from ml_collections import ConfigDict
@@ -13,7 +9,7 @@ from spo.launch.workers import Workers
 from spo.method.build import build_learner, build_lora
 from spo.method.checkpoint import load_checkpoint
 from spo.method.position import Position, TrainingState
-from spo.method.preflight import preflight
+from spo.method.preflight import Preflight, preflight
 from spo.method.trainer import Trainer
 from spo.models.device import set_up_device, speed_up
 from spo.models.optimizers import check_optimizer
@@ -21,9 +17,12 @@ from spo.run.session import Session, open_run_dir
 from spo.scorers import load_scorer
 
 
-@contextlib.contextmanager
-def start(config: ConfigDict) -> Iterator[Trainer]:
-    """Yields the trainer of a run, new or resumed, within the processes of `config`."""
+def train(config: ConfigDict) -> None:
+    """Trains in one process, or as one of several that the launcher started.
+
+    Raises UserError for bad input before any model loads, RunError if a run cannot continue, and
+    Stopped after a signal.
+    """
     with Workers(config.rank_timeout) as workers:
         ready = None
         with workers.together():
@@ -31,32 +30,36 @@ def start(config: ConfigDict) -> Iterator[Trainer]:
                 ready = preflight(config, workers.count)
                 check_optimizer(config.train.optimizer, workers.device)
                 open_run_dir(ready.run_dir, config, ready.resume.damaged)
-        ready = workers.from_main(ready)
-        recipe, plan = ready.recipe, ready.plan
-        session = Session(ready.run_dir, workers, ready.resume.checkpoint)
-        session.say(ready.prompts.describe())
-        session.say(plan.describe())
-        set_up_device(workers.device, recipe.run.allow_tf32)
+        make_trainer(workers.from_main(ready), workers).run()
+
+
+def make_trainer(ready: Preflight, workers: Workers) -> Trainer:
+    """Loads the models, restores the checkpoint if there is one, and starts to record."""
+    recipe, plan = ready.recipe, ready.plan
+    session = Session(ready.run_dir, workers, ready.resume.checkpoint)
+    session.say(ready.prompts.describe())
+    session.say(plan.describe())
+    set_up_device(workers.device, recipe.run.allow_tf32)
+    with workers.together():
+        backbone = recipe.load_backbone(workers.device)
+        scorer = load_scorer(recipe.scorer, workers.device)
+        lora = build_lora(recipe, backbone.unet)
+        speed_up(backbone, scorer, recipe.speed)
+    unet = workers.wrap(backbone.unet)
+    learner = build_learner(recipe, backbone, unet, lora, plan.accumulation_steps)
+    state = TrainingState(Position())
+    if session.saved is not None:
         with workers.together():
-            backbone = recipe.load_backbone(workers.device)
-            scorer = load_scorer(recipe.scorer, workers.device)
-            lora = build_lora(recipe, backbone.unet)
-            speed_up(backbone, scorer, recipe.speed)
-        unet = workers.wrap(backbone.unet)
-        learner = build_learner(recipe, backbone, unet, lora, plan.accumulation_steps)
-        state = TrainingState(Position())
-        if session.saved is not None:
-            with workers.together():
-                state = load_checkpoint(session.saved, learner, plan, workers.rank)
-            session.say("\n".join([*ready.resume.describe(), *ready.changes]))
-        lengths = describe_lengths(ready.prompts.prompts, backbone.tokenizers | scorer.tokenizers)
-        session.say(lengths)
-        facts = {
-            "plan": asdict(plan),
-            "prompts": ready.prompts.describe(),
-            "prompt_lengths": lengths,
-            "device": workers.device.type,
-        }
-        session.start(recipe.tracker, recipe.config, facts, "rollout", state.position.rollouts)
-        session.start_publishing(recipe.hub, recipe.push_every)
-        yield Trainer(ready, workers, session, backbone, scorer, learner, state)
+            state = load_checkpoint(session.saved, learner, plan, workers.rank)
+        session.say("\n".join([*ready.resume.describe(), *ready.changes]))
+    lengths = describe_lengths(ready.prompts.prompts, backbone.tokenizers | scorer.tokenizers)
+    session.say(lengths)
+    facts = {
+        "plan": asdict(plan),
+        "prompts": ready.prompts.describe(),
+        "prompt_lengths": lengths,
+        "device": workers.device.type,
+    }
+    session.start(recipe.tracker, recipe.config, facts, "rollout", state.position.rollouts)
+    session.start_publishing(recipe.hub, recipe.push_every)
+    return Trainer(ready, workers, session, backbone, scorer, learner, state)

@@ -28,28 +28,12 @@ from spo.run.folder import METRICS
 from spo.types import PreferencePairs
 
 if TYPE_CHECKING:
-    from ml_collections import ConfigDict
-
     from spo.launch.workers import Workers
     from spo.method.learner import Learner, Step
     from spo.method.preflight import Preflight
     from spo.models.backbone import Backbone
     from spo.run.session import Session
     from spo.scorers import Scorer
-
-
-def train(config: ConfigDict) -> None:
-    """Trains in one process, or as one of several that the launcher started.
-
-    Raises UserError for bad input before any model loads, RunError if a run cannot continue, and
-    Stopped after a signal.
-    """
-    from spo.method.start import (
-        start,  # config, files, processes and models, which the loop is given
-    )
-
-    with start(config) as trainer:
-        trainer.run()
 
 
 class Trainer:
@@ -113,7 +97,7 @@ class Trainer:
 
     @property
     def state(self) -> TrainingState:
-        """How far this process is."""
+        """The progress of this process."""
         return TrainingState(self.position, self.rollout)
 
     @property

@@ -3,8 +3,6 @@
 The only file, besides families.py, that depends on the family of a model.
 """
 
-from __future__ import annotations
-
 import contextlib
 import logging
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Latents -> images, by the base model's VAE or by a tiny decoder for a rollout's candidates."""
 
-from __future__ import annotations
-
 import json
 import logging
 from dataclasses import dataclass

@@ -1,6 +1,4 @@
-"""What makes the same arithmetic faster; `config.compile` and its neighbours explain each."""
-
-from __future__ import annotations
+"""Faster execution of the same arithmetic; `config.compile` and its neighbours explain each."""
 
 import ctypes
 from dataclasses import dataclass
@@ -15,7 +13,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h of glibc
 
 @dataclass(frozen=True)
 class SpeedSettings:
-    """How models run."""
+    """Layout and compilation of the models."""
 
     channels_last: bool
     compile_unet: bool

@@ -1,7 +1,5 @@
 """The families of base models: one row for everything that differs by family and needs no torch."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 

@@ -1,7 +1,5 @@
 """Base models of diffusers: checked by their small files, then loaded and frozen."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -28,7 +26,7 @@ _PIPELINES = {name: getattr(diffusers, family.pipeline) for name, family in FAMI
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Where a base model comes from; `config.pretrained` explains each."""
+    """Names of a base model and its parts; `config.pretrained` explains each."""
 
     model: str
     revision: str | None = None

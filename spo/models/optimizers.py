@@ -1,7 +1,5 @@
 """The optimizers of the LoRA: AdamW, and AdamW with moments of 8 bits."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass

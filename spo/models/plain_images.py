@@ -1,7 +1,5 @@
 """Plain images: DDIM with eta 0, without branching."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,7 +12,7 @@ from spo.seeding import derive_seed
 
 @dataclass(frozen=True)
 class ImageSettings:
-    """How images are drawn without branching; `config.eval` explains each."""
+    """Settings of images drawn without branching; `config.eval` explains each."""
 
     num_steps: int
     guidance_scale: float

@@ -161,13 +161,12 @@ def _settings(record: RunRecord) -> Iterator[tuple[str, str]]:
 
     The default is that of the family, so a setting appears in the card without being listed here.
     """
-    defaults = load_config(str(REPO_ROOT / "config" / f"{record.config.family}.py"), BASE)
+    defaults = leaves(load_config(str(REPO_ROOT / "config" / f"{record.config.family}.py"), BASE))
     shown = _SHOWN | (_SHOWN_OF_GRADSPO if record.config.algorithm == "gradspo" else set())
-    for section in ("lora", "sample", "train"):
-        default = leaves(defaults[section], f"{section}.")
-        for key, value in leaves(record.config[section], f"{section}.").items():
-            if key in shown or key not in default or default[key] != value:
-                yield key, f"{value:g}" if isinstance(value, float) else str(value)
+    for key, value in leaves(record.config).items():
+        differs = key not in defaults or defaults[key] != value
+        if key in shown or (differs and key.startswith(("lora.", "sample.", "train."))):
+            yield key, f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _pairs_per_update(start: dict[str, Any]) -> int | None:

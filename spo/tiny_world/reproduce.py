@@ -19,7 +19,7 @@ from tqdm import tqdm
 from spo.command_line.config_files import leaves, load_config
 from spo.data.prompts import read_prompts
 from spo.method.build import read_recipe
-from spo.method.trainer import train
+from spo.method.start import train
 from spo.run.folder import METRICS
 from spo.run.tables import markdown_table
 from spo.tiny_world.evaluation import Bench, Verdict
