@@ -49,8 +49,9 @@ def write_file(path: Path, data: bytes) -> None:
 
 def append_line(path: Path, line: str) -> None:
     """Appends a line to a file, in one write."""
-    with path.open("ab", buffering=0) as file:
+    with path.open("ab") as file:
         file.write(line.encode() + b"\n")
+        file.flush()
         os.fsync(file.fileno())
 
 

@@ -33,7 +33,10 @@ class _OrNone(flags.ArgumentParser):
         self.parser = parser
 
     def parse(self, argument):
-        return None if argument == "None" else self.parser.parse(argument)
+        try:
+            return None if argument == "None" else self.parser.parse(argument)
+        except (TypeError, ValueError):
+            raise ValueError(f"expected {self.flag_type()}") from None
 
     def flag_type(self) -> str:
         return self.parser.flag_type()
@@ -131,7 +134,7 @@ def _lay_over(config: ConfigDict, argv: list[str], values: flags.FlagValues) -> 
         )
         positional = values(argv)
     except flags.Error as error:
-        # absl says "flag --config.train.beta=x: could not convert string to float: 'x'".
+        # absl says "flag --config.train.beta=x: expected float".
         raise UserError(str(error).replace("flag --config.", "config: ", 1)) from error
     optional = leaves(config, only_optional=True)
     for key, value in values["config"].override_values.items():
