@@ -147,14 +147,15 @@ def _tell(failures: dict[int, ProcessFailure], stopping: bool) -> int:
         print(_STOPPED_OUTSIDE, file=sys.stderr)
         return STOPPED
     rank, first = min(failures.items(), key=lambda item: _order(item[1]))
-    message, trace = "no error is known", ""
+    message, trace = "", ""
     if isinstance(first.message, dict):
         message, trace = first.message["message"], first.message["extraInfo"]["py_callstack"]
     kind, _, text = message.partition(": ")
     if kind in _KINDS:
         print(f"{_KINDS[kind].label}: {in_one_line(text, ERROR_LENGTH)}", file=sys.stderr)
         return first.exitcode
-    end = f"failed (exit code {first.exitcode}): {in_one_line(message, ERROR_LENGTH)}"
+    reason = in_one_line(message or "no error is known", ERROR_LENGTH)
+    end = f"failed (exit code {first.exitcode}): {reason}"
     if first.exitcode < 0:
         end = f"was killed by {first.signal_name()}"
     print(  # below a progress bar

@@ -3,8 +3,6 @@
 In a single process each does its local part only.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 from collections.abc import Iterator, Mapping
@@ -54,7 +52,7 @@ class Workers:
         self.count = self.accelerator.num_processes
         self.is_main = self.accelerator.is_main_process
 
-    def __enter__(self) -> Workers:
+    def __enter__(self) -> "Workers":
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:

@@ -72,12 +72,11 @@ class Session:
     ) -> None:
         """Records the start, and drops metrics with `counter` past `last`: they are written again."""
 
-        def start() -> None:
-            drop_metrics_after(self.run_dir, last, counter)
-            record_start(self.run_dir, {**facts, "resumed_from": str(self.saved or "")})
-            self._tracking = Tracking(self.run_dir, tracker.name, tracker.project, config)
-
-        self.on_main(start)
+        with self.workers.together():
+            if self.workers.is_main:
+                drop_metrics_after(self.run_dir, last, counter)
+                record_start(self.run_dir, {**facts, "resumed_from": str(self.saved or "")})
+                self._tracking = Tracking(self.run_dir, tracker.name, tracker.project, config)
 
     def log(self, line: Mapping[str, Any]) -> None:
         """Appends a line to metrics.jsonl and sends it to the tracker, at its "step"."""
