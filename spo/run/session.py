@@ -71,7 +71,6 @@ class Session:
         last: int,
     ) -> None:
         """Records the start, and drops metrics with `counter` past `last`: they are written again."""
-
         with self.workers.together():
             if self.workers.is_main:
                 drop_metrics_after(self.run_dir, last, counter)
