@@ -15,8 +15,9 @@ from huggingface_hub import constants
 from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
 from safetensors.torch import load_file, save_file
 
+from scripts.convert_lora import check_output
 from spo import hub
-from spo.atomic import check_output, new_output
+from spo.atomic import new_output
 from spo.errors import UserError
 from spo.lora_io import find
 from spo.lora_io.convert import merged_pipeline

@@ -18,6 +18,7 @@ from labelled_pairs import make_row, write_splits
 from safetensors.torch import load_file
 
 from config import spm_tiny
+from scripts.prefetch import prefetch
 from spo.command_line.config_files import leaves
 from spo.errors import RunError, Stopped, UserError
 from spo.launch.__main__ import SCRIPTS, read_config
@@ -27,7 +28,6 @@ from spo.preference.preparation import Preparation
 from spo.preference.spm_recipe import FIXED_KEYS, check_training
 from spo.preference.spm_trainer import train_preference_model
 from spo.run.checkpoint_folder import _seal, checkpoints, read_state
-from spo.run.prefetch import prefetch
 from spo.scorers import load_scorer
 from spo.scorers.clip import clip_config
 from spo.scorers.step_aware_clip import load_step_aware_clip

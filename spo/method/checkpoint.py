@@ -51,8 +51,8 @@ def save_checkpoint(
 ) -> None:
     """Writes a checkpoint, then deletes the oldest beyond `limit` (0 keeps all).
 
-    `shares` are the `own_tensors` of one process after the other, written as they arrive; `facts` are
-    the entries that `resume.changes` reads.
+    `shares` are the `own_tensors` of each process, on the CPU; `facts` are the entries that
+    `resume.changes` reads.
     """
     numbers = {
         "position": asdict(state.position),
