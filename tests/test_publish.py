@@ -21,7 +21,14 @@ from config import tiny
 from scripts import push_to_hub
 from spo.command_line.config_files import load_config, save_config
 from spo.errors import UserError
-from spo.evaluation.results import ModelInfo, Results, ScorerInfo, write_results
+from spo.evaluation.results import (
+    ModelInfo,
+    PromptResult,
+    Results,
+    ScoredImage,
+    ScorerInfo,
+    write_results,
+)
 from spo.hub import Destination, is_hub_id
 from spo.lora_io.diffusers_file import save_lora
 from spo.method.build import read_recipe
@@ -118,21 +125,19 @@ def metadata(card):
 
 def add_evaluation(folder):
     """Results of two models by one scorer on three prompts."""
-    models = [
-        ModelInfo(name, spec, ("a.png", "b.png", "c.png"), {"pickscore": scores})
-        for name, spec, scores in (
-            ("base", f"{HOME}/models/base", (20.0, 21.0, 22.0)),
-            ("GradSPO", f"{HOME}/runs/run", (21.0, 23.0, 22.0)),
-        )
+    scores = {"base": (20.0, 21.0, 22.0), "GradSPO": (21.0, 23.0, 22.0)}
+    specs = {"base": f"{HOME}/models/base", "GradSPO": f"{HOME}/runs/run"}
+    images = [
+        {name: ScoredImage(f"{i}.png", {"pickscore": own[i]}) for name, own in scores.items()}
+        for i in range(3)
     ]
     results = Results(
         title="500 prompts of a test set",
         settings={"prompts": f"{HOME}/prompts.txt", "steps": 20},
         versions={"torch": "2"},
         scorers=(ScorerInfo("pickscore", "PickScore", 100.0),),
-        prompts=("/a", "b", "c"),
-        seeds=(0, 1, 2),
-        models=tuple(models),
+        models=tuple(ModelInfo(name, spec) for name, spec in specs.items()),
+        prompts=tuple(PromptResult(p, i, images[i]) for i, p in enumerate(("/a", "b", "c"))),
     )
     folder.mkdir()
     write_results(results, folder)
