@@ -194,7 +194,7 @@ def test_models_are_compared_on_equal_seeds(config, capsys):
         assert image.text["seed"] == str(written["prompts"][2]["seed"])
     table = (folder_of(config) / "table.md").read_text()
     assert table in capsys.readouterr().out
-    assert "| Brightness x 100 | lora |" in table
+    assert "| Brightness x 100 | lora  |" in table
 
 
 def test_identical_models_have_difference_zero_and_win_half(config):

@@ -50,10 +50,8 @@ class EvaluationSettings(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for key in ("models", "scorers"):
-            names = getattr(self, key)
-            if not all(isinstance(name, str) for name in names):
-                raise UserError(f"{key}: {tuple(names)}: expected only text.")
+        if not all(isinstance(name, str) for name in (*self.models, *self.scorers)):
+            raise UserError("models, scorers: expected only text.")
         unknown = self.scorer_options.keys() - set(self.scorers)
         if unknown:
             raise UserError(f"scorer_options.{min(unknown)}: there is no such scorer in scorers.")

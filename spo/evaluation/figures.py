@@ -28,10 +28,8 @@ _STYLE = {
     "lines.linewidth": 1.3,
     "text.parse_math": False,  # a model's name may hold a dollar sign
     "svg.fonttype": "none",  # text that can be selected, in the page's font
-    **dict.fromkeys(
-        ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK
-    ),
-    "grid.color": INK,
+    **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "grid.color"), INK),
+    **dict.fromkeys(("xtick.color", "ytick.color"), INK),
 }
 
 

@@ -45,11 +45,8 @@ class ImageSet:
 
     def missing(self, batch_size: int) -> list[range]:
         """Returns the batches of which an image is missing."""
-        return [
-            batch
-            for batch in batches(len(self.files), batch_size)
-            if not all(self.files[i].exists() for i in batch)
-        ]
+        every = batches(len(self.files), batch_size)
+        return [batch for batch in every if not all(self.files[i].exists() for i in batch)]
 
     def write(self, index: int, image: Image.Image, prompt: str, seed: int) -> None:
         """Saves the image of prompt `index`, whole or not at all."""
@@ -66,15 +63,11 @@ class ImageSet:
             with Image.open(path) as image:
                 rgb, shown = image.convert("RGB"), image.info.get("prompt", prompt)
         except (OSError, SyntaxError, ValueError) as error:
-            raise UserError(
-                f"{path} is missing or is no image ({error}); delete it and run this again to draw "
-                "it anew, or put the right one there."
-            ) from error
+            reason = f"{path} is missing or is no image ({error})"
+            raise UserError(f"{reason}; delete it and run this again to draw it.") from error
         if shown != prompt:
-            raise UserError(
-                f"{path} shows {shown!r}, but prompt {index} is {prompt!r}: prompts.source "
-                "does not match the images."
-            )
+            reason = f"{path} shows {shown!r}, but prompt {index} is {prompt!r}"
+            raise UserError(f"{reason}: prompts.source does not match the images.")
         return rgb
 
 

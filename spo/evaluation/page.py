@@ -52,10 +52,9 @@ def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, 
     for name, value in values.items():
         if isinstance(value, Mapping) and value:
             yield from _leaves(value, f"{prefix}{name}.")
-        elif isinstance(value, str):
-            yield prefix + name, value
         else:
-            yield prefix + name, json.dumps(value, ensure_ascii=False, default=str)
+            is_text = isinstance(value, str)
+            yield prefix + name, value if is_text else json.dumps(value, ensure_ascii=False)
 
 
 _PAGES.filters["leaves"] = _leaves

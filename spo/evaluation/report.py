@@ -12,7 +12,6 @@ from tqdm import tqdm
 from spo.evaluation import page
 from spo.evaluation.figures import INK, colour, panel_axes, style, to_svg
 from spo.evaluation.results import Results, ScorerInfo, SummaryRow, summarize
-from spo.evaluation.statistics import Estimate
 from spo.run.folder import REPORT
 
 _THUMBNAIL = (256, 256)  # pixels
@@ -33,7 +32,6 @@ def write_report(folder: Path, results: Results, max_prompts: int = 500) -> Path
         title=results.title,
         results=results,
         groups=[{"rows": rows, "figures": _figures(results, rows)} for rows in groups],
-        shown=len(shown),
         gallery=_gallery(folder, results, shown),
         specs={model.name: model.spec for model in results.models},
         colour=colour,
@@ -61,34 +59,31 @@ def _gains(results: Results, scorer: ScorerInfo) -> np.ndarray:
 
 def _figures(results: Results, rows: Sequence[SummaryRow]) -> list[str]:
     """Returns the panels of one scorer as SVG."""
-    scorer, names = rows[0].scorer, [row.model for row in rows]
-    figures = {"means": _plot_estimates("Mean", names, [row.mean for row in rows])}
+    scorer = rows[0].scorer
+    figures = {"means": _plot_estimates("Mean", rows, "mean")}
     if len(rows) > 1:
-        rates = [row.win_rate for row in rows]
-        figures["wins"] = _plot_estimates("Win rate", names, rates, middle=0.5)
+        figures["wins"] = _plot_estimates("Win rate", rows, "win_rate", right=1.0)
         figures["differences"] = _plot_differences(_gains(results, scorer))
     return [to_svg(figure, f"{name} {scorer.name}") for name, figure in figures.items()]
 
 
-def _plot_estimates(
-    title: str,
-    names: Sequence[str],
-    estimates: Sequence[Estimate | None],
-    middle: float | None = None,
-) -> Figure:
-    """Plots a point with its interval for each model; `middle` is a line in the middle from 0."""
+def _plot_estimates(title: str, rows: Sequence[SummaryRow], key: str, right: float = 0) -> Figure:
+    """Plots the estimate `key` of each row as a point with its interval.
+
+    If `right` is given, the axis goes from 0 to `right`, with a line in the middle.
+    """
     with style():
-        figure, axes = panel_axes(len(names))
-        for place, each in enumerate(estimates):
-            if each is not None:
-                axes.plot([each.low, each.high], [place, place], color=colour(place))
-                axes.plot(each.mean, place, "o", color=colour(place))
-        if middle is not None:
-            axes.axvline(middle, color=INK, linewidth=1, linestyle="--")
-            axes.set_xlim(0, 2 * middle)
+        figure, axes = panel_axes(len(rows))
+        for place, row in enumerate(rows):
+            if (estimate := getattr(row, key)) is not None:
+                axes.plot([estimate.low, estimate.high], [place, place], color=colour(place))
+                axes.plot(estimate.mean, place, "o", color=colour(place))
+        if right:
+            axes.axvline(right / 2, color=INK, linewidth=1, linestyle="--")
+            axes.set_xlim(0, right)
         axes.set_title(title)
-        short = [name if len(name) <= 18 else f"{name[:17]}…" for name in names]
-        axes.set_yticks(range(len(names)), short)
+        names = [row.model if len(row.model) <= 18 else f"{row.model[:17]}…" for row in rows]
+        axes.set_yticks(range(len(names)), names)
         axes.set_ylim(len(names) - 0.4, -0.6)
         axes.tick_params(axis="y", length=0)
         axes.grid(False, axis="y")

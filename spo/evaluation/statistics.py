@@ -41,8 +41,7 @@ def bootstrap_mean(values: ArrayLike) -> Estimate:
 
 def paired_difference(base: ArrayLike, other: ArrayLike) -> Estimate:
     """Returns the mean of other - base over n pairs of scores, with its 95 % interval."""
-    pairs = zip(base, other, strict=True)
-    return bootstrap_mean([float(b) - float(a) for a, b in pairs])
+    return bootstrap_mean([float(b) - float(a) for a, b in zip(base, other, strict=True)])
 
 
 def win_rate(base: ArrayLike, other: ArrayLike) -> Estimate:
