@@ -36,7 +36,7 @@ def evaluate(options: argparse.Namespace) -> None:
 
     from spo.command_line.config_files import load_config
     from spo.data.prompts import read_prompts
-    from spo.evaluation.curves import draw_curves
+    from spo.evaluation.run_report import draw_curves
     from spo.method.build import read_recipe
     from spo.run.folder import CONFIG
     from spo.tiny_world.evaluation import Bench, Verdict, before_and_after

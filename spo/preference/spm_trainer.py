@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from spo.atomic import writing
 from spo.errors import RunError
-from spo.evaluation.curves import draw_accuracy
+from spo.evaluation.run_report import draw_curves
 from spo.launch.workers import Workers
 from spo.method.health import check_skipped
 from spo.method.metrics import peak_memory_gib
@@ -234,4 +234,4 @@ class PreferenceTrainer:
         if "accuracy" in line:
             with self.workers.together(), writing(self.session.run_dir):
                 if self.workers.is_main:
-                    draw_accuracy(self.session.run_dir)
+                    draw_curves(self.session.run_dir)

@@ -66,7 +66,7 @@ class Verdict:
         )
         wins = f"{self.win_rate.percent()} of {len(base.quality)} held-out prompts"
         return (
-            f"quality       {quality}\ndifference    {self.difference}\n"
+            f"quality       {quality}\ndifference    {self.difference:+.2f}\n"
             f"win rate      {wins}\nfaithful      {faithful}"
         )
 
