@@ -1,7 +1,5 @@
 """Counts the costs of a run without weights: FLOPs, memory, and the batches that fit on a card."""
 
-from __future__ import annotations
-
 import contextlib
 import weakref
 from collections import defaultdict
@@ -29,7 +27,6 @@ from spo.costs.meter import (
 )
 from spo.costs.weightless_models import meta_kernels
 from spo.models.optimizers import moment_bytes
-from spo.types import PreferencePairs
 
 CHECKPOINTED = "training, gradient checkpointing"
 SCORER = "scorer"  # the preference model's name among the networks
@@ -59,10 +56,6 @@ class Costs:
         """Returns whether the costs of the preference model are known."""
         return SCORER in self.resident_bytes
 
-    def run_flops(self, prompts: int, pairs: float, training: str) -> float:
-        """Returns the FLOPs of a rollout of `prompts` prompts and the training on `pairs` pairs."""
-        return prompts * self.flops[ROLLOUT] + pairs * self.flops[training]
-
     def bytes_of(self, part: str, batch: int) -> int:
         """Returns the memory of `batch` prompts, images or pairs in `part`, networks included."""
         return sum(self.resident_bytes.values()) + batch * self.peak_bytes[part]
@@ -74,8 +67,8 @@ class Costs:
 
 
 def training_part(models: Models) -> str:
-    """Returns the part of the meter that the config's own training is."""
-    return CHECKPOINTED if models.backbone.unet.is_gradient_checkpointing else TRAINING
+    """Returns the part of the costs that the config's own training is."""
+    return CHECKPOINTED if models.recipe.run.gradient_checkpointing else TRAINING
 
 
 def count_costs(models: Models, trainings: Sequence[str] = (TRAINING, CHECKPOINTED)) -> Costs:
@@ -85,31 +78,23 @@ def count_costs(models: Models, trainings: Sequence[str] = (TRAINING, CHECKPOINT
         meters = {name: MetaMeter(device, counter, memory) for name in (ROLLOUT, *trainings)}
         meter = meters.pop(ROLLOUT)
         pairs = draw_pairs(models, ["a prompt"], meter, apart=True).pairs
-        for name in trainings:
-            _train(models, pairs.select(slice(1)), meters[name], name == CHECKPOINTED)
+        for name, own in meters.items():
+            unet = models.backbone.unet
+            unet.disable_gradient_checkpointing()
+            if name == CHECKPOINTED:
+                unet.enable_gradient_checkpointing()
+            # Recomputation in the backward pass also runs under autocast, as in training.
+            with models.backbone.autocast():
+                train_on_pairs(models, pairs.select(slice(1)), 1, own)
     peaks = meter.peak_bytes
     return Costs(
         flops={name: meter.flops[name] for name in (ROLLOUT, DENOISING, DECODING, SCORING)}
         | {name: own.flops[TRAINING] for name, own in meters.items()},
         pairs=len(pairs),
         resident_bytes=_resident(models),
-        peak_bytes={
-            DENOISING: peaks[DENOISING],
-            DECODING: max(peaks[DECODING], peaks[SCORING]),
-        }
+        peak_bytes={DENOISING: peaks[DENOISING], DECODING: max(peaks[DECODING], peaks[SCORING])}
         | {name: own.peak_bytes[TRAINING] for name, own in meters.items()},
     )
-
-
-def _train(models: Models, pair: PreferencePairs, meter: MetaMeter, checkpointing: bool) -> None:
-    unet = models.backbone.unet
-    switch = {True: unet.enable_gradient_checkpointing, False: unet.disable_gradient_checkpointing}
-    before = unet.is_gradient_checkpointing
-    switch[checkpointing]()
-    # Recomputation in the backward pass also runs under autocast, as in training.
-    with models.backbone.autocast():
-        train_on_pairs(models, pair, 1, meter)
-    switch[before]()
 
 
 def _resident(models: Models) -> dict[str, int]:
@@ -128,7 +113,9 @@ def _resident(models: Models) -> dict[str, int]:
         sizes["weights with the LoRA merged in"] = _bytes(layer.weight for layer in layers)
     # The policy, its gradient, and the other LoRAs.
     copies = 2 + (learner.ema is not None) + (learner.reference is not None)
-    trained = copies * _bytes(lora.values()) + moment_bytes(models.optimizer, lora.values())
+    trained = copies * _bytes(lora.values()) + moment_bytes(
+        models.recipe.optimizer.optimizer, lora.values()
+    )
     return sizes | {"LoRAs, gradient, optimizer": trained}
 
 

@@ -1,7 +1,5 @@
 """Loads the models that an iteration runs on: with weights, with random ones, or with shapes only."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,8 +13,7 @@ from spo.costs.weightless_models import (
     unloaded_scorer,
 )
 from spo.launch.batch_plan import BatchPlan, plan_batches
-from spo.method.build import build_learner, read_recipe
-from spo.method.collect import CollectSettings
+from spo.method.build import Recipe, build_learner, read_recipe
 from spo.method.learner import Learner
 from spo.method.losses import SPO, GradSPO
 from spo.models.backbone import Backbone
@@ -32,9 +29,8 @@ class Models:
     backbone: Backbone
     scorer: Scorer
     learner: Learner
-    collect: CollectSettings
+    recipe: Recipe
     plan: BatchPlan
-    optimizer: str  # train.optimizer
 
 
 def load_models(config: ConfigDict, device: torch.device, random: bool = False) -> Models:
@@ -60,23 +56,21 @@ def load_models(config: ConfigDict, device: torch.device, random: bool = False) 
     lora = recipe.lora.add_to(model.unet, seed=0)
     scorer = make_scorer(recipe.scorer, device)
     learner = build_learner(recipe, model, model.unet, lora, plan.accumulation_steps)
-    pairs = replace(recipe.collect.pairs, threshold=-1.0)
-    collect = replace(recipe.collect, pairs=pairs)
+    collect = replace(recipe.collect, pairs=replace(recipe.collect.pairs, threshold=-1.0))
     if run.gradient_checkpointing:
         model.unet.enable_gradient_checkpointing()
-    models = Models(model, scorer, learner, collect, plan, recipe.optimizer.optimizer)
     if device == META:
-        return _countable(models)
-    speed_up(model, scorer, recipe.speed)
-    return models
+        _leave_out_numbers(learner)
+        # Images are independent: one by one they cost what they cost together.
+        collect = replace(collect, decode_batch_size=1)
+    else:
+        speed_up(model, scorer, recipe.speed)
+    return Models(model, scorer, learner, replace(recipe, collect=collect), plan)
 
 
-def _countable(models: Models) -> Models:
-    """Returns `models` without the parts that look at numbers, which the meta device lacks."""
-    learner = models.learner
+def _leave_out_numbers(learner: Learner) -> None:
+    """Replaces the parts that look at numbers, which the meta device lacks."""
     # GradScaler branches on values; its cost is one pass over the gradients.
     learner.scaler = torch.amp.GradScaler(enabled=False)
     if not isinstance(learner.loss, GradSPO | SPO):  # a user's own loss may branch on values, too
         learner.loss = GradSPO(10.0, 0.1, 0.5) if learner.loss.uses_ema else SPO(10.0, 0.1)
-    # Images are independent: one by one they cost what they cost together.
-    return replace(models, collect=replace(models.collect, decode_batch_size=1))

@@ -1,7 +1,5 @@
 """Measures the parts of an iteration, in seconds and FLOPs, on the calls that training makes."""
 
-from __future__ import annotations
-
 import contextlib
 import time
 from collections import defaultdict
@@ -23,25 +21,17 @@ DENOISING, DECODING, SCORING = "denoising", "decoding", "scoring"
 def flop_counter() -> FlopCounterMode:
     """Returns torch's counter (a multiply-add is 2 FLOPs), taught the CPU's fused attention."""
     aten = torch.ops.aten
+    attention = aten._scaled_dot_product_flash_attention_for_cpu
+    backward = aten._scaled_dot_product_flash_attention_for_cpu_backward
     formulas = {
-        aten._scaled_dot_product_flash_attention_for_cpu: (
-            lambda query, key, value, *_, **__: sdpa_flop_count(query, key, value)
-        ),
-        aten._scaled_dot_product_flash_attention_for_cpu_backward: (
-            lambda grad, query, key, value, *_, **__: sdpa_backward_flop_count(
-                grad, query, key, value
-            )
-        ),
+        attention: lambda *shapes, **_: sdpa_flop_count(*shapes[:3]),
+        backward: lambda *shapes, **_: sdpa_backward_flop_count(*shapes[:4]),
     }
     counter = FlopCounterMode(display=False, custom_mapping=formulas)
-    counter.mod_tracker = _NoModules()
+    # The counter's own module tracker has hooks that keep activations alive.
+    counter.mod_tracker = contextlib.nullcontext()
+    counter.mod_tracker.parents = ("Global",)
     return counter
-
-
-class _NoModules(contextlib.nullcontext):
-    """Stub for the counter's module tracker, whose hooks keep activations alive."""
-
-    parents = ("Global",)
 
 
 class Meter:
@@ -98,7 +88,7 @@ def draw_pairs(models: Models, prompts: Sequence[str], meter: Meter, apart: bool
             backbone,
             scorer,
             models.learner.sampler,
-            models.collect,
+            models.recipe.collect,
             prompts,
             torch.arange(len(prompts), device=backbone.device),
             torch.Generator().manual_seed(0),

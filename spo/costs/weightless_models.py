@@ -4,8 +4,6 @@ On a real device they have random weights; on the meta device tensors have shape
 code runs on them.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +18,7 @@ import torch.nn.functional as F
 import transformers
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 from transformers import CLIPModel, CLIPTokenizer
 
 from spo.command_line.config_files import REPO_ROOT
@@ -68,7 +67,7 @@ def unloaded_scorer(source: ScorerSource, device: torch.device) -> Scorer:
     network, scorer = _SCORERS[source.scorer]
     config = clip_config(_folder(source.backbone, "clip_h", "preference.backbone"))
     dtype = weight_dtype(source.dtype, "preference")
-    with _made_on(device, dtype):
+    with device:
         clip = network(config)
     inputs = CLIPInputs(_TOKENIZER)
     inputs.tokenizer.model_max_length = config.text_config.max_position_embeddings
@@ -84,18 +83,6 @@ class _FreeScorer(Scorer):
 
     def score(self, images: Tensor, prompt_features: Tensor, timestep: int) -> Tensor:
         return torch.empty(len(images), device=META)
-
-
-@contextlib.contextmanager
-def _made_on(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
-    """Makes new tensors on `device`, and new floats in `dtype`, within the context."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with device:
-            yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 class UnloadedBackbone(Backbone):
@@ -138,7 +125,7 @@ class UnloadedBackbone(Backbone):
             return None
         if not issubclass(kind, nn.Module):
             return make(arguments)
-        with _made_on(self.device, self.dtype):
+        with self.device:
             module = make(arguments)
         # A config file may set a dtype of its own. diffusers' `to` would warn of the change.
         return nn.Module.to(module, self.dtype)
@@ -165,12 +152,12 @@ class MetaBackbone(UnloadedBackbone):
 def _casting(function: Callable, dtype: torch.dtype) -> Callable:
     """Returns `function` on inputs cast to `dtype`."""
 
-    def cast(value: Any) -> Any:
-        is_float = isinstance(value, Tensor) and value.is_floating_point()
-        return value.to(dtype) if is_float else value
+    def cast(value: Tensor) -> Tensor:
+        return value.to(dtype) if value.is_floating_point() else value
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        return function(*map(cast, args), **{name: cast(value) for name, value in kwargs.items()})
+        args, kwargs = tree_map_only(Tensor, cast, (args, kwargs))
+        return function(*args, **kwargs)
 
     return call
 
