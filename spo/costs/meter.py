@@ -11,10 +11,9 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from spo.costs.load import Models
 from spo.method.collect import Collected, collect_rollout
-from spo.method.learner import update_ema
 from spo.types import PreferencePairs
 
-ROLLOUT, TRAINING, EMA = "rollout", "training", "EMA update"
+ROLLOUT, TRAINING = "rollout", "training"
 DENOISING, DECODING, SCORING = "denoising", "decoding", "scoring"
 
 
@@ -96,11 +95,7 @@ def draw_pairs(models: Models, prompts: Sequence[str], meter: Meter, apart: bool
 
 
 def train_on_pairs(models: Models, pairs: PreferencePairs, size: int, meter: Meter) -> None:
-    """Trains on minibatches of `size` pairs, then measures one more EMA update by itself."""
-    learner = models.learner
+    """Trains on minibatches of `size` pairs."""
     with meter.part(TRAINING):
         for index, start in enumerate(range(0, len(pairs), size)):
-            learner.train_minibatch(pairs.select(slice(start, start + size)), index)
-    if learner.ema is not None:
-        with meter.part(EMA):
-            update_ema(learner.ema, learner.lora.parameters, learner.settings.ema_decay)
+            models.learner.train_minibatch(pairs.select(slice(start, start + size)), index)
