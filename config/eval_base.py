@@ -65,7 +65,6 @@ def get_config() -> ConfigDict:
     config.run_name = (
         ""  # folder there; empty: eval, family and time. One that exists is completed.
     )
-    config.report_prompts = 500  # prompts whose images report.html shows
     # Seconds after which a collective fails that a process does not answer; the main process may have
     # to download while the others wait.
     config.rank_timeout = 1800

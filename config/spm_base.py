@@ -48,9 +48,8 @@ def get_config() -> ConfigDict:
 
     # ---- labelled pairs of images --------------------------------------------------------------
     config.data = data = ConfigDict()
-    # Rows with the columns of Pick-a-Pic: the Hub id of a dataset, a folder of `save_to_disk`, a
-    # folder of parquet files named by split (train-00000-of-00001.parquet), or a .parquet file or
-    # glob in which {split} stands for the split.
+    # Rows with the columns of Pick-a-Pic: the Hub id of a dataset, a folder of `save_to_disk`, or a
+    # folder of parquet files named by split (train-00000-of-00001.parquet).
     data.source = "yuvalkirstain/pickapic_v1"
     data.revision = placeholder(str)  # branch, tag or commit of the Hub dataset
     data.train_split = "train"  # every row with a valid label is used (SPO)
@@ -77,7 +76,6 @@ def get_config() -> ConfigDict:
     train.predict_batch_size = 8  # images that go through the base model together
     train.gradient_checkpointing = False  # recompute the SPM's activations: less memory, slower
     train.guidance_scale = 5.0  # of the base model's predictions (SPO)
-    train.in_batch_negatives = False  # other pairs' prompts and images as negatives (SPO: none)
     train.learning_rate = 3e-6  # AdamW, at its peak (SPO: 3e-6 SD1.5, 1e-6 SDXL)
     train.warmup_steps = 500  # optimizer steps of linear warm-up, then linear decay to 0 (SPO)
     train.adam_beta1 = 0.9  # AdamW's constants as in torch
@@ -87,10 +85,6 @@ def get_config() -> ConfigDict:
     train.max_grad_norm = FieldReference(1.0)  # clip the global gradient norm; None: no clipping
     # fp16: the run stops after this number of updates in a row whose gradients overflowed.
     train.max_skipped_updates = 50
-
-    # ---- result --------------------------------------------------------------------------------
-    config.export = export = ConfigDict()
-    export.bin = False  # also write the SPM as a .bin, the format of the published models
 
     # ---- tracker -------------------------------------------------------------------------------
     config.tracker = tracker = ConfigDict()

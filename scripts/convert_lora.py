@@ -16,7 +16,6 @@ Weights, ranks and alphas stay as they are, bit for bit, unless --dtype rounds t
 import argparse
 from pathlib import Path
 
-from spo.atomic import check_output
 from spo.command_line.flags import exit_on_user_error
 from spo.errors import UserError
 
@@ -32,13 +31,28 @@ def parse_args() -> argparse.Namespace:
     task = parser.add_mutually_exclusive_group(required=True)
     task.add_argument("--to", choices=FORMATS, help="convert")
     task.add_argument("--merge", action="store_true", help="write base model + LoRA, for diffusers")
-    parser.add_argument(
-        "--base", help="base model, folder or Hub id; with --to: check that it fits"
-    )
+    parser.add_argument("--base", help="base model, folder or Hub id; with --to: noted in the file")
     parser.add_argument("--output", type=Path, required=True, help=".safetensors file, or folder")
     parser.add_argument("--dtype", choices=DTYPES, help="dtype of the weights (default: unchanged)")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
     return parser.parse_args()
+
+
+def check_output(path: Path, mark: str | None, overwrite: bool) -> None:
+    """Raises UserError unless `path` may be written, as a folder or as a .safetensors file.
+
+    `mark` is a file that every folder of this kind has, and only folders with it are overwritten;
+    None stands for a .safetensors file.
+    """
+    if (path.suffix == ".safetensors") != (mark is None):
+        wanted = "end in .safetensors" if mark is None else "be a folder"
+        raise UserError(f"--output: {path} must {wanted}.")
+    if not path.exists():
+        return
+    if not overwrite:
+        raise UserError(f"--output: {path} exists; choose another, or add --overwrite.")
+    if path.is_dir() if mark is None else not (path / mark).is_file():
+        raise UserError(f"--output: {path} holds something else, and is not overwritten.")
 
 
 def main() -> None:

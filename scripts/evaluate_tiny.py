@@ -34,7 +34,7 @@ def evaluate(options: argparse.Namespace) -> None:
     """Draws and judges the images, writes the files and prints the result."""
     from spo.command_line.config_files import load_config
     from spo.data.prompts import read_prompts
-    from spo.evaluation.curves import draw_curves
+    from spo.evaluation.run_report import draw_curves
     from spo.method.build import read_recipe
     from spo.run.folder import CONFIG
     from spo.tiny_world.evaluation import Bench, before_and_after, compare

@@ -7,12 +7,20 @@
 Afterwards the run works offline (HF_HUB_OFFLINE=1).
 """
 
-from collections.abc import Collection
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from typing import TYPE_CHECKING
 
 from absl import app
 
 from spo.command_line.config_files import BASE, EVAL_BASE, SPM_BASE
 from spo.command_line.flags import define_config, exit_on_user_error, parse_flags
+
+if TYPE_CHECKING:  # torch takes seconds to load
+    from ml_collections import ConfigDict
+
+    from spo.models.loading import ModelSource
 
 
 def base_of(keys: Collection[str]) -> str:
@@ -20,17 +28,89 @@ def base_of(keys: Collection[str]) -> str:
     return EVAL_BASE if "models" in keys else SPM_BASE if "data" in keys else BASE
 
 
-CONFIG = define_config("config/sd15.py", base=base_of)
-
-
 def main(_) -> None:
     with exit_on_user_error():
-        from spo.run.prefetch import prefetch  # torch takes seconds to load
-
         for line in prefetch(CONFIG.value):
             print(line)
         print("Everything is there.")
 
 
+def prefetch(config: ConfigDict) -> Iterator[str]:
+    """Loads the files of a training, a preference model's training or an evaluation.
+
+    Yields a line for each. Raises UserError for a file that is missing or broken.
+    """
+    if "models" in config:
+        return of_evaluation(config)
+    return of_preference_model(config) if "data" in config else of_training(config)
+
+
+def of_training(config: ConfigDict) -> Iterator[str]:
+    import torch
+
+    from spo.lora_io.find import find_lora
+    from spo.method.build import read_recipe
+    from spo.scorers import load_scorer
+
+    recipe = read_recipe(config)
+    yield recipe.prompts.read().describe()
+    yield f"{len(recipe.validation.read_prompts())} validation prompts"
+    yield load_base_model(recipe.model, config)
+    load_scorer(recipe.scorer, torch.device("cpu"))
+    yield f"preference model: {recipe.scorer.name}"
+    if recipe.lora.init_from:
+        yield f"LoRA: {find_lora(recipe.lora.init_from, 'lora.init_from')}"
+
+
+def of_preference_model(config: ConfigDict) -> Iterator[str]:
+    import torch
+
+    from spo.models.loading import check_source
+    from spo.preference import spm_recipe
+    from spo.preference.rows import find_usable_rows
+
+    recipe = spm_recipe.read_recipe(config)
+    spm, labels, data = recipe.spm, recipe.labels, recipe.data
+    spm_recipe.build_spm(spm, recipe.seed, gradient_checkpointing=False)
+    yield f"preference model: {spm.init_from or spm.backbone}"
+    check_source(recipe.base, recipe.family)
+    spm_recipe.build_preparation(recipe, torch.device("cpu"))
+    yield f"base model: {recipe.base.model}; labels: {labels.source}"
+    # Last, because Pick-a-Pic is by far the largest.
+    yield find_usable_rows(data, data.train_split).description
+    if recipe.validates:
+        yield find_usable_rows(data, data.validation_split, need_has_label=True).description
+    if data.streaming:
+        yield "The rows are not kept: data.streaming reads them from their source in training."
+
+
+def of_evaluation(config: ConfigDict) -> Iterator[str]:
+    import torch
+
+    from spo.evaluation.evaluator import preflight
+    from spo.scorers import image_scorer, load_scorer
+
+    ready = preflight(config, num_processes=1)
+    yield ready.prompts.describe()
+    for source in {spec.source for spec in ready.models if spec.source is not None}:
+        yield load_base_model(source, config)
+    for scorer in ready.scorers:
+        source = image_scorer(scorer.name, scorer.options)
+        yield f"scorer: {load_scorer(source, torch.device('cpu')).title}"
+
+
+def load_base_model(source: ModelSource, config: ConfigDict) -> str:
+    import torch
+
+    from spo.models.backbone import Backbone
+    from spo.models.loading import check_source
+
+    check_source(source, config.family)
+    Backbone(source, config.family, config.mixed_precision, torch.device("cpu"))
+    decoder = f"; decoder: {source.decoder}" if source.decoder else ""
+    return f"base model: {source.model}{decoder}"
+
+
 if __name__ == "__main__":
+    CONFIG = define_config("config/sd15.py", base=base_of)
     app.run(main, flags_parser=parse_flags)

@@ -15,23 +15,40 @@ from pathlib import Path
 from spo.command_line.flags import exit_on_user_error
 
 
+def numbers(text: str) -> list[float]:
+    """Reads numbers with commas between them."""
+    return [float(part) for part in text.split(",")]
+
+
+def pixels(text: str) -> tuple[int, int]:
+    """Reads WIDTHxHEIGHT; raises an error unless both are multiples of 8."""
+    width, height = map(int, text.split("x"))
+    if min(width, height) < 8 or width % 8 or height % 8:
+        raise argparse.ArgumentTypeError(f"{text} is not WIDTHxHEIGHT in multiples of 8")
+    return width, height
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--models", nargs="+", default=["base"], help="columns of the grid")
     parser.add_argument(
-        "--base", help="base model (default: what the LoRA was trained on, or SD1.5)"
+        "--base", help="base model (default: that of the run of the LoRA, or SD1.5)"
     )
     parser.add_argument("--vae", help="Hub id or folder that replaces the base model's own VAE")
     parser.add_argument("--prompts", nargs="+", default=[], help="rows of the grid")
     parser.add_argument("--prompts_file", help="json, jsonl, txt, csv or parquet")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="each draws every prompt")
-    parser.add_argument("--lora_scale", help="0,0.5,1: every LoRA at each of these strengths")
+    parser.add_argument(
+        "--lora_scale", type=numbers, help="0,0.5,1: every LoRA at each of these strengths"
+    )
     parser.add_argument("--scheduler", default="ddim", help="ddim, dpm++, euler, euler_a or unipc")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--guidance", type=float, default=5.0)
-    parser.add_argument("--size", help="WIDTHxHEIGHT in pixels (default: the base model's own)")
+    parser.add_argument(
+        "--size", type=pixels, help="e.g. 768x512, multiples of 8 (default: the base model's own)"
+    )
     parser.add_argument("--mixed_precision", help="no, fp16 or bf16 (default: fp16 on a GPU)")
     parser.add_argument("--batch_size", type=int, default=1, help="images drawn at once")
     parser.add_argument("--out", type=Path, help="folder (default: runs/samples_TIME)")
@@ -49,7 +66,7 @@ def sample(options: argparse.Namespace) -> None:
         scheduler=options.scheduler,
         num_steps=options.steps,
         guidance_scale=options.guidance,
-        size=images_cli.read_size(options.size),
+        size=options.size,
         mixed_precision=options.mixed_precision,
         batch_size=options.batch_size,
     )

@@ -1,13 +1,12 @@
 """Writes files whole or not at all, even if the process is killed or the machine stops."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from safetensors import SafetensorError
 
@@ -22,20 +21,11 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:  # safetensors wraps OSError in its own error
+        reason = getattr(error, "strerror", None) or error
         raise RunError(
-            f"cannot write {path}: {_reason(path, error)}; mend that, then go on from the last "
+            f"cannot write {path}: {reason}; mend that, then go on from the last "
             "checkpoint by resume_from=auto."
         ) from error
-
-
-def _reason(path: Path, error: Exception) -> str:
-    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
-    if not (full or "No space left" in str(error)):
-        return getattr(error, "strerror", None) or str(error)
-    disk = path.absolute()
-    while not os.path.ismount(disk):
-        disk = disk.parent
-    return f"no space left on {disk} ({shutil.disk_usage(disk).free / 2**20:,.1f} MiB free)"
 
 
 @contextlib.contextmanager
@@ -94,45 +84,19 @@ def sync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
-def check_output(path: Path, mark: str | None, overwrite: bool) -> None:
-    """Raises UserError unless `path` may be written, as a folder or as a .safetensors file.
-
-    `mark` is a file that every folder of this kind has, and only folders with it are overwritten;
-    None stands for a .safetensors file.
-    """
-    if (path.suffix == ".safetensors") != (mark is None):
-        wanted = "end in .safetensors" if mark is None else "be a folder"
-        raise UserError(f"--output: {path} must {wanted}.")
-    if not path.exists():
-        return
-    if not overwrite:
-        raise UserError(f"--output: {path} exists; choose another, or add --overwrite.")
-    if path.is_dir() if mark is None else not (path / mark).is_file():
-        raise UserError(f"--output: {path} holds something else, and is not overwritten.")
-
-
 @contextlib.contextmanager
 def new_output(path: Path) -> Iterator[Path]:
     """Yields a temporary path that replaces the file or folder `path` on exit; errors remove it.
 
     Raises UserError that names --output if writing fails.
     """
-    partial = path.with_name(path.name + PARTIAL)
-    _remove(partial)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        yield partial
-        if path.is_dir():
-            shutil.rmtree(path)
-        partial.replace(path)
+        with TemporaryDirectory(suffix=PARTIAL, dir=path.parent) as folder:
+            partial = Path(folder) / path.name
+            yield partial
+            if path.is_dir():
+                shutil.rmtree(path)
+            partial.replace(path)
     except (OSError, SafetensorError) as error:
         raise UserError(f"--output: cannot write {path} ({error}).") from error
-    finally:
-        _remove(partial)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)

@@ -1,7 +1,5 @@
 """Errors that are told in one line; every other exception is a bug and shows its traceback."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pickle import UnpicklingError
 
@@ -41,10 +39,15 @@ def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def in_one_line(error: Exception) -> str:
-    """Returns another library's message without line breaks, cut to 300 characters."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= _LONGEST else text[:_LONGEST] + "…"
+def in_one_line(message: object, longest: int = _LONGEST) -> str:
+    """Returns a message without line breaks and control characters, without its middle if too long."""
+    text = " ".join(str(message).split()) or type(message).__name__
+    shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    return (
+        shown
+        if len(shown) <= longest
+        else f"{shown[: longest * 3 // 4]} … {shown[-longest // 4 :]}"
+    )
 
 
 def named(prompts: Sequence[str]) -> str:

@@ -1,7 +1,5 @@
 """Reads files by a path or hf://user/repo/file, and names repos of the Hugging Face Hub."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,17 +46,12 @@ def resolve_file(spec: str, key: str, revision: str | None = None) -> Path:
     repo = f"{user}/{model}"
     try:
         return Path(hf_hub_download(repo, name, revision=revision))
-    except LocalEntryNotFoundError as error:
-        raise UserError(
-            f"{key}: {name} of {repo} is not in the local cache and the Hub cannot be reached; "
-            f"download it first: {PREFETCH}"
-        ) from error
     except Exception as error:
         # The Hub's client changes its network library, and so the errors of a broken connection.
-        raise UserError(
-            f"{key}: cannot download {name} of {repo} ({first_line(error)}); check the name and your "
-            f"access, then: {PREFETCH}"
-        ) from error
+        reason = "is not in the local cache and the Hub cannot be reached"
+        if not isinstance(error, LocalEntryNotFoundError):
+            reason = f"cannot be downloaded ({first_line(error)}; check the name and your access)"
+        raise UserError(f"{key}: {name} of {repo} {reason}; fetch it first: {PREFETCH}") from error
 
 
 def check_file(spec: str, key: str) -> None:

@@ -1,7 +1,5 @@
 """Finds alternatives by name: an entry of a plain dict, or "module:name" of the user's code."""
 
-from __future__ import annotations
-
 import importlib
 from collections.abc import Mapping
 from typing import Any

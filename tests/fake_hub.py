@@ -21,7 +21,6 @@ class FakeHub:
 
     def __init__(self):
         self.repos = {}  # id -> namespace with private and branches: {name: [commits]}
-        self.datasets = set()
         self.objects = {}  # of LFS, by sha256
         self.namespaces = {"user"}
         self.role = "write"
@@ -148,7 +147,7 @@ class _Handler(BaseHTTPRequestHandler):
         if wanted["organization"] not in self.hub.namespaces:
             return self.answer({"error": "Not found"}, 404)
         url = f"{self.hub.url}/{repo_id}"
-        if repo_id in self.hub.repos or repo_id in self.hub.datasets:
+        if repo_id in self.hub.repos:
             return self.answer({"error": "You already created this repo", "url": url}, 409)
         self.hub.create(repo_id, wanted.get("visibility") == "private")
         return self.answer({"url": url})
@@ -168,10 +167,6 @@ class _Handler(BaseHTTPRequestHandler):
         private = self.hub.repos[repo_id].private
         info = {"id": repo_id, "sha": commit.sha, "private": private, "siblings": siblings}
         return self.answer(info)
-
-    def dataset_info(self, repo_id):
-        known = repo_id in self.hub.datasets
-        return self.answer({"id": repo_id, "sha": "0" * 40}) if known else self.missing()
 
     def validate_yaml(self):
         content = json.loads(self.body)["content"]
@@ -245,7 +240,6 @@ _ROUTES = (
     ("POST", "/api/repos/create", _Handler.create_repo),
     ("POST", "/api/validate-yaml", _Handler.validate_yaml),
     ("GET", f"/api/models/{_REPO}(?:/revision/(.+))?", _Handler.model_info),
-    ("GET", f"/api/datasets/{_REPO}", _Handler.dataset_info),
     ("POST", f"/api/models/{_REPO}/branch/(.+)", _Handler.create_branch),
     ("POST", f"/api/models/{_REPO}/preupload/(.+)", _Handler.preupload),
     ("POST", f"/api/models/{_REPO}/commit/(.+)", _Handler.commit),

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from spo.scorers import ImageScorerSource, Scorer, check_scorer, load_scorer
+from spo.scorers import Scorer, check_scorer, image_scorer, load_scorer
 
 CPU = torch.device("cpu")
 PROMPTS = ("a fox reading a map", "Tiny house, in a meadow", "blue whale " * 40)  # one is truncated
@@ -28,12 +28,12 @@ def pictures(sizes=SIZES, seed=0):
 
 def load(name, options) -> Scorer:
     """Returns a scorer of finished images, on the CPU."""
-    return load_scorer(ImageScorerSource(name, options), CPU)
+    return load_scorer(image_scorer(name, options), CPU)
 
 
 def check(name, options):
     """Raises UserError for a wrong scorer of finished images."""
-    check_scorer(ImageScorerSource(name, options))
+    check_scorer(image_scorer(name, options))
 
 
 def score(name, options, images, prompts=PROMPTS):

@@ -6,9 +6,10 @@ import torch
 from diffusers import AutoencoderTiny, DDIMScheduler
 
 from spo.method.ddim import DDIM
-from spo.models.backbone import Backbone, ModelSource
+from spo.models.backbone import Backbone
+from spo.models.loading import ModelSource
 from spo.models.lora import Lora, add_lora
-from spo.scorers import ScorerSource
+from spo.scorers import ScorerSource, candidate_scorer
 from spo.types import Conditioning, PreferencePairs
 
 GOLDEN = Path(__file__).parent / "data" / "golden"
@@ -50,7 +51,7 @@ def scorer_source(scorer: str, **changes) -> ScorerSource:
         "dtype": "float32",
         "kwargs": {},
     }
-    return ScorerSource(**(values | changes))
+    return candidate_scorer(**(values | changes))
 
 
 def randn(*shape: int, seed: int) -> torch.Tensor:

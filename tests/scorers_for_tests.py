@@ -7,9 +7,10 @@ import numpy as np
 import torch
 
 from spo.errors import UserError
+from spo.scorers import ImageScorer, Scorer
 
 
-class Brightness:
+class Brightness(Scorer):
     """The mean of an image times `sign`, or NaN for one prompt after `good_calls` calls."""
 
     def __init__(self, sign, bad_prompt, good_calls):
@@ -32,12 +33,12 @@ def brightness(device, sign=1, bad_prompt="", good_calls=0):
     return Brightness(sign, bad_prompt, good_calls)
 
 
-class ImageBrightness:
+class ImageBrightness(ImageScorer):
     """The mean brightness of finished images, printed in percent."""
 
     title, scale = "Brightness", 100.0
 
-    def score(self, images, prompts):
+    def score_images(self, images, prompts):
         return torch.tensor([float(np.asarray(image).mean()) / 255 for image in images])
 
 

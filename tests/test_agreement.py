@@ -144,7 +144,7 @@ def test_the_script_compares_with_the_config(tmp_path):
         ([], "--compare: name a change, e.g. --compare=sample.decoder=madebyollin/taesd."),
         (["--compare=sample.decoder"], "config: 'sample.decoder' is not of the form KEY=VALUE"),
         (["--compare=sample.thresh=1"], "config: unknown key sample.thresh"),
-        (["--compare=sample.threshold=x"], "config: sample.threshold=x: expected a number"),
+        (["--compare=sample.threshold=x"], "config: sample.threshold=x: expected float"),
         (["--compare=sample.threshold=None"], "config: sample.threshold cannot be None"),
         (["--compare=sample.decoder=None", "--rollouts=0"], "--rollouts: 0 must be 1 or more."),
     ],

@@ -45,12 +45,12 @@ def test_a_full_disk_leaves_the_checkpoint_before(small_disk):
     run_dir = small_disk / "run"
     run_dir.mkdir()
     fill(run_dir, "epoch_0001", 600_000)
-    message = rf"cannot write .*epoch_0002: no space left on {small_disk} \(\d\.\d MiB free\)"
+    message = r"cannot write .*epoch_0002: .*No space left on device"
     with pytest.raises(RunError, match=message):
         fill(run_dir, "epoch_0002", 600_000)
     (left,) = (run_dir / "checkpoints").iterdir()
     assert left.name == "epoch_0001" and find_fault(left) is None
-    with pytest.raises(RunError, match="cannot write .*/metrics.jsonl: no space left on"):
+    with pytest.raises(RunError, match="cannot write .*/metrics.jsonl: .*No space left on"):
         log = Tracking(run_dir, "none", "project", {})
         log.log({"filler": "x" * 600_000}, step=1)
     # Half a line may be there; who goes on cuts it off.
@@ -72,7 +72,7 @@ def test_a_run_whose_disk_fills_up_goes_on_later(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "save_file", full_later)
-        with pytest.raises(RunError, match="epoch_0002: no space left on /.*resume_from=auto"):
+        with pytest.raises(RunError, match="epoch_0002: No space left on device.*resume_from=auto"):
             run(folder, eval_interval=0)
     assert [p.name for p in (folder / "checkpoints").iterdir()] == ["epoch_0001"]
     run(folder, eval_interval=0)
@@ -82,7 +82,7 @@ def test_a_run_whose_disk_fills_up_goes_on_later(tmp_path, monkeypatch):
 def test_nothing_is_deleted_before_the_newest_is_on_the_disk(tmp_path, monkeypatch):
     fill(tmp_path, "epoch_0001", 10)
     monkeypatch.setattr(durable.os, "fsync", no_space)
-    with pytest.raises(RunError, match="epoch_0002: no space left on"):
+    with pytest.raises(RunError, match="epoch_0002: .*No space left on"):
         fill(tmp_path, "epoch_0002", 10)
     monkeypatch.undo()
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["epoch_0001"]
@@ -138,11 +138,7 @@ class Down:
 def test_a_tracker_that_fails_is_left_out_with_one_warning(tmp_path, monkeypatch, capsys, since):
     tracker = Down(since)
 
-    def start(*arguments):
-        tracker.start()
-        return tracker
-
-    monkeypatch.setattr(tracking, "_start_tracker", start)
+    monkeypatch.setattr(tracking, "_make_tracker", lambda *arguments: tracker)
     log = Tracking(tmp_path, "wandb", "project", {"seed": 1})
     for step in (1, 2):
         log.log({"loss": 0.5}, step=step)

@@ -8,7 +8,7 @@ import torch
 from helpers import MODELS, PROMPTS, load_backbone, model_folder, randn
 
 from spo.errors import UserError
-from spo.models.backbone import ModelSource, check_source, load_pipeline
+from spo.models.loading import ModelSource, check_source, load_pipeline
 
 
 @torch.no_grad()

@@ -27,7 +27,7 @@ from spo.costs.meter import (
     train_on_pairs,
 )
 from spo.errors import UserError
-from spo.models.backbone import ModelSource
+from spo.models.loading import ModelSource
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU, META = torch.device("cpu"), load.META

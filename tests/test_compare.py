@@ -115,7 +115,7 @@ def test_changes_to_a_copy_of_the_config(parsed):
     assert (parsed.train.max_grad_norm, parsed.sample.batch_size) == (1.0, 2)
     assert changed(other, "train.max_grad_norm=2").train.max_grad_norm == 2
     for text, message in {
-        "train.beta=x": "config: train.beta=x: expected a number",
+        "train.beta=x": "config: train.beta=x: expected float",
         "train.beta=None": "config: train.beta cannot be None",
         "train.bata=1": "unknown key train.bata; did you mean train.beta",
     }.items():

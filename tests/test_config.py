@@ -110,7 +110,6 @@ SPM_PAPER = {  # what both families share, and SD1.5
     "train.batch_size": 16,
     "train.global_batch_size": 64,
     "train.guidance_scale": 5.0,
-    "train.in_batch_negatives": False,
     "train.learning_rate": 3e-6,
     "train.warmup_steps": 500,
     "train.adam_weight_decay": 0.3,

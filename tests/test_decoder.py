@@ -14,9 +14,11 @@ from spo.costs.meter import flop_counter
 from spo.errors import UserError
 from spo.method.build import read_recipe
 from spo.method.collect import collect_rollout
-from spo.models.backbone import Backbone, ModelSource, check_source
+from spo.models.backbone import Backbone
 from spo.models.decoder import decode, load_decoder
+from spo.models.loading import ModelSource, check_source
 from spo.models.plain_images import ImageSettings, sample_images
+from spo.scorers import Scorer
 from spo.tiny_world.scenes import draw_scenes
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -60,7 +62,7 @@ def refuse(*_, **__):
     raise AssertionError("not to be called here")
 
 
-class SeenImages:
+class SeenImages(Scorer):
     """A scorer that notes what it is shown."""
 
     def __init__(self):

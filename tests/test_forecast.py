@@ -2,7 +2,6 @@
 
 import re
 import sys
-from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -31,11 +30,10 @@ LESS = "(train.gradient_checkpointing=true needs less)"
 
 
 def test_time_left_by_hand():
-    rollout = SimpleNamespace(prompts=10, seconds_rollout=4.0, seconds_train=6.0)
-    line = time_left(rollout, prompts=7200)
+    line = time_left(10.0, prompts=10, prompts_left=7200)
     assert line.startswith("rate: 1 s for a prompt and its pairs; ")
     assert line.endswith("the 7200 prompts that are left take 2 hours")
-    assert time_left(rollout, prompts=90).endswith("take 1.5 minutes")
+    assert time_left(10.0, prompts=10, prompts_left=90).endswith("take 1.5 minutes")
 
 
 def test_lines_tell_the_costs():

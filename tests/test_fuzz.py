@@ -22,7 +22,6 @@ from hypothesis import strategies as st
 
 from spo.command_line.config_files import BASE, EVAL_BASE, SPM_BASE, leaves, load_config
 from spo.command_line.flags import define_config, exit_on_user_error, parse_flags
-from spo.data import prompts
 from spo.data.prompts import read_prompts
 from spo.evaluation.evaluator import preflight as preflight_evaluation
 from spo.method.preflight import preflight
@@ -104,8 +103,7 @@ def tell(capsys, request):
 def configs(tmp_path, monkeypatch):
     """A config file of each kind, in a folder with some files, out of reach of the Hub."""
     monkeypatch.chdir(tmp_path)
-    assets = functools.partial(huggingface_hub.cached_assets_path, assets_dir=tmp_path / "cache")
-    monkeypatch.setattr(prompts, "cached_assets_path", assets)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_ASSETS_CACHE", tmp_path / "cache")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(clip, "CLIPInputs", functools.cache(clip.CLIPInputs))

@@ -18,7 +18,14 @@ import spo
 from spo.errors import UserError
 from spo.method.collect import score_candidates
 from spo.plugins import find
-from spo.scorers import SCORERS, ImageScorer, Scorer, ScorerSource, check_scorer, load_scorer
+from spo.scorers import (
+    SCORERS,
+    ImageScorer,
+    Scorer,
+    candidate_scorer,
+    check_scorer,
+    load_scorer,
+)
 from spo.scorers.pixels import to_pil, unit_pixels
 from spo.types import Candidates, Transition
 
@@ -72,7 +79,7 @@ def test_pickscore(options):
 
 def test_the_step_aware_one_scores_at_zero(options):
     images = pictures()
-    source = ScorerSource(
+    source = candidate_scorer(
         "step_aware_clip", **options["step_aware_clip"], dtype="float32", kwargs={}
     )
     spm = load_scorer(source, CPU)
@@ -179,13 +186,13 @@ def test_missing_folders_are_named(options, name, option):
             use(name, changed)
 
 
-class Brightness:
+class Brightness(ImageScorer):
     title, scale = "Brightness", 10.0
 
     def __init__(self, device, weight):
         self.weight = weight
 
-    def score(self, images, prompts):
+    def score_images(self, images, prompts):
         return torch.tensor([self.weight * i.convert("L").getpixel((0, 0)) for i in images])
 
 
@@ -226,17 +233,17 @@ def test_what_is_not_used_is_not_imported(options):
         sys.modules["open_clip"] = None
         fresh = importlib.import_module("spo.scorers")
         assert fresh.SCORERS == SCORERS
-        source = fresh.ScorerSource(
+        source = fresh.candidate_scorer(
             "step_aware_clip", **options["step_aware_clip"], dtype="float32", kwargs={}
         )
         fresh.check_scorer(source)
         fresh.load_scorer(source, CPU)
         loaded = {name for name in sys.modules if name.startswith("spo.scorers.")}
-        others = ("open_clip", "hpsv2", "aesthetic", "clipscore", "imagereward", "blip")
+        others = ("open_clip", "imagereward")
         assert "spo.scorers.step_aware_clip" in loaded
         assert not loaded & {f"spo.scorers.{name}" for name in others}
         with pytest.raises(ImportError):
-            fresh.check_scorer(fresh.ImageScorerSource("clipscore", {}))
+            fresh.check_scorer(fresh.image_scorer("clipscore", {}))
 
 
 class TensorBrightness(Scorer):
@@ -251,7 +258,7 @@ class PILBrightness(ImageScorer):
     title = "PIL"
 
     def score_images(self, images, prompts):
-        return ImageBrightness().score(images, prompts)
+        return ImageBrightness().score_images(images, prompts)
 
 
 def of_tensors(device):
@@ -280,7 +287,7 @@ def test_every_kind_of_scorer_takes_finished_images_and_candidates(factory, titl
     assert (scorer.title, scorer.scale, dict(scorer.tokenizers)) == (title, scale, {})
     found = scorer.score_images(images, PROMPTS)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-    scorer = load_scorer(ScorerSource(factory, "", "", "", "float32", {}), CPU)
+    scorer = load_scorer(candidate_scorer(factory, {}), CPU)
     pixels = torch.stack([unit_pixels(image) * 2 - 1 for image in images])
     rows = torch.tensor([2, 0, 0])
     with torch.no_grad():
@@ -297,7 +304,7 @@ def test_all_score_the_candidates_of_a_rollout(options, name, sd15):
     own = name in ("step_aware_clip", "pickscore")
     paths = options[name] if own else {"backbone": "", "processor": ""}
     values = {"checkpoint": "", "dtype": "float32", "kwargs": {} if own else options[name]} | paths
-    source = ScorerSource(name, **values)
+    source = candidate_scorer(name, **values)
     check_scorer(source)
     scorer = load_scorer(source, CPU)
     candidates = Candidates((), randn(2, 2, *sd15.latent_shape, seed=0), 501, is_final=False)
@@ -312,11 +319,11 @@ def test_all_score_the_candidates_of_a_rollout(options, name, sd15):
 
 def test_options_of_a_candidate_scorer_are_named(options):
     def source(name, **kwargs):
-        return ScorerSource(name, "", "", "", "float32", kwargs)
+        return candidate_scorer(name, kwargs)
 
     for kwargs, message in (
         ({"no_such": 1}, r"preference\.kwargs: hpsv2 takes other options: .*no_such"),
-        ({"antialias": 1}, r"preference\.kwargs\.antialias: 1 is none like True"),
+        ({"checkpoint": 1}, r"preference\.kwargs\.checkpoint: 1 is none like 'hf://"),
         (options["hpsv2"] | {"checkpoint": "no.pt"}, r"preference\.kwargs\.checkpoint: no file"),
         (options["hpsv2"] | {"model": "no"}, r"preference\.kwargs\.model: 'no' is neither"),
     ):
@@ -340,7 +347,7 @@ def latent_mean(device):
 
 
 def test_a_scorer_of_latents_sees_the_noisy_ones():
-    scorer = load_scorer(ScorerSource(f"{__name__}:latent_mean", "", "", "", "float32", {}), CPU)
+    scorer = load_scorer(candidate_scorer(f"{__name__}:latent_mean", {}), CPU)
     x0, noisy = randn(2, 3, 4, 8, 8, seed=0), randn(2, 3, 4, 8, 8, seed=1)
     transition = Transition(501, x0[:1], x0, noisy, x0[:1])
     candidates = Candidates((transition,), x0, 451, is_final=False)
@@ -355,5 +362,5 @@ def nothing(device):
 
 
 def test_an_object_that_is_no_scorer():
-    with pytest.raises(UserError, match=r"scorers: a device is no scorer"):
+    with pytest.raises(UserError, match=r"scorers: a device is no spo\.scorers\.Scorer"):
         load(f"{__name__}:nothing", {})

@@ -46,7 +46,6 @@ def test_the_official_scores():
         ("blip.text_encoder.encoder.layer.0.crossattention.self.key.weight", (48, 31), "size"),
         ("blip.text_encoder.pooler.dense.bias", (48,), "pooler"),
         ("blip.visual_encoder.no_such", (1,), "no_such"),
-        ("blip.no_such", (1,), "blip.no_such is unknown"),
         ("mlp.layers.0.weight", (32, 47), r"\(32, 47\) after features of 48"),
         ("mlp.layers.7.bias", None, "not those of linear layers"),
     ],
@@ -83,7 +82,7 @@ def test_the_tokenizer_is_named():
 
 def test_the_published_size(weights):
     """Shapes and the default head width tell ViT-L/16 at 224 pixels and BERT base."""
-    from spo.scorers import blip
+    from spo.scorers import imagereward
 
     def zeros(*shape):
         return torch.zeros(shape, device="meta")
@@ -92,7 +91,7 @@ def test_the_published_size(weights):
         "embeddings.position_embedding": zeros(1, 197, 1024),
         "embeddings.patch_embedding.weight": zeros(1024, 3, 16, 16),
     } | {f"encoder.layers.{i}.mlp.fc1.weight": zeros(4096, 1024) for i in range(24)}
-    found = blip._vision_config(vision, 64)
+    found = imagereward._vision_config(vision, 64)
     assert (found.num_hidden_layers, found.num_attention_heads) == (24, 16)
     assert (found.image_size, found.patch_size) == (224, 16)
     assert (found.hidden_size, found.intermediate_size) == (1024, 4096)
@@ -100,7 +99,7 @@ def test_the_published_size(weights):
         "embeddings.word_embeddings.weight": zeros(30524, 768),
         "embeddings.position_embeddings.weight": zeros(512, 768),
     } | {f"encoder.layer.{i}.intermediate.dense.weight": zeros(3072, 768) for i in range(12)}
-    found = blip._text_config(text, 1024, 64)
+    found = imagereward._text_config(text, 1024, 64)
     assert (found.num_hidden_layers, found.num_attention_heads) == (12, 12)
     assert (found.hidden_size, found.intermediate_size) == (768, 3072)
     assert (found.vocab_size, found.max_position_embeddings) == (30524, 512)

@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -11,12 +10,13 @@ import torch
 from accelerate.commands.config import load_config_from_file
 
 from spo.errors import RunError, UserError
-from spo.launch.__main__ import ACCELERATE_CONFIGS, SCRIPTS, cpu_world, gpu_world
+from spo.launch.__main__ import SCRIPTS, make_world, parse_options
 from spo.launch.processes import World
 from spo.launch.workers import Workers
 from spo.plugins import find
 
 ROOT = Path(__file__).resolve().parents[1]
+ACCELERATE_CONFIGS = ROOT / "config" / "accelerate"
 
 SCRIPT = """
 from absl import app
@@ -57,10 +57,17 @@ def start(*arguments, cwd=ROOT):
     )
 
 
-def options(**given):
-    names = "num_processes num_machines accelerate_config"
-    names += " machine_rank main_process_ip main_process_port"
-    return Namespace(**(dict.fromkeys(names.split()) | given))
+def world_of(**options):
+    given = [f"--{name}={value}" for name, value in options.items() if name != "cpu"]
+    given += ["--cpu"] if options.get("cpu") else []
+    return make_world(parse_options(["train_sd15.py", *given])[0])
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    """A function that pretends that the machine has a number of GPUs, and a restored environment."""
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    return lambda number: monkeypatch.setattr(torch.cuda, "device_count", lambda: number)
 
 
 def test_a_mistake_is_one_line_before_anything_starts():
@@ -144,58 +151,53 @@ def test_the_table_says_what_the_script_says(path):
 
 
 @pytest.mark.parametrize(
-    ("gpus", "given", "processes", "file"),
+    ("number", "given", "processes"),
     [
-        (1, {}, 1, "one_gpu.yaml"),
-        (4, {}, 4, "four_gpus.yaml"),
-        (8, {}, 8, "four_gpus.yaml"),
-        (8, {"num_processes": 2}, 2, "four_gpus.yaml"),
-        (8, {"num_processes": 1}, 1, "one_gpu.yaml"),
+        (1, {}, 1),
+        (4, {}, 4),
+        (8, {}, 8),
+        (8, {"num_processes": 2}, 2),
+        (8, {"num_processes": 1}, 1),
     ],
 )
-def test_gpus_choose_the_accelerate_file(monkeypatch, gpus, given, processes, file):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-    loaded = []
-    monkeypatch.setattr(
-        "accelerate.commands.config.load_config_from_file",
-        lambda name: loaded.append(name) or load_config_from_file(name),
-    )
-    assert gpu_world(options(**given)) == World(processes, processes)
-    assert loaded == [str(ACCELERATE_CONFIGS / file)]
+def test_one_process_for_each_gpu_or_as_many_as_asked_for(gpus, number, given, processes):
+    gpus(number)
+    assert world_of(**given) == World(processes, processes)
 
 
-def test_two_machines(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+def test_two_machines(gpus):
+    gpus(4)
     file = str(ACCELERATE_CONFIGS / "two_nodes_of_four.yaml")
     address = {"machine_rank": 1, "main_process_ip": "10.0.0.1"}
-    world = gpu_world(options(accelerate_config=file, **address))
+    world = world_of(accelerate_config=file, **address)
     assert world == World(8, 4, 2, 1, "10.0.0.1", 29500)
     with pytest.raises(UserError, match="--main_process_ip is missing"):
-        gpu_world(options(accelerate_config=file))
+        world_of(accelerate_config=file)
 
 
 @pytest.mark.parametrize(
     ("given", "message"),
     [
         ({"num_processes": 3}, "3 processes on 1 machine"),
+        ({"num_processes": 0}, "--num_processes=0 counts"),
+        ({"num_machines": 0}, "--num_machines=0"),
         ({"accelerate_config": "missing.yaml"}, "no such file: missing.yaml"),
     ],
 )
-def test_gpus_that_are_not_there(monkeypatch, given, message):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+def test_worlds_that_cannot_be(gpus, given, message):
+    gpus(2)
     with pytest.raises(UserError, match=message):
-        gpu_world(options(**given))
+        world_of(**given)
 
 
-def test_gpus_that_a_file_names(monkeypatch, tmp_path):
+def test_gpus_that_a_file_names(gpus, tmp_path):
     file = tmp_path / "accelerate.yaml"
     text = (ACCELERATE_CONFIGS / "four_gpus.yaml").read_text()
     file.write_text(
         text.replace("gpu_ids: all", "gpu_ids: 1,3").replace("processes: 4", "processes: 2")
     )
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")  # gpu_world sets it
-    assert gpu_world(options(accelerate_config=str(file))) == World(2, 2)
+    gpus(2)
+    assert world_of(accelerate_config=str(file)) == World(2, 2)
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "1,3"
 
 
@@ -208,15 +210,13 @@ def test_accelerate_reads_its_files():
 
 
 @pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED", "MEGATRON_LM"])
-def test_what_splits_the_model_is_refused(monkeypatch, tmp_path, kind):
+def test_what_splits_the_model_is_refused(gpus, tmp_path, kind):
     file = tmp_path / "accelerate.yaml"
     text = (ACCELERATE_CONFIGS / "four_gpus.yaml").read_text()
     file.write_text(text.replace("MULTI_GPU", kind))
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    with pytest.raises(UserError, match=f"distributed_type {kind} is not supported"):
-        gpu_world(options(accelerate_config=str(file)))
-    # By `accelerate launch` itself, without this launcher.
-    monkeypatch.setenv(f"ACCELERATE_USE_{kind}", "true")
+    gpus(4)
+    assert world_of(accelerate_config=str(file)) == World(4, 4)
+    assert os.environ[f"ACCELERATE_USE_{kind}"] == "true"  # as `accelerate launch` sets it
     with pytest.raises(UserError, match=f"distributed_type {kind} in the accelerate config"):
         Workers(rank_timeout=120)
 
@@ -226,17 +226,17 @@ def test_a_timeout_that_cannot_be_is_refused():
         Workers(rank_timeout=0)
 
 
-def test_two_machines_of_our_own_files_and_on_the_cpu(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "")  # cpu_world sets it
+def test_two_machines_by_options_and_on_the_cpu(gpus):
+    gpus(4)
     place = {"num_machines": 2, "machine_rank": 1, "main_process_ip": "10.0.0.1"}
-    assert gpu_world(options(**place)) == World(8, 4, 2, 1, "10.0.0.1", 29500)
-    world = cpu_world(options(**place, num_processes=4, main_process_port=29600))
+    assert world_of(**place) == World(8, 4, 2, 1, "10.0.0.1", 29500)
+    world = world_of(cpu=True, **place, num_processes=4, main_process_port=29600)
     assert world == World(4, 2, 2, 1, "10.0.0.1", 29600)
-    with pytest.raises(UserError, match="--num_processes=3 counts those of all machines"):
-        cpu_world(options(**place, num_processes=3))
+    assert os.environ["ACCELERATE_USE_CPU"] == "true"
+    with pytest.raises(UserError, match="--num_processes=3 counts the processes of all machines"):
+        world_of(cpu=True, **place, num_processes=3)
     with pytest.raises(UserError, match="--main_process_ip is missing"):
-        cpu_world(options(num_machines=2, machine_rank=0))
+        world_of(cpu=True, num_machines=2, machine_rank=0)
 
 
 def test_weights_that_differ_from_those_of_rank_0_stop_the_run(monkeypatch):
@@ -247,8 +247,7 @@ def test_weights_that_differ_from_those_of_rank_0_stop_the_run(monkeypatch):
     found = []
     monkeypatch.setattr(workers, "gather", lambda values: found.append(values[0]) or values)
     workers.check_equal("LoRA", other)
-    second = ("rank 1 (host, pid 5)", found[0][1])
-    monkeypatch.setattr(workers, "gather", lambda v: [*v, second] if isinstance(v[0], tuple) else v)
+    monkeypatch.setattr(workers, "gather", lambda values: [*values, found[0]])
     workers.check_equal("LoRA", other)
-    with pytest.raises(RunError, match=r"LoRA of rank 1 \(host, pid 5\) differs"):
+    with pytest.raises(RunError, match="LoRA of rank 1 differs"):
         workers.check_equal("LoRA", weights)

@@ -23,7 +23,8 @@ from helpers import (
 from spo.errors import UserError
 from spo.method.learner import Learner, UpdateSettings, distance, update_ema
 from spo.method.losses import LOSSES, make_loss
-from spo.models.backbone import Backbone, ModelSource
+from spo.models.backbone import Backbone
+from spo.models.loading import ModelSource
 
 TIMESTEPS = [751, 301, 51, 1]
 

@@ -10,7 +10,8 @@ from helpers import MODELS, add_tiny_lora, model_folder, scorer_source
 from spo.errors import UserError
 from spo.lora_io.find import read_folded, read_lora
 from spo.lora_io.model_spec import read_specs
-from spo.models.backbone import Backbone, ModelSource
+from spo.models.backbone import Backbone
+from spo.models.loading import ModelSource
 from spo.preference.spm_recipe import SPMSource, build_spm
 from spo.scorers import load_scorer
 from spo.scorers.state_dicts import read_state_dict
@@ -66,7 +67,7 @@ def test_loras(trap, tmp_path, own_backbone, suffix):
         read_lora(path, add_tiny_lora(backbone), "lora.init_from")
     (spec,) = read_specs([f"x={path}"], ModelSource(model_folder("sd15")), "sd15", "models")
     with pytest.raises(UserError, match=f"models: .*{reason}"):
-        read_folded(spec.loras[0].path, backbone, "models")
+        read_folded(spec.loras[0][0], backbone, "models")
 
 
 @pytest.mark.parametrize("suffix", [".bin", ".safetensors"])

@@ -1,5 +1,7 @@
 """Named numbers: means and totals over minibatches, rollouts and processes."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -61,17 +63,14 @@ def test_numbers_of_two_processes(monkeypatch):
     for own in (first, second):
         other = others[id(own)]
         workers = object.__new__(Workers)
-        workers.device, asked = CPU, []
-        monkeypatch.setattr(workers, "gather", lambda names, o=other: [*names, list(o.sums)], False)
-
-        def add(values, o=other, asked=asked):
-            asked.extend(values)
-            zero = torch.zeros(())
-            return {n: (v + o.sums.get(n, zero)).item() for n, v in values.items()}
-
-        monkeypatch.setattr(workers, "sum", add, False)
-        sums = workers.sum_named(own.sums)
-        assert set(asked) == set(first.sums) | set(second.sums)
+        workers.device = CPU
+        monkeypatch.setattr(workers, "gather", lambda names, o=other: [*names, *o.sums], False)
+        names = list(dict.fromkeys([*own.sums, *other.sums]))
+        rest = torch.stack([other.sums.get(name, torch.zeros(())).double() for name in names])
+        accelerator = SimpleNamespace(reduce=lambda stacked, reduction, rest=rest: stacked + rest)
+        monkeypatch.setattr(workers, "accelerator", accelerator, False)
+        sums = workers.sum(own.sums)
+        assert list(sums) == names
         assert summary(sums) == {"loss": 5.0, "pairs": 4, "grad_norm": 0.5}
 
 

@@ -10,7 +10,7 @@ import pytest
 from helpers import add_tiny_lora, load_backbone, random_weights, save_tiny_decoder
 
 from spo.evaluation.results import read_results
-from spo.lora_io.diffusers_file import save_lora
+from spo.lora_io.write import save_lora
 
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = ROOT / "tests" / "data" / "golden" / "models"
@@ -117,5 +117,6 @@ def test_an_evaluation_takes_loras_and_models_from_the_cache(cache):
         command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    base, lora, full = (m.scores for m in read_results(cache / "evaluation").models)
+    results = read_results(cache / "evaluation")
+    base, lora, full = (results.scores(m, results.scorers[0]) for m in results.models)
     assert base == full != lora

@@ -105,7 +105,7 @@ def test_errors_name_some_prompts_and_the_beginning_of_each():
 def test_prompts_in_files_and_under_pictures(tmp_path, name):
     (tmp_path / "p.txt").write_text(f"{HARD[name]}\n\n", encoding="utf-8")
     found = read_prompts(str(tmp_path / "p.txt"))
-    assert found.prompts == (HARD[name].strip(),) and found.empty == 1
+    assert found.prompts == (HARD[name].strip(),) and found.left_out == {"empty": 1}
     image = Image.new("RGB", (32, 32))
     write_png(tmp_path / "p.png", image, {"prompt": HARD[name]})
     with Image.open(tmp_path / "p.png") as file:

@@ -21,9 +21,16 @@ from config import tiny
 from scripts import push_to_hub
 from spo.command_line.config_files import load_config, save_config
 from spo.errors import UserError
-from spo.evaluation.results import ModelInfo, Results, ScorerInfo, write_results
+from spo.evaluation.results import (
+    ModelInfo,
+    PromptResult,
+    Results,
+    ScoredImage,
+    ScorerInfo,
+    write_results,
+)
 from spo.hub import Destination, is_hub_id
-from spo.lora_io.diffusers_file import save_lora
+from spo.lora_io.write import save_lora
 from spo.method.build import read_recipe
 from spo.models.backbone import Backbone, ModelSource
 from spo.models.lora import add_lora
@@ -42,7 +49,6 @@ UPLOADED = {
     "README.md",
     "config.json",
     "metrics.jsonl",
-    "validation.png",
     LORA,
     *(f"samples/{i:02d}.png" for i in range(4)),
 }
@@ -68,12 +74,10 @@ def made_run(tmp_path_factory):
     (run_dir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     prompts = f"4 prompts from {HOME}/data/prompts.txt (4 rows)"
     record_start(run_dir, {"plan": PLAN, "prompts": prompts, "device": "cuda"})
-    (run_dir / "validation").mkdir()
     cells = []
     for i in range(5):
         image = Image.new("RGB", (8, 8), (50 * i, 0, 0))
         cells.append((i, Cell(image, f"a <!-- {i} --> of 'clubs'")))
-        image.resize((16, 16)).save(run_dir / "validation" / f"epoch_{i:04d}_policy.png")
     save_samples(run_dir, cells, "policy", 2)
     return run_dir
 
@@ -112,9 +116,9 @@ def refused(capsys, *arguments):
     return caught.value.code, line
 
 
-def squeezed(text):
-    """The text with single spaces: tables are padded to be read as text."""
-    return re.sub(" +", " ", text)
+def unpadded(card):
+    """The card with one space before the ends of all table cells."""
+    return re.sub(r" +\|", " |", card)
 
 
 def metadata(card):
@@ -123,21 +127,19 @@ def metadata(card):
 
 def add_evaluation(folder):
     """Results of two models by one scorer on three prompts."""
-    models = [
-        ModelInfo(name, spec, ("a.png", "b.png", "c.png"), {"pickscore": scores})
-        for name, spec, scores in (
-            ("base", f"{HOME}/models/base", (20.0, 21.0, 22.0)),
-            ("GradSPO", f"{HOME}/runs/run", (21.0, 23.0, 22.0)),
-        )
+    scores = {"base": (20.0, 21.0, 22.0), "GradSPO": (21.0, 23.0, 22.0)}
+    specs = {"base": f"{HOME}/models/base", "GradSPO": f"{HOME}/runs/run"}
+    images = [
+        {name: ScoredImage(f"{i}.png", {"pickscore": own[i]}) for name, own in scores.items()}
+        for i in range(3)
     ]
     results = Results(
         title="500 prompts of a test set",
         settings={"prompts": f"{HOME}/prompts.txt", "steps": 20},
         versions={"torch": "2"},
         scorers=(ScorerInfo("pickscore", "PickScore", 100.0),),
-        prompts=("/a", "b", "c"),
-        seeds=(0, 1, 2),
-        models=tuple(models),
+        models=tuple(ModelInfo(name, spec) for name, spec in specs.items()),
+        prompts=tuple(PromptResult(p, i, images[i]) for i, p in enumerate(("/a", "b", "c"))),
     )
     folder.mkdir()
     write_results(results, folder)
@@ -156,8 +158,6 @@ def test_what_is_uploaded_is_what_the_run_holds(hub, run_dir, capsys):
     assert files.keys() == expected and hub.commits("user/name") == ["mine"]
     for name in (LORA, "metrics.jsonl"):
         assert files[name] == (run_dir / name).read_bytes()
-    # The LoRA is of epoch 2: the grids of later epochs are not its own, that of epoch 0 nobody's.
-    assert files["validation.png"] == (run_dir / "validation/epoch_0002_policy.png").read_bytes()
     assert files["samples/03.png"] == (run_dir / "samples/03.png").read_bytes()
     assert not hub.repos["user/name"].private
     (run_dir / "config.json").write_bytes(files["config.json"])
@@ -179,7 +179,7 @@ def test_ema_branch_and_private(hub, run_dir):
 
 def test_a_second_push_uploads_what_changed_and_commits_nothing_for_nothing(hub, run_dir, capsys):
     push(run_dir)
-    assert len([line for line in hub.asked if line.startswith("PUT")]) == 6  # LoRA and images
+    assert len([line for line in hub.asked if line.startswith("PUT")]) == 5  # LoRA and images
     hub.asked.clear()
     push(run_dir)
     assert capsys.readouterr().out.splitlines()[-1] == f"nothing new for {hub.url}/user/name"
@@ -196,33 +196,34 @@ def test_a_second_push_uploads_what_changed_and_commits_nothing_for_nothing(hub,
 def test_the_card_says_what_the_run_recorded(run_dir):
     add_evaluation(run_dir / "evaluation_pickapic")
     to = Destination("user/name", subfolder="sd1_5")
-    card = (lay_out(run_dir, to).folder / "README.md").read_text()
+    card = (lay_out(run_dir, to)[0] / "README.md").read_text()
     for row in (
         "| algorithm | GradSPO |",
         "| epochs | 2 of 6 |",
         "| rollouts | 10 |",
         "| updates | 30 |",
         "| pairs per update | 40 |",
-        "| processes | 4 x GPU |",
+        "| processes | 4 x cuda |",
         "| prompts | 4 prompts from prompts.txt (4 rows) |",
         "| train.learning_rate | 0.0005 |",
         "| train.grad_scale | 0.5 |",
         "| train.ema_decay | 0.9 |",
         f"diffusers {__import__('diffusers').__version__}",
         "| PickScore x 100 | GradSPO | 22.000 [",
+        "![Validation image](sd1_5/samples/03.png)",
         "@inproceedings{tee2025gradspo",
         "2406.04314",
     ):
-        assert row in squeezed(card)
+        assert row in unpadded(card)
     # Nothing was measured, nothing is claimed.
     shutil.rmtree(run_dir / "evaluation_pickapic")
-    assert "Results" not in (lay_out(run_dir, to).folder / "README.md").read_text()
+    assert "Results" not in (lay_out(run_dir, to)[0] / "README.md").read_text()
 
 
 def test_metadata_are_the_hubs(run_dir, monkeypatch):
     monkeypatch.chdir(ROOT)
     config = load_config(str(run_dir / "config.json"))
-    card = lay_out(run_dir, Destination("user/name", "sd1_5")).folder / "README.md"
+    card = lay_out(run_dir, Destination("user/name", "sd1_5"))[0] / "README.md"
     found = metadata(card.read_text())
     # A folder is no base model that the Hub could know.
     assert is_hub_id("user/tiny") and not is_hub_id("assets/tiny") and not is_hub_id("a/b/c")
@@ -256,12 +257,12 @@ def test_sdxl_with_a_vae_of_its_own_and_another_scorer(run_dir):
     config.preference.scorer, config.pretrained.variant = "pickscore", "fp16"
     save_config(config, run_dir / "config.json")
     shutil.rmtree(run_dir / "ema")
-    card = (lay_out(run_dir, Destination("user/name")).folder / "README.md").read_text()
+    card = (lay_out(run_dir, Destination("user/name"))[0] / "README.md").read_text()
     code = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]
     compile(code, "snippet", "exec")
     for line in ("= StableDiffusionXLPipeline.from_pretrained(", "vae=vae,", 'variant="fp16",'):
         assert line in code
-    assert "| preference model | yuvalkirstain/PickScore_v1 |" in squeezed(card)
+    assert "| preference model | yuvalkirstain/PickScore_v1 |" in unpadded(card)
     assert metadata(card)["license"] == "openrail++" and "spo" in metadata(card)["tags"]
     assert "GradSPO" not in card and "grad_scale" not in card and "ema_decay" not in card
 
@@ -278,12 +279,10 @@ def test_a_loss_of_ones_own_is_called_by_its_name_and_cites_nobody(run_dir, algo
     config = load_config(str(run_dir / "config.json"))
     config.algorithm = algorithm
     save_config(config, run_dir / "config.json")
-    layout = lay_out(run_dir, Destination("user/name"))
-    card = (layout.folder / "README.md").read_text()
+    folder, summary = lay_out(run_dir, Destination("user/name"))
+    card = (folder / "README.md").read_text()
     assert metadata(card)["tags"][-1] == name and f"## {name} on sd15" in card
-    assert f"| algorithm | {algorithm} |" in squeezed(card) and layout.summary.startswith(
-        f"{name} LoRA, "
-    )
+    assert f"| algorithm | {algorithm} |" in unpadded(card) and summary.startswith(f"{name} LoRA, ")
     assert "bibtex" not in card and "Citation" not in card and "2406.04314" not in card
 
 
@@ -295,8 +294,8 @@ def test_a_setting_is_in_the_card_if_it_differs_from_the_family_s_default(run_di
         changed = config.copy_and_resolve_references()
         changed.update_from_flattened_dict({k.replace("__", "."): v for k, v in changes.items()})
         save_config(changed, run_dir / "config.json")
-        card = (lay_out(run_dir, Destination("user/name")).folder / "README.md").read_text()
-        return dict(re.findall(r"\| ((?:lora|sample|train)\.\w+) \| (.*) \|", squeezed(card)))
+        card = (lay_out(run_dir, Destination("user/name"))[0] / "README.md").read_text()
+        return dict(re.findall(r"\| ((?:lora|sample|train)\.\w+) \| (.*) \|", unpadded(card)))
 
     plain = settings()
     assert plain["lora.rank"] == "64" and "sample.eta" not in plain
@@ -327,7 +326,7 @@ def test_runs_share_a_card_and_keep_each_others_sections(hub, run_dir):
     save_config(config, run_dir / "config.json")
     push(run_dir, "--subfolder=sdxl")
     again = hub.files("user/name")["README.md"].decode()
-    assert again.count("## ") == card.count("## ") and "| train.beta | 77 |" in squeezed(again)
+    assert again.count("## ") == card.count("## ") and "| train.beta | 77 |" in unpadded(again)
     first = again[: again.index("<!-- spo:run", again.index("<!-- spo:run") + 1)]
     assert first in card and "By hand." in first and "sd1_5/pytorch_lora" in first
 
@@ -395,15 +394,12 @@ def test_refusals_are_one_line_each(hub, run_dir, capsys, monkeypatch):
     monkeypatch.setattr(hub, "role", "write")
     status, line = refused(capsys, run_dir, "--repo_id=usr/name")
     assert status == 2 and "the Hub has no usr/name, and no usr to make it for (404)" in line
-    hub.datasets.add("user/data")
-    status, line = refused(capsys, run_dir, "--repo_id=user/data")
-    assert status == 2 and "user/data is a dataset" in line
     hub.create("user/public")
     status, line = refused(capsys, run_dir, "--repo_id=user/public", "--private")
-    assert status == 2 and "user/public is there already, and public" in line
+    assert status == 2 and "user/public exists and is public" in line
     hub.create("user/odd", files={"README.md": b"---\n[\n---\n"})
     status, line = refused(capsys, run_dir, "--repo_id=user/odd")
-    assert status == 2 and "README.md of user/odd cannot be read" in line
+    assert status == 2 and "README.md on the Hub cannot be read as a model card" in line
     hub.faults = [("/branch/", 400)]
     status, line = refused(capsys, run_dir, "--branch=refs")
     assert status == 2 and "the Hub refuses the push to user/name (" in line
@@ -419,7 +415,7 @@ def test_no_network_is_one_line_and_status_1(hub, run_dir, capsys, monkeypatch):
     assert len(hub.asked) == 4
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     status, line = refused(capsys, run_dir)
-    assert status == 1 and "HF_HUB_OFFLINE is set" in line
+    assert status == 1 and "HF_HUB_OFFLINE" in line
 
 
 @pytest.mark.parametrize(
@@ -499,7 +495,7 @@ def test_a_run_that_cannot_be_laid_out_goes_on(hub, run_dir):
 
 
 def test_a_card_without_sections_of_ours_gets_one_at_the_end(run_dir):
-    own = (lay_out(run_dir, Destination("user/name")).folder / "README.md").read_text()
+    own = (lay_out(run_dir, Destination("user/name"))[0] / "README.md").read_text()
     merged = merge_cards("# Mine\n\n\\1 stays\n", own)
     assert merged.text.startswith("# Mine\n\n\\1 stays\n\n<!-- spo:run")
     assert str(merge_cards(str(merged), own)) == str(merged)

@@ -11,8 +11,8 @@ import pytest
 from helpers import GOLDEN, MODELS
 from safetensors.torch import load_file, save_file
 
-from spo.method import build
 from spo.method import learner as learner_module
+from spo.method.build import read_recipe
 from spo.method.replay import Replay, failures
 from spo.models.device import speed_up
 
@@ -53,24 +53,24 @@ def test_a_trace_replays_with_other_memory_layout_and_recomputed_activations(tra
     replay = Replay(GOLDEN / trace, MODELS)
     assert replay.learner.merged is not None  # as everywhere, by default
     replay.backbone.unet.enable_gradient_checkpointing()
-    layout = replace(build.speed_settings(replay.config), channels_last=True)
+    layout = replace(replay.recipe.speed, channels_last=True)
     speed_up(replay.backbone, replay.scorer, layout)
     assert not replay.backbone.unet.conv_in.weight.is_contiguous()
     assert failures(replay.run(), "gradspo") == []
 
 
 def remove_clips(replay):
-    replay.learner.loss_settings = replace(replay.learner.loss_settings, clip_eps=None)
+    replay.learner.loss = replace(replay.learner.loss, clip_eps=None)
 
 
 def swap_ema_for_policy(replay):
     """In the loss alone: what the replay compares of the predictions stays right."""
-    own_loss = replay.learner.objective.loss
+    own_loss = replay.learner.loss
 
     def loss(predictions, *rest):
         return own_loss(replace(predictions, ema=predictions.policy.detach()), *rest)
 
-    replay.learner.objective = replace(replay.learner.objective, loss=loss)
+    replay.learner.loss = loss
 
 
 def freeze_ema(replay):
@@ -86,7 +86,9 @@ def move_ema_with_the_optimizer(replay):
 
 
 def sample_from_the_policy(replay):
-    replay.learner.sampler = lambda: replay.learner.lora.using(replay.learner.lora.snapshot())
+    replay.learner.drawing_network = lambda: replay.learner.lora.using(
+        replay.learner.lora.snapshot()
+    )
 
 
 def change(**values):
@@ -94,6 +96,8 @@ def change(**values):
         for name, value in values.items():
             assert replay.config.sample[name] != value
             replay.config.sample[name] = value
+        replay.recipe = read_recipe(replay.config)
+        replay.learner.sampler = replay.recipe.load_sampler(replay.backbone)
 
     return break_it
 

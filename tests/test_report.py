@@ -18,11 +18,18 @@ import torch
 from PIL import Image
 
 from spo.errors import UserError
-from spo.evaluation.curves import TRAINING, draw_curves, panels_of
 from spo.evaluation.page import embedded_image
 from spo.evaluation.report import chosen_prompts, write_report
-from spo.evaluation.results import ModelInfo, Results, ScorerInfo, summarize, write_results
-from spo.evaluation.run_report import write_run_report
+from spo.evaluation.results import (
+    ModelInfo,
+    PromptResult,
+    Results,
+    ScoredImage,
+    ScorerInfo,
+    summarize,
+    write_results,
+)
+from spo.evaluation.run_report import TRAINING, draw_curves, panels_of, write_run_report
 from spo.method import metrics
 from spo.preference.spm_metrics import TIMESTEPS, step_metrics, validation_metrics
 from spo.run.folder import record_start
@@ -103,24 +110,25 @@ class Page(HTMLParser):
 
 def make_results(folder, scores, prompts, title="Title", side=32):
     """Results of {model: {scorer: scores}}, with an image of its own colour for each."""
-    models = []
+    images = [{} for _ in prompts]
     for number, (name, by_scorer) in enumerate(scores.items()):
-        files = tuple(f"{number}_{i}.png" for i in range(len(prompts)))
-        for i, file in enumerate(files):
+        for i in range(len(prompts)):
+            file = f"{number}_{i}.png"
             Image.new("RGB", (side, side), (40 * number, 10 * i, 99)).save(folder / file)
-        models.append(ModelInfo(name, f"runs/{name}", files, by_scorer))
+            own = {scorer: values[i] for scorer, values in by_scorer.items()}
+            images[i][name] = ScoredImage(file, own)
     scorers = tuple(
         ScorerInfo(name, name.title(), 100.0 if name == "pickscore" else 1.0)
-        for name in models[0].scores
+        for name in next(iter(scores.values()))
     )
     return Results(
         title=title,
         settings={"sampling": {"num_steps": 20}, "seed": 7},
         versions={"torch": "2.0"},
         scorers=scorers,
-        prompts=tuple(prompts),
-        seeds=tuple(2**62 + i for i in range(len(prompts))),  # more than JavaScript can count
-        models=tuple(models),
+        models=tuple(ModelInfo(name, f"runs/{name}") for name in scores),
+        # Seeds of more digits than JavaScript can count.
+        prompts=tuple(PromptResult(p, 2**62 + i, images[i]) for i, p in enumerate(prompts)),
     )
 
 
@@ -146,11 +154,12 @@ def test_every_prompt_image_and_score_is_in_the_page(tmp_path):
     page = read(write_report(tmp_path, results))
     assert page.all("h1") == page.all("title") == ["<Title> & more"]
     data = page.data()
-    assert [row["prompt"] for row in data["prompts"]] == list(results.prompts)
-    assert [row["seed"] for row in data["prompts"]] == [str(seed) for seed in results.seeds]
+    assert [row["prompt"] for row in data["prompts"]] == [p.prompt for p in results.prompts]
+    assert [row["seed"] for row in data["prompts"]] == [str(p.seed) for p in results.prompts]
     for i, row in enumerate(data["prompts"]):
         for model, scores in zip(results.models, row["scores"], strict=True):
-            assert scores == [model.scores["pickscore"][i], model.scores["aesthetic"][i]]
+            own = results.prompts[i].images[model.name].scores
+            assert scores == [own["pickscore"], own["aesthetic"]]
     images = [image for row in data["prompts"] for image in row["images"]]
     assert len(set(images)) == 18
     details = page.all("details")
@@ -308,7 +317,7 @@ def test_the_report_of_a_run(run_dir):
     assert page.all("p")[0] == "gradspo on some/<model>"
     facts = dict(zip(page.all("dt"), page.all("dd"), strict=True))
     assert facts["rollouts"] == "3" and facts["updates"] == "6" and facts["pairs"] == "12"
-    assert facts["time"] == "3 min 06 s"
+    assert facts["time"] == "0:03:06"
     images = [attributes for tag, attributes in page.elements if tag == "img"]
     assert [image["alt"] for image in images] == [f"epoch_000{i}_policy" for i in range(3)]
     start, config = page.all("details")
@@ -337,7 +346,7 @@ def test_long_runs_and_unknown_values(run_dir):
 def test_the_report_of_a_preference_model(tmp_path):
     totals = {"loss": 3.0, "steps": 4, "pairs": 8, "grad_norm": 2.0, "updates": 4}
     counts = {f"t{t}": 6.0 for t in TIMESTEPS} | {"pairs": 8.0, "ties": 0.0, "damaged": 0.0}
-    line = {"step": 4, **step_metrics(Counter(totals), 1000), "peak_memory_gib": 1.0}
+    line = {"step": 4, **step_metrics(Counter(totals)), "peak_memory_gib": 1.0}
     lines = [{"step": 0, **validation_metrics(counts)}, line | validation_metrics(counts)]
     config = {"pretrained": {"model": "base"}}
     page = read(write_run_report(make_run(tmp_path / "spm", lines, config)))
@@ -417,11 +426,12 @@ def test_the_script_makes_sorted_cards(tmp_path):
     results = three_models(tmp_path, n=30)
     path = write_report(tmp_path, results)
     page = browse(path, "#sort=loss&scorer=pickscore&model=spo")
-    base, spo = (np.array(model.scores["pickscore"]) for model in results.models[:2])
+    scorer = results.scorers[0]
+    base, spo = (np.array(results.scores(model, scorer)) for model in results.models[:2])
     assert cards(page) == (np.argsort(spo - base) + 1).tolist()[:24]
     assert page.all("button", **{"class": "more"}) == ["Show 6 more"]
     assert len(page.all("img")) == 24 * 3
-    assert page.all("bdi") == [results.prompts[i - 1] for i in cards(page)]
+    assert page.all("bdi") == [results.prompts[i - 1].prompt for i in cards(page)]
     assert cards(browse(path, "#search=DOUBLE")) == [3]
 
 

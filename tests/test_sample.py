@@ -13,7 +13,7 @@ from PIL import Image
 
 from spo.errors import UserError
 from spo.evaluation import images_cli
-from spo.lora_io.diffusers_file import save_lora
+from spo.lora_io.write import save_lora
 from spo.models.backbone import SCHEDULERS
 from spo.models.families import FAMILIES
 from spo.models.plain_images import ImageSettings, sample_images
@@ -62,7 +62,7 @@ def test_ddim_draws_what_the_evaluation_draws_from_the_same_seed(family, tmp_pat
 
 
 def test_strengths_seeds_and_what_an_image_says(lora, tmp_path):
-    models = images_cli.read_models(["base", f"fox={lora}:2"], model_folder("sd15"), None, "0,0.5")
+    models = images_cli.read_models(["base", f"fox={lora}:2"], model_folder("sd15"), None, (0, 0.5))
     assert [spec.name for spec in models] == ["base", "fox_0", "fox_0.5"]
     grid = images_cli.draw_samples(models, PROMPTS, settings(seeds=(0, 1)), tmp_path)
     images = {
@@ -93,12 +93,13 @@ def test_every_scheduler_repeats_whatever_is_drawn_beside(scheduler, tmp_path):
         assert abs(pixels(alone) - pixels(beside)).max() <= 2
 
 
-def test_the_base_is_what_the_lora_was_trained_on(lora):
-    assert images_cli.default_base(["base", f"fox={lora}:0.5"]) == model_folder("sd15")
+def test_the_base_is_what_the_run_of_the_lora_was_trained_on(lora, tmp_path):
     assert images_cli.default_base(["base", "user/repo"]) == FAMILIES["sd15"].base_model
-    (lora.parent / "config.json").write_text('{"pretrained": {"model": "of/the-run"}}')
-    assert images_cli.default_base([str(lora)]) == "of/the-run"
-    (lora.parent / "config.json").unlink()
+    assert images_cli.default_base([str(lora)]) == FAMILIES["sd15"].base_model
+    (tmp_path / "ema").mkdir()
+    (tmp_path / "config.json").write_text('{"pretrained": {"model": "of/the-run"}}')
+    for text in (f"fox={tmp_path}:0.5", str(tmp_path / "ema")):
+        assert images_cli.default_base(["base", text]) == "of/the-run"
 
 
 @pytest.mark.parametrize(
@@ -107,8 +108,13 @@ def test_the_base_is_what_the_lora_was_trained_on(lora):
         (["--prompts"], "expected at least one argument"),
         ([], "--prompts: there is none"),
         (["--prompts", "x", "--scheduler", "magic"], "--scheduler: 'magic' is none of ddim"),
-        (["--prompts", "x", "--size", "100x64"], "--size: '100x64' is not"),
-        (["--prompts", "x", "--steps", "0"], "--steps and --batch_size"),
+        (
+            ["--prompts", "x", "--size", "100x64"],
+            "--size: 100x64 is not WIDTHxHEIGHT in multiples of 8",
+        ),
+        (["--prompts", "x", "--size", "wide"], "--size: invalid pixels value: 'wide'"),
+        (["--prompts", "x", "--lora_scale", "all"], "--lora_scale: invalid numbers value: 'all'"),
+        (["--prompts", "x", "--steps", "0"], "--steps: 0 must be a whole number from 1"),
         (["--prompts", "x", "--lora_scale", "1"], "--lora_scale: none of --models has a LoRA"),
         (["--prompts", "x", "--models", "./no"], "--models: no file './no'"),
         (["--prompts", "x", "--base", "nowhere"], "--base: 'nowhere' is neither"),
@@ -134,7 +140,16 @@ def test_a_lora_of_another_base(lora):
 
 def test_the_command(lora, tmp_path):
     command = [sys.executable, "scripts/sample.py", "--models", "base", str(lora)]
-    command += ["--prompts", *PROMPTS, "--steps", "2", "--out", str(tmp_path)]
+    command += [
+        "--base",
+        model_folder("sd15"),
+        "--prompts",
+        *PROMPTS,
+        "--steps",
+        "2",
+        "--out",
+        str(tmp_path),
+    ]
     done = subprocess.run(
         command,
         cwd=ROOT,

@@ -11,7 +11,7 @@ from helpers import MODELS, PROMPTS, randn, scorer_source
 from transformers import CLIPModel
 
 from spo.errors import UserError
-from spo.scorers import check_scorer, load_scorer
+from spo.scorers import Scorer, check_scorer, load_scorer
 from spo.scorers.clip import ImagePreparation
 
 CPU = torch.device("cpu")
@@ -135,7 +135,7 @@ def test_prompts_have_the_tokenizers_own_length(tmp_path, monkeypatch, scorer):
     assert torch.equal(tokens, tokens_by_hand([*PROMPTS, "a very long prompt " * 10], 21))
 
 
-class Constant:
+class Constant(Scorer):
     def __init__(self, device, value):
         self.device, self.value = device, value
 

@@ -1,6 +1,5 @@
 """The SPM's input in training, and the gradient of its loss."""
 
-from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -15,14 +14,7 @@ from spo.command_line.values import fill
 from spo.errors import UserError
 from spo.models.optimizers import ADAMW, OptimizerSettings
 from spo.preference.batches import RawBatch, decode_batch
-from spo.preference.preparation import (
-    Labeller,
-    PairNoise,
-    Preparation,
-    draw_noise,
-    labels_of_scores,
-    predicted_images,
-)
+from spo.preference.preparation import PairNoise, Preparation, labels_of_scores
 from spo.preference.spm_learner import PairScorer, PreferenceLearner, TrainSettings
 from spo.preference.spm_recipe import SPMSource, build_spm
 from spo.scorers import load_scorer
@@ -34,11 +26,11 @@ SIZE = 16  # pixels; the tiny VAEs halve them
 
 def batch_of(n, **changes):
     rows = [make_row(i, **changes) for i in range(n)]
-    return decode_batch(RawBatch(rows, range(n), Counter()), SIZE)
+    return decode_batch(RawBatch(rows, range(n)), SIZE)
 
 
-def preparation(backbone, labeller=None, seed=0, size=SIZE):
-    return Preparation(backbone, CLIPInputs(CLIP), size, 5.0, seed, 8, labeller)
+def preparation(backbone, *labels, seed=0, size=SIZE, at_once=8):
+    return Preparation(backbone, CLIPInputs(CLIP), size, 5.0, seed, at_once, *labels)
 
 
 def make_learner(gradient_checkpointing=False, dtype=torch.float32, **changes):
@@ -77,9 +69,7 @@ def test_predictions_are_those_of_diffusers(backbone):
     images = randn(3, 2, 3, SIZE, SIZE, seed=1).clamp(-1, 1)
     timesteps = [5, 501, 951]
     noise = noise_for(backbone, timesteps, seed=2)
-    found = predicted_images(
-        backbone, backbone.noise_schedule(), images, backbone.encode_prompts(PROMPTS), noise, 5.0, 8
-    )
+    found = preparation(backbone).predicted_images(images, PROMPTS, noise)
     scheduler = official_scheduler(20, clip_sample=False)
     assert found.shape == images.shape
     for i, prompt in enumerate(PROMPTS):
@@ -111,10 +101,10 @@ def test_equal_images_stay_equal_only_if_sampled_alike(sd15):
     image = randn(1, 1, 3, SIZE, SIZE, seed=4).expand(-1, 2, -1, -1, -1)
     noise = noise_for(sd15, [601], seed=5)
     alike = replace(noise, posterior=noise.posterior[:, :1].expand(-1, 2, -1, -1, -1))
-    arguments = (sd15, sd15.noise_schedule(), image, sd15.encode_prompts(PROMPTS[:1]))
-    same = predicted_images(*arguments, alike, 5.0, 8)
+    prepare = preparation(sd15)
+    same = prepare.predicted_images(image, PROMPTS[:1], alike)
     torch.testing.assert_close(same[:, 0], same[:, 1], atol=1e-5, rtol=0)
-    other = predicted_images(*arguments, noise, 5.0, 8)
+    other = prepare.predicted_images(image, PROMPTS[:1], noise)
     assert (other[:, 0] - other[:, 1]).abs().max() > 1e-4
 
 
@@ -122,14 +112,8 @@ def test_no_more_images_at_once_than_told(backbone, monkeypatch):
     """The predictions stay the same, though a pair may be split between two parts."""
     images = randn(3, 2, 3, SIZE, SIZE, seed=1)
     noise = noise_for(backbone, [5, 501, 951], seed=2)
-    arguments = (
-        backbone,
-        backbone.noise_schedule(),
-        images,
-        backbone.encode_prompts(PROMPTS),
-        noise,
-    )
-    whole, sizes = predicted_images(*arguments, 5.0, 6), []
+    whole = preparation(backbone, at_once=6).predicted_images(images, PROMPTS, noise)
+    sizes = []
     for name in ("encode_images", "predict", "decode"):
         own = getattr(backbone, name)
 
@@ -139,18 +123,21 @@ def test_no_more_images_at_once_than_told(backbone, monkeypatch):
             return output
 
         monkeypatch.setattr(backbone, name, counted)
-    parts = predicted_images(*arguments, 5.0, 5)
+    parts = preparation(backbone, at_once=5).predicted_images(images, PROMPTS, noise)
     assert sizes == [5, 5, 5, 1, 1, 1]
     torch.testing.assert_close(parts, whole, atol=1e-4, rtol=1e-4)
 
 
-def test_noise_depends_on_the_seed_of_its_pair_alone():
-    together, alone = draw_noise([1, 2, 3], (4, 8, 8), 1000), draw_noise([2], (4, 8, 8), 1000)
+def test_noise_depends_on_the_place_of_its_pair_alone(sd15):
+    prepare = preparation(sd15)
+    together, alone = (prepare.draw_noise("training", places) for places in ([1, 2, 3], [2]))
     for name in ("timesteps", "posterior", "noise"):
         assert torch.equal(getattr(together, name)[1:2], getattr(alone, name))
         assert not torch.equal(getattr(together, name)[:1], getattr(alone, name))
     assert not torch.equal(together.posterior[:, 0], together.posterior[:, 1])
-    many = draw_noise(range(3000), (1, 1, 1), 1000)
+    other = prepare.draw_noise("validation", [2])
+    assert not torch.equal(other.noise, alone.noise)
+    many = prepare.draw_noise("training", range(3000))
     assert many.timesteps.min() < 10 and 990 <= many.timesteps.max() < 1000
     assert abs(many.timesteps.float().mean() - 499.5) < 20
     normal = torch.cat([many.posterior, many.noise[:, None]], dim=1)
@@ -163,17 +150,17 @@ def test_swapping_images_and_labels_changes_neither_loss_nor_gradient(sd15, monk
     prepare, noise = preparation(sd15), noise_for(sd15, [20, 251, 501, 751, 990], seed=6)
 
     def run(batch, noise):
-        monkeypatch.setattr(prepare, "_noise", lambda use, batch: noise)
+        monkeypatch.setattr(prepare, "draw_noise", lambda use, places: noise)
         learner = make_learner()
         return gradients_of(learner, prepare.training_pairs(batch, batch.weights.sum()))
 
     (one,), gradients = run(batch, noise)
     (other,), others = run(swapped, replace(noise, posterior=noise.posterior.flip(1)))
-    torch.testing.assert_close(one.losses, other.losses, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(one.scores, other.scores.flip(1), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(one[0], other[0], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(one[1], other[1].flip(1), atol=1e-4, rtol=1e-4)
     assert_same_gradients(gradients, others)
     (wrong,), _ = run(replace(batch, labels=1 - batch.labels), noise)
-    assert (wrong.losses - one.losses).abs().max() > 1e-3
+    assert (wrong[0] - one[0]).abs().max() > 1e-3
 
 
 def test_every_weight_gets_a_gradient(sd15):
@@ -184,13 +171,9 @@ def test_every_weight_gets_a_gradient(sd15):
     assert all(g.abs().max() > 0 for name, g in gradients.items() if "k_proj.bias" not in name)
 
 
-@pytest.mark.parametrize("in_batch_negatives", [False, True])
-def test_gradient_checkpointing_changes_nothing(sd15, in_batch_negatives):
+def test_gradient_checkpointing_changes_nothing(sd15):
     pairs = preparation(sd15).training_pairs(batch_of(3), 1.0)
-    plain, checkpointed = (
-        gradients_of(make_learner(on, in_batch_negatives=in_batch_negatives), pairs)[1]
-        for on in (False, True)
-    )
+    plain, checkpointed = (gradients_of(make_learner(on), pairs)[1] for on in (False, True))
     for name, gradient in plain.items():
         torch.testing.assert_close(gradient, checkpointed[name])
 
@@ -202,12 +185,10 @@ def test_accumulated_minibatches_are_one_batch(sd15):
     assert total != 6
     (one,), expected = gradients_of(learner, prepare.training_pairs(whole, total))
     rows = [make_row(i) for i in range(6)]
-    parts = [
-        decode_batch(RawBatch(rows[a:b], range(a, b), Counter()), SIZE) for a, b in ((0, 2), (2, 6))
-    ]
+    parts = [decode_batch(RawBatch(rows[a:b], range(a, b)), SIZE) for a, b in ((0, 2), (2, 6))]
     judged, found = gradients_of(learner, *(prepare.training_pairs(p, total) for p in parts))
-    losses = torch.cat([j.losses for j in judged])
-    torch.testing.assert_close(losses, one.losses, atol=1e-3, rtol=0)
+    losses = torch.cat([losses for losses, _ in judged])
+    torch.testing.assert_close(losses, one[0], atol=1e-3, rtol=0)
     assert_same_gradients(found, expected)
     # Minibatches normalised one by one make a different gradient.
     apart = [prepare.training_pairs(p, 2 * p.weights.sum()) for p in parts]
@@ -218,8 +199,8 @@ def test_accumulated_minibatches_are_one_batch(sd15):
 def test_a_pair_without_sound_images_teaches_nothing(sd15):
     prepare, learner = preparation(sd15), make_learner()
     rows = [make_row(0), make_row(1, jpg_0=b"broken"), make_row(2)]
-    batch = decode_batch(RawBatch(rows, (0, 1, 2), Counter()), SIZE)
-    sound = [decode_batch(RawBatch([rows[i]], (i,), Counter()), SIZE) for i in (0, 2)]
+    batch = decode_batch(RawBatch(rows, (0, 1, 2)), SIZE)
+    sound = [decode_batch(RawBatch([rows[i]], (i,)), SIZE) for i in (0, 2)]
     total = batch.weights.sum()
     _, found = gradients_of(learner, prepare.training_pairs(batch, total))
     _, expected = gradients_of(learner, *(prepare.training_pairs(b, total) for b in sound))
@@ -260,7 +241,7 @@ def test_pickscore_labels_replace_those_of_the_data(sd15):
     )
     gaps = (scores.softmax(dim=1) @ torch.tensor([1.0, -1.0])).abs()
     margin = gaps.median().item()  # some pairs become ties
-    pairs = preparation(sd15, Labeller(scorer, margin)).training_pairs(batch, 1.0)
+    pairs = preparation(sd15, scorer, margin).training_pairs(batch, 1.0)
     assert torch.equal(pairs.labels, labels_of_scores(scores, margin))
     assert (pairs.labels == 0.5).sum() == 3 and not torch.equal(pairs.labels, batch.labels)
 

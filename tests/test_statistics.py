@@ -47,10 +47,9 @@ def test_the_interval_of_a_win_rate_is_binomial():
     assert estimate.high == pytest.approx(0.75 + half, abs=0.01)
 
 
-def test_a_seed_repeats():
+def test_an_interval_repeats():
     values = np.random.default_rng(5).normal(size=20)
     assert bootstrap_mean(values) == bootstrap_mean(values)
-    assert bootstrap_mean(values) != bootstrap_mean(values, seed=1)
 
 
 @pytest.mark.parametrize("values", [[], [1.0, float("nan")], [[1.0], [2.0]]])
@@ -60,5 +59,5 @@ def test_what_has_no_mean_is_refused(values):
 
 
 def test_unequal_lengths_are_refused():
-    with pytest.raises(ValueError, match="equally many"):
+    with pytest.raises(ValueError, match="shorter"):
         win_rate([1, 2], [1])

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from transformers import CLIPConfig, CLIPModel
 
 from spo.errors import UserError
+from spo.scorers.clip import text_features
 from spo.scorers.step_aware_clip import (
     StepAwareEncoderLayer,
     TimestepEmbedder,
@@ -51,7 +52,7 @@ def tiny_config():
 def scores(spm, pixels, tokens, timestep):
     with torch.no_grad():
         timesteps = torch.full((len(pixels),), timestep)
-        return spm.score(pixels, timesteps, spm.text_features(tokens))
+        return spm.score(pixels, timesteps, text_features(spm.model, tokens))
 
 
 def test_a_fresh_one_scores_as_its_clip_at_every_timestep(clip, pixels, tokens):
@@ -68,7 +69,7 @@ def test_a_fresh_one_scores_as_its_clip_at_every_timestep(clip, pixels, tokens):
             torch.testing.assert_close(
                 scores(spm, pixels, tokens, timestep), expected, rtol=1e-6, atol=2e-6
             )
-        torch.testing.assert_close(spm.text_features(tokens), plain.text_embeds)
+        torch.testing.assert_close(text_features(spm.model, tokens), plain.text_embeds)
     assert (expected - expected.mean()).abs().max() > 0.1
 
 
@@ -79,7 +80,7 @@ def test_a_fresh_one_can_learn_the_timestep(clip, pixels, tokens):
     weights = embedder[embedder != 0]
     assert weights.std().item() == pytest.approx(0.02, rel=0.05)
     timesteps = torch.full((4,), 501)
-    spm.score(pixels, timesteps, spm.text_features(tokens)).sum().backward()
+    spm.score(pixels, timesteps, text_features(spm.model, tokens)).sum().backward()
     layers = [m for m in spm.modules() if isinstance(m, StepAwareEncoderLayer)]
     with torch.no_grad():
         for layer in layers:
@@ -125,7 +126,7 @@ def test_the_tiny_checkpoint_depends_on_the_timestep(pixels, tokens):
     assert not torch.isclose(by_time[1:], by_time[:-1], atol=1e-5).all(dim=1).any()
     # Rows with timesteps of their own.
     with torch.no_grad():
-        mixed = spm.score(pixels, torch.tensor([0, 1, 501, 951]), spm.text_features(tokens))
+        mixed = spm.score(pixels, torch.tensor([0, 1, 501, 951]), text_features(spm.model, tokens))
     torch.testing.assert_close(mixed, by_time.diag(), rtol=1e-5, atol=1e-5)
     assert not spm.training and not any(p.requires_grad for p in spm.parameters())
 

@@ -13,7 +13,7 @@ from transformers import CLIPTokenizer
 from spo.command_line.config_files import load_config
 from spo.data.prompts import read_prompts
 from spo.errors import UserError
-from spo.lora_io.diffusers_file import LORA_FILE, save_lora
+from spo.lora_io.write import LORA_FILE, save_lora
 from spo.method.build import read_recipe
 from spo.tiny_world.clip import TOKENS, make_tokenizer
 from spo.tiny_world.evaluation import Bench, ScoredImages, before_and_after, compare

@@ -38,12 +38,7 @@ def load_config(path: str, base: Base = BASE) -> ConfigDict:
     values = _read_json(file) if file.suffix == ".json" else _run_python(file).to_dict()
     base = base(values) if callable(base) else base
     config = _run_python(REPO_ROOT / base)
-    unknown = [name for name in values if name not in config]
-    if unknown:
-        key, known = unknown[0], list(leaves(config))
-        hint = suggest(key, known) or f"; this script takes the keys of {base}"
-        raise UserError(f"{path}: unknown key {key}{hint}")
-    _overlay(config, values, source=path)
+    _overlay(config, values, path, base)
     return config
 
 
@@ -117,7 +112,7 @@ def _read_json(file: Path) -> dict:
 
 
 def _run_python(file: Path) -> ConfigDict:
-    """Returns what get_config() of a config file returns; a failure is a UserError with its line."""
+    """Returns what get_config() of a config file returns; raises a UserError that names the line."""
     spec = importlib.util.spec_from_file_location("spo_config", file)
     module = importlib.util.module_from_spec(spec)
     try:
@@ -133,16 +128,17 @@ def _run_python(file: Path) -> ConfigDict:
     return config
 
 
-def _overlay(config: ConfigDict, values: dict, source: str, prefix: str = "") -> None:
-    """Sets `values` on `config` in place; only its own keys and types are allowed."""
+def _overlay(config: ConfigDict, values: dict, source: str, base: str, prefix: str = "") -> None:
+    """Sets `values` of the file `source` on `config` in place; raises UserError as `load_config`."""
     optional = leaves(config, only_optional=True)
     for name, value in values.items():
         key = prefix + name
         if name not in config:
-            known = [prefix + other for other in leaves(config)]
-            raise UserError(f"{source}: unknown key {key}{suggest(key, known)}")
+            hint = suggest(key, [prefix + other for other in leaves(config)])
+            hint = hint or f"; this script takes the keys of {base}"
+            raise UserError(f"{source}: unknown key {key}{hint}")
         if _is_section(config[name]) and isinstance(value, dict):
-            _overlay(config[name], value, source, f"{key}.")
+            _overlay(config[name], value, source, base, f"{key}.")
             continue
         expected = config.get_type(name)
         try:

@@ -15,40 +15,37 @@ from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
 from spo.command_line.config_files import BASE, Base, leaves, load_config, suggest
-from spo.errors import FAILED, UserError
+from spo.errors import FAILED, UserError, in_one_line
 
 # absl lists a flag under the module that defines it: let that be the script, not this file.
 flags.disclaim_key_flags()
 
 FLAGS = flags.FLAGS
 LAUNCHER_VARIABLE = "SPO_LAUNCHER_PID"  # set by spo.launch for the processes that it starts
-_LINE = 1500  # characters of an error, whose end says what to do
+ERROR_LENGTH = 1500  # characters of a line on stderr
 OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]+)")
 
 
 class _OrNone(flags.ArgumentParser):
     """An absl parser that also takes "None"; parse_flags checks that the key may be None."""
 
-    def __init__(self, parser: flags.ArgumentParser, expected: str):
+    def __init__(self, parser: flags.ArgumentParser):
         self.parser = parser
-        self.expected = expected
 
     def parse(self, argument):
-        if argument == "None":
-            return None
         try:
-            return self.parser.parse(argument)
+            return None if argument == "None" else self.parser.parse(argument)
         except (TypeError, ValueError):
-            raise ValueError(f"expected {self.expected}") from None
+            raise ValueError(f"expected {self.flag_type()}") from None
 
     def flag_type(self) -> str:
         return self.parser.flag_type()
 
 
-config_flags.register_flag_parser_for_type(float, _OrNone(flags.FloatParser(), "a number"))
-config_flags.register_flag_parser_for_type(int, _OrNone(flags.IntegerParser(), "a whole number"))
-config_flags.register_flag_parser_for_type(bool, _OrNone(flags.BooleanParser(), "true or false"))
-config_flags.register_flag_parser_for_type(str, _OrNone(flags.ArgumentParser(), "text"))
+config_flags.register_flag_parser_for_type(float, _OrNone(flags.FloatParser()))
+config_flags.register_flag_parser_for_type(int, _OrNone(flags.IntegerParser()))
+config_flags.register_flag_parser_for_type(bool, _OrNone(flags.BooleanParser()))
+config_flags.register_flag_parser_for_type(str, _OrNone(flags.ArgumentParser()))
 
 
 @contextmanager
@@ -59,15 +56,14 @@ def exit_on_user_error() -> Iterator[None]:
     """
     try:
         yield
-    except UserError as error:
-        # LOCAL_RANK is set where several processes were started.
-        if not _left_to_launcher(error) and os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"{error.label}: {one_line(str(error))}", file=sys.stderr)
-        sys.exit(error.exit_status)
     except Exception as error:
-        if _left_to_launcher(error):
-            sys.exit(FAILED)
-        raise
+        if not _left_to_launcher(error):
+            if not isinstance(error, UserError):
+                raise
+            # LOCAL_RANK is set if several processes were started.
+            if os.environ.get("LOCAL_RANK", "0") == "0":
+                print(f"{error.label}: {in_one_line(error, ERROR_LENGTH)}", file=sys.stderr)
+        sys.exit(getattr(error, "exit_status", FAILED))
 
 
 def _left_to_launcher(error: Exception) -> bool:
@@ -80,12 +76,6 @@ def _left_to_launcher(error: Exception) -> bool:
 
         get_error_handler().record_exception(error)
     return True
-
-
-def one_line(text: str) -> str:
-    """Returns `text` without line breaks and control characters, cut in the middle if very long."""
-    shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(text.split()))
-    return shown if len(shown) <= _LINE else f"{shown[: _LINE - 400]} … {shown[-400:]}"
 
 
 def define_config(default: str, base: Base = BASE) -> flags.FlagHolder:
@@ -133,7 +123,10 @@ def changed(config: ConfigDict, changes: str) -> ConfigDict:
 
 def _lay_over(config: ConfigDict, argv: list[str], values: flags.FlagValues) -> list[str]:
     """Applies the overrides in `argv` to `config`; returns the arguments that are not flags."""
-    _check_keys(argv, list(leaves(config)))
+    known = list(leaves(config))
+    for match in filter(None, map(OVERRIDE.match, argv)):
+        if match[1] not in known:
+            raise UserError(f"config: unknown key {match[1]}{suggest(match[1], known)}")
     try:
         # Replaces define_config's flag, and defines a flag for each override.
         config_flags.DEFINE_config_dict(
@@ -141,7 +134,7 @@ def _lay_over(config: ConfigDict, argv: list[str], values: flags.FlagValues) -> 
         )
         positional = values(argv)
     except flags.Error as error:
-        # absl says "flag --config.train.beta=x: expected a number".
+        # absl says "flag --config.train.beta=x: expected float".
         raise UserError(str(error).replace("flag --config.", "config: ", 1)) from error
     optional = leaves(config, only_optional=True)
     for key, value in values["config"].override_values.items():
@@ -162,9 +155,3 @@ def _take_config_path(argv: list[str]) -> tuple[str, list[str]]:
         if not path:
             raise UserError("--config needs a file, e.g. --config=config/sd15.py")
     return path, others
-
-
-def _check_keys(argv: list[str], known: list[str]) -> None:
-    for match in filter(None, map(OVERRIDE.match, argv)):
-        if match[1] not in known:
-            raise UserError(f"config: unknown key {match[1]}{suggest(match[1], known)}")

@@ -6,8 +6,6 @@ class LoraSettings(Checked, section="lora"):
     reference: str = choice("base", "init")
 """
 
-from __future__ import annotations
-
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping
@@ -43,18 +41,14 @@ class Checked:
                 each.metadata["check"](self._prefix + each.name, getattr(self, each.name))
 
 
-def _checked(check: Callable[[str, Any], None]) -> Any:
-    return field(metadata={"check": check})
-
-
 def number(wanted: str, holds: Callable[[float], bool]) -> Any:
     """Declares a field that is a finite number that holds, or None."""
-    return _checked(lambda key, value: require_number(key, value, wanted, holds))
+    return field(metadata={"check": lambda key, v: require_number(key, v, wanted, holds)})
 
 
 def whole(least: int = 1) -> Any:
     """Declares a field that is a whole number from `least`, or None."""
-    return _checked(lambda key, value: require_whole(key, value, least))
+    return number(f"a whole number from {least}", lambda value: value >= least)
 
 
 def positive() -> Any:
@@ -69,7 +63,7 @@ def not_negative() -> Any:
 
 def choice(*choices: str) -> Any:
     """Declares a field that is one of `choices`."""
-    return _checked(lambda key, value: require_choice(key, value, choices))
+    return field(metadata={"check": lambda key, value: require_choice(key, value, choices)})
 
 
 def require_number(

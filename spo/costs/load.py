@@ -111,16 +111,16 @@ def _folder(name: str, published: str, key: str) -> str:
 
 def unloaded_scorer(source: ScorerSource, device: torch.device) -> Scorer:
     """Returns a scorer without its weights; on the meta device a user's own costs nothing."""
-    if source.scorer not in _SCORERS:
+    if source.name not in _SCORERS:
         return _FreeScorer() if device == META else load_scorer(source, device)
-    network, scorer = _SCORERS[source.scorer]
-    config = clip_config(_folder(source.backbone, "clip_h", "preference.backbone"))
+    network, scorer = _SCORERS[source.name]
+    config = clip_config(_folder(source.options["backbone"], "clip_h", "preference.backbone"))
     with device:
         clip = network(config)
     inputs = CLIPInputs(_TOKENIZER)
     inputs.tokenizer.model_max_length = config.text_config.max_position_embeddings
     inputs.prepare = replace(inputs.prepare, size=config.vision_config.image_size)
-    dtype = weight_dtype(source.dtype, "preference")
+    dtype = weight_dtype(source.options["dtype"], "preference")
     return scorer(clip.to(dtype).requires_grad_(False).eval(), inputs, device)
 
 

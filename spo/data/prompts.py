@@ -5,19 +5,28 @@ import json
 import logging
 import random
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from huggingface_hub import cached_assets_path
+from huggingface_hub import constants, hf_hub_download
 from tqdm import tqdm
 
 from spo.atomic import write_file
 from spo.data.prompt_files import READERS, check_column, file_rows
-from spo.errors import UserError
+from spo.errors import UserError, first_line, in_one_line
 from spo.hub import is_hub_id
 
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # half an emoji: no tokenizer or file takes it
+
+# Prompt sets that papers evaluate on: name -> dataset, split, column.
+_DATASETS = {
+    "pickapic_v2": ("yuvalkirstain/pickapic_v2", "test_unique", "caption"),
+    "partiprompts": ("nateraw/parti-prompts", "train", "Prompt"),
+}
+_HPDV2 = "zhwang/HPDv2"
+_HPDV2_FILES = ("anime", "concept-art", "paintings", "photo")  # 800 prompts each
 
 logger = logging.getLogger(__name__)
 
@@ -29,19 +38,12 @@ class PromptSet:
     source: str
     prompts: tuple[str, ...]
     rows: int
-    empty: int
-    not_text: int
-    duplicates: int
+    left_out: Counter  # rows, by the reason
     seed: int | None = None  # of the draw; None: all unique prompts
 
     def describe(self) -> str:
         """Returns one line for the log."""
-        left_out = (
-            (self.empty, "empty"),
-            (self.not_text, "without text"),
-            (self.duplicates, "duplicates"),
-        )
-        counts = ", ".join(f"{count:,} {name}" for count, name in left_out if count)
+        counts = ", ".join(f"{count:,} {reason}" for reason, count in self.left_out.items())
         notes = [f"{self.rows:,} rows", *([f"{counts} left out"] if counts else [])]
         if self.seed is not None:
             notes.append(f"{len(self.prompts):,} drawn with seed {self.seed}")
@@ -76,20 +78,41 @@ def read_prompts(
         raise UserError(f"{key}: {error}") from error
 
 
+def read_prompt_set(source: str, split: str, column: str, num: int, seed: int) -> PromptSet:
+    """Returns the prompts of a named set, or of any source that `read_prompts` takes."""
+    if source == "hpdv2":
+        return draw_prompts(collect_prompts(_HPDV2, _hpdv2_rows()), num, seed)
+    source, split, column = _DATASETS.get(source, (source, split, column))
+    return read_prompts(source, split=split, column=column, num=num, seed=seed)
+
+
+def _hpdv2_rows() -> Iterator[object]:
+    """Yields the benchmark prompts of HPDv2 (Wu et al., arXiv 2306.09341), style by style."""
+    for style in _HPDV2_FILES:
+        name = f"benchmark/{style}.json"
+        try:
+            path = hf_hub_download(_HPDV2, name, repo_type="dataset")
+        except Exception as error:  # of whatever network library the Hub's client uses
+            raise UserError(
+                f"prompts.source: cannot download {name} of {_HPDV2} ({first_line(error)})."
+            ) from error
+        yield from file_rows(Path(path), "prompt")
+
+
 def collect_prompts(source: str, rows: Iterable[object]) -> PromptSet:
     """Returns the unique prompts among `rows`, in order; UserError if there are none."""
     prompts: dict[str, None] = {}  # a set that keeps the order of first appearance
-    num_rows = empty = not_text = 0
+    left_out = Counter()
     for row in rows:
-        num_rows += 1
         if not isinstance(row, str) or LONE_SURROGATE.search(row):
-            not_text += 1
+            left_out["without text"] += 1
         elif not (prompt := row.strip()):
-            empty += 1
+            left_out["empty"] += 1
+        elif prompt in prompts:
+            left_out["duplicates"] += 1
         else:
             prompts[prompt] = None
-    duplicates = num_rows - empty - not_text - len(prompts)
-    found = PromptSet(source, tuple(prompts), num_rows, empty, not_text, duplicates)
+    found = PromptSet(source, tuple(prompts), len(prompts) + left_out.total(), left_out)
     if not prompts:
         raise UserError(f"no usable prompts: {found.describe()}")
     return found
@@ -112,15 +135,12 @@ def draw_prompts(found: PromptSet, num: int, seed: int) -> PromptSet:
 def _dataset_rows(source: str, split: str, column: str) -> Iterator[object]:
     try:
         rows = _open_dataset(source, split, column)
-        size = (rows.info.splits or {}).get(split)
-        with tqdm(total=size and size.num_examples, desc=source, unit=" rows") as progress:
-            for batch in rows.iter(batch_size=1000):
-                yield from batch[column]
-                progress.update(len(batch[column]))
+        for batch in tqdm(rows.iter(batch_size=1000), desc=source, unit=" thousand rows"):
+            yield from batch[column]
     except UserError:
         raise
     except Exception as error:  # of the network, the file systems or the builders
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        reason = f"{type(error).__name__}: {in_one_line(error)}"
         advice = "check prompts.source and prompts.split"
         if not Path(source).is_dir():
             advice += ", or fetch it while online: `python scripts/prefetch.py --config=...`"
@@ -132,12 +152,8 @@ def _dataset_rows(source: str, split: str, column: str) -> Iterator[object]:
 def _open_dataset(source: str, split: str, column: str):  # -> Dataset | IterableDataset
     import datasets  # takes seconds, and a file of prompts does not need it
 
-    if any(Path(source, name).exists() for name in ("state.json", "dataset_dict.json")):
-        saved = datasets.load_from_disk(source)
-        if isinstance(saved, datasets.DatasetDict):
-            if split not in saved:
-                raise UserError(f"{source} has no split {split!r}, only {', '.join(saved)}")
-            saved = saved[split]
+    saved = saved_split(source, split, alone=split)
+    if saved is not None:
         check_column(source, column, saved.column_names)
         return saved.select_columns([column])
     rows = datasets.load_dataset(source, split=split, streaming=True)
@@ -149,36 +165,35 @@ def _open_dataset(source: str, split: str, column: str):  # -> Dataset | Iterabl
         return rows.select_columns([column])
 
 
+def saved_split(source: str, split: str, alone: str):  # -> Dataset | None
+    """Returns a split that `save_to_disk` wrote into the folder `source`, None for another source.
+
+    A dataset that was saved without splits is its split `alone`. Raises UserError for no such split.
+    """
+    import datasets  # takes seconds, and a file of prompts does not need it
+
+    if not any(Path(source, name).exists() for name in ("state.json", "dataset_dict.json")):
+        return None
+    saved = datasets.load_from_disk(source)
+    splits = saved if isinstance(saved, datasets.DatasetDict) else {alone: saved}
+    if split not in splits:
+        raise UserError(f"{source} has no split {split!r}, only {', '.join(splits)}")
+    return splits[split]
+
+
 def _read_hub(source: str, split: str, column: str, num: int, seed: int) -> PromptSet:
     """Returns a draw from the Hub, kept on disk so that the next run needs no time or network."""
     parts = (source, split, column, num or "all", f"seed{seed}")
     readable = re.sub(r"[^\w.-]+", "_", "-".join(map(str, parts)))[:120]
     digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:8]
-    name = f"{readable}-{digest}.json"
-    if kept := _kept_draw(source, name, num):
-        return kept
+    file = Path(constants.HF_ASSETS_CACHE, "spo", "prompts", "default", f"{readable}-{digest}.json")
+    if file.exists():
+        return collect_prompts(f"{source}, as drawn before in {file}", file_rows(file, "caption"))
     drawn = draw_prompts(collect_prompts(source, _dataset_rows(source, split, column)), num, seed)
     rows = [{"caption": prompt} for prompt in drawn.prompts]
     try:
-        write_file(cached_assets_path("spo", "prompts") / name, json.dumps(rows).encode())
-    except (OSError, ValueError) as error:  # a full or read-only disk is no reason to stop
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_file(file, json.dumps(rows).encode())
+    except OSError as error:  # a full or read-only disk is no reason to stop
         logger.warning("this draw is not kept for the next run: %s", error)
     return drawn
-
-
-def _kept_draw(source: str, name: str, num: int) -> PromptSet | None:
-    """Returns the draw in the file `name` of the Hub's assets cache; None if missing or damaged."""
-    try:
-        file = cached_assets_path("spo", "prompts") / name
-        if not file.exists():
-            return None
-        kept = collect_prompts(f"{source}, as drawn before in {file}", file_rows(file, "caption"))
-        if kept.rows == len(kept.prompts) and num in (0, kept.rows):
-            return kept
-        reason = f"wanted {num:,} unique prompts: {kept.describe()}"
-    except (OSError, ValueError):
-        return None  # no folder for kept draws; keeping the new draw will warn
-    except UserError as error:
-        reason = str(error)
-    logger.warning("drawing the prompts again, as the kept draw is damaged: %s", reason)
-    return None

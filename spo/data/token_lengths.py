@@ -1,7 +1,5 @@
 """Counts the tokens of prompts, and tells how many prompts the models cut."""
 
-from __future__ import annotations
-
 import logging
 import math
 from collections.abc import Mapping, Sequence
@@ -45,7 +43,9 @@ def describe_lengths(
     texts = f"{len(sample):,} prompts" + (f" (every {every}th)" if every > 1 else "")
     lines: dict[tuple[int, ...], str] = {}
     for reader, tokenizer in tokenizers.items():
-        counts, limit = _count_tokens(sample, tokenizer), tokenizer.model_max_length
+        # verbose=False: no warnings of long prompts, which are counted here.
+        tokens = tokenizer(list(sample), verbose=False).input_ids
+        counts, limit = [len(ids) for ids in tokens], tokenizer.model_max_length
         most, too_long = max(counts), sum(count > limit for count in counts)
         longest = counts.index(most)
         line = (
@@ -56,13 +56,3 @@ def describe_lengths(
             line = f"none of {texts} is longer than the {limit} tokens of the {reader}"
         lines.setdefault((limit, too_long, most, longest), line)
     return "\n".join(lines.values())
-
-
-def _count_tokens(prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Returns the tokens of each prompt, start and end tokens included."""
-    counts: list[int] = []
-    for start in range(0, len(prompts), 1000):
-        batch = list(prompts[start : start + 1000])
-        # verbose=False: no warnings of long prompts, which are counted here.
-        counts += map(len, tokenizer(batch, verbose=False).input_ids)
-    return counts

@@ -1,7 +1,5 @@
 """Models -> images -> scores -> comparison: each stage resumes where it was stopped."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -10,52 +8,49 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from spo.atomic import PARTIAL
 from spo.command_line.config_files import check_leaves, save_config
-from spo.command_line.values import fill, require_number, require_whole
-from spo.data.prompt_sets import read_prompt_set
-from spo.data.prompts import PromptSet
+from spo.command_line.values import Checked, fill, whole
+from spo.data.prompts import PromptSet, read_prompt_set
 from spo.data.token_lengths import describe_lengths
 from spo.errors import Stopped, UserError
-from spo.evaluation.image_sets import DrawSettings, ImageSet, claim, claim_prompts, image_set
+from spo.evaluation.image_sets import DrawSettings, ImageSet, claim_images, claim_prompts, image_set
 from spo.evaluation.report import write_report
-from spo.evaluation.results import ModelInfo, Results, summary_table, write_results
+from spo.evaluation.results import (
+    ModelInfo,
+    PromptResult,
+    Results,
+    ScoredImage,
+    summary_table,
+    write_results,
+)
 from spo.evaluation.scores import ScoreFolder
 from spo.launch.workers import Workers
 from spo.lora_io.model_spec import ModelSpec, read_specs, use_loras
 from spo.method.health import check_images
 from spo.models.backbone import Backbone
-from spo.models.loading import ModelSource, check_source, model_source
+from spo.models.loading import check_source, model_source
 from spo.models.plain_images import sample_images
-from spo.run.folder import CONFIG, TABLE, run_folder
+from spo.run.folder import CONFIG, TABLE, run_folder, versions
 from spo.run.session import Session
-from spo.scorers import ImageScorerSource, check_scorer, load_scorer
+from spo.scorers import check_scorer, image_scorer, load_scorer
 from spo.scorers.pixels import to_pil
-
-_PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "open-clip-torch")
 
 
 @dataclass(frozen=True)
-class EvaluationSettings:
+class EvaluationSettings(Checked):
     """The settings of an evaluation; config/eval_base.py explains each. Raises UserError."""
 
     models: tuple[str, ...]
     family: str
     scorers: tuple[str, ...]
     scorer_options: Mapping[str, Mapping[str, Any]]
-    score_batch_size: int
-    report_prompts: int
     draw: DrawSettings
+    score_batch_size: int = whole()
 
     def __post_init__(self) -> None:
-        for key in ("models", "scorers"):
-            names = getattr(self, key)
-            if not all(isinstance(name, str) for name in names):
-                raise UserError(f"{key}: {tuple(names)}: expected only text.")
-        require_whole("score_batch_size", self.score_batch_size)
-        require_number("report_prompts", self.report_prompts, "0 or more", lambda v: v >= 0)
-        if len(set(self.scorers)) < len(self.scorers):
-            raise UserError("scorers: one stands there twice.")
+        super().__post_init__()
+        if not all(isinstance(name, str) for name in (*self.models, *self.scorers)):
+            raise UserError("models, scorers: expected only text.")
         unknown = self.scorer_options.keys() - set(self.scorers)
         if unknown:
             raise UserError(f"scorer_options.{min(unknown)}: there is no such scorer in scorers.")
@@ -88,14 +83,13 @@ def preflight(config: ConfigDict, num_processes: int) -> EvaluationPlan:
     for source in {spec.source for spec in models if spec.source is not None}:
         check_source(source, settings.family)
     scorers = []
-    for name in settings.scorers:
+    for name in dict.fromkeys(settings.scorers):
         options = settings.scorer_options.get(name, {})
-        check_scorer(ImageScorerSource(name, options))
+        check_scorer(image_scorer(name, options))
         scorers.append(ScoreFolder(folder / "scores" / name.replace(":", "."), name, options))
+        scorers[-1].info()  # raises if the folder has scores with other options
     prompts = read_prompt_set(**config.prompts)
-    for scores in scorers:
-        scores.info()
-    images = tuple(image_set(folder, spec, settings.draw, prompts.prompts) for spec in models)
+    images = tuple(image_set(folder, spec, prompts.prompts) for spec in models)
     return EvaluationPlan(settings, folder, models, images, prompts, tuple(scorers))
 
 
@@ -116,12 +110,10 @@ def evaluate(config: ConfigDict) -> None:
 def _open_folder(plan: EvaluationPlan, config: ConfigDict) -> None:
     """Makes the folder, with the config in it; raises UserError if it cannot be written."""
     try:
-        plan.folder.mkdir(parents=True, exist_ok=True)
-        for left in plan.folder.rglob(f"*{PARTIAL}"):  # of an evaluation that was killed
-            left.unlink()
         claim_prompts(plan.folder, plan.prompts.prompts)
         for spec in plan.models:
-            claim(plan.folder, spec, plan.settings.draw)
+            if spec.images is None:
+                claim_images(plan.folder, spec, plan.settings.draw)
         save_config(config, plan.folder / CONFIG)
     except OSError as error:
         raise UserError(f"logdir: cannot write to {plan.folder} ({error.strerror}).") from error
@@ -157,25 +149,21 @@ class Evaluation:
 
     def draw_images(self) -> None:
         """Draws the missing images; base models load one after the other, and LoRAs into them."""
-        loaded: ModelSource | None = None
-        backbone: Backbone | None = None
+        draw, backbone, loaded = self.settings.draw, None, None
         for spec, images in zip(self.plan.models, self.plan.images, strict=True):
-            missing = [] if spec.images else images.missing(self.settings.draw.batch_size)
+            missing = [] if spec.images else images.missing(draw.batch_size)
             with self.workers.together():  # also: nobody draws before all have looked
                 if missing and spec.source != loaded:
                     backbone = None  # frees the last one before the next one loads
-                    backbone, loaded = self._load(spec.source), spec.source
+                    device, precision = self.workers.device, draw.mixed_precision
+                    backbone = Backbone(spec.source, self.settings.family, precision, device)
+                    loaded = spec.source
+                    self.session.say(describe_lengths(self.prompts, backbone.tokenizers))
                 if missing:
                     use_loras(backbone, spec, "models")
             with self.workers.together():
                 for batch in self.share(missing, f"{spec.name}: images"):
                     self._draw(backbone, images, batch)
-
-    def _load(self, source: ModelSource) -> Backbone:
-        precision = self.settings.draw.mixed_precision
-        backbone = Backbone(source, self.settings.family, precision, self.workers.device)
-        self.session.say(describe_lengths(self.prompts, backbone.tokenizers))
-        return backbone
 
     def _draw(self, backbone: Backbone, images: ImageSet, batch: range) -> None:
         prompts, draw = self.prompts[batch.start : batch.stop], self.settings.draw
@@ -192,7 +180,7 @@ class Evaluation:
         if not any(missing):
             return
         with self.workers.together():
-            source = ImageScorerSource(scores.name, scores.options)
+            source = image_scorer(scores.name, scores.options)
             scorer = load_scorer(source, self.workers.device)
             if self.workers.is_main:
                 scores.claim(scorer)
@@ -208,33 +196,32 @@ class Evaluation:
 
     def report(self) -> None:
         """Writes results.json, table.md and report.html, and prints the table."""
-        folder, size = self.plan.folder, self.settings.score_batch_size
-        drawn = any(spec.images is None for spec in self.plan.models)
-        seed_of = self.settings.draw.image_seed
+        folder, models = self.plan.folder, self.plan.models
         results = Results(
             title=folder.name,
             settings=self.config,
-            versions={name: version(name) for name in _PACKAGES},
+            versions=versions() | {"open-clip-torch": version("open-clip-torch")},
             scorers=tuple(scores.info() for scores in self.plan.scorers),
-            prompts=self.prompts,
-            seeds=tuple(seed_of(i) if drawn else None for i in range(len(self.prompts))),
-            models=tuple(
-                ModelInfo(
-                    name=images.name,
-                    spec=spec.text,
-                    files=tuple(_relative(file, folder) for file in images.files),
-                    scores={s.name: s.read(images, size) for s in self.plan.scorers},
-                )
-                for spec, images in zip(self.plan.models, self.plan.images, strict=True)
-            ),
+            models=tuple(ModelInfo(spec.name, spec.text) for spec in models),
+            prompts=self._prompt_results(),
         )
         results_file, table = write_results(results, folder), summary_table(results)
         (folder / TABLE).write_text(table + "\n")
-        report = write_report(folder, results, self.settings.report_prompts)
+        report = write_report(folder, results)
         print(f"\n{table}\n\nresults: {results_file}\nreport:  {report}")
 
-
-def _relative(file: Path, folder: Path) -> str:
-    """Returns `file` as seen from `folder`, or its whole path if it lies elsewhere."""
-    inside = file.is_relative_to(folder)
-    return str(file.relative_to(folder) if inside else file.resolve())
+    def _prompt_results(self) -> tuple[PromptResult, ...]:
+        drawn = any(spec.images is None for spec in self.plan.models)
+        size, seed_of = self.settings.score_batch_size, self.settings.draw.image_seed
+        rows = [{} for _ in self.prompts]
+        for images in self.plan.images:
+            scores = {s.name: s.read(images, size) for s in self.plan.scorers}
+            for i, file in enumerate(images.files):
+                inside = file.is_relative_to(self.plan.folder)
+                path = file.relative_to(self.plan.folder) if inside else file.resolve()
+                own = {name: each[i] for name, each in scores.items()}
+                rows[i][images.name] = ScoredImage(str(path), own)
+        return tuple(
+            PromptResult(prompt, seed_of(i) if drawn else None, rows[i])
+            for i, prompt in enumerate(self.prompts)
+        )

@@ -1,10 +1,7 @@
 """The look of every figure: one style, one colour per model, PNG files or inline SVG."""
 
-from __future__ import annotations
-
 import re
 import warnings
-from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from io import StringIO
 
@@ -31,12 +28,9 @@ _STYLE = {
     "lines.linewidth": 1.3,
     "text.parse_math": False,  # a model's name may hold a dollar sign
     "svg.fonttype": "none",  # text that can be selected, in the page's font
-    **dict.fromkeys(
-        ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK
-    ),
-    "grid.color": INK,
+    **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "grid.color"), INK),
+    **dict.fromkeys(("xtick.color", "ytick.color"), INK),
 }
-_SIZE = (3.9, 2.4)  # inches of one panel
 
 
 def style(**changes: object) -> AbstractContextManager:
@@ -44,9 +38,10 @@ def style(**changes: object) -> AbstractContextManager:
     return matplotlib.rc_context(_STYLE | changes)
 
 
-def panel(height: float = _SIZE[1]) -> tuple[Figure, Axes]:
-    """Makes a figure of one panel, `height` in inches; inside `style()`."""
-    figure = Figure(figsize=(_SIZE[0], height), layout="constrained")
+def panel_axes(rows: int = 5) -> tuple[Figure, Axes]:
+    """Makes a figure of one panel with space for `rows` rows of text; inside `style()`."""
+    # In inches.
+    figure = Figure(figsize=(3.9, max(2.0, 0.9 + 0.32 * rows)), layout="constrained")
     return figure, figure.subplots()
 
 
@@ -67,8 +62,3 @@ def to_svg(figure: Figure, name: str) -> str:
     svg = file.getvalue()
     svg = re.sub(r'<g id="[^"]*"', "<g", svg[svg.index("<svg") :])
     return svg.replace(INK, "currentColor")
-
-
-def shortened(names: Sequence[str], length: int = 18) -> list[str]:
-    """Returns names that fit beside a plot."""
-    return [name if len(name) <= length else name[: length - 1] + "…" for name in names]

@@ -1,10 +1,8 @@
 """One image per prompt: drawn into a folder batch by batch, or found in a folder.
 
-An image is written in one go, and its PNG text states what it was drawn from: a killed evaluation
-resumes where it stopped, and no image is scored under another prompt or model.
+An image is written in one go, and its PNG text states the prompt: a killed evaluation resumes where it
+stopped, and no image is scored under another prompt.
 """
-
-from __future__ import annotations
 
 import hashlib
 import json
@@ -23,9 +21,6 @@ from spo.lora_io.model_spec import IMAGE_SUFFIXES, ModelSpec
 from spo.models.backbone import DTYPES
 from spo.models.plain_images import ImageSettings
 from spo.run.pictures import write_png
-
-_PROMPTS = "prompts.json"
-_IDENTITY = "model.json"
 
 
 @dataclass(frozen=True)
@@ -47,46 +42,32 @@ class ImageSet:
 
     name: str
     files: tuple[Path, ...]
-    identity: str | None  # digest of model and settings; None for images that came as files
 
     def missing(self, batch_size: int) -> list[range]:
         """Returns the batches of which an image is missing."""
-        return [
-            batch
-            for batch in batches(len(self.files), batch_size)
-            if not all(self.files[i].exists() for i in batch)
-        ]
+        every = batches(len(self.files), batch_size)
+        return [batch for batch in every if not all(self.files[i].exists() for i in batch)]
 
     def write(self, index: int, image: Image.Image, prompt: str, seed: int) -> None:
         """Saves the image of prompt `index`, whole or not at all."""
-        facts = {"prompt": prompt, "seed": str(seed), "model": self.name, "identity": self.identity}
-        write_png(self.files[index], image, facts)
+        text = {"prompt": prompt, "seed": str(seed), "model": self.name}
+        write_png(self.files[index], image, text)
 
     def read(self, index: int, prompt: str) -> Image.Image:
         """Returns the image of prompt `index` in RGB.
 
-        Raises UserError if the file is no image, or was drawn from another prompt or model.
+        Raises UserError if the file is no image, or was drawn from another prompt.
         """
         path = self.files[index]
         try:
             with Image.open(path) as image:
-                image.load()
-                facts, rgb = dict(getattr(image, "text", {})), image.convert("RGB")
+                rgb, shown = image.convert("RGB"), image.info.get("prompt", prompt)
         except (OSError, SyntaxError, ValueError) as error:
-            raise UserError(
-                f"{path} is missing or is no image ({error}); delete it and run this again to draw "
-                "it anew, or put the right one there."
-            ) from error
-        if facts.get("prompt", prompt) != prompt:
-            raise UserError(
-                f"{path} shows {facts['prompt']!r}, but prompt {index} is {prompt!r}: prompts.source "
-                "does not match the images."
-            )
-        if self.identity and facts.get("identity") != self.identity:
-            raise UserError(
-                f"{path} was not drawn by {self.name} with these settings; delete it and run this "
-                "again to draw it anew."
-            )
+            reason = f"{path} is missing or is no image ({error})"
+            raise UserError(f"{reason}; delete it and run this again to draw it.") from error
+        if shown != prompt:
+            reason = f"{path} shows {shown!r}, but prompt {index} is {prompt!r}"
+            raise UserError(f"{reason}: prompts.source does not match the images.")
         return rgb
 
 
@@ -95,65 +76,14 @@ def batches(total: int, size: int) -> list[range]:
     return [range(start, min(start + size, total)) for start in range(0, total, size)]
 
 
-def image_set(
-    folder: Path, spec: ModelSpec, settings: DrawSettings, prompts: Sequence[str]
-) -> ImageSet:
-    """Returns the present and future images of `spec`; raises UserError for a folder of others."""
-    if spec.images is not None:
-        return _found(spec, prompts)
-    identity = json.dumps(identity_of(spec, settings), sort_keys=True)
-    files = tuple(folder / "images" / spec.name / f"{i:05d}.png" for i in range(len(prompts)))
-    return ImageSet(spec.name, files, hashlib.sha256(identity.encode()).hexdigest())
+def image_set(folder: Path, spec: ModelSpec, prompts: Sequence[str]) -> ImageSet:
+    """Returns the present and future images of `spec` in an evaluation's folder.
 
-
-def claim_prompts(folder: Path, prompts: Sequence[str]) -> None:
-    """Writes the prompts of an evaluation; raises UserError if the folder has other prompts."""
-    file = folder / _PROMPTS
-    if not file.exists():
-        write_json(file, prompts)
-    elif json.loads(file.read_text()) != list(prompts):
-        raise UserError(
-            f"run_name: {folder} is an evaluation of other prompts; choose another run_name."
-        )
-
-
-def claim(folder: Path, spec: ModelSpec, settings: DrawSettings) -> None:
-    """Writes the identity of `spec`'s images; raises UserError if the folder has others."""
-    if spec.images is not None:
-        return
-    wanted = identity_of(spec, settings)
-    file = folder / "images" / spec.name / _IDENTITY
-    if not file.exists():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_json(file, wanted)
-        return
-    found = json.loads(file.read_text())
-    changed = [key for key in wanted if wanted[key] != found.get(key)]
-    if changed:
-        raise UserError(
-            f"models: {file.parent} holds images of another {', '.join(changed)}; choose another "
-            "NAME=, another run_name, or delete that folder."
-        )
-
-
-def identity_of(spec: ModelSpec, settings: DrawSettings) -> dict[str, Any]:
-    """Returns everything that a model's images depend on; LoRA files by their content."""
-    loras = [{"sha256": file_digest(lora.path), "weight": lora.weight} for lora in spec.loras]
-    return {**asdict(spec.source), "loras": loras, **asdict(settings)}
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Writes `content` as a file that is there whole or not at all."""
-    write_file(path, (json.dumps(content, indent=1) + "\n").encode())
-
-
-def file_digest(path: Path) -> str:
-    """Returns the SHA-256 of a file's content."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def _found(spec: ModelSpec, prompts: Sequence[str]) -> ImageSet:
-    """Returns the images of a folder, in the order of their names."""
+    Raises UserError if `spec` is a folder with another number of images.
+    """
+    if spec.images is None:
+        files = tuple(folder / "images" / spec.name / f"{i:05d}.png" for i in range(len(prompts)))
+        return ImageSet(spec.name, files)
     paths = [p for p in spec.images.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES]
     # 2.png comes before 10.png.
     paths.sort(key=lambda p: [int(x) if x.isdigit() else x for x in re.split(r"(\d+)", p.name)])
@@ -162,4 +92,44 @@ def _found(spec: ModelSpec, prompts: Sequence[str]) -> ImageSet:
             f"models: {spec.images} has {len(paths)} images for {len(prompts)} prompts of "
             "prompts.source; it takes one for each, in the order of their names."
         )
-    return ImageSet(spec.name, tuple(paths), None)
+    return ImageSet(spec.name, tuple(paths))
+
+
+def claim_prompts(folder: Path, prompts: Sequence[str]) -> None:
+    """Writes the prompts of an evaluation; raises UserError if the folder has other prompts."""
+    if _first_written(folder / "prompts.json", prompts) != list(prompts):
+        raise UserError(
+            f"run_name: {folder} is an evaluation of other prompts; choose another run_name."
+        )
+
+
+def claim_images(folder: Path, spec: ModelSpec, settings: DrawSettings) -> None:
+    """Writes what the images of `spec` depend on; raises UserError if the folder has others."""
+    loras = [{"sha256": file_digest(path), "weight": weight} for path, weight in spec.loras]
+    wanted = {**asdict(spec.source), "loras": loras, **asdict(settings)}
+    images = folder / "images" / spec.name
+    found = _first_written(images / "model.json", wanted)
+    changed = [key for key in wanted if wanted[key] != found.get(key)]
+    if changed:
+        raise UserError(
+            f"models: {images} holds images of another {', '.join(changed)}; choose another "
+            "NAME=, another run_name, or delete that folder."
+        )
+
+
+def _first_written(file: Path, content: Any) -> Any:
+    """Returns what `file` holds; if it is missing, writes `content` into it first."""
+    if not file.exists():
+        write_json(file, content)
+    return json.loads(file.read_text())
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes `content` into a file, and its folder if missing, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_file(path, (json.dumps(content, indent=1) + "\n").encode())
+
+
+def file_digest(path: Path) -> str:
+    """Returns the SHA-256 of a file's content."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()

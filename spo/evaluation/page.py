@@ -1,7 +1,5 @@
 """Self-contained HTML pages, made of the templates beside this file."""
 
-from __future__ import annotations
-
 import base64
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,16 +8,24 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from spo.errors import UserError
 
 PIXELATED = 64  # images up to this side, in pixels, are shown as the pixels they are
+_PAGES = Environment(
+    loader=FileSystemLoader(Path(__file__).parent / "templates"),
+    autoescape=True,
+    trim_blocks=True,
+    lstrip_blocks=True,
+    undefined=StrictUndefined,
+)
+_PAGES.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
 
 
 def write_page(path: Path, template: str, **values: Any) -> Path:
     """Writes the page that `template` makes of `values`, with every text in them escaped."""
-    html = _environment().get_template(template).render(values)
+    html = _PAGES.get_template(template).render(values)
     # A command line may hold bytes that are no text: they become question marks.
     path.write_text(html, encoding="utf-8", errors="replace")
     return path
@@ -33,7 +39,7 @@ def embedded_image(path: Path, size: Sequence[int]) -> str:
     try:
         with Image.open(path) as image:
             image = image.convert("RGB")
-    except (OSError, UnidentifiedImageError) as error:
+    except OSError as error:
         raise UserError(f"{path}: cannot be read as an image: {error}") from error
     image.thumbnail(size, Image.Resampling.LANCZOS)
     file = BytesIO()
@@ -41,25 +47,14 @@ def embedded_image(path: Path, size: Sequence[int]) -> str:
     return "data:image/webp;base64," + base64.b64encode(file.getvalue()).decode()
 
 
-def _environment() -> Environment:
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=StrictUndefined,
-    )
-    environment.filters["leaves"] = _leaves
-    environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
-    return environment
-
-
 def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, str]]:
     """Yields names and texts of `values`, nested mappings under dotted names."""
     for name, value in values.items():
         if isinstance(value, Mapping) and value:
             yield from _leaves(value, f"{prefix}{name}.")
-        elif isinstance(value, str):
-            yield prefix + name, value
         else:
-            yield prefix + name, json.dumps(value, ensure_ascii=False, default=str)
+            is_text = isinstance(value, str)
+            yield prefix + name, value if is_text else json.dumps(value, ensure_ascii=False)
+
+
+_PAGES.filters["leaves"] = _leaves

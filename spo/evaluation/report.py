@@ -1,22 +1,21 @@
 """Writes report.html of an evaluation: one file to look at, which needs no other."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from spo.evaluation import page
-from spo.evaluation.figures import colour, to_svg
-from spo.evaluation.plots import plot_differences, plot_means, plot_win_rates
+from spo.evaluation.figures import INK, colour, panel_axes, style, to_svg
 from spo.evaluation.results import Results, ScorerInfo, SummaryRow, summarize
 from spo.run.folder import REPORT
 
 _THUMBNAIL = (256, 256)  # pixels
+_BINS = 25  # odd: the middle one is centred at no difference
 
 
 def write_report(folder: Path, results: Results, max_prompts: int = 500) -> Path:
@@ -33,7 +32,6 @@ def write_report(folder: Path, results: Results, max_prompts: int = 500) -> Path
         title=results.title,
         results=results,
         groups=[{"rows": rows, "figures": _figures(results, rows)} for rows in groups],
-        shown=len(shown),
         gallery=_gallery(folder, results, shown),
         specs={model.name: model.spec for model in results.models},
         colour=colour,
@@ -46,48 +44,85 @@ def chosen_prompts(results: Results, max_prompts: int) -> list[int]:
     Otherwise every model by every scorer takes turns, first with its largest gain over the first
     model, then its largest loss, then the next ones, until `max_prompts` are found.
     """
-    rankings = []
-    for scorer in results.scorers:
-        for gains in _gains(results, scorer):
-            rankings += [np.argsort(-gains, kind="stable"), np.argsort(gains, kind="stable")]
-    in_turn = dict.fromkeys(np.stack(rankings, axis=1).flatten().tolist())
+    gains = np.concatenate([_gains(results, scorer) for scorer in results.scorers])
+    # By model and scorer: the ranking of the gains, then that of the losses.
+    rankings = np.stack([-gains, gains], axis=1).argsort(axis=-1, kind="stable")
+    in_turn = dict.fromkeys(rankings.reshape(-1, gains.shape[1]).T.flatten().tolist())
     return sorted(islice(in_turn, max_prompts))
 
 
-def _gains(results: Results, scorer: ScorerInfo) -> list[np.ndarray]:
-    """Returns the differences (n,) of each other model to the first; for one model, its scores."""
-    first, *others = (np.asarray(model.scores[scorer.name]) for model in results.models)
-    return [other - first for other in others] or [first]
+def _gains(results: Results, scorer: ScorerInfo) -> np.ndarray:
+    """Returns the differences (m, n) of m other models to the first; for one model, its scores."""
+    scores = np.array([results.scores(model, scorer) for model in results.models])
+    return scores[1:] - scores[0] if len(scores) > 1 else scores
 
 
 def _figures(results: Results, rows: Sequence[SummaryRow]) -> list[str]:
     """Returns the panels of one scorer as SVG."""
     scorer = rows[0].scorer
-    figures = {"means": plot_means(rows)}
+    figures = {"means": _plot_estimates("Mean", rows, "mean")}
     if len(rows) > 1:
-        figures["wins"] = plot_win_rates(rows)
-        figures["differences"] = plot_differences(_gains(results, scorer))
+        figures["wins"] = _plot_estimates("Win rate", rows, "win_rate", right=1.0)
+        figures["differences"] = _plot_differences(_gains(results, scorer))
     return [to_svg(figure, f"{name} {scorer.name}") for name, figure in figures.items()]
+
+
+def _plot_estimates(title: str, rows: Sequence[SummaryRow], key: str, right: float = 0) -> Figure:
+    """Plots the estimate `key` of each row as a point with its interval.
+
+    If `right` is given, the axis goes from 0 to `right`, with a line in the middle.
+    """
+    with style():
+        figure, axes = panel_axes(len(rows))
+        for place, row in enumerate(rows):
+            if (estimate := getattr(row, key)) is not None:
+                axes.plot([estimate.low, estimate.high], [place, place], color=colour(place))
+                axes.plot(estimate.mean, place, "o", color=colour(place))
+        if right:
+            axes.axvline(right / 2, color=INK, linewidth=1, linestyle="--")
+            axes.set_xlim(0, right)
+        axes.set_title(title)
+        names = [row.model if len(row.model) <= 18 else f"{row.model[:17]}…" for row in rows]
+        axes.set_yticks(range(len(names)), names)
+        axes.set_ylim(len(names) - 0.4, -0.6)
+        axes.tick_params(axis="y", length=0)
+        axes.grid(False, axis="y")
+    return figure
+
+
+def _plot_differences(differences: np.ndarray) -> Figure:
+    """Plots the distributions of the paired differences (m, n) of m models to the first."""
+    with style():
+        figure, axes = panel_axes(len(differences) + 1)
+        reach = np.abs(differences).max() or 1.0
+        bins = {"bins": _BINS, "range": (-reach, reach), "histtype": "stepfilled"}
+        for place, each in enumerate(differences, start=1):
+            axes.hist(each, **bins, fc=(colour(place), 0.15), ec=colour(place))
+            axes.axvline(each.mean(), color=colour(place), linewidth=1.3, linestyle=":")
+        axes.axvline(0, color=INK, linewidth=1, linestyle="--")
+        axes.set_title("Difference: number of prompts")
+    return figure
 
 
 def _gallery(folder: Path, results: Results, shown: Sequence[int]) -> dict[str, Any]:
     """Returns what report.js makes the cards of."""
-    prompts = [
-        {
-            "number": i + 1,
-            "prompt": results.prompts[i],
-            # As text: numbers of 63 bits are rounded in JavaScript.
-            "seed": None if results.seeds[i] is None else str(results.seeds[i]),
-            "images": [
-                page.embedded_image(folder / m.files[i], _THUMBNAIL) for m in results.models
-            ],
-            "scores": [[m.scores[s.name][i] for s in results.scorers] for m in results.models],
-        }
-        for i in tqdm(shown, desc="report", leave=False)
-    ]
+    names, prompts = [model.name for model in results.models], []
+    for i in tqdm(shown, desc="report", leave=False):
+        row = results.prompts[i]
+        images = [row.images[name] for name in names]
+        prompts.append(
+            {
+                "number": i + 1,
+                "prompt": row.prompt,
+                # As text: numbers of 63 bits are rounded in JavaScript.
+                "seed": None if row.seed is None else str(row.seed),
+                "images": [page.embedded_image(folder / each.file, _THUMBNAIL) for each in images],
+                "scores": [[each.scores[s.name] for s in results.scorers] for each in images],
+            }
+        )
     return {
         "pixelated": page.PIXELATED,
         "scorers": [{"name": s.name, "title": s.title} for s in results.scorers],
-        "models": [{"name": m.name, "colour": colour(i)} for i, m in enumerate(results.models)],
+        "models": [{"name": name, "colour": colour(i)} for i, name in enumerate(names)],
         "prompts": prompts,
     }

@@ -1,7 +1,5 @@
 """The results of an evaluation: every score, and the comparison with the first model."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -29,8 +27,23 @@ class ModelInfo:
 
     name: str
     spec: str  # as the user wrote it, e.g. "runs/NAME"
-    files: tuple[str, ...]  # images, one per prompt, relative to the evaluation's folder
-    scores: Mapping[str, tuple[float, ...]]  # by scorer, one per prompt
+
+
+@dataclass(frozen=True)
+class ScoredImage:
+    """The image that a model made of a prompt."""
+
+    file: str  # relative to the evaluation's folder
+    scores: Mapping[str, float]  # by scorer
+
+
+@dataclass(frozen=True)
+class PromptResult:
+    """The images that all models made of a prompt."""
+
+    prompt: str
+    seed: int | None  # None if all images came as files
+    images: Mapping[str, ScoredImage]  # by model
 
 
 @dataclass(frozen=True)
@@ -41,9 +54,12 @@ class Results:
     settings: Mapping[str, Any]
     versions: Mapping[str, str]
     scorers: tuple[ScorerInfo, ...]
-    prompts: tuple[str, ...]
-    seeds: tuple[int | None, ...]  # of each prompt's image; None if all images came as files
     models: tuple[ModelInfo, ...]  # each is compared with the first
+    prompts: tuple[PromptResult, ...]
+
+    def scores(self, model: ModelInfo, scorer: ScorerInfo) -> tuple[float, ...]:
+        """Returns the scores of a model's images, in the order of the prompts."""
+        return tuple(row.images[model.name].scores[scorer.name] for row in self.prompts)
 
 
 @dataclass(frozen=True)
@@ -63,16 +79,15 @@ def summarize(results: Results) -> list[SummaryRow]:
     """Returns a row for every model by every scorer, in their order."""
     rows = []
     for scorer in results.scorers:
-        first = results.models[0].scores[scorer.name]
+        first = results.scores(results.models[0], scorer)
         for model in results.models:
-            scores = model.scores[scorer.name]
+            scores = results.scores(model, scorer)
             paired = (None, None, None)
             if model is not results.models[0]:
-                ties = sum(int(a == b) for a, b in zip(first, scores, strict=True))
+                ties = sum(a == b for a, b in zip(first, scores, strict=True))
                 paired = (paired_difference(first, scores), win_rate(first, scores), ties)
-            rows.append(
-                SummaryRow(scorer, model.name, bootstrap_mean(scores), *paired, n=len(scores))
-            )
+            mean = bootstrap_mean(scores)
+            rows.append(SummaryRow(scorer, model.name, mean, *paired, n=len(scores)))
     return rows
 
 
@@ -85,40 +100,17 @@ def summary_table(results: Results) -> str:
 
 def _cells(row: SummaryRow) -> tuple[object, ...]:
     title = row.scorer.title + (f" x {row.scorer.scale:g}" if row.scorer.scale != 1 else "")
-    mean = f"{row.mean.mean:.3f} [{row.mean.low:.3f}, {row.mean.high:.3f}]"
-    if row.difference is None:
-        return title, row.model, mean, "", "", "", row.n
-    gain = row.difference
-    difference = f"{gain.mean:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}]"
-    return title, row.model, mean, difference, row.win_rate.percent(), row.ties, row.n
+    paired = ("", "", "")
+    if row.difference is not None:
+        paired = (f"{row.difference:+.3f}", row.win_rate.percent(), row.ties)
+    return title, row.model, f"{row.mean:.3f}", *paired, row.n
 
 
 def write_results(results: Results, folder: Path) -> Path:
     """Writes results.json: settings, versions, the comparison, and each model's image per prompt."""
-    content = {
-        "title": results.title,
-        "settings": results.settings,
-        "versions": results.versions,
-        "scorers": [asdict(scorer) for scorer in results.scorers],
-        "models": [{"name": model.name, "spec": model.spec} for model in results.models],
-        "summary": [asdict(row) | {"scorer": row.scorer.name} for row in summarize(results)],
-        "prompts": [
-            {
-                "prompt": prompt,
-                "seed": seed,
-                "images": {
-                    model.name: {
-                        "file": model.files[i],
-                        "scores": {name: scores[i] for name, scores in model.scores.items()},
-                    }
-                    for model in results.models
-                },
-            }
-            for i, (prompt, seed) in enumerate(zip(results.prompts, results.seeds, strict=True))
-        ],
-    }
+    summary = [asdict(row) | {"scorer": row.scorer.name} for row in summarize(results)]
     path = folder / RESULTS
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    path.write_text(json.dumps(asdict(results) | {"summary": summary}, indent=1) + "\n")
     return path
 
 
@@ -127,19 +119,13 @@ def read_results(folder: Path) -> Results:
     path = folder / RESULTS
     try:
         content = json.loads(path.read_text())
-        scorers = tuple(ScorerInfo(**scorer) for scorer in content["scorers"])
-        rows, models = content["prompts"], []
-        for model in content["models"]:
-            images = [row["images"][model["name"]] for row in rows]
-            files = tuple(image["file"] for image in images)
-            scores = {s.name: tuple(image["scores"][s.name] for image in images) for s in scorers}
-            models.append(ModelInfo(**model, files=files, scores=scores))
-        return Results(
-            **{name: content[name] for name in ("title", "settings", "versions")},
-            scorers=scorers,
-            prompts=tuple(row["prompt"] for row in rows),
-            seeds=tuple(row["seed"] for row in rows),
-            models=tuple(models),
-        )
+        del content["summary"]
+        content["scorers"] = tuple(ScorerInfo(**scorer) for scorer in content["scorers"])
+        content["models"] = tuple(ModelInfo(**model) for model in content["models"])
+        prompts = []
+        for row in content["prompts"]:
+            images = {name: ScoredImage(**image) for name, image in row["images"].items()}
+            prompts.append(PromptResult(row["prompt"], row["seed"], images))
+        return Results(**content | {"prompts": tuple(prompts)})
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is not the results.json of an evaluation: {error!r}") from error

@@ -1,7 +1,5 @@
 """Draws one prompt's rollout: the K candidates of every comparison, with their scores."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +12,7 @@ from tqdm import tqdm
 from spo.lora_io.find import find_lora, read_lora
 from spo.method.build import read_recipe
 from spo.method.collect import roll_out, score_candidates
-from spo.method.pairs import Chosen, PairSettings, choose, differ_enough
+from spo.method.pairs import Chosen, choose, differ_enough
 from spo.models.loading import check_source
 from spo.run.pictures import Cell, grid
 from spo.scorers import check_scorer, load_scorer
@@ -23,7 +21,7 @@ from spo.types import Candidates
 
 
 @dataclass(frozen=True)
-class Scored:
+class ComparedCandidates:
     """The candidates of one comparison of one prompt."""
 
     candidates: Candidates
@@ -48,52 +46,42 @@ def draw_rollout(config: ConfigDict, prompt: str, lora_spec: str, seed: int) -> 
         lora = recipe.lora.add_to(model.unet, seed=0)
         lora.assign(read_lora(lora_path, lora, "--lora"))
     scorer = load_scorer(recipe.scorer, device)
-    features = scorer.encode_prompts([prompt])
-    comparisons = roll_out(
-        model,
-        recipe.load_sampler(model),
-        collect,
-        model.encode_prompts([prompt]),
-        torch.Generator().manual_seed(seed),
-    )
-    seen = []
+    features, conditioning = scorer.encode_prompts([prompt]), model.encode_prompts([prompt])
+    sampler, generator = recipe.load_sampler(model), torch.Generator().manual_seed(seed)
+    decoded: list[Tensor] = []
+
+    def decode(latents: Tensor) -> Tensor:
+        decoded.append(model.decode_candidates(latents))
+        return decoded[-1]
+
+    seen, labels = [], []
+    comparisons = roll_out(model, sampler, collect, conditioning, generator)
     for candidates in tqdm(comparisons, desc="comparisons"):
-        images: list[Tensor] = []
-
-        def decode(latents: Tensor, images: list[Tensor] = images) -> Tensor:
-            images.append(model.decode_candidates(latents))
-            return images[-1]
-
+        decoded.clear()
         scores = score_candidates(candidates, decode, scorer, features, collect.decode_batch_size)
         chosen = choose(scores, collect.pairs, torch.Generator().manual_seed(seed))
-        seen.append(Scored(candidates, scores, chosen, torch.cat(images)))
-    rows = [_cells(one, after) for one, after in zip(seen, [*seen[1:], None], strict=True)]
+        seen.append(ComparedCandidates(candidates, scores, chosen, torch.cat(decoded)))
+        gaps = chosen.gap(scores)
+        kept = differ_enough(candidates, gaps, collect.pairs).any()
+        labels.append(
+            f"from t = {candidates.window[0].timestep}\nscored at {candidates.score_timestep}\n"
+            f"gap {gaps[0].item():.2f}\n" + ("pair" if kept else "no pair")
+        )
+    rows = [_row(one, after) for one, after in zip(seen, [*seen[1:], None], strict=True)]
     weights = f"LoRA {lora_spec}" if lora_spec else "base model"
-    labels = [_label(scored, collect.pairs) for scored in seen]
     return grid(rows, f"{prompt}  ({weights})", labels, side=160)
 
 
-def _cells(scored: Scored, after: Scored | None) -> list[Cell]:
+def _row(compared: ComparedCandidates, after: ComparedCandidates | None) -> list[Cell]:
     continues = None
     if after is not None:  # the next window starts from the latents of one of these candidates
         start = after.candidates.window[0].latents[0, 0]
-        ends = scored.candidates.window[-1].next_latents[:, 0]
+        ends = compared.candidates.window[-1].next_latents[:, 0]
         continues = int((ends == start).flatten(1).all(dim=1).nonzero()[0])
-    win, lose = scored.chosen.win.tolist(), scored.chosen.lose.tolist()
+    win, lose = compared.chosen.win.tolist(), compared.chosen.lose.tolist()
     frames = dict.fromkeys(lose, "red") | dict.fromkeys(win, "green")
+    images, scores = to_pil(compared.images), compared.scores[:, 0].tolist()
     return [
-        Cell(image, f"{score:.2f}" + (" goes on" if k == continues else ""), frames.get(k))
-        for k, (image, score) in enumerate(
-            zip(to_pil(scored.images), scored.scores[:, 0].tolist(), strict=True)
-        )
+        Cell(image, f"{score:.2f}" + (" continues" if k == continues else ""), frames.get(k))
+        for k, (image, score) in enumerate(zip(images, scores, strict=True))
     ]
-
-
-def _label(scored: Scored, settings: PairSettings) -> str:
-    candidates, gaps = scored.candidates, scored.chosen.gap(scored.scores)
-    kept = differ_enough(candidates, gaps, settings).any()
-    return (
-        f"from t = {candidates.window[0].timestep}\n"
-        f"scored at {candidates.score_timestep}\n"
-        f"gap {gaps[0].item():.2f}\n" + ("pair" if kept else "no pair")
-    )

@@ -1,20 +1,80 @@
-"""Writes report.html of a training run: one file to look at, which needs no other."""
-
-from __future__ import annotations
+"""Curves and report.html of a training run, from the files in its directory."""
 
 import json
+import math
 import shlex
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from spo.atomic import whole_lines
 from spo.errors import UserError
 from spo.evaluation import page
-from spo.evaluation.curves import draw_panel, panels_of
-from spo.evaluation.figures import panel, style, to_svg
+from spo.evaluation.figures import COLOURS, INK, colour, panel_axes, style, to_svg
 from spo.run.folder import CONFIG, REPORT, STARTS, read_metrics
 
+Points = list[tuple[int, float]]  # updates and value
+_DENSE = 100  # points; longer series are drawn with their running mean
+_COLUMNS = 4  # of curves.png
 _GRID = (1280, 4096)  # pixels, width and height
+_HEAT = LinearSegmentedColormap.from_list("heat", [COLOURS[1] + "00", COLOURS[1] + "ff"])
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A diagram of some metrics over the updates."""
+
+    title: str
+    keys: Mapping[str, str]  # keys of a line of metrics.jsonl, with their labels
+    from_zero: bool = False
+    reference: float | None = None  # a line across: the value of a model that learned nothing
+    heat: bool = False  # numbers by timestep, as shades over the rollouts
+
+
+TRAINING = (
+    Panel("Loss", {"loss": ""}, reference=math.log(2)),
+    Panel("Mean score of the candidates", {"score_mean": ""}),
+    Panel("Likelihood ratios", {"win_ratio": "win", "lose_ratio": "lose"}, reference=1.0),
+    Panel("Pairs of a rollout", {"pairs": ""}, from_zero=True),
+    Panel("Pairs by timestep", {"pairs_at": ""}, heat=True),
+    Panel("Gradient norm", {"grad_norm": ""}, from_zero=True),
+    Panel("Win margin of the best candidate", {"win_margin": ""}, from_zero=True),
+    Panel("Clipped share of the ratios", {"clipped": ""}, from_zero=True),
+    Panel("Distance of EMA and policy", {"ema_distance": ""}, from_zero=True),
+    Panel("Seconds per rollout", {"seconds_rollout": "rollout", "seconds_train": "training"}, True),
+    Panel("Peak memory, GiB", {"peak_memory_gib": ""}, from_zero=True),
+)
+PREFERENCE = (
+    Panel("Accuracy on the validation pairs", {"accuracy": "t"}, reference=0.5),
+    Panel("Training loss", {"loss": ""}),
+    Panel("Accuracy on the training pairs", {"training_accuracy": ""}, reference=0.5),
+    Panel("Gradient norm", {"grad_norm": ""}, from_zero=True),
+    Panel("Pairs per second", {"pairs_per_second": ""}, from_zero=True),
+    Panel("Peak memory, GiB", {"peak_memory_gib": ""}, from_zero=True),
+)
+
+
+def draw_curves(run_dir: Path) -> Path:
+    """Writes each metric over the updates: curves.png, or accuracy.png of a preference model."""
+    lines = read_metrics(run_dir)
+    panels = panels_of(lines)
+    columns, rows = min(len(panels), _COLUMNS), -(-len(panels) // _COLUMNS)
+    path = run_dir / ("curves.png" if "rollout" in lines[0] else "accuracy.png")
+    with style():
+        figure = Figure(figsize=(3.7 * columns, 2.8 * rows), layout="constrained")
+        for place, panel in enumerate(panels, start=1):
+            _draw_panel(figure.add_subplot(rows, columns, place), lines, panel)
+        figure.savefig(path, dpi=110)
+    return path
 
 
 def write_run_report(run_dir: Path) -> Path:
@@ -23,17 +83,90 @@ def write_run_report(run_dir: Path) -> Path:
     Raises UserError if the run has no metrics yet, or if a file of it is damaged.
     """
     lines = read_metrics(run_dir)
+    try:
+        config = json.loads((run_dir / CONFIG).read_text())
+        starts = [json.loads(line) for line in whole_lines(run_dir / STARTS)]
+    except (OSError, ValueError) as error:
+        raise UserError(f"{run_dir}: cannot read {CONFIG} or {STARTS} ({error}).") from error
+    svgs = []
+    for panel in panels_of(lines):
+        with style():
+            figure, axes = panel_axes()
+            _draw_panel(axes, lines, panel)
+        svgs.append(to_svg(figure, panel.title))
     pictures = sorted((run_dir / "validation").glob("*.png"))
     return page.write_page(
         run_dir / REPORT,
         "run_report.html.j2",
         title=run_dir.resolve().name,
-        config=_read_config(run_dir / CONFIG),
-        starts=_read_starts(run_dir / STARTS),
+        config=config,
+        starts=[start | {"command": shlex.join(start["command"])} for start in starts],
         totals=_totals(lines),
-        curves=_curves(lines),
+        curves=svgs,
         slides={picture.stem: page.embedded_image(picture, _GRID) for picture in pictures},
     )
+
+
+def panels_of(lines: Sequence[Mapping]) -> list[Panel]:
+    """Returns the panels of a training run, or of a preference model's, that `lines` have data for."""
+    panels = TRAINING if "rollout" in lines[0] else PREFERENCE
+    return [panel for panel in panels if _series(lines, panel)]
+
+
+def _series(lines: Sequence[Mapping], panel: Panel) -> dict[str, Points]:
+    """Returns the known values of `panel` by label, each entry of a dict as a series of its own."""
+    found: dict[str, Points] = {}
+    for line, (key, label) in product(lines, panel.keys.items()):
+        value = line.get(key)
+        for name, number in (value if isinstance(value, dict) else {"": value}).items():
+            if number is not None:
+                points = found.setdefault(f"{label} = {name}" if name else label, [])
+                points.append((line["step"], number))
+    return found
+
+
+def _draw_panel(axes: Axes, lines: Sequence[Mapping], panel: Panel) -> None:
+    """Draws `panel` of the metrics `lines`; inside `style()`."""
+    axes.set_title(panel.title)
+    if panel.heat:
+        _draw_heat(axes, [line for line in lines if line.get("pairs_at")])
+        return
+    series = _series(lines, panel)
+    for i, (label, points) in enumerate(series.items(), start=1):
+        _draw_line(axes, points, label, colour(i))
+    if panel.from_zero:
+        axes.set_ylim(bottom=0)
+    if panel.reference is not None:
+        axes.axhline(panel.reference, color=INK, linewidth=1, linestyle="--")
+    if len(series) > 1:
+        axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    axes.set_xlabel("updates")
+
+
+def _draw_line(axes: Axes, points: Points, label: str, shade: str) -> None:
+    steps, values = np.array(points, dtype=float).T
+    if len(steps) <= _DENSE:
+        axes.plot(steps, values, ".-", label=label, color=shade, markersize=4)
+        return
+    axes.plot(steps, values, linewidth=0.6, alpha=0.35, color=shade)
+    size = len(steps) // 25
+    means = [np.convolve(each, np.full(size, 1 / size), "valid") for each in (steps, values)]
+    axes.plot(*means, color=shade, label=label)
+
+
+def _draw_heat(axes: Axes, lines: Sequence[Mapping]) -> None:
+    """Draws pairs by timestep from noise (top) to image, and by rollout from left to right."""
+    timesteps = sorted(lines[0]["pairs_at"], key=int, reverse=True)
+    numbers = np.array([[line["pairs_at"][t] for line in lines] for t in timesteps])
+    extent = (lines[0]["rollout"] - 0.5, lines[-1]["rollout"] + 0.5, len(timesteps) - 0.5, -0.5)
+    image = axes.imshow(
+        numbers, cmap=_HEAT, vmin=0, aspect="auto", extent=extent, interpolation="nearest"
+    )
+    axes.figure.colorbar(image, ax=axes).outline.set_visible(False)
+    axes.set_yticks(range(0, len(timesteps), 3), timesteps[::3])
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(False)
+    axes.set(xlabel="rollouts", ylabel="t")
 
 
 def _totals(lines: Sequence[Mapping[str, Any]]) -> dict[str, int | str | None]:
@@ -46,40 +179,6 @@ def _totals(lines: Sequence[Mapping[str, Any]]) -> dict[str, int | str | None]:
         "updates": last["step"],
         "skipped updates": sum(line.get("skipped_updates", 0) for line in lines),
         "pairs": sum(line.get("pairs", 0) for line in lines),
-        "time": _duration(seconds) if seconds else None,
+        "time": str(timedelta(seconds=round(seconds))) if seconds else None,
         "peak memory": f"{max(line.get('peak_memory_gib', 0) for line in lines):.1f} GiB",
     }
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {seconds:02} s"
-
-
-def _curves(lines: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Returns a panel of SVG for each metric that `lines` hold."""
-    svgs = []
-    for each in panels_of(lines):
-        with style():
-            figure, axes = panel()
-            draw_panel(axes, lines, each)
-        svgs.append(to_svg(figure, each.title))
-    return svgs
-
-
-def _read_starts(path: Path) -> list[dict[str, Any]]:
-    """Returns the lines of starts.jsonl; none if there is no such file."""
-    try:
-        lines = path.read_text().splitlines() if path.exists() else []
-        starts = [json.loads(line) for line in lines]
-    except ValueError as error:
-        raise UserError(f"{path}: a line is not JSON: {error}") from error
-    return [start | {"command": shlex.join(start["command"])} for start in starts]
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is not the config of a run: {error}") from error

@@ -1,7 +1,5 @@
 """Scores of images, kept batch by batch as they are computed."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -44,16 +42,12 @@ class ScoreFolder:
     def claim(self, scorer: Scorer) -> None:
         """Writes the scorer's name, title, scale and options into the folder."""
         info = asdict(ScorerInfo(self.name, scorer.title, scorer.scale))
-        self.path.mkdir(parents=True, exist_ok=True)
         write_json(self.path / _SCORER, {"scorer": info, "options": dict(self.options)})
 
     def missing(self, images: ImageSet, batch_size: int) -> list[range]:
         """Returns the batches that have no scores yet, or scores of other images."""
-        return [
-            batch
-            for batch in batches(len(images.files), batch_size)
-            if self._read(images, batch) is None
-        ]
+        every = batches(len(images.files), batch_size)
+        return [batch for batch in every if self._read(images, batch) is None]
 
     def score(self, scorer: Scorer, images: ImageSet, batch: range, prompts: Sequence[str]) -> None:
         """Scores a batch and writes its file; raises RunError for a score that is not finite."""
@@ -63,15 +57,13 @@ class ScoreFolder:
         for i, score in zip(batch, scores, strict=True):
             if not math.isfinite(score):
                 raise RunError(f"{self.name} gives {score} to {images.files[i]} ({prompts[i]!r}).")
-        file = self._file(images, batch)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_json(file, {"images": digests, "scores": scores})
+        write_json(self._file(images, batch), {"images": digests, "scores": scores})
 
-    def read(self, images: ImageSet, batch_size: int) -> tuple[float, ...]:
+    def read(self, images: ImageSet, batch_size: int) -> list[float]:
         """Returns all scores of a model, times the scorer's scale, in the order of the prompts."""
         scale = self.info().scale
         parts = [self._read(images, batch) for batch in batches(len(images.files), batch_size)]
-        return tuple(scale * score for part in parts for score in part)
+        return [scale * score for part in parts for score in part]
 
     def _file(self, images: ImageSet, batch: range) -> Path:
         return self.path / images.name / f"{batch.start:05d}-{batch.stop:05d}.json"

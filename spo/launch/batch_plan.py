@@ -1,5 +1,6 @@
 """Sizes of rollouts and updates on any number of processes (one process drives one GPU)."""
 
+import math
 from dataclasses import dataclass
 
 from ml_collections import ConfigDict
@@ -22,12 +23,15 @@ class UpdatePlan:
         """Pairs of one optimizer step over all processes."""
         return self.minibatch_size * self.num_processes * self.accumulation_steps
 
+    @property
+    def processes(self) -> str:
+        return _count(self.num_processes, "process", "es")
+
     def describe(self) -> str:
         """Returns the plan in one line."""
-        processes = _count(self.num_processes, "process", "processes")
-        accumulation = _count(self.accumulation_steps, "accumulation step", "accumulation steps")
+        accumulation = _count(self.accumulation_steps, "accumulation step")
         return (
-            f"minibatch {self.minibatch_size} x {processes} x {accumulation} = "
+            f"minibatch {self.minibatch_size} x {self.processes} x {accumulation} = "
             f"{self.pairs_per_update} pairs per update"
         )
 
@@ -42,20 +46,16 @@ class BatchPlan(UpdatePlan):
 
     def describe(self) -> str:
         """Returns the plan in one line."""
-        processes = _count(self.num_processes, "process", "processes")
-        slices = _count(self.slices, "slice", "slices")
-        prompts = _count(self.slice_size, "prompt", "prompts")
-        return (
-            f"{processes}: {prompts} x {slices} each per rollout ({self.prompts_per_rollout} in "
-            f"all); {super().describe()}"
-        )
+        share = f"{_count(self.slice_size, 'prompt')} x {_count(self.slices, 'slice')} each"
+        rollout = f"{share} per rollout ({self.prompts_per_rollout} in all)"
+        return f"{self.processes}: {rollout}; {super().describe()}"
 
 
 def plan_batches(config: ConfigDict, num_processes: int) -> BatchPlan:
     """Returns the sizes that keep the config's global numbers on `num_processes` processes.
 
-    The batch sizes are upper limits: of prompts in a slice and of pairs in a minibatch. Where a
-    global number is None they are taken unchanged. Raises UserError if a global number does not
+    The batch sizes are upper limits, of prompts in a slice and of pairs in a minibatch; if a global
+    number is None they are taken unchanged. Raises UserError if a global number does not
     divide by the processes.
     """
     sample, train = config.sample, config.train
@@ -69,12 +69,12 @@ def plan_batches(config: ConfigDict, num_processes: int) -> BatchPlan:
     slices, slice_size = _split(sample, num_processes)
     accumulation_steps, minibatch_size = _split(train, num_processes)
     return BatchPlan(
-        num_processes=num_processes,
+        num_processes,
+        minibatch_size,
+        steps or accumulation_steps,
         prompts_per_rollout=slices * slice_size * num_processes,
         slices=slices,
         slice_size=slice_size,
-        minibatch_size=minibatch_size,
-        accumulation_steps=steps or accumulation_steps,
     )
 
 
@@ -104,19 +104,13 @@ def _check_sizes(num_processes: int, **sections: ConfigDict) -> None:
             value = section.get(key)
             if value is not None and value < 1:
                 raise UserError(f"{name}.{key} = {value}: must be at least 1")
-    totals = {
-        f"{name}.global_batch_size": section.global_batch_size
-        for name, section in sections.items()
-        if section.global_batch_size is not None
-    }
+    totals = {f"{name}.global_batch_size": s.global_batch_size for name, s in sections.items()}
+    totals = {key: total for key, total in totals.items() if total is not None}
     broken = {key: total for key, total in totals.items() if total % num_processes}
     if not broken:
         return
-    working = [
-        str(n)
-        for n in range(1, MAX_PROCESSES + 1)
-        if all(total % n == 0 for total in totals.values())
-    ]
+    common = math.gcd(*totals.values())
+    working = [str(n) for n in range(1, MAX_PROCESSES + 1) if common % n == 0]
     numbers = " and ".join(f"{key} = {total}" for key, total in broken.items())
     lift = " ".join(f"--config.{key}=None" for key in broken)
     raise UserError(
@@ -125,5 +119,5 @@ def _check_sizes(num_processes: int, **sections: ConfigDict) -> None:
     )
 
 
-def _count(number: int, one: str, many: str) -> str:
-    return f"{number} {one if number == 1 else many}"
+def _count(number: int, word: str, ending: str = "s") -> str:
+    return f"{number} {word}{ending if number != 1 else ''}"

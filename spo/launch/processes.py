@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from spo.command_line.flags import LAUNCHER_VARIABLE, one_line
-from spo.errors import FAILED, STOPPED, RunError, Stopped, UserError, first_line
+from spo.command_line.flags import ERROR_LENGTH, LAUNCHER_VARIABLE
+from spo.errors import FAILED, STOPPED, RunError, Stopped, UserError, first_line, in_one_line
 
 if TYPE_CHECKING:  # torch takes seconds to load, and one process does not need it here
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
@@ -71,19 +71,16 @@ class _Relay:
             future = pool.submit(work)
             while not future.done():
                 wait([future], timeout=_TICK)
-                if not self.received:
-                    continue
-                children = psutil.Process().children()
-                childless = 0 if children else childless + 1
+                children = set(psutil.Process().children()) if self.received else set()
+                childless = childless + 1 if self.received and not children else 0
                 if self.received.count(signal.SIGINT) > 1:
                     _end("error: killed by the second interrupt; nothing was saved", _KILLED)
                 if childless > _NOT_STARTED:
                     _end(_STOPPED_OUTSIDE, STOPPED)
-                for child in children:
-                    if child.pid not in told:
-                        told.add(child.pid)
-                        with contextlib.suppress(psutil.Error):
-                            child.terminate()
+                for child in children - told:
+                    with contextlib.suppress(psutil.Error):
+                        child.terminate()
+                told |= children
             return future.result()
 
 
@@ -115,13 +112,10 @@ def _run_many(command: list[str], world: World, relay: _Relay) -> int:
     from torch.distributed.elastic.rendezvous import RendezvousError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    logger = logging.getLogger("torch.distributed.elastic")
-    logger.addHandler(logging.NullHandler())
-    logger.propagate = False
+    logging.disable()  # torch's report; _tell has a shorter one
     endpoint = f"{world.address}:{world.port}"
-    if world.machines == 1:
-        meeting = {"rdzv_backend": "c10d", "run_id": str(uuid.uuid4()), "local_addr": "localhost"}
-    else:
+    meeting = {"rdzv_backend": "c10d", "run_id": str(uuid.uuid4()), "local_addr": "localhost"}
+    if world.machines > 1:
         rank = {"rank": world.machine_rank}
         meeting = {"rdzv_backend": "static", "run_id": "spo", "rdzv_configs": rank}
     with tempfile.TemporaryDirectory(prefix="spo_") as folder:
@@ -158,12 +152,12 @@ def _tell(failures: dict[int, ProcessFailure], stopping: bool) -> int:
         message, trace = first.message["message"], first.message["extraInfo"]["py_callstack"]
     kind, _, text = message.partition(": ")
     if kind in _KINDS:
-        print(f"{_KINDS[kind].label}: {one_line(text)}", file=sys.stderr)
+        print(f"{_KINDS[kind].label}: {in_one_line(text, ERROR_LENGTH)}", file=sys.stderr)
         return first.exitcode
+    reason = in_one_line(message or "no error is known", ERROR_LENGTH)
+    end = f"failed (exit code {first.exitcode}): {reason}"
     if first.exitcode < 0:
         end = f"was killed by {first.signal_name()}"
-    else:
-        end = f"failed (exit code {first.exitcode}): {one_line(message) or 'no error is known'}"
     print(  # below a progress bar
         f"\n{trace}error: rank {rank} ({socket.gethostname()}, pid {first.pid}) {end}; this run stops, "
         "and resumes from its last checkpoint by --config.run_name=NAME --config.resume_from=auto",

@@ -1,19 +1,15 @@
 """SIGTERM and SIGINT stop a run at a point at which it can save all that it computed."""
 
-from __future__ import annotations
-
 import ctypes
 import os
 import signal
 import sys
 import threading
 from collections.abc import Iterable, Iterator
-from typing import TypeVar
 
 from spo.command_line.flags import LAUNCHER_VARIABLE
 from spo.errors import Stopped
 
-Item = TypeVar("Item")
 _PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
@@ -27,7 +23,7 @@ class StopSignals:
         self.requested = False
         self._before = {}
 
-    def __enter__(self) -> StopSignals:
+    def __enter__(self) -> "StopSignals":
         if threading.current_thread() is threading.main_thread():  # Python refuses it elsewhere
             for number in (signal.SIGTERM, signal.SIGINT):
                 self._before[number] = signal.signal(number, self._note)
@@ -48,7 +44,7 @@ class StopSignals:
         if self.requested:
             raise Stopped("by a signal.")
 
-    def watch(self, items: Iterable[Item]) -> Iterator[Item]:
+    def watch(self, items: Iterable) -> Iterator:
         """Yields `items`, with a check before each."""
         for item in items:
             self.check()

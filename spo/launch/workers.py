@@ -3,11 +3,8 @@
 In a single process each does its local part only.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
-import socket
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from functools import cached_property
@@ -39,7 +36,13 @@ class Workers:
     def __init__(self, rank_timeout: int) -> None:
         if rank_timeout < 1:
             raise UserError(f"rank_timeout: {rank_timeout} must be a whole number from 1.")
-        _refuse_sharding()
+        for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+            if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true":
+                raise UserError(
+                    f"distributed_type {name} in the accelerate config: every process holds the whole "
+                    "model here; use MULTI_GPU (config/accelerate), and gradient checkpointing or a "
+                    "smaller train.batch_size to save memory."
+                )
         ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
         self._timeout = timedelta(seconds=rank_timeout)
         group = InitProcessGroupKwargs(timeout=self._timeout)
@@ -49,7 +52,7 @@ class Workers:
         self.count = self.accelerator.num_processes
         self.is_main = self.accelerator.is_main_process
 
-    def __enter__(self) -> Workers:
+    def __enter__(self) -> "Workers":
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
@@ -74,12 +77,12 @@ class Workers:
     def gather_to_main(self, values: list) -> list:
         """Returns the items of all processes' lists on the main process, [] on every other.
 
-        For values that are too large to be sent to every process.
+        For values that are too large to be sent to every process. Tensors must be on the CPU.
         """
         if self.count == 1:
             return values
         gathered = [None] * self.count if self.is_main else None
-        dist.gather_object(values, gathered)
+        dist.gather_object(values, gathered, group=self._on_cpu)
         return [value for part in gathered or () for value in part]
 
     @contextlib.contextmanager
@@ -100,27 +103,23 @@ class Workers:
         Compares the sum of the bits of each tensor.
         """
         sums = [tensor.detach().view(torch.int32).sum() for tensor in tensors.values()]
-        name = f"rank {self.rank} ({socket.gethostname()}, pid {os.getpid()})"
-        (_, first), *others = self.gather([(name, torch.stack(sums).tolist())])
-        different = [name for name, own in others if own != first]
-        with self.together():
-            if different:
-                raise RunError(
-                    f"{what} of {', '.join(different)} differs from that of rank 0, so this run is "
-                    "none of one model; go on from an earlier checkpoint, on GPUs of one kind."
-                )
+        found = self.gather([torch.stack(sums).tolist()])
+        different = [str(rank) for rank, own in enumerate(found) if own != found[0]]
+        if different:
+            raise RunError(
+                f"{what} of rank {', '.join(different)} differs from that of rank 0, so this run is "
+                "none of one model; go on from an earlier checkpoint, on GPUs of one kind."
+            )
 
-    def sum(self, values: dict[str, Tensor]) -> dict[str, float]:
-        """Returns the sums of scalars over all processes; every process passes the same keys."""
-        stacked = torch.stack([value.double() for value in values.values()])
-        total = self.accelerator.reduce(stacked, reduction="sum")
-        return dict(zip(values, total.tolist(), strict=True))
-
-    def sum_named(self, values: Mapping[str, Tensor]) -> dict[str, float]:
+    def sum(self, values: Mapping[str, Tensor]) -> dict[str, float]:
         """Returns sums of scalars over all processes; a name that a process lacks counts as 0 there."""
-        names = dict.fromkeys(name for own in self.gather([list(values)]) for name in own)
+        names = list(dict.fromkeys(self.gather(list(values))))
+        if not names:
+            return {}
         zero = torch.zeros((), device=self.device)
-        return self.sum({name: values.get(name, zero) for name in names}) if names else {}
+        stacked = torch.stack([values.get(name, zero).double() for name in names])
+        total = self.accelerator.reduce(stacked, reduction="sum")
+        return dict(zip(names, total.tolist(), strict=True))
 
     def deal(
         self, pairs: PreferencePairs, generator: torch.Generator
@@ -170,44 +169,3 @@ class Workers:
         found = torch.tensor(int(flag))
         dist.all_reduce(found, dist.ReduceOp.MAX, group=self._on_cpu)
         return bool(found)
-
-    @contextlib.contextmanager
-    def to_main(self, tensors: Mapping[str, Tensor]) -> Iterator[Iterator[dict[str, Tensor]]]:
-        """A context that gives the main process the tensors of each process in turn, on the CPU.
-
-        The main process holds those of one process at a time; every other gets an empty iterator.
-        """
-        mine = {
-            name: tensor.detach().to("cpu", copy=True).contiguous()
-            for name, tensor in tensors.items()
-        }
-        kinds = self.gather([[(name, t.shape, t.dtype) for name, t in mine.items()]])
-
-        def receive(rank: int) -> dict[str, Tensor]:
-            if rank == 0:
-                return mine
-            received = {name: torch.empty(shape, dtype=dtype) for name, shape, dtype in kinds[rank]}
-            for tensor in filter(torch.numel, received.values()):
-                dist.recv(tensor, rank, group=self._on_cpu)
-            return received
-
-        arriving = map(receive, range(self.count) if self.is_main else ())
-        try:
-            yield arriving
-        finally:
-            for _ in arriving:  # if an error left any: their senders wait
-                pass
-            if not self.is_main:
-                for tensor in filter(torch.numel, mine.values()):
-                    dist.send(tensor, 0, group=self._on_cpu)
-
-
-def _refuse_sharding() -> None:
-    """Raises UserError if accelerate was told to split the model over the processes."""
-    for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
-        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true":
-            raise UserError(
-                f"distributed_type {name} in the accelerate config: every process holds the whole "
-                "model here; use MULTI_GPU (config/accelerate), and gradient checkpointing or a "
-                "smaller train.batch_size to save memory."
-            )

@@ -1,7 +1,5 @@
 """LoRA files of any format, found by a path or on the Hub, as the parameters that are trained."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -9,10 +7,15 @@ from torch import Tensor, nn
 
 from spo.errors import UserError
 from spo.hub import list_files, resolve_file
-from spo.lora_io.diffusers_file import LORA_FILE, parameter_names
 from spo.lora_io.names import network_of
 from spo.lora_io.read import read_lora_file
-from spo.lora_io.write import ADAPTER_CONFIG, ADAPTER_WEIGHTS, LoraModule
+from spo.lora_io.write import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    LORA_FILE,
+    LoraModule,
+    parameter_names,
+)
 from spo.models.backbone import Backbone
 from spo.models.lora import Lora
 
@@ -61,20 +64,15 @@ def read_lora(path: Path, lora: Lora, key: str) -> dict[str, Tensor]:
     modules = read_lora_file(path, key).modules
     if any(network_of(name) != "unet" for name in modules):
         raise UserError(f"{key}: {path} also changes the text encoder, which is not trained here.")
-    scales = {name: module.alpha / lora.alpha for name, module in modules.items()}
-    found = parameter_names(_scaled(modules, scales))
-    missing, unknown = lora.parameters.keys() - found.keys(), found.keys() - lora.parameters.keys()
-    if missing or unknown:
+    found = parameter_names(_scaled(modules, lora.alpha))
+    shapes = {name: tuple(tensor.shape) for name, tensor in found.items()}
+    wanted = {name: tuple(parameter.shape) for name, parameter in lora.parameters.items()}
+    if unlike := dict(shapes.items() ^ wanted.items()):
+        name = min(unlike)
         raise UserError(
-            f"{key}: {path} has {len(unknown)} tensors that this base model and lora.target_modules "
-            f"do not have, and lacks {len(missing)} (e.g. {min(missing or unknown)})."
+            f"{key}: {path} does not fit lora.rank={lora.rank}, lora.target_modules and this base "
+            f"model: {name} is {shapes.get(name, 'missing')}, not {wanted.get(name, 'there')}."
         )
-    for name, parameter in lora.parameters.items():
-        if found[name].shape != parameter.shape:
-            raise UserError(
-                f"{key}: {path} has {tuple(found[name].shape)} for {name}, but lora.rank="
-                f"{lora.rank} on this base model needs {tuple(parameter.shape)}."
-            )
     return {name: found[name].to(p.device) for name, p in lora.parameters.items()}
 
 
@@ -87,15 +85,16 @@ def read_folded(path: Path, backbone: Backbone, key: str) -> dict[str, Tensor]:
     for name, module in modules.items():
         if network_of(name) == "unet":
             layer_of(backbone.unet, name, module, f"{key}: {path}")
-    return _scaled(modules, {name: module.alpha / module.rank for name, module in modules.items()})
+    return _scaled(modules)
 
 
-def _scaled(modules: Mapping[str, LoraModule], scales: Mapping[str, float]) -> dict[str, Tensor]:
-    """Returns A and B of each module under peft's names, fp32, B multiplied by its scale."""
+def _scaled(modules: Mapping[str, LoraModule], alpha: float | None = None) -> dict[str, Tensor]:
+    """Returns A and B under peft's names, fp32, B scaled to another alpha; None: to its rank."""
     weights = {}
     for name, module in modules.items():
         weights[f"{name}.lora_A.weight"] = module.down.float()
-        weights[f"{name}.lora_B.weight"] = module.up.float() * scales[name]
+        scale = module.alpha / (module.rank if alpha is None else alpha)
+        weights[f"{name}.lora_B.weight"] = module.up.float() * scale
     return weights
 
 
@@ -107,16 +106,13 @@ def layer_of(network: nn.Module, name: str, module: LoraModule, where: str) -> n
     path = name.removeprefix(f"{network_of(name)}.")
     if not hasattr(network, "text_model"):  # newer versions of transformers do without it
         path = path.removeprefix("text_model.")
+    wanted = (module.up.shape[0], *module.down.shape[1:])
     try:
         layer = network.get_submodule(path)
-    except AttributeError as error:
-        raise UserError(
-            f"{where}: the LoRA is of another model: this one has no {name}."
-        ) from error
-    wanted = (module.up.shape[0], *module.down.shape[1:])
-    if layer.weight.shape != wanted:
-        raise UserError(
-            f"{where}: the LoRA is of another model: {name} is {tuple(layer.weight.shape)} here, "
-            f"but {wanted} there."
-        )
+        shape = tuple(layer.weight.shape)
+    except AttributeError:
+        shape = "missing"
+    if shape != wanted:
+        what = f"the LoRA is of another model: {name} is {shape} here, but {wanted} there"
+        raise UserError(f"{where}: {what}.")
     return layer

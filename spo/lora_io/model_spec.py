@@ -4,8 +4,6 @@
 folder or a Hub id, and a LORA a file too; [NAME=]FOLDER of images that have been drawn already.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -21,21 +19,13 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
 @dataclass(frozen=True)
-class LoraFile:
-    """A LoRA, and the strength that it is applied with."""
-
-    path: Path
-    weight: float = 1.0
-
-
-@dataclass(frozen=True)
 class ModelSpec:
     """A model that draws images, or a folder of images that one has drawn."""
 
     name: str
     text: str  # as the user wrote it
     source: ModelSource | None  # None: the model is a folder, `images`
-    loras: tuple[LoraFile, ...] = ()
+    loras: tuple[tuple[Path, float], ...] = ()  # files, and their strengths
     images: Path | None = None
 
 
@@ -97,20 +87,15 @@ def _holds_images(files: Iterable[str]) -> bool:
     return has_images and not is_model and "model_index.json" not in names
 
 
-def _read_lora(part: str, key: str) -> LoraFile:
-    location, weight = part, 1.0
-    if match := re.fullmatch(r"(.+):(-?[\d.]+)", part):
-        location = match[1]
-        try:
-            weight = float(match[2])
-        except ValueError:
-            raise UserError(f"{key}: {match[2]!r} of {part} is no weight of a LoRA.") from None
-    return LoraFile(find_lora(location, key), weight)
+def _read_lora(part: str, key: str) -> tuple[Path, float]:
+    weighted = re.fullmatch(r"(.+):(-?\d*\.?\d+)", part)
+    location, weight = weighted.groups() if weighted else (part, 1)
+    return find_lora(location, key), float(weight)
 
 
 def use_loras(backbone: Backbone, spec: ModelSpec, key: str) -> None:
     """Puts the LoRAs of `spec` into its base model; raises UserError if one does not fit."""
-    loras = [(read_folded(lora.path, backbone, key), lora.weight) for lora in spec.loras]
+    loras = [(read_folded(path, backbone, key), weight) for path, weight in spec.loras]
     try:
         backbone.use_loras(loras)
     except LOAD_ERRORS as error:

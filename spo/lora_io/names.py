@@ -6,8 +6,6 @@ original U-Net (`input_blocks_4_1_proj_in`, called SGM names here). As words hol
 way back looks for the words of the U-Net; it needs no model.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 
@@ -32,12 +30,6 @@ _TEXT_ENCODER = re.compile(
     r"|text_projection"
 )
 _NETWORKS = {"unet": _UNET, "text_encoder": _TEXT_ENCODER, "text_encoder_2": _TEXT_ENCODER}
-_KOHYA_NETWORKS = {
-    "unet": "unet",
-    "te": "text_encoder",
-    "te1": "text_encoder",
-    "te2": "text_encoder_2",
-}
 # Words whose underscores do not stand for dots.
 _WORD = re.compile(
     "("
@@ -65,9 +57,8 @@ def to_kohya(name: str, sdxl: bool) -> str:
     flat = module.replace(".", "_")
     if network == "unet":
         return f"lora_unet_{_swap_head(flat, _TO_SGM) if sdxl else flat}"
-    if network == "text_encoder_2":
-        return f"lora_te2_{flat}"
-    return f"lora_{'te1' if sdxl else 'te'}_{flat}"
+    encoder = "te2" if network == "text_encoder_2" else "te1" if sdxl else "te"
+    return f"lora_{encoder}_{flat}"
 
 
 def from_kohya(name: str) -> str:
@@ -78,9 +69,10 @@ def from_kohya(name: str) -> str:
     found = re.fullmatch(r"lora_(unet|te[12]?)_(.+)", name)
     if found is None:
         return name
-    flat = _swap_head(found[2], _FROM_SGM) if found[1] == "unet" else found[2]
+    network = {"unet": "unet", "te2": "text_encoder_2"}.get(found[1], "text_encoder")
+    flat = _swap_head(found[2], _FROM_SGM) if network == "unet" else found[2]
     dotted = _WORD.sub(lambda match: match[1] or ".", flat)
-    return f"{_KOHYA_NETWORKS[found[1]]}.{dotted}"
+    return f"{network}.{dotted}"
 
 
 def _swap_head(flat: str, heads: Mapping[str, str]) -> str:
@@ -95,29 +87,27 @@ def _sgm_heads() -> dict[str, str]:
 
     The original U-Net numbers the convolutions, layers and resamplings of a side in one sequence.
     """
-    layers = {
-        (f"down_blocks_{b}", n): f"input_blocks_{3 * b + n + 1}" for b in range(4) for n in (0, 1)
-    }
-    layers |= {
-        (f"up_blocks_{b}", n): f"output_blocks_{3 * b + n}" for b in range(4) for n in (0, 1, 2)
-    }
-    heads = {f"{block}_attentions_{n}": f"{sgm}_1" for (block, n), sgm in layers.items()}
-    heads["mid_block_attentions_0"] = "middle_block_1"
-    resnets = {f"{block}_resnets_{n}": f"{sgm}_0" for (block, n), sgm in layers.items()}
-    resnets |= {f"mid_block_resnets_{n}": f"middle_block_{2 * n}" for n in (0, 1)}
-    for resnet, sgm in resnets.items():
-        heads |= {f"{resnet}_{ours}": f"{sgm}_{theirs}" for ours, theirs in _IN_RESNET.items()}
-    for b in range(4):
-        heads[f"down_blocks_{b}_downsamplers_0_conv"] = f"input_blocks_{3 * b + 3}_0_op"
-        heads[f"up_blocks_{b}_upsamplers_0_conv"] = f"output_blocks_{3 * b + 2}_2_conv"
-    return heads | {
+    heads = {
         "conv_in": "input_blocks_0_0",
         "conv_out": "out_2",
         "time_embedding_linear_1": "time_embed_0",
         "time_embedding_linear_2": "time_embed_2",
         "add_embedding_linear_1": "label_emb_0_0",
         "add_embedding_linear_2": "label_emb_0_2",
+        "mid_block_attentions_0": "middle_block_1",
     }
+    resnets = {f"mid_block_resnets_{n}": f"middle_block_{2 * n}" for n in (0, 1)}
+    for b in range(4):
+        heads[f"down_blocks_{b}_downsamplers_0_conv"] = f"input_blocks_{3 * b + 3}_0_op"
+        heads[f"up_blocks_{b}_upsamplers_0_conv"] = f"output_blocks_{3 * b + 2}_2_conv"
+        layers = [(f"down_blocks_{b}", n, f"input_blocks_{3 * b + n + 1}") for n in range(2)]
+        layers += [(f"up_blocks_{b}", n, f"output_blocks_{3 * b + n}") for n in range(3)]
+        for block, n, sgm in layers:
+            heads[f"{block}_attentions_{n}"] = f"{sgm}_1"
+            resnets[f"{block}_resnets_{n}"] = f"{sgm}_0"
+    for resnet, sgm in resnets.items():
+        heads |= {f"{resnet}_{ours}": f"{sgm}_{theirs}" for ours, theirs in _IN_RESNET.items()}
+    return heads
 
 
 _TO_SGM = _sgm_heads()

@@ -1,7 +1,5 @@
 """Reading LoRA files of all formats: ours, diffusers' old and new ones, kohya's, peft's."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections import defaultdict
@@ -18,17 +16,14 @@ from spo.lora_io.names import from_kohya, is_module, network_of
 from spo.lora_io.write import ADAPTER_CONFIG, ADAPTER_WEIGHTS, TARGETS, LoraModule, LoraWeights
 
 # Header entries that belong to a format, not to the LoRA.
-_OF_FORMAT = {"format", "lora_adapter_metadata", TARGETS, "modelspec.architecture"}
-_OF_FORMAT |= {f"ss_{name}" for name in ("network_module", "network_dim", "network_alpha")}
-_OF_FORMAT |= {"ss_base_model_version"}
+_OF_FORMAT = {"format", "lora_adapter_metadata", TARGETS}
+_OF_FORMAT |= {"ss_base_model_version", "modelspec.architecture"}
 _KOHYA_KEY = re.compile(r"(lora_(?:unet|te[12]?)_\w+)\.(?:lora_(up|down)\.weight|(alpha))")
 # X.lora_A of today, X.lora.down and X.processor.to_q_lora.down of older diffusers, and
 # X.lora_linear_layer.down of text encoders.
 _DOTTED_KEY = re.compile(
     r"(?:base_model\.model\.)?(.+?)(?:\.lora_|[._]lora\.|\.lora_linear_layer\.)(A|B|down|up)\.weight"
 )
-_PARTS = {"A": "down", "B": "up", "down": "down", "up": "up", "alpha": "alpha"}
-_OF_MODELS = ("model.diffusion_model.", "first_stage_model.", "cond_stage_model.", "conditioner.")
 
 
 def read_lora_file(path: Path, key: str) -> LoraWeights:
@@ -46,59 +41,37 @@ def read_lora_file(path: Path, key: str) -> LoraWeights:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             header = file.metadata() or {}
         adapters = _adapters(path, header)
-    except (OSError, SafetensorError, ValueError) as error:
-        raise UserError(f"{key}: {path} cannot be read as a LoRA: {first_line(error)}") from error
-    try:
         modules = _modules(tensors, adapters)
-        targets = _targets(modules, header, adapters.get("unet", {}))
-    except UserError as error:
-        raise UserError(f"{key}: {path} {error}") from error
+    except (OSError, SafetensorError, ValueError, RuntimeError, TypeError, AttributeError) as error:
+        raise UserError(f"{key}: {path} cannot be read as a LoRA: {first_line(error)}") from error
     origin = {name: value for name, value in header.items() if name not in _OF_FORMAT}
-    return LoraWeights(modules, origin, targets)
+    return LoraWeights(modules, origin, _targets(modules, header, adapters.get("unet", {})))
 
 
 def _adapters(path: Path, header: Mapping[str, str]) -> dict[str, dict[str, Any]]:
     """Returns rank and alpha of each network as the file states them, in peft's LoraConfig."""
     if path.name == ADAPTER_WEIGHTS:
-        return {"unet": _json_object((path.parent / ADAPTER_CONFIG).read_text(), ADAPTER_CONFIG)}
+        return {"unet": json.loads((path.parent / ADAPTER_CONFIG).read_text())}
     adapters: dict[str, dict[str, Any]] = defaultdict(dict)
-    entry = header.get("lora_adapter_metadata", "{}")
-    for name, value in _json_object(entry, "lora_adapter_metadata").items():
+    for name, value in json.loads(header.get("lora_adapter_metadata", "{}")).items():
         network, _, name = name.partition(".")
         adapters[network][name] = value
     return adapters
 
 
-def _json_object(text: str, name: str) -> dict[str, Any]:
-    value = json.loads(text)
-    if not isinstance(value, dict):
-        raise ValueError(f"{name} is no JSON object.")
-    return value
-
-
-def _modules(
-    tensors: Mapping[str, Tensor], adapters: Mapping[str, Mapping[str, Any]]
-) -> dict[str, LoraModule]:
+def _modules(tensors: Mapping[str, Tensor], adapters: Mapping[str, dict]) -> dict[str, LoraModule]:
     parts: dict[str, dict[str, Tensor]] = defaultdict(dict)
     unknown = []
     for name, tensor in tensors.items():
         module, part = _place(name)
-        if not is_module(module):
-            unknown.append(name)
-        elif part in parts[module]:
-            raise UserError(f"has two tensors for the {part} of {module}, one of them {name}.")
-        else:
+        if is_module(module) and part not in parts[module]:
             parts[module][part] = tensor
-    if not parts:
-        of_model = any(name.startswith(_OF_MODELS) for name in tensors)
-        example = f"; its first key is {min(tensors)}" if tensors else ""
-        raise UserError(
-            f"is no LoRA but {'a full model' if of_model else 'something else'}{example}."
-        )
-    if unknown:
-        raise UserError(
-            f"has {len(unknown)} keys that name no LoRA weight of an SD1.5 or SDXL pipeline, the "
-            f"first {min(unknown)}."
+        else:
+            unknown.append(name)
+    if unknown or not parts:
+        raise ValueError(
+            f"{len(unknown)} of its {len(tensors)} keys name no LoRA weight of an SD1.5 or SDXL "
+            f"pipeline, the first {min(unknown, default=None)}."
         )
     return {n: _module(n, parts[n], adapters.get(network_of(n), {})) for n in sorted(parts)}
 
@@ -121,30 +94,24 @@ def _place(key: str) -> tuple[str, str]:
     else:
         name = re.sub(r"\.to_(q|k|v|out)$", r".\1_proj", name)
         name = re.sub(r"^(\w+)\.encoder\.", r"\1.text_model.encoder.", name)
-    return name, _PARTS[found[2]]
+    return name, {"A": "down", "B": "up"}.get(found[2], found[2])
 
 
 def _module(name: str, parts: Mapping[str, Tensor], adapter: Mapping[str, Any]) -> LoraModule:
     for part in ("down", "up"):
         if part not in parts:
-            raise UserError(f"has {' and '.join(sorted(parts))} for {name}, but no {part}.")
+            raise ValueError(f"it has {' and '.join(sorted(parts))} for {name}, but no {part}.")
     down, up = parts["down"], parts["up"]
     if down.ndim not in (2, 4) or up.ndim != down.ndim or up.shape[1] != down.shape[0]:
-        raise UserError(
-            f"has {tuple(down.shape)} and {tuple(up.shape)} for {name}: not of one rank."
-        )
+        shapes = f"{tuple(down.shape)} and {tuple(up.shape)}"
+        raise ValueError(f"it has {shapes} for {name}: not of one rank.")
     if "alpha" in parts:
-        if parts["alpha"].numel() != 1:
-            raise UserError(f"has {parts['alpha'].numel()} numbers for the alpha of {name}.")
         return LoraModule(down, up, float(parts["alpha"].item()))
     if adapter.get("use_rslora") or adapter.get("use_dora"):
-        raise UserError("is of a kind that only peft knows (use_rslora, use_dora).")
+        raise ValueError("it is of a kind that only peft knows (use_rslora, use_dora).")
     patterns = adapter.get("alpha_pattern") or {}
-    module = name.removeprefix(f"{network_of(name)}.")
-    pattern = get_pattern_key(patterns, module)
+    pattern = get_pattern_key(patterns, name.removeprefix(f"{network_of(name)}."))
     alpha = patterns.get(pattern, adapter.get("lora_alpha", down.shape[0]))
-    if not isinstance(alpha, (int, float)):
-        raise UserError(f"has {alpha!r} for the alpha of {name}, which must be a number.")
     return LoraModule(down, up, float(alpha))
 
 
@@ -156,8 +123,8 @@ def _targets(
         targets = adapter.get(TARGETS) or json.loads(header.get(TARGETS, "[]"))
     except ValueError:
         return ()
-    if not isinstance(targets, list):
-        return ()  # a regular expression, which peft has too
     names = [f".{name}" for name in modules if network_of(name) == "unet"]
-    fit = names and all(name.endswith(tuple(f".{t}" for t in targets)) for name in names)
+    if not names or not isinstance(targets, list):  # peft also has regular expressions
+        return ()
+    fit = all(name.endswith(tuple(f".{t}" for t in targets)) for name in names)
     return tuple(sorted(targets)) if fit else ()

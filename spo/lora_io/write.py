@@ -4,8 +4,6 @@ read_lora_file (spo/lora_io/read.py) -> LoraWeights -> WRITERS[format]. Weights 
 and each module keeps its own rank and alpha, which all formats can state.
 """
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 from collections.abc import Mapping
@@ -13,13 +11,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from safetensors.torch import save
 from torch import Tensor
 
+from spo.atomic import write_file
 from spo.errors import UserError
-from spo.lora_io.diffusers_file import safetensors_bytes
 from spo.lora_io.names import network_of, to_kohya
 from spo.models.families import FAMILIES
+from spo.models.lora import Lora
 
+LORA_FILE = "pytorch_lora_weights.safetensors"
+_ADAPTER = ".default."  # peft puts the adapter's name into the name of each parameter
 ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 TARGETS = "target_modules"  # header entry of our kohya files, and key of an adapter's config
 
@@ -45,32 +47,45 @@ class LoraWeights:
     header: Mapping[str, str]  # its origin, as its file states it
     targets: tuple[str, ...]  # endings of the names of the UNet's modules; (): not known
 
-    def family(self) -> str | None:
-        """Returns the family whose prompt embeddings the LoRA fits; None if there is none."""
-        widths = {
-            module.down.shape[1]
-            for name, module in self.modules.items()
-            if name.endswith((".attn2.to_k", ".attn2.to_v"))
-        }
-        return next((n for n, f in FAMILIES.items() if widths == {f.prompt_embeds_width}), None)
-
     def tensors(self) -> dict[str, Tensor]:
         """Returns A and B of each module under peft's names."""
         down = {f"{name}.lora_A.weight": module.down for name, module in self.modules.items()}
         return down | {f"{name}.lora_B.weight": module.up for name, module in self.modules.items()}
 
-    def cast(self, dtype: torch.dtype) -> LoraWeights:
-        """Returns the LoRA in `dtype`; raises UserError if a finite weight would become infinite."""
-        modules = {}
-        for name, module in self.modules.items():
-            down, up = module.down.to(dtype), module.up.to(dtype)
-            for before, after in ((module.down, down), (module.up, up)):
-                if not torch.equal(before.isfinite(), after.isfinite()):
-                    raise UserError(
-                        f"--dtype: the LoRA has weights too large for {dtype}; use bf16 or fp32."
-                    )
-            modules[name] = LoraModule(down, up, module.alpha)
+    def cast(self, dtype: torch.dtype) -> "LoraWeights":
+        """Returns the LoRA in `dtype`."""
+        modules = {
+            name: replace(module, down=module.down.to(dtype), up=module.up.to(dtype))
+            for name, module in self.modules.items()
+        }
         return replace(self, modules=modules)
+
+
+def save_lora(
+    path: Path, lora: Lora, weights: Mapping[str, Tensor], metadata: Mapping[str, str]
+) -> None:
+    """Writes `weights` as a file for diffusers' `load_lora_weights`.
+
+    Equal weights and metadata give equal bytes: the header holds neither time nor place.
+    """
+    # diffusers reads alpha from this entry, and takes the rank for alpha without the entry.
+    adapter = {
+        "unet.r": lora.rank,
+        "unet.lora_alpha": lora.alpha,
+        "unet.target_modules": sorted(lora.target_modules),
+    }
+    header = {
+        "format": "pt",
+        "lora_adapter_metadata": json.dumps(adapter, sort_keys=True),
+        "rank": str(lora.rank),
+        "alpha": str(lora.alpha),
+        **metadata,
+    }
+    tensors = {
+        "unet." + name.replace(_ADAPTER, "."): tensor.detach().cpu().contiguous()
+        for name, tensor in weights.items()
+    }
+    write_file(path, safetensors_bytes(tensors, header))
 
 
 def write_diffusers(lora: LoraWeights, path: Path) -> None:
@@ -88,19 +103,19 @@ def write_kohya(lora: LoraWeights, path: Path) -> None:
     sd-scripts knows SDXL only by SGM names, so these are written if the shapes are SDXL's; otherwise
     diffusers' names with underscores.
     """
-    family = lora.family()
+    widths = {
+        module.down.shape[1]
+        for name, module in lora.modules.items()
+        if name.endswith((".attn2.to_k", ".attn2.to_v"))
+    }
+    family = next((n for n, f in FAMILIES.items() if widths == {f.prompt_embeds_width}), None)
     tensors = {}
     for name, module in lora.modules.items():
         flat = to_kohya(name, sdxl=family == "sdxl")
         tensors[f"{flat}.lora_down.weight"] = module.down
         tensors[f"{flat}.lora_up.weight"] = module.up
         tensors[f"{flat}.alpha"] = torch.tensor(module.alpha, dtype=torch.float32)
-    header = {
-        "format": "pt",
-        "ss_network_module": "networks.lora",
-        "ss_network_dim": _common([m.rank for m in lora.modules.values()]),
-        "ss_network_alpha": _common([m.alpha for m in lora.modules.values()]),
-    }
+    header = {"format": "pt"}
     if family is not None:
         header["ss_base_model_version"] = FAMILIES[family].kohya_version
         header["modelspec.architecture"] = FAMILIES[family].architecture
@@ -142,7 +157,9 @@ def _adapter(lora: LoraWeights, network: str) -> dict:
         if network_of(name) == network
     }
     ranks = {name: module.rank for name, module in modules.items()}
-    alphas = {name: _plain(module.alpha) for name, module in modules.items()}
+    alphas = {name: module.alpha for name, module in modules.items()}
+    # 4 for 4.0, as configs have it.
+    alphas = {name: int(a) if a.is_integer() else a for name, a in alphas.items()}
     rank, alpha = (Counter(each.values()).most_common(1)[0][0] for each in (ranks, alphas))
     targets = lora.targets if network == "unet" else ()
     adapter = {"r": rank, "lora_alpha": alpha, TARGETS: sorted(targets or modules)}
@@ -153,11 +170,23 @@ def _adapter(lora: LoraWeights, network: str) -> dict:
     return adapter | {key: pattern for key, pattern in patterns.items() if pattern}
 
 
-def _plain(alpha: float) -> int | float:
-    """Returns 4 for 4.0, as configs have it."""
-    return int(alpha) if alpha == int(alpha) else alpha
+def parameter_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns the tensors of a diffusers LoRA file under the names of a UNet's parameters."""
+    return {
+        name.removeprefix("unet.").replace(".weight", _ADAPTER + "weight"): tensor
+        for name, tensor in weights.items()
+    }
 
 
-def _common(values: list[float]) -> str:
-    """Returns the common value, or what sd-scripts writes if values differ."""
-    return str(_plain(values[0])) if len(set(values)) == 1 else "Dynamic"
+def safetensors_bytes(tensors: dict[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """Returns a safetensors file; equal tensors and metadata give equal bytes.
+
+    The library writes the metadata in a random order: here they are sorted.
+    """
+    file = save(tensors, metadata=dict(metadata))
+    length = int.from_bytes(file[:8], "little")
+    header = json.loads(file[8 : 8 + length])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the format aligns the data to 8 bytes
+    return len(text).to_bytes(8, "little") + text + file[8 + length :]

@@ -35,7 +35,7 @@ from spo.models.lora import Lora, LoraSettings
 from spo.models.optimizers import OptimizerSettings
 from spo.run.tracking import TrackerSettings
 from spo.run.validation import ValidationSettings
-from spo.scorers import ScorerSource
+from spo.scorers import ScorerSource, candidate_scorer
 from spo.seeding import derive_seed
 
 
@@ -144,7 +144,7 @@ def read_recipe(config: ConfigDict) -> Recipe:
         run=fill(RunSettings, config, gradient_checkpointing=train.gradient_checkpointing),
         prompts=fill(PromptSettings, config.prompts),
         model=model_source(config.pretrained, decoder=sample.decoder),
-        scorer=ScorerSource(**config.preference.to_dict()),
+        scorer=candidate_scorer(**config.preference.to_dict()),
         speed=SpeedSettings(config.channels_last, layout.unet, layout.vae, layout.scorer),
         lora=fill(LoraSettings, config.lora),
         sampler=fill(SamplerSettings, sample),

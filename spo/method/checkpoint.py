@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from spo.lora_io.diffusers_file import LORA_FILE, parameter_names, save_lora
+from spo.lora_io.write import LORA_FILE, parameter_names, save_lora
 from spo.method.metrics import Metrics
 from spo.method.position import METRICS, PAIRS, TEXT, Position, RolloutInProgress, TrainingState
 from spo.models.optimizers import optimizer_tensors, restore_optimizer
@@ -51,8 +51,8 @@ def save_checkpoint(
 ) -> None:
     """Writes a checkpoint, then deletes the oldest beyond `limit` (0 keeps all).
 
-    `shares` are the `own_tensors` of one process after the other, written as they arrive; `facts` are
-    the entries that `resume.changes` reads.
+    `shares` are the `own_tensors` of each process, on the CPU; `facts` are the entries that
+    `resume.changes` reads.
     """
     numbers = {
         "position": asdict(state.position),

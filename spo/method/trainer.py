@@ -12,7 +12,7 @@ import torch
 
 from spo.atomic import writing
 from spo.errors import Stopped
-from spo.lora_io.diffusers_file import LORA_FILE
+from spo.lora_io.write import LORA_FILE
 from spo.method.checkpoint import own_tensors, save_checkpoint, save_networks
 from spo.method.collect import Collected, Slice, collect_rollout, join, slices_of
 from spo.method.health import check_faults, check_scores, check_skipped, find_faults
@@ -174,7 +174,7 @@ class Trainer:
             "epoch": self.position.epochs + 1,
             "rollout": self.position.rollouts + 1,
             "step": self.learner.updates,
-            **rollout.summary(self.workers.sum_named(rollout.metrics.sums)),
+            **rollout.summary(self.workers.sum(rollout.metrics.sums)),
             "ema_distance": self.learner.ema_distance(),
             "learning_rate": self.learner.optimizer.param_groups[0]["lr"],
             "peak_memory_gib": peak_memory_gib(self.workers.device),
@@ -220,8 +220,12 @@ class Trainer:
         workers, state = self.workers, self.state
         ema = {f"ema.{name}": tensor for name, tensor in (self.learner.ema or {}).items()}
         workers.check_equal("LoRA or EMA", self.learner.lora.parameters | ema)
-        mine = own_tensors(self.learner, state)
-        with workers.together(), workers.to_main(mine) as shares:
+        mine = {
+            name: tensor.detach().to("cpu", copy=True).contiguous()
+            for name, tensor in own_tensors(self.learner, state).items()
+        }
+        shares = workers.gather_to_main([mine])
+        with workers.together():
             if workers.is_main:
                 save_checkpoint(
                     self.ready.run_dir,

@@ -5,6 +5,6 @@ source       where labelled pairs come from
 rows         which rows are used, and which process takes which
 batches      rows -> tensors
 preparation  tensors -> labels, predictions of the base model -> pixels for the SPM
-spm_learner  pixels -> features -> loss -> gradients -> update
-spm_metrics, spm_checkpoint, spm_trainer
+spm_learner  pixels -> scores -> loss -> gradients -> update
+spm_metrics, spm_trainer
 """

@@ -1,9 +1,7 @@
 """From rows to tensors: decoding images, in background threads if configured."""
 
-from __future__ import annotations
-
 import io
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,11 +15,10 @@ from torch import Tensor
 from spo.errors import RunError, UserError, first_line
 from spo.preference.source import IMAGE_COLUMNS
 
-IMAGE_FAULTS = ("no image", "damaged image")
+DAMAGED = "damaged image"
 _AHEAD = 3  # minibatches that are decoded while the device is busy
-_LONGEST = (
-    50  # longer side over the shorter one; damaged bytes may claim a size that exceeds the memory
-)
+# Longer side over the shorter one: damaged bytes may claim a size that exceeds the memory.
+_LONGEST = 50
 
 Row = dict[str, Any]  # of the columns of Pick-a-Pic, as the user's files have them
 
@@ -33,7 +30,6 @@ class RawBatch:
     rows: Sequence[Row]
     # Of each row: its number among all rows that the run draws, or in the validation split.
     places: Sequence[int]
-    faults: Counter  # why rows were left out before this minibatch was full
 
 
 @dataclass(frozen=True)
@@ -49,20 +45,16 @@ class PairBatch:
     labels: Tensor  # (n,) probability that image 0 wins: 1, 0, or 0.5 for a tie
     weights: Tensor  # (n,) 1 / number of examples of the prompt, not normalised
     places: tuple[int, ...]  # see RawBatch
-    faults: Counter  # why rows were left out, including the faults of the RawBatch
 
 
 def decode_image(data: object, size: int) -> np.ndarray:
     """Returns a square RGB picture (size, size, 3) uint8 of encoded bytes.
 
     `data` may also be a dict with "bytes" or "path". PIL's bilinear filter, which is antialiased,
-    resizes the shorter side; the centre is cut out, as by torchvision's Resize and CenterCrop. Raises
-    ValueError if there is nothing to decode.
+    resizes the shorter side; the centre is cut out, as by torchvision's Resize and CenterCrop.
     """
     if isinstance(data, dict):
         data = data.get("bytes") or data.get("path")
-    if not data:
-        raise ValueError("no image")
     with Image.open(io.BytesIO(data) if isinstance(data, bytes) else data) as file:
         image = file.convert("RGB")
     width, height = image.size
@@ -76,31 +68,30 @@ def decode_image(data: object, size: int) -> np.ndarray:
     return np.asarray(image)[top : top + size, left : left + size]
 
 
-def decode_pair(row: Row, size: int) -> tuple[np.ndarray, str | None]:
-    """Returns both images of a row, (2, size, size, 3) uint8, and None; or grey and the fault."""
+def decode_pair(row: Row, size: int) -> np.ndarray | None:
+    """Returns both images of a row, (2, size, size, 3) uint8; None if one is missing or damaged."""
     try:
-        return np.stack([decode_image(row[name], size) for name in IMAGE_COLUMNS]), None
-    except Exception as error:
-        # Which exception damaged bytes raise depends on the format and on where the damage is.
-        fault = "no image" if str(error) == "no image" else "damaged image"
-        return np.full((2, size, size, 3), 128, np.uint8), fault
+        return np.stack([decode_image(row[name], size) for name in IMAGE_COLUMNS])
+    except Exception:  # which one depends on the format, and on where the damage is
+        return None
 
 
 def decode_batch(raw: RawBatch, size: int, pool: Executor | None = None) -> PairBatch:
     """Returns the tensors of a minibatch, whose rows `pool` decodes at the same time."""
     each = pool.map if pool is not None else map
-    pairs, found = zip(*each(lambda row: decode_pair(row, size), raw.rows), strict=True)
+    pairs = list(each(lambda row: decode_pair(row, size), raw.rows))
+    grey = np.full((2, size, size, 3), 128, np.uint8)
+    images = torch.from_numpy(np.stack([grey if pair is None else pair for pair in pairs]))
     weights = [
-        0.0 if fault else 1 / row["num_example_per_prompt"]
-        for row, fault in zip(raw.rows, found, strict=True)
+        0.0 if pair is None else 1 / row["num_example_per_prompt"]
+        for row, pair in zip(raw.rows, pairs, strict=True)
     ]
     return PairBatch(
         captions=tuple(row["caption"] for row in raw.rows),
-        images=torch.from_numpy(np.stack(pairs)).permute(0, 1, 4, 2, 3),
+        images=images.permute(0, 1, 4, 2, 3),
         labels=torch.tensor([float(row["label_0"]) for row in raw.rows]),
         weights=torch.tensor(weights),
         places=tuple(raw.places),
-        faults=raw.faults + Counter(fault for fault in found if fault),
     )
 
 

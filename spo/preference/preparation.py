@@ -1,9 +1,7 @@
 """From decoded images and prompts to the SPM's input: predictions of the base model.
 
-SPO, arXiv 2406.04314. Randomness is an argument: `draw_noise` makes it from one seed per pair.
+SPO, arXiv 2406.04314. Every pair has a seed of its own.
 """
-
-from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,14 +11,12 @@ from torch import Tensor
 
 from spo.command_line.values import Checked, choice, number
 from spo.errors import UserError
-from spo.method.ddim import NoiseSchedule
 from spo.models.backbone import Backbone
 from spo.preference.batches import PairBatch
 from spo.preference.spm_learner import TrainingPairs
 from spo.scorers import Scorer
 from spo.scorers.clip import CLIPInputs
 from spo.seeding import derive_seed
-from spo.types import Conditioning
 
 
 @dataclass(frozen=True)
@@ -30,54 +26,6 @@ class PairNoise:
     timesteps: Tensor  # (n,) one per pair, uniform
     posterior: Tensor  # (n, 2, C, h, w) standard normal; samples each image's latents from the VAE
     noise: Tensor  # (n, C, h, w) standard normal, the same for both images
-
-
-def draw_noise(
-    seeds: Sequence[int],
-    latent_shape: tuple[int, int, int],
-    num_timesteps: int,
-    device: torch.device | str = "cpu",
-) -> PairNoise:
-    """Draws the random numbers of one pair per seed, on the CPU; timesteps in [0, num_timesteps)."""
-    timesteps, normals = [], []
-    for seed in seeds:
-        generator = torch.Generator().manual_seed(seed)
-        timesteps.append(torch.randint(num_timesteps, (), generator=generator))
-        normals.append(torch.randn(3, *latent_shape, generator=generator))
-    normal = torch.stack(normals).to(device)
-    return PairNoise(torch.stack(timesteps).to(device), normal[:, :2], normal[:, 2])
-
-
-@torch.no_grad()
-def predicted_images(
-    backbone: Backbone,
-    schedule: NoiseSchedule,
-    images: Tensor,
-    conditioning: Conditioning,
-    noise: PairNoise,
-    guidance_scale: float,
-    at_once: int,
-) -> Tensor:
-    """Returns the images (n, 2, 3, H, W) that the base model predicts from noised `images` at t.
-
-    `images` has the same shape; both are nominally in [-1, 1]. `conditioning` is that of the n
-    prompts. At most `at_once` images go through the VAE and the UNet together.
-    """
-    n = len(images)
-    pair_of = torch.arange(n, device=images.device).repeat_interleave(2)
-    parts = []
-    for rows in torch.arange(2 * n, device=images.device).split(at_once):
-        pairs = pair_of[rows]
-        latents = backbone.encode_images(
-            images.flatten(0, 1)[rows], noise.posterior.flatten(0, 1)[rows]
-        )
-        timesteps = noise.timesteps[pairs]
-        noisy = schedule.add_noise(latents, noise.noise[pairs], timesteps)
-        output = backbone.predict(
-            backbone.unet, noisy, timesteps, conditioning.select(pairs), guidance_scale
-        )
-        parts.append(backbone.decode(schedule.predict(output, noisy, timesteps).x0))
-    return torch.cat(parts).unflatten(0, (n, 2))
 
 
 @dataclass(frozen=True)
@@ -96,24 +44,11 @@ def labels_of_scores(scores: Tensor, margin: float) -> Tensor:
     return torch.where(difference.abs() > margin, (difference > 0).float(), 0.5)
 
 
-@dataclass(frozen=True)
-class Labeller:
-    """A scorer that labels pairs by their clean images."""
-
-    scorer: Scorer
-    margin: float
-
-    def labels(self, images: Tensor, captions: Sequence[str]) -> Tensor:
-        """Returns labels (n,) of clean images (n, 2, 3, H, W) in [-1, 1]."""
-        features = self.scorer.encode_prompts(captions).repeat_interleave(2, dim=0)
-        scores = self.scorer.score(images.flatten(0, 1), features, timestep=0)
-        return labels_of_scores(scores.view(-1, 2), self.margin)
-
-
 class Preparation:
     """The frozen models between the rows and the SPM, on one device.
 
-    Without a `labeller` the labels are those of the data. `at_once`: see `predicted_images`.
+    A `labeller` labels pairs by their clean images, with ties up to `margin`; without one the labels
+    are those of the data. At most `at_once` images go through the VAE and the UNet together.
     """
 
     def __init__(
@@ -124,23 +59,24 @@ class Preparation:
         guidance_scale: float,
         seed: int,
         at_once: int,
-        labeller: Labeller | None = None,
+        labeller: Scorer | None = None,
+        margin: float = 0.0,
     ) -> None:
         factor = backbone.vae_scale_factor
         if image_size % factor:
             raise UserError(
                 f"data.image_size: {image_size} is not a multiple of {factor}, the VAE's factor."
             )
-        self.backbone, self.inputs, self.labeller = backbone, inputs, labeller
+        self.backbone, self.inputs = backbone, inputs
+        self.labeller, self.margin = labeller, margin
         self.schedule = backbone.noise_schedule()
-        self.num_timesteps = len(self.schedule.alphas_cumprod)
         self.guidance_scale, self.seed, self.at_once = guidance_scale, seed, at_once
         side = image_size // factor
         self.latent_shape = (backbone.latent_shape[0], side, side)
 
     def training_pairs(self, batch: PairBatch, total_weight: float) -> TrainingPairs:
         """Returns a minibatch at random timesteps; `total_weight` sums all pairs of the update."""
-        noise = self._noise("training", batch)
+        noise = self.draw_noise("training", batch.places)
         return TrainingPairs(
             pixels=self._noised_pixels(batch, noise),
             timesteps=noise.timesteps,
@@ -153,7 +89,7 @@ class Preparation:
         """Returns pixels (n, 2, 3, S, S) of a minibatch at `timestep`; at 0 of the clean images."""
         if timestep == 0:
             return self._pixels(self.clean_images(batch))
-        noise = self._noise(f"validation/{timestep}", batch)
+        noise = self.draw_noise(f"validation/{timestep}", batch.places)
         timesteps = torch.full_like(noise.timesteps, timestep)
         return self._noised_pixels(batch, replace(noise, timesteps=timesteps))
 
@@ -161,7 +97,10 @@ class Preparation:
         """Returns (n,) P(image 0 wins), by the data or by the labeller."""
         if self.labeller is None:
             return batch.labels.to(self.backbone.device)
-        return self.labeller.labels(self.clean_images(batch), batch.captions)
+        features = self.labeller.encode_prompts(batch.captions).repeat_interleave(2, dim=0)
+        images = self.clean_images(batch).flatten(0, 1)
+        scores = self.labeller.score(images, features, timestep=0)
+        return labels_of_scores(scores.view(-1, 2), self.margin)
 
     def input_ids(self, batch: PairBatch) -> Tensor:
         """Returns token ids (n, L) of the prompts for the SPM."""
@@ -171,22 +110,42 @@ class Preparation:
         """Returns the images (n, 2, 3, H, W) in [-1, 1]."""
         return batch.images.to(self.backbone.device).float() / 127.5 - 1
 
-    def _noise(self, use: str, batch: PairBatch) -> PairNoise:
-        # A seed for each pair: nothing depends on how pairs are shared out over processes.
-        seeds = [derive_seed(self.seed, use, place) for place in batch.places]
-        return draw_noise(seeds, self.latent_shape, self.num_timesteps, self.backbone.device)
+    def draw_noise(self, use: str, places: Sequence[int]) -> PairNoise:
+        """Draws the random numbers of the pairs at `places`, on the CPU.
+
+        A seed for each pair: nothing depends on how pairs are shared out over processes.
+        """
+        timesteps, normals = [], []
+        for place in places:
+            generator = torch.Generator().manual_seed(derive_seed(self.seed, use, place))
+            num_timesteps = len(self.schedule.alphas_cumprod)
+            timesteps.append(torch.randint(num_timesteps, (), generator=generator))
+            normals.append(torch.randn(3, *self.latent_shape, generator=generator))
+        normal = torch.stack(normals).to(self.backbone.device)
+        timesteps = torch.stack(timesteps).to(self.backbone.device)
+        return PairNoise(timesteps, normal[:, :2], normal[:, 2])
+
+    @torch.no_grad()
+    def predicted_images(self, images: Tensor, captions: Sequence[str], noise: PairNoise) -> Tensor:
+        """Returns the images that the base model predicts from noised `images` at t.
+
+        Both are (n, 2, 3, H, W), nominally in [-1, 1].
+        """
+        n, base = len(images), self.backbone
+        pair_of = torch.arange(n, device=images.device).repeat_interleave(2)
+        conditioning, parts = base.encode_prompts(captions), []
+        for rows in torch.arange(2 * n, device=images.device).split(self.at_once):
+            pairs = pair_of[rows]
+            posterior = noise.posterior.flatten(0, 1)[rows]
+            latents = base.encode_images(images.flatten(0, 1)[rows], posterior)
+            timesteps, text = noise.timesteps[pairs], conditioning.select(pairs)
+            noisy = self.schedule.add_noise(latents, noise.noise[pairs], timesteps)
+            output = base.predict(base.unet, noisy, timesteps, text, self.guidance_scale)
+            parts.append(base.decode(self.schedule.predict(output, noisy, timesteps).x0))
+        return torch.cat(parts).unflatten(0, (n, 2))
 
     def _noised_pixels(self, batch: PairBatch, noise: PairNoise) -> Tensor:
-        images = predicted_images(
-            self.backbone,
-            self.schedule,
-            self.clean_images(batch),
-            self.backbone.encode_prompts(batch.captions),
-            noise,
-            self.guidance_scale,
-            self.at_once,
-        )
-        return self._pixels(images)
+        return self._pixels(self.predicted_images(self.clean_images(batch), batch.captions, noise))
 
     def _pixels(self, images: Tensor) -> Tensor:
         return self.inputs.prepare.stretched(images.flatten(0, 1)).unflatten(0, (-1, 2))

@@ -1,6 +1,4 @@
-"""Which rows can be used, and which rows each process takes, in which order."""
-
-from __future__ import annotations
+"""Finds the rows that can be used, and deals them out to the processes in a seeded order."""
 
 import math
 from collections import Counter
@@ -14,24 +12,16 @@ from datasets.distributed import split_dataset_by_node
 
 from spo.errors import UserError
 from spo.method.position import epoch_order
-from spo.preference.batches import IMAGE_FAULTS, RawBatch, Row, decode_pair
+from spo.preference.batches import DAMAGED, RawBatch, Row, decode_pair
 from spo.preference.source import LABEL_COLUMNS, PairData, open_split
 from spo.seeding import derive_seed
 
-# Why rows are left out. The images of a row are looked at when they are needed, the rest before.
-FAULTS = (
-    "no caption",
-    "invalid label",
-    "invalid num_example_per_prompt",
-    "without has_label",
-    *IMAGE_FAULTS,
-)
 _VALID = {(1.0, 0.0), (0.0, 1.0), (0.5, 0.5)}
 _FIRST_ROWS = 10_000  # of a stream, to look at before a run starts
 
 
 def fault_of(row: Row, need_has_label: bool = False) -> str | None:
-    """Returns one of FAULTS, or None if all but the images of the row can be used."""
+    """Returns why a row cannot be used, or None if all but its images can."""
     caption = row["caption"]
     if not isinstance(caption, str) or not caption.strip():
         return "no caption"
@@ -40,7 +30,7 @@ def fault_of(row: Row, need_has_label: bool = False) -> str | None:
     examples = _number(row["num_example_per_prompt"])
     if not (examples > 0 and math.isfinite(examples)):
         return "invalid num_example_per_prompt"
-    if need_has_label and row["has_label"] is not True and row["has_label"] != 1:
+    if need_has_label and row["has_label"] != 1:
         return "without has_label"
     return None
 
@@ -82,11 +72,11 @@ def find_usable_rows(data: PairData, split: str, need_has_label: bool = False) -
         name = f"{data.source}, split {split!r}: {len(usable):,} of {len(rows):,} rows usable"
     seen = Counter()
     for row in candidates:
-        fault = fault_of(row, need_has_label) or decode_pair(row, data.image_size)[1]
-        if fault is None:
+        fault = fault_of(row, need_has_label)
+        if fault is None and decode_pair(row, data.image_size) is not None:
             indices = None if usable is None else tuple(usable)
             return UsableRows(indices, faults, f"{name}{describe_faults(faults)}")
-        seen[fault] += 1
+        seen[fault or DAMAGED] += 1
     raise UserError(
         f"data.source: {data.source}, split {split!r}, has no usable row"
         f"{describe_faults(faults + seen)}."
@@ -125,7 +115,7 @@ def table_batches(
         places = share.places(minibatch)
         split = [divmod(place, len(usable)) for place in places]
         batch = [rows[usable[order(epoch)[position]]] for epoch, position in split]
-        yield RawBatch(batch, places, Counter())
+        yield RawBatch(batch, places)
 
 
 def stream_batches(
@@ -135,29 +125,21 @@ def stream_batches(
 
     A later `start` reads and drops the minibatches before it.
     """
-    stream, minibatch = _endless(rows, seed, buffer_size, share), 0
-    while True:
-        batch, faults = [], Counter()
-        while len(batch) < share.size:
-            row = next(stream)
-            fault = fault_of(row)
-            if fault is None:
-                batch.append(row)
-            else:
-                faults[fault] += 1
+    sound = _sound_rows(rows, seed, buffer_size, share)
+    for minibatch in count():
+        batch = list(islice(sound, share.size))
         if minibatch >= start:
-            yield RawBatch(batch, share.places(minibatch), faults)
-        minibatch += 1
+            yield RawBatch(batch, share.places(minibatch))
 
 
-def _endless(rows: IterableDataset, seed: int, buffer_size: int, share: Share) -> Iterator[Row]:
+def _sound_rows(rows: IterableDataset, seed: int, buffer_size: int, share: Share) -> Iterator[Row]:
     for epoch in count():
         shuffled = rows.shuffle(derive_seed(seed, "stream", epoch) % 2**32, buffer_size=buffer_size)
-        usable = False
-        for row in split_dataset_by_node(shuffled, share.rank, share.processes):
-            usable = usable or fault_of(row) is None
+        mine = split_dataset_by_node(shuffled, share.rank, share.processes)
+        row = None
+        for row in filter(lambda row: fault_of(row) is None, mine):
             yield row
-        if not usable:
+        if row is None:
             raise UserError(
                 f"data.source: no row with a valid label for process {share.rank} of "
                 f"{share.processes}; use fewer processes, or data.streaming=False."
@@ -179,4 +161,4 @@ def validation_batches(
     while chunk := list(islice(mine, share.size)):
         places, found = zip(*chunk, strict=True)
         batch = found if usable is None else [rows[index] for index in found]
-        yield RawBatch(batch, places, Counter())
+        yield RawBatch(batch, places)

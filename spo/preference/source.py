@@ -1,7 +1,5 @@
 """Opening labelled pairs: rows with the columns of Pick-a-Pic, through `datasets`."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +7,7 @@ import datasets
 from datasets import Dataset, IterableDataset
 
 from spo.command_line.values import Checked, whole
+from spo.data.prompts import saved_split
 from spo.errors import UserError, in_one_line
 from spo.hub import is_hub_id
 
@@ -44,7 +43,7 @@ def open_split(data: PairData, split: str) -> Dataset | IterableDataset:
         missing = [name for name in COLUMNS if name not in found]
         if missing:
             raise UserError(
-                f"data.source: {data.source}, split {split!r}, has no column {', '.join(missing)}; "
+                f"{data.source}, split {split!r}, has no column {', '.join(missing)}; "
                 f"a labelled pair needs {', '.join(COLUMNS)}."
             )
         # A dataset saved with a format would give arrays and tensors.
@@ -53,8 +52,8 @@ def open_split(data: PairData, split: str) -> Dataset | IterableDataset:
             if isinstance((rows.features or {}).get(name), datasets.Image):
                 rows = rows.cast_column(name, datasets.Image(decode=False))
         return rows
-    except UserError:
-        raise
+    except UserError as error:
+        raise UserError(f"data.source: {error}") from error
     except Exception as error:  # whatever the network, the file systems and the builders raise
         raise UserError(
             f"data.source: cannot read {data.source!r}, split {split!r} ({type(error).__name__}: "
@@ -64,52 +63,24 @@ def open_split(data: PairData, split: str) -> Dataset | IterableDataset:
 
 def _open(data: PairData, split: str) -> Dataset | IterableDataset:
     path = Path(data.source)
-    if path.is_dir() and any((path / n).exists() for n in ("state.json", "dataset_dict.json")):
-        saved = datasets.load_from_disk(str(path))
-        if isinstance(saved, datasets.DatasetDict):
-            if split not in saved:
-                raise UserError(
-                    f"data.source: {path} has no split {split!r}, only {', '.join(saved)}."
-                )
-            saved = saved[split]
-        else:
-            _check_single(data, split)
+    saved = saved_split(data.source, split, alone=data.train_split)
+    if saved is not None:
         return saved.to_iterable_dataset() if data.streaming else saved
-    files = _parquet_files(data, path, split)
-    if files:
+    if path.is_dir():
+        files = _parquet_files(path, split)
         return datasets.load_dataset(
             "parquet", data_files={split: files}, split=split, streaming=data.streaming
         )
     if not is_hub_id(data.source):
-        raise UserError(
-            f"data.source: no file or folder {data.source!r}, and no id of a Hub dataset either."
-        )
+        raise UserError(f"no folder {data.source!r}, and no id of a Hub dataset either.")
     return datasets.load_dataset(
         data.source, split=split, revision=data.revision, streaming=data.streaming
     )
 
 
-def _parquet_files(data: PairData, path: Path, split: str) -> list[str]:
-    """Returns the parquet files of a split in a folder or under a pattern; none for a Hub id."""
-    if path.is_dir():
-        patterns = (f"{split}-*.parquet", f"{split}.parquet", f"{split}/*.parquet")
-        found = [f for p in patterns for where in ("", "data/") for f in path.glob(where + p)]
-    elif path.suffix == ".parquet":
-        if "{split}" not in data.source:
-            _check_single(data, split)
-        pattern = Path(str(path).replace("{split}", split))
-        found = list(Path(pattern.anchor).glob(str(pattern.relative_to(pattern.anchor))))
-    else:
-        return []
+def _parquet_files(folder: Path, split: str) -> list[str]:
+    patterns = (f"{split}-*.parquet", f"{split}.parquet", f"{split}/*.parquet")
+    found = [f for p in patterns for where in ("", "data/") for f in folder.glob(where + p)]
     if not found:
-        raise UserError(f"data.source: {data.source} holds no parquet files of split {split!r}.")
+        raise UserError(f"{folder} holds no parquet files of split {split!r}.")
     return sorted(map(str, found))
-
-
-def _check_single(data: PairData, split: str) -> None:
-    """Raises UserError unless `split` is the training split, which a source without splits is."""
-    if split != data.train_split:
-        raise UserError(
-            f"data.source: {data.source} is one split, {data.train_split!r}; for {split!r} name a "
-            "folder with both, a file name with {split} in it, or set data.validation_split to ''."
-        )

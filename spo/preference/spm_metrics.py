@@ -1,48 +1,31 @@
 """Numbers of training steps and validation, summed over minibatches and processes."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
-from spo.preference.batches import PairBatch
+from spo.preference.batches import DAMAGED, PairBatch
 from spo.preference.preparation import Preparation
-from spo.preference.rows import FAULTS
-from spo.preference.spm_learner import PreferenceLearner, ScoredPairs
+from spo.preference.spm_learner import PreferenceLearner, TrainingPairs
 
 TIMESTEPS = (0, 251, 501, 701, 951)  # of validation; 0: the clean images themselves
-_BUCKETS = 5  # equal parts of the timesteps, for the running accuracy
 
 
-def not_finite(batch: PairBatch, scored: ScoredPairs) -> list[str]:
-    """Returns the timestep and prompt of each pair whose loss is not finite."""
-    bad = ~scored.losses.isfinite() & (scored.weights > 0)
-    timesteps = scored.timesteps.tolist()
-    return [f"t = {timesteps[i]} for {batch.captions[i]!r}" for i in bad.nonzero().flatten()]
-
-
-def minibatch_sums(batch: PairBatch, scored: ScoredPairs, num_timesteps: int) -> dict[str, Tensor]:
-    """Returns sums over the pairs of a minibatch of one process; scalars."""
-    sound, tie = scored.weights > 0, scored.labels == 0.5
-    right = is_right(scored.scores, scored.labels)
-    sums = {
-        "loss": (scored.weights * scored.losses).sum(),
+def minibatch_sums(pairs: TrainingPairs, losses: Tensor, scores: Tensor) -> dict[str, Tensor]:
+    """Returns sums over a minibatch of one process, as scalars: losses (n,), scores (n, 2)."""
+    sound = pairs.weights > 0
+    return {
+        "loss": (pairs.weights * losses).sum(),
         "pairs": sound.sum(),
-        "ties": (sound & tie).sum(),
+        "ties": (sound & (pairs.labels == 0.5)).sum(),
+        "right": (sound & is_right(scores, pairs.labels)).sum(),
+        DAMAGED: (~sound).sum(),
     }
-    bucket = scored.timesteps * _BUCKETS // num_timesteps
-    for number, name in enumerate(bucket_names(num_timesteps)):
-        decided = sound & ~tie & (bucket == number)
-        sums[f"decided {name}"] = decided.sum()
-        sums[f"right {name}"] = (decided & right).sum()
-    device = scored.weights.device
-    return sums | {name: torch.tensor(batch.faults[name], device=device) for name in FAULTS}
 
 
-def step_metrics(totals: Counter, num_timesteps: int) -> dict:
+def step_metrics(totals: Counter) -> dict:
     """Returns the metrics of some optimizer steps; None if there was nothing to average.
 
     `totals` adds up `minibatch_sums`, and "steps", "updates", "skipped_updates", "grad_norm".
@@ -51,24 +34,15 @@ def step_metrics(totals: Counter, num_timesteps: int) -> dict:
     def ratio(over: float, under: float) -> float | None:
         return over / under if under else None
 
-    names = bucket_names(num_timesteps)
-    right, decided = ([totals[f"{kind} {n}"] for n in names] for kind in ("right", "decided"))
     return {
         "loss": ratio(totals["loss"], totals["steps"]),
         "grad_norm": ratio(totals["grad_norm"], totals["updates"]),
         "skipped_updates": int(totals["skipped_updates"]),
         "pairs": int(totals["pairs"]),
         "ties": int(totals["ties"]),
-        "left_out": {name: int(totals[name]) for name in FAULTS if totals[name]},
-        "training_accuracy": ratio(sum(right), sum(decided)),
-        "training_accuracy_at": dict(zip(names, map(ratio, right, decided), strict=True)),
+        "left_out": {DAMAGED: int(totals[DAMAGED])},
+        "training_accuracy": ratio(totals["right"], totals["pairs"] - totals["ties"]),
     }
-
-
-def bucket_names(num_timesteps: int) -> list[str]:
-    """Returns the first and last timestep of each part, e.g. "0-199"."""
-    edges = [-(-i * num_timesteps // _BUCKETS) for i in range(_BUCKETS + 1)]
-    return [f"{low}-{high - 1}" for low, high in zip(edges, edges[1:], strict=False)]
 
 
 @torch.no_grad()
@@ -91,7 +65,7 @@ def validation_sums(
         for t in TIMESTEPS:
             pixels = preparation.validation_pixels(batch, t)
             timesteps = torch.full((len(labels),), t, device=labels.device)
-            scores = learner.features(pixels, timesteps, input_ids).scores
+            scores = learner.scores(pixels, timesteps, input_ids)
             sums[f"t{t}"] += (is_right(scores, labels) & decided).sum()
     return sums
 

@@ -1,7 +1,5 @@
 """From the config of an SPM's training to its values, its checks, and the models it starts from."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,7 +16,7 @@ from spo.launch.batch_plan import UpdatePlan, plan_updates
 from spo.models.backbone import DTYPES, Backbone
 from spo.models.loading import ModelSource, check_source, model_source
 from spo.models.optimizers import ADAMW, OptimizerSettings
-from spo.preference.preparation import Labeller, LabelSource, Preparation
+from spo.preference.preparation import LabelSource, Preparation
 from spo.preference.rows import UsableRows, find_usable_rows
 from spo.preference.source import PairData
 from spo.preference.spm_learner import TrainSettings
@@ -55,7 +53,6 @@ class SPMRecipe(Checked):
     save_steps: int = whole()
     eval_steps: int = whole(0)
     log_steps: int = whole()
-    export_bin: bool
     base: ModelSource  # `config.pretrained`
     spm: SPMSource
     data: PairData
@@ -80,7 +77,6 @@ def read_recipe(config: ConfigDict) -> SPMRecipe:
     return fill(
         SPMRecipe,
         values,
-        export_bin=values["export"]["bin"],
         base=model_source(values["pretrained"]),
         spm=fill(SPMSource, values["preference"]),
         data=fill(PairData, data, source=expand(data["source"])),
@@ -111,7 +107,11 @@ def check_training(config: ConfigDict, num_processes: int) -> CheckedTraining:
     plan = plan_updates(config, num_processes)
     run_dir = run_folder(recipe.logdir, recipe.run_name, "spm", recipe.family)
     resume = find_checkpoint(run_dir, recipe.run_name, recipe.resume_from)
-    told = () if resume.checkpoint is None else _changes(resume.checkpoint, recipe, plan)
+    told = ()
+    if resume.checkpoint is not None:
+        state = read_state(resume.checkpoint)
+        with reading(resume.checkpoint):
+            told = tuple(changes(state, recipe.config, plan, FIXED_KEYS.get))
     check_source(recipe.base, recipe.family)
     check_clip(spm.backbone, spm.processor)
     if spm.init_from:
@@ -125,39 +125,17 @@ def check_training(config: ConfigDict, num_processes: int) -> CheckedTraining:
     return CheckedTraining(recipe, plan, rows, validation, run_dir, resume, told)
 
 
-# Sections and keys that a resumed run may not change, with the reason ...
-_WEIGHTS = "its weights and optimizer state mean nothing to another"
-_ROWS = "which rows come next follows from it"
-_FIXED = {
-    **dict.fromkeys(("family", "pretrained", "preference"), _WEIGHTS),
-    **dict.fromkeys(("seed", "data"), _ROWS),
+# Keys that a resumed run may not change, with the reason. The run says every other change.
+FIXED_KEYS = {
+    **dict.fromkeys(
+        ("family", "pretrained.model", "preference.backbone"),
+        "its weights and optimizer state mean nothing to another",
+    ),
+    **dict.fromkeys(
+        ("seed", "data.train_split", "data.streaming", "data.shuffle_buffer"),
+        "which rows come next follows from it",
+    ),
 }
-# ... except for the following keys. The run says every change that is not refused.
-_MAY_CHANGE = (
-    *("pretrained.revision", "pretrained.variant", "pretrained.vae"),
-    *("preference.processor", "preference.init_from"),
-    *("data.source", "data.revision", "data.image_size", "data.num_workers"),
-    *("data.validation_split", "data.max_validation"),
-)
-
-
-def refusal(key: str) -> str | None:
-    """Returns why a resumed run may not change a key of the config, or None if it may."""
-    return None if key in _MAY_CHANGE else _FIXED.get(key.partition(".")[0])
-
-
-def _changes(checkpoint: Path, recipe: SPMRecipe, plan: UpdatePlan) -> tuple[str, ...]:
-    """Returns a line for each change since a checkpoint; raises UserError if it may not be."""
-    state = read_state(checkpoint)
-    with reading(checkpoint):
-        lines = changes(state, recipe.config, plan, refusal)
-        before = UpdatePlan(**state["plan"]).pairs_per_update
-    if before != plan.pairs_per_update:
-        lines.append(
-            f"resume: {before} pairs per update before, {plan.pairs_per_update} from here on: rows "
-            "are counted by updates, so that some come again or never"
-        )
-    return tuple(lines)
 
 
 def build_spm(source: SPMSource, seed: int, gradient_checkpointing: bool) -> StepAwareCLIP:
@@ -178,8 +156,14 @@ def build_preparation(recipe: SPMRecipe, device: torch.device) -> Preparation:
     labels, labeller = recipe.labels, None
     if labels.source == "pickscore":
         clip = {"backbone": labels.backbone, "processor": labels.processor}
-        labeller = Labeller(load_pickscore(device, "labels", **clip), labels.margin)
-    base = Backbone(recipe.base, recipe.family, recipe.mixed_precision, device)
-    inputs, size, train = CLIPInputs(recipe.spm.processor), recipe.data.image_size, recipe.train
-    guidance_scale, at_once = train.guidance_scale, train.predict_batch_size
-    return Preparation(base, inputs, size, guidance_scale, recipe.seed, at_once, labeller)
+        labeller = load_pickscore(device, "labels", **clip)
+    return Preparation(
+        Backbone(recipe.base, recipe.family, recipe.mixed_precision, device),
+        CLIPInputs(recipe.spm.processor),
+        recipe.data.image_size,
+        recipe.train.guidance_scale,
+        recipe.seed,
+        recipe.train.predict_batch_size,
+        labeller,
+        labels.margin,
+    )

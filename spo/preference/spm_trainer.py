@@ -1,7 +1,5 @@
 """The training loop of the SPM: rows -> noised predictions -> scores -> loss -> update."""
 
-from __future__ import annotations
-
 import contextlib
 import math
 import time
@@ -15,15 +13,14 @@ from ml_collections import ConfigDict
 
 from spo.atomic import writing
 from spo.errors import RunError
-from spo.evaluation.curves import draw_accuracy
+from spo.evaluation.run_report import draw_curves
 from spo.launch.workers import Workers
 from spo.method.health import check_skipped
 from spo.method.metrics import peak_memory_gib
 from spo.models.backbone import DTYPES
-from spo.preference import spm_checkpoint, spm_metrics
-from spo.preference.batches import PairBatch, decoded
+from spo.preference import spm_metrics
+from spo.preference.batches import DAMAGED, PairBatch, decoded
 from spo.preference.rows import (
-    FAULTS,
     Share,
     describe_faults,
     stream_batches,
@@ -31,7 +28,7 @@ from spo.preference.rows import (
     validation_batches,
 )
 from spo.preference.source import open_split
-from spo.preference.spm_learner import PairScorer, PreferenceLearner
+from spo.preference.spm_learner import PairScorer, PreferenceLearner, save_spm
 from spo.preference.spm_recipe import (
     CheckedTraining,
     build_preparation,
@@ -42,8 +39,6 @@ from spo.run.checkpoint_folder import new_checkpoint
 from spo.run.folder import METRICS, SPM_FILE
 from spo.run.resume import checkpoint_facts
 from spo.run.session import Session, open_run_dir
-
-_NAMED = 4  # pairs that an error names
 
 
 def train_preference_model(config: ConfigDict) -> None:
@@ -81,21 +76,28 @@ class PreferenceTrainer:
             spm = build_spm(recipe.spm, recipe.seed, recipe.train.gradient_checkpointing)
         spm = spm.to(workers.device)
         scorer, dtype = workers.wrap(PairScorer(spm)), DTYPES[recipe.mixed_precision]
-        self.learner = PreferenceLearner(
-            spm, scorer, recipe.train, workers.device, dtype, workers.count, workers.rank
-        )
-        self.tally = spm_checkpoint.Tally(left_out=Counter(checked.train.faults))
+        device = workers.device
+        self.learner = PreferenceLearner(spm, scorer, recipe.train, device, dtype, workers.count)
+        self.totals = Counter()  # metrics since the last line
+        self.left_out = Counter(checked.train.faults)  # rows, by their faults
+        self.line_is_due = False  # True between an optimizer step and its line of metrics
         if self.session.saved is not None:
-            with workers.together():
-                self.tally = spm_checkpoint.load(self.session.saved, self.learner)
-            self.session.say("\n".join([*checked.resume.describe(), *checked.changes]))
+            self.resume()
         splits = {"train": checked.train, "validation": checked.validation}
         data = {name: rows and rows.description for name, rows in splits.items()}
         start = {"plan": asdict(plan), "data": data}
         step = self.learner.step
         # A run that starts from the beginning writes the line of step 0 itself.
-        last = step - self.tally.line_is_due if step else -1
+        last = step - self.line_is_due if step else -1
         self.session.start(recipe.tracker, recipe.config, start, counter="step", last=last)
+
+    def resume(self) -> None:
+        """Restores a checkpoint; raises UserError if one of its files is missing or unfit."""
+        with self.workers.together():
+            state = self.learner.load(self.session.saved)
+        self.totals, self.left_out = Counter(state["totals"]), Counter(state["left_out"])
+        self.line_is_due = state["line_is_due"]
+        self.session.say("\n".join([*self.checked.resume.describe(), *self.checked.changes]))
 
     def run(self) -> None:
         """Makes the remaining optimizer steps, then writes the SPM.
@@ -107,19 +109,19 @@ class PreferenceTrainer:
 
         def finish() -> None:
             with writing(run_dir):
-                spm_checkpoint.save_spm(run_dir, self.learner.spm, as_bin=self.recipe.export_bin)
+                save_spm(run_dir, self.learner.spm)
             self.session.close()
 
         self.session.on_main(finish)
         self.session.say(f"preference model: {run_dir / SPM_FILE}")
         self.session.say(f"metrics:          {run_dir / METRICS}")
-        self.session.say(f"rows left out:    {describe_faults(self.tally.left_out) or 'none'}")
+        self.session.say(f"rows left out:    {describe_faults(self.left_out) or 'none'}")
 
     def train_steps(self) -> None:
         """Makes the remaining optimizer steps."""
         first, last = self.learner.step, self.recipe.train.max_train_steps
         self.started = time.perf_counter()
-        if self.tally.line_is_due:
+        if self.line_is_due:
             self.after_step()
         if first == 0 and self.checked.validation is not None:
             self.log({"step": 0, **self.measure_accuracy()})
@@ -146,45 +148,31 @@ class PreferenceTrainer:
         """Makes an optimizer step on its minibatches; raises RunError if it is not finite."""
         weight = torch.stack([batch.weights.sum() for batch in minibatches]).sum()
         total = self.workers.sum({"weight": weight.to(self.workers.device)})["weight"]
-        sums, done = [], []
+        sums = []
         for number, batch in enumerate(minibatches, start=1):
             # If no pair of an update is sound, its weights are 0 whatever they are divided by.
             pairs = self.preparation.training_pairs(batch, total or 1.0)
             scored = self.learner.backward(pairs, last=number == len(minibatches))
-            sums.append(spm_metrics.minibatch_sums(batch, scored, self.preparation.num_timesteps))
-            done.append((batch, scored))
+            sums.append(spm_metrics.minibatch_sums(pairs, *scored))
         summed = self.workers.sum({name: sum(part[name] for part in sums) for name in sums[0]})
-        self.tally.totals.update(summed, steps=total > 0)
-        if total == 0:
-            self.learner.skip_update()
-            return
+        self.totals.update(summed, steps=1)
         update = self.learner.update()
         norm = 0.0 if update.skipped else update.grad_norm.item()
         if not (math.isfinite(summed["loss"]) and math.isfinite(norm)):
-            self.raise_not_finite([text for pair in done for text in spm_metrics.not_finite(*pair)])
+            raise RunError(
+                f"loss or gradient is not finite at step {self.learner.step}; the last checkpoint is "
+                "good: resume from it with a lower train.learning_rate or mixed_precision=bf16."
+            )
         if update.skipped:  # on every process, or on none
             with self.workers.together():
                 limit = self.recipe.train.max_skipped_updates
                 check_skipped(self.learner.skipped_in_a_row, limit)
         counts = {"skipped_updates": update.skipped, "updates": not update.skipped}
-        self.tally.totals.update(counts, grad_norm=norm)
-
-    def raise_not_finite(self, pairs: list[str]) -> None:
-        """Raises the RunError of a loss or gradient that is not finite, due to `pairs` here."""
-        found = self.workers.gather(pairs)
-        places = "; ".join(found[:_NAMED]) or "no pair by itself"
-        if len(found) > _NAMED:
-            places += f"; and {len(found) - _NAMED} more"
-        with self.workers.together():
-            raise RunError(
-                f"loss or gradient is not finite at step {self.learner.step} ({places}); the last "
-                "checkpoint is good: resume from it with a lower train.learning_rate or "
-                "mixed_precision=bf16."
-            )
+        self.totals.update(counts, grad_norm=norm)
 
     def after_step(self) -> None:
         """Evaluates, logs and saves if it is due."""
-        recipe, step, self.tally.line_is_due = self.recipe, self.learner.step, True
+        recipe, step, self.line_is_due = self.recipe, self.learner.step, True
         last = step == recipe.train.max_train_steps
         saves = last or step % recipe.save_steps == 0
         evaluates = bool(recipe.eval_steps) and (last or step % recipe.eval_steps == 0)
@@ -195,7 +183,7 @@ class PreferenceTrainer:
         if saves or evaluates or step % recipe.log_steps == 0:
             self.log(self.metrics_line() | measured)
             self.started = time.perf_counter()
-        self.tally.line_is_due = False
+        self.line_is_due = False
         if saves:
             self.save_checkpoint()
 
@@ -205,20 +193,25 @@ class PreferenceTrainer:
         name = f"step_{self.learner.step:07d}"
 
         def save() -> None:
-            of_run = checkpoint_facts(self.recipe.config, self.plan)
+            state = {
+                "totals": self.totals,
+                "left_out": self.left_out,
+                "line_is_due": self.line_is_due,
+                **checkpoint_facts(self.recipe.config, self.plan),
+            }
             with new_checkpoint(run_dir, name, limit) as folder:
-                spm_checkpoint.save(folder, self.learner, self.tally, of_run)
+                self.learner.save(folder, state)
 
         return self.session.save_once(name, lambda: self.session.on_main(save))
 
     def metrics_line(self) -> dict:
         """Returns metrics of the steps since the last line."""
-        totals, self.tally.totals = self.tally.totals, Counter()
+        totals, self.totals = self.totals, Counter()
         seconds = time.perf_counter() - self.started
-        self.tally.left_out.update({name: int(totals[name]) for name in FAULTS if totals[name]})
+        self.left_out += Counter({DAMAGED: int(totals[DAMAGED])})
         return {
             "step": self.learner.step,
-            **spm_metrics.step_metrics(totals, self.preparation.num_timesteps),
+            **spm_metrics.step_metrics(totals),
             "learning_rate": self.learner.optimizer.param_groups[0]["lr"],
             "pairs_per_second": totals["pairs"] / seconds,
             "peak_memory_gib": peak_memory_gib(self.workers.device),
@@ -241,4 +234,4 @@ class PreferenceTrainer:
         if "accuracy" in line:
             with self.workers.together(), writing(self.session.run_dir):
                 if self.workers.is_main:
-                    draw_accuracy(self.session.run_dir)
+                    draw_curves(self.session.run_dir)

@@ -4,8 +4,6 @@ A section stands between two comments. The first comment holds what the metadata
 that a card can be updated without the files of the other runs.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterable, Iterator
@@ -16,17 +14,17 @@ import huggingface_hub
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from spo.command_line.config_files import BASE, REPO_ROOT, leaves, load_config
+from spo.command_line.values import fill
 from spo.evaluation.results import summary_table
 from spo.hub import Destination, is_hub_id
-from spo.lora_io.diffusers_file import LORA_FILE
+from spo.launch.batch_plan import UpdatePlan
+from spo.lora_io.write import LORA_FILE
 from spo.models.families import FAMILIES
 from spo.plugins import algorithm_name
 from spo.publish.record import RunRecord
 from spo.run.folder import SAMPLES
 from spo.run.tables import markdown_table
 
-GRID = "validation.png"
-NUM_SAMPLES = 4  # images that are published one by one
 _SECTION = re.compile(r"<!-- spo:run (\{[^\n]*\}) -->\n.*?<!-- spo:end -->", re.DOTALL)
 _TITLES = {"gradspo": "GradSPO", "spo": "SPO"}
 # The settings that every card shows; further ones are shown if they differ from config/FAMILY.py.
@@ -37,8 +35,9 @@ _SHOWN_OF_GRADSPO = {"train.grad_scale", "train.ema_decay"}
 
 def make_card(record: RunRecord, to: Destination) -> huggingface_hub.ModelCard:
     """Returns the card of a repo that holds only this run."""
-    head = json.dumps(_metadata(record, to)).replace(">", "\\u003e")  # no end of a comment
-    section = f"<!-- spo:run {head} -->\n{_section(record, to)}<!-- spo:end -->"
+    metadata = _metadata(record, to)
+    head = json.dumps(metadata).replace(">", "\\u003e")  # no end of a comment
+    section = f"<!-- spo:run {head} -->\n{_section(record, to, metadata)}<!-- spo:end -->"
     name = to.repo_id.rpartition("/")[2]
     skeleton = f"---\nlibrary_name: diffusers\n---\n\n# {name}\n\n{section}\n"
     return _with_metadata(huggingface_hub.ModelCard(skeleton))
@@ -62,11 +61,6 @@ def merge_cards(published: str, own: str) -> huggingface_hub.ModelCard:
     return _with_metadata(card)
 
 
-def published_samples(record: RunRecord) -> dict[Path, str]:
-    """Returns the images that are published one by one, with their prompts."""
-    return dict(list(record.samples.items())[:NUM_SAMPLES])
-
-
 def _metadata(record: RunRecord, to: Destination) -> dict[str, Any]:
     """Returns what the metadata of the card need of a run."""
     config = record.config
@@ -79,7 +73,7 @@ def _metadata(record: RunRecord, to: Destination) -> dict[str, Any]:
         "tags": ["text-to-image", "lora", family.tag, algorithm_name(config.algorithm)],
         "widget": [
             {"text": prompt, "output": {"url": to.path(f"{SAMPLES}/{path.name}")}}
-            for path, prompt in published_samples(record).items()
+            for path, prompt in record.samples.items()
         ],
     }
 
@@ -104,7 +98,7 @@ def _unique(values: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(values))
 
 
-def _section(record: RunRecord, to: Destination) -> str:
+def _section(record: RunRecord, to: Destination, metadata: dict[str, Any]) -> str:
     """Returns the section of a run, in Markdown."""
     config = record.config
     environment = Environment(
@@ -123,11 +117,9 @@ def _section(record: RunRecord, to: Destination) -> str:
         config=config,
         pretrained=config.pretrained,
         title=f"{method} on {config.pretrained.model.rpartition('/')[2]}",
-        license=_metadata(record, to)["license"],
-        base_on_hub=is_hub_id(config.pretrained.model),
+        metadata=metadata,
         pipeline=FAMILIES[config.family].pipeline,
         lora_file=LORA_FILE,
-        grid_file=GRID,
         facts_table=markdown_table(("", ""), training_facts(record).items()),
     )
 
@@ -135,19 +127,20 @@ def _section(record: RunRecord, to: Destination) -> str:
 def training_facts(record: RunRecord) -> dict[str, object]:
     """Returns how the LoRA was trained: what the run recorded, and the settings that matter."""
     config, preference = record.config, record.config.preference
-    start = record.starts[-1] if record.starts else {}
+    start = record.start
+    plan = fill(UpdatePlan, start["plan"]) if "plan" in start else None
     scorers = {"step_aware_clip": preference.checkpoint, "pickscore": preference.backbone}
     values = {
         "algorithm": _TITLES.get(config.algorithm, config.algorithm),
         "base model": config.pretrained.model,
         "VAE": config.pretrained.vae,
         "preference model": scorers.get(preference.scorer, preference.scorer),
-        "prompts": start.get("prompts"),
+        "prompts": start["prompts"],
         "epochs": f"{record.epochs} of {config.num_epochs}" if record.epochs else None,
-        "rollouts": record.reached.get("rollout"),
+        "rollouts": record.rollouts or None,
         "updates": record.updates,
-        "pairs per update": _pairs_per_update(start),
-        "processes": ", then ".join(_unique(map(_processes, record.starts))),
+        "pairs per update": plan and plan.pairs_per_update,
+        "processes": plan and f"{plan.num_processes} x {start.get('device', 'process')}",
         **dict(_settings(record)),
         "mixed precision": config.mixed_precision,
         "seed": config.seed,
@@ -164,18 +157,6 @@ def _settings(record: RunRecord) -> Iterator[tuple[str, str]]:
     defaults = leaves(load_config(str(REPO_ROOT / "config" / f"{record.config.family}.py"), BASE))
     shown = _SHOWN | (_SHOWN_OF_GRADSPO if record.config.algorithm == "gradspo" else set())
     for key, value in leaves(record.config).items():
-        differs = key not in defaults or defaults[key] != value
-        if key in shown or (differs and key.startswith(("lora.", "sample.", "train."))):
+        is_training = key.startswith(("lora.", "sample.", "train."))
+        if is_training and (key in shown or defaults[key] != value):
             yield key, f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _pairs_per_update(start: dict[str, Any]) -> int | None:
-    if "plan" not in start:
-        return None
-    plan = start["plan"]
-    return plan["minibatch_size"] * plan["num_processes"] * plan["accumulation_steps"]
-
-
-def _processes(start: dict[str, Any]) -> str:
-    kind = {"cuda": "GPU", "cpu": "CPU process"}.get(start.get("device"), "process")
-    return f"{start['plan']['num_processes']} x {kind}" if "plan" in start else "unknown"

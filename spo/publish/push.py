@@ -1,7 +1,5 @@
 """Pushing a run to the Hugging Face Hub: once, or in the background of its training."""
 
-from __future__ import annotations
-
 import logging
 import re
 import shlex
@@ -12,21 +10,21 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import HfApi, ModelInfo, get_token
-from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+from huggingface_hub import HfApi, get_token
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 from huggingface_hub.utils import disable_progress_bars, validate_repo_id
 from huggingface_hub.utils import logging as hub_logging
 
 from spo.command_line.values import fill
-from spo.errors import UserError, first_line, in_one_line
+from spo.errors import RunError, UserError, first_line, in_one_line
 from spo.hub import Destination
 from spo.publish.card import merge_cards
-from spo.publish.hub_errors import explain, is_refusal, may_pass
-from spo.publish.layout import CARD, Layout, lay_out
+from spo.publish.layout import CARD, lay_out
 from spo.publish.record import read_config
 
 _KEYS = "hub."  # of a training's destination in its config
 _WAITS = (1, 4, 16)  # seconds between tries
+_TOKENS = "https://huggingface.co/settings/tokens"
 _LAST_PUSH = 600  # seconds that the end of a training waits
 
 
@@ -41,11 +39,11 @@ def publish_run(
     check_destination(to, "--")
     if not dry_run:
         check_token("--")
-    layout = lay_out(run_dir, to, evaluation)
+    folder, summary = lay_out(run_dir, to, evaluation)
     if dry_run:
-        card = (layout.folder / CARD).read_text(encoding="utf-8")
-        return f"{card}\nwritten, and not pushed: {layout.folder}"
-    return push(layout, to, "--", message)
+        card = (folder / CARD).read_text(encoding="utf-8")
+        return f"{card}\nwritten, and not pushed: {folder}"
+    return push(folder, to, "--", message or summary)
 
 
 def check_destination(to: Destination, keys: str) -> None:
@@ -60,9 +58,7 @@ def check_destination(to: Destination, keys: str) -> None:
     if "/" not in to.repo_id:
         raise UserError(f"{keys}repo_id: {to.repo_id!r} must be user/name.")
     if to.subfolder and not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)*", to.subfolder):
-        raise UserError(
-            f"{keys}subfolder: {to.subfolder!r} must be a folder in the repo, as sd1_5."
-        )
+        raise UserError(f"{keys}subfolder: {to.subfolder!r} must be a folder, as sd1_5.")
 
 
 def check_token(keys: str) -> None:
@@ -77,55 +73,56 @@ def check_access(to: Destination) -> None:
     check_token(_KEYS)
     try:
         access = HfApi().whoami()["auth"].get("accessToken", {})
-    except Exception as error:  # see spo.publish.hub_errors
-        if is_refusal(error):
-            raise explain(error, to.repo_id, f"{_KEYS}repo_id") from error
+    except Exception as error:  # see _status
+        if _status(error) in (401, 403):
+            raise _explain(error, to.repo_id, f"{_KEYS}repo_id") from error
         print(f"warning: {_KEYS}repo_id: the Hub cannot be asked now ({in_one_line(error)})")
         return
     if access.get("role") == "read":
         raise UserError(
-            f"{_KEYS}repo_id: the token may only read; make one that may write at "
-            "https://huggingface.co/settings/tokens."
+            f"{_KEYS}repo_id: the token may only read; make one that may write at {_TOKENS}."
         )
 
 
-def push(layout: Layout, to: Destination, keys: str, message: str = "") -> str:
+def push(folder: Path, to: Destination, keys: str, message: str) -> str:
     """Commits a laid-out folder to the repo, made if missing; returns a line that says so.
 
     Tries again a few times if that may help. Raises UserError, or RunError if the Hub is to blame.
     """
-    card = (layout.folder / CARD).read_text(encoding="utf-8")
+    card = (folder / CARD).read_text(encoding="utf-8")
     waits = iter(_WAITS)
     while True:
         try:
-            return _commit(HfApi(), layout, card, to, message or layout.summary)
+            return _commit(folder, card, to, message)
         except UserError:
             raise
-        except Exception as error:  # see spo.publish.hub_errors
-            wait = next(waits, None) if may_pass(error) else None
+        except Exception as error:  # see _status
+            wait = next(waits, None) if _may_pass(error) else None
             if wait is None:
-                raise explain(error, to.repo_id, f"{keys}repo_id") from error
+                raise _explain(error, to.repo_id, f"{keys}repo_id") from error
         time.sleep(wait)
 
 
-def _commit(api: HfApi, layout: Layout, card: str, to: Destination, message: str) -> str:
+def _commit(folder: Path, card: str, to: Destination, message: str) -> str:
+    api = HfApi()
     api.create_repo(to.repo_id, private=to.private or None, exist_ok=True)
     if to.branch:
         api.create_branch(to.repo_id, branch=to.branch, exist_ok=True)
-    info = _model_info(api, to)
+    info = api.model_info(to.repo_id, revision=to.branch or None)
     if to.private and not info.private:
         raise UserError(
-            f"private: {to.repo_id} is there already, and public; choose another repo_id, or make it "
+            f"private: {to.repo_id} exists and is public; choose another repo_id, or make it "
             "private on the Hub."
         )
     if any(file.rfilename == CARD for file in info.siblings):
-        card = _merged(Path(api.hf_hub_download(to.repo_id, CARD, revision=info.sha)), card, to)
-    (layout.folder / CARD).write_text(card, encoding="utf-8")
+        published = Path(api.hf_hub_download(to.repo_id, CARD, revision=info.sha))
+        card = _merged(published.read_text(encoding="utf-8"), card)
+    (folder / CARD).write_text(card, encoding="utf-8")
     # parent_commit: if another run was pushed meanwhile, the Hub refuses rather than lose its section
     # of the card, and the next try starts from that card.
     commit = api.upload_folder(
         repo_id=to.repo_id,
-        folder_path=layout.folder,
+        folder_path=folder,
         commit_message=message,
         revision=to.branch or None,
         parent_commit=info.sha,
@@ -135,24 +132,48 @@ def _commit(api: HfApi, layout: Layout, card: str, to: Destination, message: str
     return f"pushed to {commit.repo_url} ({commit.oid[:8]})"
 
 
-def _model_info(api: HfApi, to: Destination) -> ModelInfo:
+def _merged(published: str, own: str) -> str:
     try:
-        return api.model_info(to.repo_id, revision=to.branch or None)
-    except RepositoryNotFoundError:
-        for kind in ("dataset", "space"):
-            if api.repo_exists(to.repo_id, repo_type=kind):
-                raise UserError(f"{to.repo_id} is a {kind}; choose another repo_id.") from None
-        raise
-
-
-def _merged(published: Path, own: str, to: Destination) -> str:
-    try:
-        return str(merge_cards(published.read_text(encoding="utf-8"), own))
+        return str(merge_cards(published, own))
     except (ValueError, KeyError, yaml.YAMLError) as error:
-        raise UserError(
-            f"{CARD} of {to.repo_id} cannot be read as a model card ({in_one_line(error)}); mend it on "
-            "the Hub, or delete it there."
-        ) from error
+        reason = f"{CARD} on the Hub cannot be read as a model card ({in_one_line(error)})"
+        raise UserError(f"{reason}; mend it, or delete it there.") from error
+
+
+def _may_pass(error: Exception) -> bool:
+    """Returns whether the same request may succeed a little later."""
+    status = _status(error)
+    if status is None:
+        return not isinstance(error, OfflineModeIsEnabled)
+    # 409, 412: somebody else has committed meanwhile.
+    return status in (408, 409, 412, 429) or status >= 500
+
+
+def _explain(error: Exception, repo_id: str, key: str) -> UserError:
+    """Returns an error of one line for `error`, met at pushing to `repo_id`; `key` gave the repo."""
+    status, namespace = _status(error), repo_id.partition("/")[0]
+    known = {
+        401: f"the Hub does not accept the token (401); set HF_TOKEN to a valid one of {_TOKENS}.",
+        403: f"the token may not write to {repo_id} (403); see {_TOKENS}.",
+        404: f"the Hub has no {repo_id}, and no {namespace} to make it for (404); check the name.",
+    }
+    if status in known:
+        return UserError(f"{key}: {known[status]}")
+    if status is not None and not _may_pass(error):
+        return UserError(f"{key}: the Hub refuses the push to {repo_id} ({in_one_line(error)}).")
+    return RunError(f"{key}: cannot push to {repo_id} ({in_one_line(error)}); try again later.")
+
+
+def _status(error: BaseException | None) -> int | None:
+    """Returns the HTTP status in the exception or one of its causes; None for a broken connection.
+
+    The Hub's client changes its network library, and with it the exceptions: only the status tells.
+    """
+    while error is not None:
+        if isinstance(error, HfHubHTTPError):
+            return error.response.status_code
+        error = error.__cause__
+    return None
 
 
 class Publishing:
@@ -180,11 +201,11 @@ class Publishing:
             self._say("hub: the last push still goes on; this epoch is not pushed")
             return
         try:
-            layout = lay_out(self._run_dir, self._to)
+            laid_out = lay_out(self._run_dir, self._to)
         except (UserError, OSError, ValueError) as error:
             self._warn(error)
             return
-        self._thread = threading.Thread(target=self._push, args=(layout,), daemon=True)
+        self._thread = threading.Thread(target=self._push, args=laid_out, daemon=True)
         self._thread.start()
 
     def finish(self) -> None:
@@ -201,9 +222,9 @@ class Publishing:
         if self._thread is not None:
             self._thread.join(max(0.0, deadline - time.monotonic()))
 
-    def _push(self, layout: Layout) -> None:
+    def _push(self, folder: Path, summary: str) -> None:
         try:
-            self._say(f"hub: {push(layout, self._to, _KEYS)}")
+            self._say(f"hub: {push(folder, self._to, _KEYS, summary)}")
         except UserError as error:
             self._warn(error)
 

@@ -1,10 +1,9 @@
 """The record that a run left of itself, without the paths of the machine it ran on."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,29 +15,25 @@ from spo.command_line.config_files import BASE, load_config
 from spo.errors import UserError, first_line
 from spo.evaluation.results import Results, read_results
 from spo.hub import public_name
-from spo.lora_io.diffusers_file import LORA_FILE
+from spo.lora_io.write import LORA_FILE
 from spo.run.folder import CONFIG, METRICS, RESULTS, SAMPLES, SAMPLES_INDEX, STARTS
+
+_SAMPLES = 4  # images that are published one by one
 
 
 @dataclass(frozen=True)
 class RunRecord:
     """A run directory, as far as others may see it."""
 
-    run_dir: Path
     config: ConfigDict  # without paths of this machine
     weights: str  # the LoRA that is published: "policy" or "ema"
     lora: Path
     updates: int  # optimizer steps that the LoRA has seen
-    reached: Mapping[str, Any]  # the last line of metrics of that LoRA; empty: none was written
-    starts: tuple[Mapping[str, Any], ...]  # of each start: plan, prompts, versions, device
-    samples: Mapping[Path, str]  # prompts of the last validation images
-    grid: Path | None  # the last validation grid
+    rollouts: int  # likewise; 0: the run has no metrics
+    epochs: int  # likewise; the last one may be incomplete
+    start: Mapping[str, Any]  # plan, prompts, versions and device of the last start
+    samples: Mapping[Path, str]  # prompts of some of the last validation images
     evaluations: Mapping[str, Results]  # by the names of their folders
-
-    @property
-    def epochs(self) -> int | None:
-        """Returns the epochs that the LoRA was trained for; the last one may be incomplete."""
-        return self.reached.get("epoch")
 
 
 def read_config(run_dir: Path) -> ConfigDict:
@@ -56,29 +51,24 @@ def read_record(run_dir: Path, weights: str, evaluation: Path | None = None) -> 
     config = read_config(run_dir)
     lora = run_dir / LORA_FILE if weights == "policy" else run_dir / weights / LORA_FILE
     updates = _updates(lora)
-    lines = [line for line in _read_lines(run_dir / METRICS) if line["step"] <= updates]
-    reached = lines[-1] if lines else {}
+    lines = map(json.loads, whole_lines(run_dir / METRICS))
+    reached = [{}, *(line for line in lines if line["step"] <= updates)][-1]
     epochs = reached.get("epoch", 0)
     return RunRecord(
-        run_dir=run_dir,
-        config=public_values(config),
+        config=ConfigDict(public_values(config.to_dict())),
         weights=weights,
         lora=lora,
         updates=updates,
-        reached=reached,
-        starts=tuple(
-            _public_start(line, config.prompts.source) for line in _read_lines(run_dir / STARTS)
-        ),
+        rollouts=reached.get("rollout", 0),
+        epochs=epochs,
+        start=_last_start(run_dir / STARTS, config.prompts.source),
         samples=_samples(run_dir / SAMPLES, weights, epochs),
-        grid=_last_grid(run_dir / "validation", weights, epochs),
         evaluations=_evaluations(run_dir, evaluation),
     )
 
 
 def public_values(values: Any) -> Any:
     """Returns nested settings with `public_name` of every text in them."""
-    if isinstance(values, ConfigDict):
-        return ConfigDict(public_values(values.to_dict()))
     if isinstance(values, Mapping):
         return {key: public_values(value) for key, value in values.items()}
     if isinstance(values, list | tuple):
@@ -98,24 +88,16 @@ def _updates(lora: Path) -> int:
         raise UserError(f"{lora} is not a LoRA of a run ({first_line(error)}).") from error
 
 
-def _read_lines(path: Path) -> tuple[dict[str, Any], ...]:
-    """Returns the lines of a .jsonl file; none if there is no such file."""
-    return tuple(json.loads(line) for line in whole_lines(path))
-
-
-def _public_start(start: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """Returns the facts of a start that the card tells; its prompts are described with `source`."""
-    told = {key: start[key] for key in ("plan", "prompts", "versions", "device") if key in start}
-    if source and "prompts" in told:
-        told["prompts"] = told["prompts"].replace(source, public_name(source))
-    return told
+def _last_start(path: Path, source: str) -> dict[str, Any]:
+    """Returns the facts of the last start; its prompts are described with `source`."""
+    lines = whole_lines(path)
+    start = {"prompts": ""} | (json.loads(lines[-1]) if lines else {})
+    return start | {"prompts": start["prompts"].replace(source, public_name(source))}
 
 
 def _evaluations(run_dir: Path, evaluation: Path | None) -> dict[str, Results]:
     own = sorted(path.parent for path in run_dir.glob(f"evaluation*/{RESULTS}"))
-    folders = (
-        {path.name: path for path in own} if evaluation is None else {"evaluation": evaluation}
-    )
+    folders = {"evaluation": evaluation} if evaluation else {path.name: path for path in own}
     return {name: _public_results(read_results(path)) for name, path in folders.items()}
 
 
@@ -132,12 +114,4 @@ def _samples(folder: Path, weights: str, epochs: int) -> dict[Path, str]:
     drawn = json.loads(index.read_text())
     if drawn["weights"] != weights or not 0 < drawn["epochs"] <= epochs:
         return {}
-    return {folder / name: prompt for name, prompt in drawn["prompts"].items()}
-
-
-def _last_grid(folder: Path, weights: str, epochs: int) -> Path | None:
-    numbered = {
-        int(path.stem.split("_")[1]): path for path in folder.glob(f"epoch_[0-9]*_{weights}.png")
-    }
-    drawn = [epoch for epoch in numbered if 0 < epoch <= epochs]
-    return numbered[max(drawn)] if drawn else None
+    return {folder / name: prompt for name, prompt in islice(drawn["prompts"].items(), _SAMPLES)}

@@ -1,9 +1,7 @@
 """The directory that holds everything a run did."""
 
-from __future__ import annotations
-
+import contextlib
 import json
-import math
 import platform
 import sys
 import time
@@ -22,7 +20,6 @@ SAMPLES, SAMPLES_INDEX = "samples", "samples.json"  # the newest validation imag
 SPM_FILE = "step_aware_preference_model.safetensors"
 REPORT, RESULTS, TABLE = "report.html", "results.json", "table.md"
 
-
 _PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft")
 
 
@@ -33,12 +30,12 @@ def run_folder(logdir: str, run_name: str, method: str, family: str) -> Path:
 
 
 def versions() -> dict[str, str]:
-    """Those of Python and of the libraries that the numbers depend on."""
+    """Returns the versions of Python and of the libraries that the numbers depend on."""
     return {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}}
 
 
 def record_start(run_dir: Path, facts: dict) -> None:
-    """Add to starts.jsonl how the run was started: command, versions, and `facts`."""
+    """Adds to starts.jsonl how the run was started: command, versions, and `facts`."""
     start = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": sys.argv,
@@ -51,18 +48,12 @@ def record_start(run_dir: Path, facts: dict) -> None:
 
 
 def read_metrics(run_dir: Path) -> list[dict]:
-    """The lines of metrics.jsonl; UserError where there are none, or where one is damaged."""
+    """Returns the lines of metrics.jsonl; raises UserError if there is none or one is damaged."""
     path = run_dir / METRICS
-    try:
-        text = path.read_text()
-    except OSError as error:
-        raise UserError(
-            f"{path}: {error.strerror}; name the directory of a training run."
-        ) from error
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; name the directory of a training run.")
     lines = []
-    for number, line in enumerate(text.splitlines(keepends=True), start=1):
-        if not line.endswith("\n"):
-            break  # half a line, the last of a run that is writing it or was killed
+    for number, line in enumerate(whole_lines(path), start=1):
         try:
             lines.append(json.loads(line))
         except ValueError as error:
@@ -73,16 +64,13 @@ def read_metrics(run_dir: Path) -> list[dict]:
 
 
 def drop_metrics_after(run_dir: Path, last: int, counter: str = "rollout") -> None:
-    """Keep the metrics of up to `last` of `counter`: a resumed run writes the others again."""
+    """Deletes damaged metrics, and metrics with `counter` past `last`, which a resumed run repeats."""
     path = run_dir / METRICS
-    kept = [line for line in whole_lines(path) if _counted(line, counter) <= last]
-    if path.exists():
-        with writing(path):
-            write_lines(path, kept)
-
-
-def _counted(line: str, counter: str) -> float:
-    try:
-        return json.loads(line)[counter]
-    except ValueError:  # what a machine that stopped may leave behind
-        return math.inf
+    if not path.exists():
+        return
+    kept = []
+    for line in whole_lines(path):
+        with contextlib.suppress(ValueError):  # half a line that a machine that stopped left behind
+            kept += [line] if json.loads(line)[counter] <= last else []
+    with writing(path):
+        write_lines(path, kept)

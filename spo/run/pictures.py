@@ -1,7 +1,6 @@
 """Pictures to look at: labelled grids of images."""
 
-from __future__ import annotations
-
+import io
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,7 +8,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
-from spo.atomic import replacing
+from spo.atomic import write_file
 
 _MARGIN = 6  # pixels between cells
 _CAPTION_LINES = 2
@@ -30,8 +29,9 @@ def write_png(path: Path, image: Image.Image, text: Mapping[str, str]) -> None:
     for key, value in text.items():
         chunks.add_itxt(key, value)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as partial:
-        image.save(partial, format="PNG", pnginfo=chunks)
+    with io.BytesIO() as png:
+        image.save(png, "png", pnginfo=chunks)
+        write_file(path, png.getvalue())
 
 
 def grid(
@@ -48,6 +48,7 @@ def grid(
     width = max(width, int(font.getlength(title)) + 2 * _MARGIN)
     sheet = Image.new("RGB", (width, top + len(rows) * cell_height), "white")
     draw = ImageDraw.Draw(sheet)
+    characters = max(8, int(side / font.getlength("n")))
     draw.text((_MARGIN, _MARGIN), title, fill="black", font=font)
     for r, row in enumerate(rows):
         y = top + r * cell_height
@@ -55,24 +56,16 @@ def grid(
             draw.multiline_text((_MARGIN, y + side // 3), labels[r], fill="black", font=font)
         for c, cell in enumerate(row):
             x = left + c * (side + _MARGIN)
-            _draw_cell(sheet, draw, cell, (x, y), side, font)
+            # Small images are enlarged without smoothing, so that their pixels show.
+            is_small = cell.image.width < side
+            method = Image.Resampling.NEAREST if is_small else Image.Resampling.LANCZOS
+            sheet.paste(cell.image.resize((side, side), method), (x, y))
+            if cell.frame:
+                box = (x, y, x + side - 1, y + side - 1)
+                draw.rectangle(box, outline=cell.frame, width=side // 40 + 2)
+            lines = textwrap.wrap(
+                cell.caption, characters, max_lines=_CAPTION_LINES, placeholder=" …"
+            )
+            below = x, y + side + 2
+            draw.multiline_text(below, "\n".join(lines), fill="black", font=font, spacing=3)
     return sheet
-
-
-def _draw_cell(
-    sheet: Image.Image,
-    draw: ImageDraw.ImageDraw,
-    cell: Cell,
-    corner: tuple[int, int],
-    side: int,
-    font: ImageFont.FreeTypeFont,
-) -> None:
-    x, y = corner
-    # Small images are enlarged without smoothing, so that their pixels show.
-    method = Image.Resampling.NEAREST if cell.image.width < side else Image.Resampling.LANCZOS
-    sheet.paste(cell.image.resize((side, side), method), corner)
-    if cell.frame:
-        draw.rectangle((x, y, x + side - 1, y + side - 1), outline=cell.frame, width=side // 40 + 2)
-    characters = max(8, int(side / font.getlength("n")))
-    lines = textwrap.wrap(cell.caption, characters, max_lines=_CAPTION_LINES, placeholder=" …")
-    draw.multiline_text((x, y + side + 2), "\n".join(lines), fill="black", font=font, spacing=3)

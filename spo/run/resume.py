@@ -1,7 +1,5 @@
 """Resuming a run: finding the checkpoint, and listing the changes since it was saved."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -10,10 +8,9 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from spo.command_line.config_files import leaves
-from spo.errors import Stopped, UserError
+from spo.errors import UserError
 from spo.launch.batch_plan import UpdatePlan
-from spo.run.checkpoint_folder import checkpoints as checkpoints_of
-from spo.run.checkpoint_folder import find_fault, is_checkpoint, newest_whole
+from spo.run.checkpoint_folder import checkpoints, find_fault
 from spo.run.folder import METRICS, versions
 
 
@@ -35,18 +32,23 @@ def find_checkpoint(run_dir: Path, run_name: str, resume_from: str) -> Resume:
 
     Raises UserError if there is none, and if a new run would overwrite one that is there.
     """
-    own = checkpoints_of(run_dir)
+    own = checkpoints(run_dir)
     if resume_from == "auto":
         if not run_name:
             raise UserError("resume_from: auto goes on with a run; say which one by run_name.")
-        checkpoint, damaged = newest_whole(run_dir)
-        if damaged and checkpoint is None:
+        damaged = {}
+        for folder in reversed(own):
+            fault = find_fault(folder)
+            if fault is None:
+                return Resume(folder, damaged)
+            damaged[folder] = fault
+        if damaged:
             faults = "; ".join(f"{folder.name}: {fault}" for folder, fault in damaged.items())
             raise UserError(
-                f"resume_from: no checkpoint of {run_dir} is whole ({faults}); start anew under "
+                f"resume_from: no checkpoint of {run_dir} is whole ({faults}); start again under "
                 "another run_name."
             )
-        return Resume(checkpoint, damaged)
+        return Resume(None)
     if resume_from:
         return Resume(_named_checkpoint(resume_from, run_dir, own))
     if own or (run_dir / METRICS).exists():
@@ -59,15 +61,11 @@ def find_checkpoint(run_dir: Path, run_name: str, resume_from: str) -> Resume:
 
 def _named_checkpoint(name: str, run_dir: Path, own: list[Path]) -> Path:
     folder = Path(name).expanduser()
-    if not is_checkpoint(folder):
-        raise UserError(
-            f"resume_from: {folder} is not a checkpoint; name a folder of "
-            "runs/NAME/checkpoints, or run_name=NAME and resume_from=auto."
-        )
     fault = find_fault(folder)
     if fault is not None:
         raise UserError(
-            f"resume_from: {folder} is damaged ({fault}); name the checkpoint before it."
+            f"resume_from: {folder} is not a checkpoint, or is damaged ({fault}); name another folder "
+            "of runs/NAME/checkpoints, or run_name=NAME and resume_from=auto."
         )
     if own and folder.resolve() == own[-1].resolve():
         return own[-1]
@@ -113,17 +111,9 @@ def changes(
             f"resume: {processes} processes before, {plan.num_processes} from here on: prompts, "
             "noise and the order of the pairs stay, sums are rounded otherwise"
         )
-    found = versions()
-    others = {name: now for name, now in found.items() if state["versions"].get(name) != now}
-    if others:
-        changed = (f"{name} {state['versions'].get(name)} -> {now}" for name, now in others.items())
+    then = state["versions"]
+    pairs = [(name, then.get(name), now) for name, now in versions().items()]
+    changed = [f"{name} {before} -> {now}" for name, before, now in pairs if before != now]
+    if changed:
         lines.append(f"resume: other versions than before: {', '.join(changed)}")
     return lines
-
-
-def stopped_at(checkpoint: Path) -> Stopped:
-    """Returns a Stopped that names the checkpoint and the command that resumes from it."""
-    return Stopped(
-        f"by a signal; everything is in {checkpoint}: the same command with "
-        f"--config.run_name={checkpoint.parents[1].name} --config.resume_from=auto goes on."
-    )

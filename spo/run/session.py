@@ -1,7 +1,6 @@
 """The life of a long job: what it says, logs and draws, and how it stops without losing anything."""
 
-from __future__ import annotations
-
+import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,8 @@ from spo.errors import Stopped, UserError
 from spo.hub import Destination
 from spo.launch.signals import StopSignals
 from spo.launch.workers import Workers
-from spo.run.checkpoint_folder import set_aside
+from spo.run.checkpoint_folder import DAMAGED
 from spo.run.folder import CHECKPOINTS, CONFIG, drop_metrics_after, record_start
-from spo.run.resume import stopped_at
 from spo.run.tracking import TrackerSettings, Tracking
 
 
@@ -29,7 +27,10 @@ def open_run_dir(run_dir: Path, config: ConfigDict, damaged: Iterable[Path] = ()
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         save_config(config, run_dir / CONFIG)
-        set_aside(damaged)
+        for folder in damaged:  # the run can save another in its place
+            aside = folder.with_name(folder.name + DAMAGED)
+            shutil.rmtree(aside, ignore_errors=True)
+            folder.rename(aside)
     except OSError as error:
         raise UserError(f"logdir: cannot write to {run_dir} ({error.strerror}).") from error
 
@@ -69,17 +70,12 @@ class Session:
         counter: str,
         last: int,
     ) -> None:
-        """Records the start, and drops the metrics whose `counter` is past `last`.
-
-        A resumed job writes these lines again.
-        """
-
-        def start() -> None:
-            drop_metrics_after(self.run_dir, last, counter)
-            record_start(self.run_dir, {**facts, "resumed_from": str(self.saved or "")})
-            self._tracking = Tracking(self.run_dir, tracker.name, tracker.project, config)
-
-        self.on_main(start)
+        """Records the start, and drops metrics with `counter` past `last`: they are written again."""
+        with self.workers.together():
+            if self.workers.is_main:
+                drop_metrics_after(self.run_dir, last, counter)
+                record_start(self.run_dir, {**facts, "resumed_from": str(self.saved or "")})
+                self._tracking = Tracking(self.run_dir, tracker.name, tracker.project, config)
 
     def log(self, line: Mapping[str, Any]) -> None:
         """Appends a line to metrics.jsonl and sends it to the tracker, at its "step"."""
@@ -129,7 +125,10 @@ class Session:
             except Stopped as stopped:
                 folder = save_checkpoint()
                 self.close()
-                raise stopped_at(folder) from stopped
+                raise Stopped(
+                    f"by a signal; everything is in {folder}: the same command with "
+                    f"--config.run_name={self.run_dir.name} --config.resume_from=auto goes on."
+                ) from stopped
 
     def save_once(self, name: str, save: Callable[[], None]) -> Path:
         """Runs `save`, unless the checkpoint `name` is the newest one already; returns its folder."""

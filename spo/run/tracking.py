@@ -1,34 +1,30 @@
-"""Where the numbers and pictures of a run go: its directory, and the tracker the user chose."""
+"""Writes the numbers and pictures of a run to its directory, and to the tracker of the config."""
 
-from __future__ import annotations
-
-import contextlib
-import io
 import json
-import netrc
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
 
 import numpy as np
 from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
 from PIL import Image
+from requests.utils import get_netrc_auth
 from tqdm import tqdm
 
-from spo.atomic import append_line, write_file, writing
+from spo.atomic import append_line, writing
 from spo.command_line.values import Checked, choice
 from spo.errors import UserError, first_line
 from spo.run.folder import METRICS
+from spo.run.pictures import write_png
 
 TRACKERS = ("wandb", "tensorboard", "none")
 
 
 @dataclass(frozen=True)
 class TrackerSettings(Checked, section="tracker"):
-    """Where metrics go besides the run directory; `config.tracker` explains each.
+    """The tracker that gets metrics, too; `config.tracker` explains each.
 
     Raises UserError unless the tracker is known and installed.
     """
@@ -38,92 +34,72 @@ class TrackerSettings(Checked, section="tracker"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.name == "tensorboard":
-            try:
-                import torch.utils.tensorboard  # noqa: F401
-            except ImportError as error:
-                raise UserError(
-                    'tracker.name: tensorboard is not installed; pip install "spo[tensorboard]", '
-                    "or tracker.name=none."
-                ) from error
+        if self.name == "tensorboard" and find_spec("tensorboard") is None:
+            raise UserError(
+                'tracker.name: tensorboard is not installed; pip install "spo[tensorboard]", or '
+                "tracker.name=none."
+            )
 
 
 def has_wandb_key() -> bool:
-    """Whether wandb will find an API key: in WANDB_API_KEY, or where `wandb login` puts it."""
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
-    try:
-        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
-    except (OSError, netrc.NetrcParseError):
-        return False
+    """Returns whether wandb will find an API key: in WANDB_API_KEY, or where `wandb login` puts it."""
+    host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
+    return bool(os.environ.get("WANDB_API_KEY") or get_netrc_auth(host))
 
 
-def _start_tracker(name: str, project: str, run_dir: Path) -> GeneralTracker:
+def _make_tracker(name: str, project: str, run_dir: Path) -> GeneralTracker:
     if name == "tensorboard":
-        tracker = TensorBoardTracker(project, logging_dir=run_dir)
-    else:
-        mode = os.environ.get("WANDB_MODE") or ("online" if has_wandb_key() else "offline")
-        if not (os.environ.get("WANDB_MODE") or mode == "online"):
-            print(f"wandb: offline, no API key is set; later: wandb sync {run_dir}/wandb/offline-*")
-        tracker = WandBTracker(project, name=run_dir.name, dir=str(run_dir), mode=mode)
-    tracker.start()
-    return tracker
+        return TensorBoardTracker(project, logging_dir=run_dir)
+    mode = os.environ.get("WANDB_MODE")
+    if not (mode or has_wandb_key()):
+        mode = "offline"
+        print(f"wandb: offline, no API key is set; later: wandb sync {run_dir}/wandb/offline-*")
+    return WandBTracker(project, name=run_dir.name, dir=str(run_dir), mode=mode)
 
 
 class Tracking:
-    """Metrics and pictures of a run; used on the main process alone.
+    """Metrics and pictures of a run; used on the main process only.
 
-    The run directory has to take them: RunError where it does not. A tracker that fails is left out
-    from then on, with one warning.
+    Raises RunError if the run directory does not take them. A tracker that fails is warned of once,
+    and no longer used.
     """
 
     def __init__(self, run_dir: Path, tracker: str, project: str, config: dict[str, Any]) -> None:
         self._run_dir = run_dir
         self._tracker: GeneralTracker | None = None
         if tracker != "none":
-            with self._tracker_may_fail():
-                self._tracker = _start_tracker(tracker, project, run_dir)
-                self._tracker.store_init_configuration(_flat(config))
+            self._tracker = _make_tracker(tracker, project, run_dir)
+            self._tell("start")
+            self._tell("store_init_configuration", _flat(config))
 
     def log(self, metrics: dict[str, Any], step: int) -> None:
-        """Append a line to metrics.jsonl and tell the tracker."""
+        """Appends a line to metrics.jsonl and tells the tracker."""
         path = self._run_dir / METRICS
         with writing(path):
             append_line(path, json.dumps(metrics))
-        if self._tracker is not None:
-            with self._tracker_may_fail():
-                self._tracker.log(_flat(metrics), step=step)
+        self._tell("log", _flat(metrics), step=step)
 
     def picture(self, name: str, image: Image.Image, step: int) -> Path:
-        """Save a picture as `name`.png in the run directory and show it to the tracker."""
+        """Saves a picture as `name`.png in the run directory and sends it to the tracker."""
         path = self._run_dir / f"{name}.png"
-        with writing(path), io.BytesIO() as png:
+        with writing(path):
             path.parent.mkdir(exist_ok=True)
-            image.save(png, "png")
-            write_file(path, png.getvalue())
-        if self._tracker is not None:
-            with self._tracker_may_fail():
-                self._show(path.parent.name, image, step)
+            write_png(path, image, {})
+        images, options = [image], {}
+        if isinstance(self._tracker, TensorBoardTracker):
+            images, options = np.asarray(image)[None], {"dataformats": "NHWC"}
+        self._tell("log_images", {path.parent.name: images}, step=step, **options)
         return path
 
-    def _show(self, tag: str, image: Image.Image, step: int) -> None:
-        if isinstance(self._tracker, TensorBoardTracker):
-            pixels = np.asarray(image)[None]
-            self._tracker.log_images({tag: pixels}, step=step, dataformats="NHWC")
-        else:
-            self._tracker.log_images({tag: [image]}, step=step)
-
     def close(self) -> None:
-        """Finish the tracker's run."""
-        if self._tracker is not None:
-            with self._tracker_may_fail():
-                self._tracker.finish()
+        """Finishes the tracker's run."""
+        self._tell("finish")
 
-    @contextlib.contextmanager
-    def _tracker_may_fail(self) -> Iterator[None]:
+    def _tell(self, method: str, *arguments: Any, **options: Any) -> None:
+        """Calls a method of the tracker, if there is one that works."""
         try:
-            yield
+            if self._tracker is not None:
+                getattr(self._tracker, method)(*arguments, **options)
         except Exception as error:  # whatever the tracker's network, service and files raise
             self._tracker = None
             tqdm.write(
@@ -133,7 +109,7 @@ class Tracking:
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dicts as one, keys joined by "/", with only values that every tracker takes."""
+    """Returns nested dicts as one, keys joined by "/", with only values that every tracker takes."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, dict):

@@ -1,13 +1,10 @@
 """Validation images: fixed prompts and seeds, drawn again and again while the LoRA changes."""
 
-from __future__ import annotations
-
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
-
-from PIL import Image
 
 from spo.command_line.values import Checked, choice, not_negative, number, whole
 from spo.data.prompts import read_prompts
@@ -35,11 +32,11 @@ class ValidationSettings(Checked, section="eval"):
 
     @property
     def images(self) -> ImageSettings:
-        """How the images are drawn."""
+        """Returns how the images are drawn."""
         return ImageSettings(self.num_steps, self.guidance_scale, self.seed)
 
     def read_prompts(self) -> tuple[str, ...]:
-        """Reads the prompts to draw; UserError if there are none."""
+        """Reads the prompts to draw; raises UserError if there is none."""
         return read_prompts(self.prompts, key="eval.prompts").prompts[: self.num_images]
 
 
@@ -54,50 +51,33 @@ def draw_validation_images(
     """Draws the prompts with the UNet's current weights on all processes, and saves the images."""
     workers = session.workers
     mine = range(workers.rank, len(prompts), workers.count)
-    watched = session.signals.watch(session.bar(mine, "validation images"))
+    numbered = []
     with workers.together():
-        cells = draw_cells(backbone, prompts, watched, settings.images)
-    cells = workers.gather_to_main(cells)
+        for i in session.signals.watch(session.bar(mine, "validation images")):
+            # One at a time, so that an image does not depend on its batch.
+            images = sample_images(backbone, [prompts[i]], [i], settings.images)
+            numbered.append((i, Cell(to_pil(images)[0], prompts[i])))
+    numbered = sorted(workers.gather_to_main(numbered), key=itemgetter(0))
+    cells = [cell for _, cell in numbered]
 
     def show() -> None:
         name = f"validation/epoch_{epochs:04d}_{settings.weights}"
-        picture = validation_grid(cells, f"{settings.weights} LoRA after epoch {epochs}")
+        rows = [cells[start : start + _COLUMNS] for start in range(0, len(cells), _COLUMNS)]
+        picture = grid(rows, f"{settings.weights} LoRA after epoch {epochs}")
         session.picture(name, picture, step)
         save_samples(session.run_dir, cells, settings.weights, epochs)
 
     session.on_main(show)
 
 
-def draw_cells(
-    backbone: Backbone, prompts: Sequence[str], indices: Iterable[int], settings: ImageSettings
-) -> list[tuple[int, Cell]]:
-    """Draws the images of `prompts` at `indices` with the UNet's current weights, with their indices.
-
-    One at a time, so that an image does not depend on its batch.
-    """
-    return [
-        (i, Cell(to_pil(sample_images(backbone, [prompts[i]], [i], settings))[0], prompts[i]))
-        for i in indices
-    ]
-
-
-def validation_grid(cells: Iterable[tuple[int, Cell]], title: str) -> Image.Image:
-    """Joins cells from any number of processes into one picture, in the order of their indices."""
-    row = [cell for _, cell in sorted(cells, key=lambda numbered: numbered[0])]
-    rows = [row[start : start + _COLUMNS] for start in range(0, len(row), _COLUMNS)]
-    return grid(rows, title)
-
-
-def save_samples(
-    run_dir: Path, cells: Iterable[tuple[int, Cell]], weights: str, epochs: int
-) -> None:
+def save_samples(run_dir: Path, cells: Sequence[Cell], weights: str, epochs: int) -> None:
     """Writes the images one by one with their prompts, in place of an earlier epoch's."""
     folder = run_dir / SAMPLES
     folder.mkdir(exist_ok=True)
     prompts = {}
-    for i, cell in cells:
+    for i, cell in enumerate(cells):
         name = f"{i:02d}.png"
         cell.image.save(folder / name)
         prompts[name] = cell.caption
-    index = {"weights": weights, "epochs": epochs, "prompts": dict(sorted(prompts.items()))}
+    index = {"weights": weights, "epochs": epochs, "prompts": prompts}
     (folder / SAMPLES_INDEX).write_text(json.dumps(index, indent=1) + "\n")

@@ -2,26 +2,21 @@
 
 A scorer is named in `preference.scorer` (training) or in `scorers` (evaluation): an entry of `SCORERS`,
 or the dotted path "module:factory" of a callable that takes `device` and the options in
-`preference.kwargs` or `scorer_options.<name>`. Training and evaluation take whatever it returns:
-
-- a `Scorer`, which scores tensors at a timestep, with features computed once per prompt;
-- an `ImageScorer`, which scores PIL images for prompts and knows no timestep;
-- an object of another class. With `encode_prompts` and `score(images, prompt_features, timestep)` it
-  counts as a `Scorer`, with `score_images(images, prompts)` or `score(images, prompts)` as an
-  `ImageScorer`; `title`, `scale`, `tokenizers` and `compile` are taken from the object if it has them.
+`preference.kwargs` or `scorer_options.<name>`. Training and evaluation take whatever it returns: a
+`Scorer`, which scores tensors at a timestep, with features computed once per prompt, or an
+`ImageScorer`, which scores PIL images for prompts and knows no timestep.
 """
-
-from __future__ import annotations
 
 import inspect
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from spo.errors import UserError
 from spo.hub import check_file, model_file, resolve_file
@@ -29,19 +24,16 @@ from spo.plugins import find
 from spo.scorers.clip import check_clip, weight_dtype
 from spo.scorers.pixels import to_pil, unit_pixels
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
 # The factories, imported on use: only some need open_clip, which takes seconds to import. A factory
 # takes `device`, the config `section` that errors name, and options. An option of the same name means
 # the same thing in all factories: `check_scorer` relies on it.
 SCORERS = {
     "step_aware_clip": "spo.scorers.step_aware_clip:load_step_aware_scorer",
     "pickscore": "spo.scorers.pickscore:load_pickscore",
-    "hpsv2": "spo.scorers.hpsv2:HPSv2",
-    "hpsv2.1": "spo.scorers.hpsv2:HPSv2_1",
-    "aesthetic": "spo.scorers.aesthetic:Aesthetic",
-    "clipscore": "spo.scorers.clipscore:CLIPScore",
+    "hpsv2": "spo.scorers.open_clip:HPSv2",
+    "hpsv2.1": "spo.scorers.open_clip:HPSv2_1",
+    "aesthetic": "spo.scorers.open_clip:Aesthetic",
+    "clipscore": "spo.scorers.open_clip:CLIPScore",
     "imagereward": "spo.scorers.imagereward:ImageReward",
 }
 # The scorers whose options are keys of `preference`; the options of all others are `preference.kwargs`.
@@ -99,7 +91,7 @@ class PromptRows:
 
     prompts: tuple[str, ...]
 
-    def __getitem__(self, index: Tensor) -> PromptRows:
+    def __getitem__(self, index: Tensor) -> "PromptRows":
         return PromptRows(tuple(self.prompts[i] for i in index.tolist()))
 
 
@@ -126,66 +118,41 @@ class ImageScorer(Scorer):
 
 @dataclass(frozen=True)
 class ScorerSource:
-    """The scorer of candidates: `config.preference`; config/base.py explains each field."""
-
-    scorer: str
-    checkpoint: str
-    backbone: str
-    processor: str
-    dtype: str
-    kwargs: Mapping[str, Any]
-
-    key = "preference.scorer"
-
-    def __post_init__(self) -> None:
-        weight_dtype(self.dtype, "preference")
-        for name in ("backbone", "processor"):
-            object.__setattr__(self, name, os.path.expanduser(getattr(self, name)))
-
-    @property
-    def name(self) -> str:
-        return self.scorer
-
-    @property
-    def section(self) -> str:
-        """Returns the config section that holds `options`."""
-        return "preference" if self.scorer in _PREFERENCE_KEYS else "preference.kwargs"
-
-    @property
-    def options(self) -> Mapping[str, Any]:
-        """Returns the keyword arguments of the factory."""
-        keys = _PREFERENCE_KEYS.get(self.scorer)
-        return self.kwargs if keys is None else {key: getattr(self, key) for key in keys}
-
-
-@dataclass(frozen=True)
-class ImageScorerSource:
-    """A scorer of finished images: a name in `config.scorers`, and its `config.scorer_options`."""
+    """Names a scorer, and the keyword arguments of its factory."""
 
     name: str
     options: Mapping[str, Any]
-
-    key = "scorers"
-
-    @property
-    def section(self) -> str:
-        """Returns the config section that holds `options`."""
-        return f"scorer_options.{self.name}"
+    section: str  # of the config, with the options
+    key: str  # of the config, with the name
 
 
-def load_scorer(source: ScorerSource | ImageScorerSource, device: torch.device) -> Scorer:
+def image_scorer(name: str, options: Mapping[str, Any]) -> ScorerSource:
+    """Returns a scorer in `config.scorers`, with its entry of `config.scorer_options`."""
+    return ScorerSource(name, options, f"scorer_options.{name}", "scorers")
+
+
+def candidate_scorer(scorer: str, kwargs: Mapping[str, Any], **paths: str) -> ScorerSource:
+    """Returns the scorer that `config.preference` names; config/base.py explains each key."""
+    if scorer not in _PREFERENCE_KEYS:
+        return ScorerSource(scorer, kwargs, "preference.kwargs", "preference.scorer")
+    options = {key: os.path.expanduser(paths[key]) for key in _PREFERENCE_KEYS[scorer]}
+    return ScorerSource(scorer, options, "preference", "preference.scorer")
+
+
+def load_scorer(source: ScorerSource, device: torch.device) -> Scorer:
     """Returns the scorer that `source` names, with its weights on `device`.
 
     Raises UserError that names the config key if the scorer cannot be loaded.
     """
     factory, bound = _bind(source, device)
-    found = factory(*bound.args, **bound.kwargs)
-    scorer = found if isinstance(found, Scorer) else _completed(found, source.key)
+    scorer = factory(*bound.args, **bound.kwargs)
+    if not isinstance(scorer, Scorer):
+        raise UserError(f"{source.key}: a {type(scorer).__name__} is no spo.scorers.Scorer.")
     scorer.title = scorer.title or source.name
     return scorer
 
 
-def check_scorer(source: ScorerSource | ImageScorerSource) -> None:
+def check_scorer(source: ScorerSource) -> None:
     """Raises UserError for a wrong name or option, as far as small files tell.
 
     Downloads `preference.checkpoint`, so that the processes of a run find it in the cache.
@@ -195,9 +162,9 @@ def check_scorer(source: ScorerSource | ImageScorerSource) -> None:
         return
     values, section = bound.arguments, source.section
     if "model" in values:
-        from spo.scorers.open_clip import check_open_clip
+        from spo.scorers.open_clip import find_open_clip
 
-        check_open_clip(values["model"], values["checkpoint"], section)
+        find_open_clip(values["model"], values["checkpoint"], section)
     elif "checkpoint" in values:
         look_up = resolve_file if section == "preference" else check_file
         look_up(values["checkpoint"], f"{section}.checkpoint")
@@ -211,22 +178,7 @@ def check_scorer(source: ScorerSource | ImageScorerSource) -> None:
         model_file(values["tokenizer"], "tokenizer_config.json", f"{section}.tokenizer")
 
 
-def _completed(found: Any, key: str) -> Scorer:
-    """Returns a scorer with the attributes of an object of another class, and defaults for the rest."""
-    names = [name for name in vars(Scorer) if name[0] != "_" and hasattr(found, name)]
-    if not {"score", "score_images"} & set(names):
-        raise UserError(f"{key}: a {type(found).__name__} is no scorer: it has no method `score`.")
-    scorer = Scorer() if "encode_prompts" in names else ImageScorer()
-    own = {name: getattr(found, name) for name in names}
-    if isinstance(scorer, ImageScorer) and "score" in own:
-        own.setdefault("score_images", own.pop("score"))
-    vars(scorer).update(own)
-    return scorer
-
-
-def _bind(
-    source: ScorerSource | ImageScorerSource, device: torch.device
-) -> tuple[Callable[..., Any], inspect.BoundArguments]:
+def _bind(source: ScorerSource, device: torch.device) -> tuple[Callable, inspect.BoundArguments]:
     """Returns the factory and all of its arguments, defaults included."""
     name, section, options = source.name, source.section, source.options
     factory = find(SCORERS.get(name, name), SCORERS, source.key)

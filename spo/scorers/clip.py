@@ -1,7 +1,5 @@
 """CLIPs of transformers: preparation of images and prompts, loading, checks."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,11 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoTokenizer, CLIPConfig, CLIPImageProcessor, CLIPModel
 
+from spo.command_line.values import require_choice
 from spo.data.token_lengths import readable
 from spo.errors import LOAD_ERRORS, UserError, first_line
 from spo.hub import PREFETCH, model_file
-
-WEIGHT_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -49,9 +46,7 @@ class ImagePreparation:
 
     def normalise(self, images: Tensor) -> Tensor:
         """Returns images in [0, 1] with zero mean and unit variance over CLIP's training data."""
-        mean, std = (
-            _per_channel(tuple(v), images.device, images.dtype) for v in (self.mean, self.std)
-        )
+        mean, std = (_per_channel(v, images.device, images.dtype) for v in (self.mean, self.std))
         return (images - mean) / std
 
 
@@ -91,10 +86,8 @@ def loading(model: str, key: str) -> Iterator[None]:
     try:
         yield
     except LOAD_ERRORS as error:
-        message = (
-            f"{key}: {model!r} cannot be loaded ({first_line(error)}); to download it: {PREFETCH}"
-        )
-        raise UserError(message) from error
+        reason = f"{model!r} cannot be loaded ({first_line(error)})"
+        raise UserError(f"{key}: {reason}; to download it: {PREFETCH}") from error
 
 
 def text_features(clip: CLIPModel, input_ids: Tensor) -> Tensor:
@@ -118,14 +111,11 @@ def clip_config(backbone: str, section: str = "preference") -> CLIPConfig:
 def check_clip(backbone: str, processor: str, section: str = "preference") -> None:
     """Raises UserError for a bad CLIP or processor of config `section`, by their small files."""
     model_file(backbone, "config.json", f"{section}.backbone")
-    for name in ("preprocessor_config.json", "tokenizer_config.json"):
-        model_file(processor, name, f"{section}.processor")
     clip_config(backbone, section)
     CLIPInputs(processor, section)
 
 
 def weight_dtype(name: str, section: str = "preference") -> torch.dtype:
     """Returns the dtype that `dtype` in the config `section` names; UserError for an unknown name."""
-    if name not in WEIGHT_DTYPES:
-        raise UserError(f"{section}.dtype: {name!r} is none of {', '.join(WEIGHT_DTYPES)}.")
-    return WEIGHT_DTYPES[name]
+    require_choice(f"{section}.dtype", name, ("float32", "float16", "bfloat16"))
+    return getattr(torch, name)

@@ -1,27 +1,45 @@
-"""ImageReward: Xu et al., NeurIPS 2023, arXiv 2304.05977."""
+"""ImageReward: Xu et al., NeurIPS 2023, arXiv 2304.05977.
 
-from __future__ import annotations
+Its BLIP (Li et al., arXiv 2201.12086) in transformers' classes. In the published state dict,
+"blip.visual_encoder." is a ViT with timm's names, and "blip.text_encoder." a BERT with cross attention
+and transformers' names.
+"""
 
-from collections.abc import Sequence
+import math
+import re
+from collections.abc import Mapping, Sequence
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from transformers import AutoTokenizer
+from transformers import (
+    AutoTokenizer,
+    BlipTextConfig,
+    BlipTextModel,
+    BlipVisionConfig,
+    BlipVisionModel,
+)
 
 from spo.data.token_lengths import readable
 from spo.errors import UserError, in_one_line
 from spo.hub import resolve_file
 from spo.scorers import ImageScorer
-from spo.scorers.blip import Blip, build_blip
 from spo.scorers.clip import loading
 from spo.scorers.state_dicts import linear_head, read_state_dict
 
 # Mean and standard deviation of the rewards, and the length of a text, from the published code.
 _MEAN, _STD, _TOKENS = 0.16717362830052426, 1.0333394966054072, 35
-_USED = ("blip.visual_encoder.", "blip.text_encoder.", "mlp.")
-# In the checkpoint, but no part of the reward.
-_UNUSED = ("blip.vision_proj.", "blip.text_proj.")
+# timm's names -> transformers'.
+_VISION = (
+    (r"cls_token$", "embeddings.class_embedding"),
+    (r"pos_embed$", "embeddings.position_embedding"),
+    (r"patch_embed\.proj\.", "embeddings.patch_embedding."),
+    (r"norm\.", "post_layernorm."),
+    (r"blocks\.(\d+)\.norm(\d)\.", r"encoder.layers.\1.layer_norm\2."),
+    (r"blocks\.(\d+)\.attn\.qkv\.", r"encoder.layers.\1.self_attn.qkv."),
+    (r"blocks\.(\d+)\.attn\.proj\.", r"encoder.layers.\1.self_attn.projection."),
+    (r"blocks\.(\d+)\.mlp\.", r"encoder.layers.\1.mlp."),
+)
 
 
 class ImageReward(ImageScorer):
@@ -45,12 +63,18 @@ class ImageReward(ImageScorer):
     ) -> None:
         from open_clip.transform import PreprocessCfg, image_transform_v2
 
-        blip, head = _read(checkpoint, f"{section}.checkpoint", head_width)
-        self._blip, self._head, self._device = blip.to(device), head.to(device), device
+        key = f"{section}.checkpoint"
+        path = resolve_file(checkpoint, key)
+        weights = read_state_dict(path, key)
+        try:
+            networks = _networks(weights, head_width)
+        except (LookupError, ValueError, RuntimeError) as error:
+            raise UserError(f"{key}: {path} is not ImageReward: {in_one_line(error)}") from error
+        self._networks, self._device = networks.requires_grad_(False).eval().to(device), device
         with loading(tokenizer, f"{section}.tokenizer"):
             self._tokenizer = AutoTokenizer.from_pretrained(tokenizer)
         # Resize, centre crop and normalisation are those of OpenAI's CLIP.
-        preprocess = PreprocessCfg(size=blip.vision.config.image_size)
+        preprocess = PreprocessCfg(size=networks[0].config.image_size)
         self._transform = image_transform_v2(preprocess, is_train=False)
 
     @torch.no_grad()
@@ -63,19 +87,74 @@ class ImageReward(ImageScorer):
             max_length=_TOKENS,
             return_tensors="pt",
         ).to(self._device)
-        features = self._blip(pixels, tokens.input_ids, tokens.attention_mask)
-        return ((self._head(features)[:, 0] - _MEAN) / _STD).cpu()
+        vision, text, head = self._networks
+        image = vision(pixels).last_hidden_state
+        # The text attends to the image; its first token sums up both.
+        ids, mask = tokens.input_ids, tokens.attention_mask
+        output = text(ids, attention_mask=mask, encoder_hidden_states=image)
+        reward = head(output.last_hidden_state[:, 0])[:, 0]
+        return ((reward - _MEAN) / _STD).cpu()
 
 
-def _read(checkpoint: str, key: str, head_width: int) -> tuple[Blip, nn.Module]:
-    path = resolve_file(checkpoint, key)
-    weights = read_state_dict(path, key)
-    head = {k.removeprefix("mlp."): v for k, v in weights.items() if k.startswith("mlp.")}
-    unknown = [k for k in weights if not k.startswith(_USED + _UNUSED)]
-    try:
-        if unknown:
-            raise ValueError(f"{unknown[0]} is unknown")
-        blip = build_blip(weights, head_width)
-        return blip, linear_head(head, blip.text.config.hidden_size)
-    except (KeyError, ValueError, RuntimeError) as error:
-        raise UserError(f"{key}: {path} is not ImageReward: {in_one_line(error)}") from error
+def _networks(weights: Mapping[str, Tensor], head_width: int) -> nn.ModuleList:
+    """Returns image tower, text tower and head; the shapes tell all sizes but `head_width`.
+
+    Raises LookupError, ValueError or RuntimeError for a missing or unknown tensor or another shape.
+    """
+    vision = _part(weights, "blip.visual_encoder.")
+    for pattern, replacement in _VISION:
+        vision = {re.sub(f"^{pattern}", replacement, name): v for name, v in vision.items()}
+    text = _part(weights, "blip.text_encoder.")
+    text.pop("embeddings.position_ids", None)  # a constant that old transformers saved
+    image_width = vision["embeddings.class_embedding"].shape[-1]
+    towers = (
+        BlipVisionModel(_vision_config(vision, head_width)),
+        BlipTextModel(_text_config(text, image_width, head_width), add_pooling_layer=False),
+    )
+    for tower, tensors in zip(towers, (vision, text), strict=True):
+        tower.load_state_dict(tensors, strict=True)
+    head = linear_head(_part(weights, "mlp."), towers[1].config.hidden_size)
+    return nn.ModuleList([*towers, head])
+
+
+def _part(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
+
+
+def _vision_config(weights: Mapping[str, Tensor], head_width: int) -> BlipVisionConfig:
+    positions = weights["embeddings.position_embedding"].shape[1]
+    patch_size = weights["embeddings.patch_embedding.weight"].shape[-1]
+    return BlipVisionConfig(
+        **_sizes(weights, ".mlp.fc1.weight", head_width),
+        image_size=math.isqrt(positions - 1) * patch_size,
+        patch_size=patch_size,
+        hidden_act="gelu",
+        layer_norm_eps=1e-6,
+    )
+
+
+def _text_config(weights: dict[str, Tensor], image_width: int, head_width: int) -> BlipTextConfig:
+    return BlipTextConfig(
+        **_sizes(weights, ".intermediate.dense.weight", head_width),
+        vocab_size=len(weights["embeddings.word_embeddings.weight"]),
+        encoder_hidden_size=image_width,
+        max_position_embeddings=len(weights["embeddings.position_embeddings.weight"]),
+        pad_token_id=0,
+        hidden_act="gelu",
+        layer_norm_eps=1e-12,
+        is_decoder=True,  # transformers' name for a text tower with cross attention
+    )
+
+
+def _sizes(weights: Mapping[str, Tensor], mlp: str, head_width: int) -> dict[str, int]:
+    """Returns the sizes of a tower; `mlp` ends the name of the first MLP weight of each layer."""
+    shapes = [weight.shape for name, weight in weights.items() if name.endswith(mlp)]
+    inner, width = shapes[0]
+    if head_width < 1 or width % head_width:
+        raise ValueError(f"head_width {head_width} does not divide its width of {width}")
+    return {
+        "hidden_size": width,
+        "intermediate_size": inner,
+        "num_hidden_layers": len(shapes),
+        "num_attention_heads": width // head_width,
+    }

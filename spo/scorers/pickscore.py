@@ -1,7 +1,5 @@
 """PickScore: Kirstain et al., "Pick-a-Pic", NeurIPS 2023, arXiv 2305.01569."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """PIL images and tensors."""
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 from PIL import Image

@@ -1,8 +1,5 @@
 """State dicts, read from files without running their pickles, and the linear heads in some."""
 
-from __future__ import annotations
-
-import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -24,9 +21,8 @@ def read_state_dict(path: Path, key: str) -> dict[str, Tensor]:
         weights = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         # The exception depends on where a file is damaged or malicious.
-        raise UserError(
-            f"{key}: {path} cannot be read as a state dict: {first_line(error)}"
-        ) from error
+        reason = f"{path} cannot be read as a state dict: {first_line(error)}"
+        raise UserError(f"{key}: {reason}") from error
     if isinstance(weights, dict):
         weights = weights.get("state_dict", weights)
     if not isinstance(weights, dict) or not all(isinstance(v, Tensor) for v in weights.values()):
@@ -41,20 +37,17 @@ def linear_head(weights: Mapping[str, Tensor], width: int) -> nn.Sequential:
     their activations commented out. `weights`: "layers.0.weight", "layers.0.bias", "layers.2.weight",
     ..., or only "weight" and "bias". Raises ValueError for other names, and for shapes that do not fit.
     """
-    names = {name.removesuffix("weight") for name in weights if name.endswith("weight")}
-    if not all(re.fullmatch(r"(layers\.\d\.)?", name) for name in names):
-        raise ValueError(f"it has other layers: {min(names)}")
+    names = sorted(name.removesuffix("weight") for name in weights if name.endswith("weight"))
     if weights.keys() != {f"{name}{part}" for name in names for part in ("weight", "bias")}:
         raise ValueError("its weights are not those of linear layers")
-    layers = []
-    for name in sorted(names):
+    layers = nn.Sequential()
+    for name in names:
         weight, bias = weights[f"{name}weight"].float(), weights[f"{name}bias"].float()
         if weight.ndim != 2 or weight.shape[1] != width or bias.shape != weight.shape[:1]:
             raise ValueError(f"{name}weight is {tuple(weight.shape)} after features of {width}")
+        layers.append(nn.Linear(width, len(weight)))
+        layers[-1].load_state_dict({"weight": weight, "bias": bias})
         width = len(weight)
-        layer = nn.Linear(weight.shape[1], width)
-        layer.load_state_dict({"weight": weight, "bias": bias})
-        layers.append(layer)
-    if not layers or width != 1:
+    if not names or width != 1:
         raise ValueError("it does not end in one number")
-    return nn.Sequential(*layers).requires_grad_(False).eval()
+    return layers.requires_grad_(False).eval()

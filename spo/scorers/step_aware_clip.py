@@ -4,24 +4,22 @@ Architecture and checkpoints: SPO, arXiv 2406.04314. Timestep embedding and adap
 from DiT, arXiv 2212.09748. Module names follow the published checkpoints.
 """
 
-from __future__ import annotations
-
-import math
 from pathlib import Path
 
 import torch
+from accelerate import init_empty_weights
+from diffusers.models.embeddings import get_timestep_embedding
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
 from spo.errors import UserError, in_one_line
 from spo.hub import resolve_file
-from spo.scorers.clip import CLIPInputs, clip_config, text_features, weight_dtype
+from spo.scorers.clip import CLIPInputs, clip_config, weight_dtype
 from spo.scorers.pickscore import CLIPScorer
 from spo.scorers.state_dicts import read_state_dict
 
 _FREQUENCIES = 256  # width of the sinusoidal embedding
-_MAX_PERIOD = 10_000
 
 
 class TimestepEmbedder(nn.Module):
@@ -32,10 +30,9 @@ class TimestepEmbedder(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(_FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, timesteps: Tensor) -> Tensor:
-        half = _FREQUENCIES // 2
-        exponents = torch.arange(half, dtype=torch.float32, device=timesteps.device) / half
-        angles = timesteps.float()[:, None] * torch.exp(-math.log(_MAX_PERIOD) * exponents)
-        sinusoids = torch.cat([angles.cos(), angles.sin()], dim=-1)
+        sinusoids = get_timestep_embedding(
+            timesteps, _FREQUENCIES, flip_sin_to_cos=True, downscale_freq_shift=0
+        )
         return self.mlp(sinusoids.to(self.mlp[0].weight.dtype))
 
 
@@ -57,9 +54,8 @@ class StepAwareEncoderLayer(CLIPEncoderLayer):
     def forward(self, hidden: Tensor, timestep_embedding: Tensor) -> Tensor:
         modulation = self.adaLN_modulation(timestep_embedding)[:, None]
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation.chunk(6, dim=-1)
-        attended, _ = self.self_attn(
-            _modulate(self.layer_norm1(hidden), shift_a, scale_a), attention_mask=None
-        )
+        normed = _modulate(self.layer_norm1(hidden), shift_a, scale_a)
+        attended, _ = self.self_attn(normed, attention_mask=None)
         hidden = hidden + gate_a * attended
         return hidden + gate_m * self.mlp(_modulate(self.layer_norm2(hidden), shift_m, scale_m))
 
@@ -72,9 +68,8 @@ class StepAwareCLIP(nn.Module):
         self.model = CLIPModel(config)
         vision = self.model.vision_model
         width = vision.config.hidden_size
-        layers = vision.encoder.layers
-        for i in range(len(layers)):
-            layers[i] = StepAwareEncoderLayer(vision.config)
+        layers = (StepAwareEncoderLayer(vision.config) for _ in vision.encoder.layers)
+        vision.encoder.layers = nn.ModuleList(layers)
         vision.adaLN_modulation = _modulation(width, 2)
         self.model.t_embedder = TimestepEmbedder(width)
 
@@ -89,10 +84,6 @@ class StepAwareCLIP(nn.Module):
         pooled = _modulate(vision.post_layernorm(hidden[:, 0]), shift, scale)
         features = self.model.visual_projection(pooled)
         return features / features.norm(dim=-1, keepdim=True)
-
-    def text_features(self, input_ids: Tensor) -> Tensor:
-        """Returns unit-norm features (n, D) of token ids (n, L)."""
-        return text_features(self.model, input_ids)
 
     def score(self, pixels: Tensor, timesteps: Tensor, text: Tensor) -> Tensor:
         """Returns exp(logit_scale) cos(image, text), (n,), for unit-norm text features (n, D)."""
@@ -134,8 +125,8 @@ def load_step_aware_clip(
     weights = read_state_dict(checkpoint, key)
     # Constant buffers that old transformers saved; today's models do not have them.
     weights = {k: v for k, v in weights.items() if not k.endswith("embeddings.position_ids")}
-    # Built without memory: the weights are assigned, not copied.
-    with torch.device("meta"):
+    # Parameters are built without memory: the weights are assigned, not copied.
+    with init_empty_weights():
         spm = StepAwareCLIP(config)
     try:
         spm.load_state_dict(weights, strict=True, assign=True)
@@ -145,9 +136,6 @@ def load_step_aware_clip(
             f"{key}: {checkpoint} does not fit {section}.backbone as a step-aware "
             f"preference model: {in_one_line(error)}"
         ) from error
-    for embeddings in (spm.model.text_model.embeddings, spm.model.vision_model.embeddings):
-        positions = embeddings.position_embedding.num_embeddings
-        embeddings.position_ids = torch.arange(positions).expand(1, -1)
     return spm.requires_grad_(False).eval()
 
 

@@ -50,7 +50,7 @@ class Verdict:
         low, high = 100 * self.faithfulness.low, 100 * self.faithfulness.high
         return (
             f"quality       base {base:.2f}, {name} {trained:.2f} of 10\n"
-            f"difference    {self.difference}\n"
+            f"difference    {self.difference:+.2f}\n"
             f"win rate      {self.win_rate.percent()} of {self.num_images} held-out prompts\n"
             f"faithful      base {before:.1f} %, {name} {after:.1f} % "
             f"(difference [{low:+.1f}, {high:+.1f}])"

@@ -13,8 +13,9 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from spo.scorers import Scorer, ScorerSource, load_scorer
+from spo.scorers import Scorer
 from spo.scorers.pixels import to_pil
+from spo.scorers.step_aware_clip import load_step_aware_scorer
 from spo.tiny_world.quality import hidden_quality
 from spo.tiny_world.scenes import COLOURS, SHAPES, SIZES, Caption, all_captions, draw_flaws, render
 
@@ -99,8 +100,9 @@ class FlippedPreferences(Scorer):
     """A preference model that teaches nothing: half of its comparisons are reversed."""
 
     def __init__(self, device: torch.device, checkpoint: str, backbone: str, seed: int) -> None:
-        source = ScorerSource("step_aware_clip", checkpoint, backbone, backbone, "float32", {})
-        self._scorer, self._seed = load_scorer(source, device), seed
+        paths = {"checkpoint": checkpoint, "backbone": backbone, "processor": backbone}
+        self._scorer = load_step_aware_scorer(device, "preference.kwargs", **paths)
+        self._seed = seed
         self.encode_prompts = self._scorer.encode_prompts
 
     def score(self, images: Tensor, prompt_features: Tensor, timestep: int) -> Tensor:
