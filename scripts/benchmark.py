@@ -26,7 +26,6 @@ COMPARE = flags.DEFINE_multi_string(
 )
 ROUNDS = flags.DEFINE_integer("rounds", 3, "--compare: turns of each variant")
 RANDOM = flags.DEFINE_boolean("random", False, "random weights: nothing is downloaded")
-PROFILE = flags.DEFINE_string("profile", "", "file for the operations that take longest")
 JSON = flags.DEFINE_string("json", "", "file for the figures")
 META = flags.DEFINE_boolean("meta", False, "count on shapes only, without weights")
 TFLOPS = flags.DEFINE_float("tflops", 100.0, "--meta: TFLOP/s that a GPU reaches")
@@ -42,9 +41,8 @@ def main(_) -> None:
         from accelerate import PartialState  # torch takes seconds to load
 
         from spo.costs import benchmark
+        from spo.costs.load import META as META_DEVICE
         from spo.costs.load import load_models
-        from spo.costs.measure import profile_iteration
-        from spo.costs.weightless_models import META as META_DEVICE
 
         if META.value:
             prompts = config.num_epochs * (config.prompts.num or 1000)  # 0 takes all there are
@@ -55,8 +53,6 @@ def main(_) -> None:
             loaders = {n: partial(load_models, c, device, RANDOM.value) for n, c in configs.items()}
             figures = benchmark.print_times(loaders, rounds, REPEATS.value)
             figures = {"variants": figures} if COMPARE.value else figures["baseline"]
-            if PROFILE.value:
-                Path(PROFILE.value).write_text(profile_iteration(loaders["baseline"]()))
         if JSON.value:
             Path(JSON.value).write_text(json.dumps(figures, indent=2) + "\n")
 
@@ -66,12 +62,11 @@ def check_flags() -> None:
     for flag in (REPEATS, ROUNDS, NUM_GPUS, TFLOPS):
         if not flag.value > 0:
             raise UserError(f"--{flag.name}: {flag.value} must be above 0.")
-    for flag in (JSON, PROFILE):
-        folder = Path(flag.value).absolute().parent
-        if flag.value and not folder.is_dir():
-            raise UserError(f"--{flag.name}: there is no folder {folder}; make it first.")
-    if META.value + bool(COMPARE.value) + bool(PROFILE.value) > 1:
-        raise UserError("--meta, --compare, --profile: give one of them.")
+    folder = Path(JSON.value).absolute().parent
+    if JSON.value and not folder.is_dir():
+        raise UserError(f"--json: there is no folder {folder}; make it first.")
+    if META.value and COMPARE.value:
+        raise UserError("--meta, --compare: give one of them.")
 
 
 if __name__ == "__main__":

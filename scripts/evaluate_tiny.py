@@ -10,10 +10,12 @@ curves.png and tiny_world.json into the run directory.
 
 import argparse
 import json
-from dataclasses import replace
+from dataclasses import asdict
 from pathlib import Path
 
 from spo.command_line.flags import exit_on_user_error
+
+PROMPTS = "assets/tiny/prompts/held_out.txt"
 
 
 def main() -> None:
@@ -22,9 +24,7 @@ def main() -> None:
     )
     parser.add_argument("run_dir", type=Path)
     parser.add_argument("--weights", choices=("policy", "ema"), default="policy")
-    parser.add_argument("--prompts", default="assets/tiny/prompts/held_out.txt")
     parser.add_argument("--num_images", type=int, default=200)
-    parser.add_argument("--seed", type=int, default=0, help="image i starts from (seed, i)")
     options = parser.parse_args()
     with exit_on_user_error():
         evaluate(options)
@@ -32,29 +32,24 @@ def main() -> None:
 
 def evaluate(options: argparse.Namespace) -> None:
     """Draws and judges the images, writes the files and prints the result."""
-    import torch
-
     from spo.command_line.config_files import load_config
     from spo.data.prompts import read_prompts
     from spo.evaluation.run_report import draw_curves
     from spo.method.build import read_recipe
     from spo.run.folder import CONFIG
-    from spo.tiny_world.evaluation import Bench, Verdict, before_and_after
+    from spo.tiny_world.evaluation import Bench, before_and_after, compare
 
     run_dir = options.run_dir
     recipe = read_recipe(load_config(str(run_dir / CONFIG)))
     algorithm = recipe.run.algorithm
     name = "GradSPO" if algorithm == "gradspo" else algorithm.upper()
-    prompts = read_prompts(options.prompts, key="--prompts").prompts[: options.num_images]
-    images = replace(recipe.validation.images, seed=options.seed)
-    backbone = recipe.load_backbone(torch.device("cpu"))
-    lora = recipe.lora.add_to(backbone.unet, seed=0)
-    bench = Bench(backbone, lora, prompts, images)
+    prompts = read_prompts(PROMPTS).prompts[: options.num_images]
+    bench = Bench(recipe, prompts)
     trained = bench.score(run_dir / "ema" if options.weights == "ema" else run_dir)
-    verdict = Verdict.of(bench.base, trained)
+    verdict = compare(bench.base, trained)
     picture = run_dir / "tiny_world.png"
-    before_and_after(verdict, prompts, name).save(picture)
-    (run_dir / "tiny_world.json").write_text(json.dumps(verdict.as_json(), indent=1) + "\n")
+    before_and_after(bench.base, trained, prompts, name).save(picture)
+    (run_dir / "tiny_world.json").write_text(json.dumps(asdict(verdict), indent=1) + "\n")
     print(verdict.describe(name))
     print(f"pictures      {picture}, {draw_curves(run_dir)}")
 

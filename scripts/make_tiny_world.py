@@ -2,9 +2,9 @@
 
     python scripts/make_tiny_world.py [--out runs/tiny_world] [--install]
 
-Two cores take about two hours at most. Every stage is kept in `--out`, and a stage that was
-interrupted continues from its last saved step when the command is given again. `--install` copies the
-weights and data that users start from to assets/tiny.
+Two cores take about two hours at most. Every stage is kept in `--out`; the command given again
+continues with the first stage that is missing. `--install` copies the weights and data that users start
+from to assets/tiny.
 """
 
 import argparse

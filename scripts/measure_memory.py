@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from spo.command_line.config_files import load_config
-from spo.costs.weightless_models import ARCHITECTURES, UnloadedBackbone
+from spo.costs.load import ARCHITECTURES, UnloadedBackbone
 from spo.method.build import build_learner, read_recipe
 from spo.method.metrics import peak_memory_gib
 from spo.models.loading import ModelSource

@@ -4,7 +4,7 @@
     python scripts/reproduce_tiny.py                # every arm
 
 Each (arm, seed) is a run under `--out`, which is kept: the command given again continues where it
-stopped. Writes results.json, table.md and results.png there.
+stopped. Writes results.json there, and prints the table.
 """
 
 import argparse

@@ -17,44 +17,44 @@ from spo.costs.pair_agreement import (
     Judged,
     agreement,
     check_judges,
+    concatenate,
     judge_rollout,
     load_judges,
 )
 from spo.errors import UserError
 from spo.launch.batch_plan import plan_batches
-from spo.method.build import collect_settings, rollout_source
-from spo.method.pairs import best_and_worst
-from spo.method.preflight import read_training_prompts
-from spo.method.shared_rollout import first_slices
-from spo.models.backbone import Backbone
+from spo.method.build import read_recipe
+from spo.method.collect import first_slices
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def judged(scores, kept):
     scores = torch.tensor(scores)
-    return Judged(torch.zeros(len(scores)), scores, best_and_worst(scores.T), torch.tensor(kept))
+    chosen = torch.stack([scores.argmax(dim=1), scores.argmin(dim=1)], dim=1)
+    return Judged(scores, chosen, torch.tensor(kept))
 
 
 def test_agreement_by_hand():
     one = judged([[1.0, 2.0, 3.0], [6.0, 4.0, 5.0], [0.0, 1.0, 2.0]], [True, False, True])
-    # The same but for a constant; the same best alone; the same worst alone.
+    # The same but for a constant; only the same best; only the same worst.
     other = judged([[11.0, 12.0, 13.0], [6.0, 5.0, 4.0], [0.0, 2.0, 1.0]], [True, True, False])
     found = agreement(one, other)
-    assert found.comparisons == 3
-    assert (found.best, found.worst) == (2 / 3, 2 / 3)
-    assert (found.both, found.both_of_pairs) == (1 / 3, 1 / 2)
-    assert found.kept == 1 / 3
-    assert found.correlation == pytest.approx((2 + 1 + 1) / 6)
+    assert found["comparisons"] == 3
+    assert (found["best"], found["worst"]) == (2 / 3, 2 / 3)
+    assert (found["both"], found["both_of_pairs"]) == (1 / 3, 1 / 2)
+    assert found["kept"] == 1 / 3
+    assert found["correlation"] == pytest.approx((2 + 1 + 1) / 6)
     none = judged(one.scores.tolist(), [False] * 3)
-    assert math.isnan(agreement(none, other).both_of_pairs)
+    assert math.isnan(agreement(none, other)["both_of_pairs"])
 
 
-def test_some_of_the_comparisons():
-    mixed = judged([[0.0, 1.0], [2.0, 0.0], [0.0, 3.0]], [True, False, False])
-    found = mixed.select(torch.tensor([True, False, True]))
-    assert found.scores.tolist() == [[0.0, 1.0], [0.0, 3.0]]
-    assert found.chosen.tolist() == [[1, 0], [1, 0]] and found.kept.tolist() == [True, False]
+def test_comparisons_are_joined_in_order():
+    one, other = judged([[0.0, 1.0], [2.0, 0.0]], [True, False]), judged([[0.0, 3.0]], [False])
+    found = concatenate([one, other])
+    assert found.scores.tolist() == [[0.0, 1.0], [2.0, 0.0], [0.0, 3.0]]
+    assert found.chosen.tolist() == [[1, 0], [0, 1], [1, 0]]
+    assert found.kept.tolist() == [True, False, False]
 
 
 @pytest.mark.parametrize(
@@ -80,11 +80,12 @@ def test_judges_share_what_is_the_same(tmp_path):
     config = small_config(tmp_path / "run", sample__decoder=folder)
     exact = small_config(tmp_path / "run", sample__threshold=0.3)
     other = small_config(tmp_path / "run", sample__decoder=folder, preference__dtype="bfloat16")
-    model = Backbone(rollout_source(config), "sd15", "no", torch.device("cpu"))
-    own, vae, low = load_judges(model, [config, exact, other])
+    recipes = [read_recipe(each) for each in (config, exact, other)]
+    model = recipes[0].load_backbone(torch.device("cpu"))
+    own, vae, low = load_judges(model, recipes)
     assert own.decoder is low.decoder is model.decoder and vae.decoder is model.vae
     assert own.scorer is vae.scorer is not low.scorer
-    assert own.pairs.threshold != vae.pairs.threshold == 0.3
+    assert own.settings.pairs.threshold != vae.settings.pairs.threshold == 0.3
 
 
 def run_script(*arguments):
@@ -98,18 +99,19 @@ def run_script(*arguments):
 
 def test_the_rollouts_are_those_of_training(tmp_path):
     config = small_config(tmp_path / "run", num_epochs=1, sample__threshold=0.02)
-    model = Backbone(rollout_source(config), "sd15", "no", torch.device("cpu"))
-    plan, prompts = plan_batches(config, 1), read_training_prompts(config).prompts
+    recipe, plan = read_recipe(config), plan_batches(config, 1)
+    model, prompts = recipe.load_backbone(torch.device("cpu")), recipe.prompts.read().prompts
     slices = first_slices(len(prompts), plan, config.seed, rollouts=5)
     assert len(slices) == 2 and len({i for part in slices for i in part.prompt_ids}) == 4
-    (judged,) = judge_rollout(
+    steps = judge_rollout(
         model,
-        model.schedule(config.sample.num_steps),
-        collect_settings(config),
-        load_judges(model, [config]),
+        recipe.load_sampler(model),
+        recipe.collect,
+        load_judges(model, [recipe]),
         [prompts[i] for i in slices[0].prompt_ids],
         slices[0].generator,
     )
+    judged = concatenate([verdict for _, (verdict,) in steps])
     run(tmp_path / "run", num_epochs=1, sample__threshold=0.02)
     (first, _) = read_metrics(tmp_path / "run")
     assert judged.scores.mean().item() == pytest.approx(first["score_mean"], abs=1e-5)

@@ -1,4 +1,4 @@
-"""Variants in turn, models with random weights, and where the time goes."""
+"""Variants in turn, and models with random weights."""
 
 import json
 import shutil
@@ -13,14 +13,14 @@ from helpers import MODELS
 from test_benchmark import CPU, SIZES, run_script, small_config
 
 from spo.command_line.flags import FLAGS, changed, define_config, parse_flags
-from spo.costs import benchmark, measure
+from spo.costs import benchmark
+from spo.costs.benchmark import Measured, Work
 from spo.costs.load import load_models
-from spo.costs.measure import Measured, Work, profile_iteration
-from spo.costs.meter import EMA, ROLLOUT, TRAINING
+from spo.costs.meter import ROLLOUT, TRAINING
 from spo.errors import UserError
 from spo.models.backbone import Backbone
 
-WORK = Work(flops={ROLLOUT: 6, TRAINING: 3, EMA: 0}, prompts=2, pairs=10)
+WORK = Work(flops={ROLLOUT: 6, TRAINING: 3}, prompts=2, pairs=10)
 
 
 def without_weights(folder, family):
@@ -46,9 +46,9 @@ def test_random_weights_run(tmp_path, family, precision, scorer):
     assert type(models.backbone).autocast is Backbone.autocast
     dtypes = {p.dtype for p in models.backbone.vae.parameters()}
     assert dtypes == {models.backbone.dtype} and torch.get_default_dtype() is torch.float32
-    work = measure.count_work(models)
+    work = benchmark.count_work(models)
     real = small_config(family, mixed_precision=precision, **changes)
-    measured = measure.count_work(load_models(real, CPU))
+    measured = benchmark.count_work(load_models(real, CPU))
     assert work == measured
     assert work.pairs == 2 and all(work.flops[part] for part in (ROLLOUT, TRAINING))
 
@@ -57,24 +57,21 @@ def test_random_weights_without_a_finite_score():
     models = load_models(small_config(), CPU, random=True)
     models.backbone.vae.decoder.conv_out.bias.data.fill_(torch.nan)
     with pytest.raises(UserError, match="no score is finite"):
-        measure.count_work(models)
+        benchmark.count_work(models)
 
 
-def test_rates_are_those_of_prompts_pairs_and_updates_by_hand():
-    def turn(rollout, training, ema):
-        return {ROLLOUT: rollout, TRAINING: training, EMA: ema}
+def test_rates_are_those_of_prompts_and_pairs_by_hand():
+    def turn(rollout, training):
+        return {ROLLOUT: rollout, TRAINING: training}
 
-    turns = (turn((4.0, 6.0, 50.0), (1.0,), (1.0,)), turn((3.0,), (1.0,), (1.0,)))
-    baseline = Measured(WORK, 1.0, turns, peak_gib=1.0)
+    baseline = Measured(WORK, 1.0, [turn([4.0, 6.0, 50.0], [1.0]), turn([3.0], [1.0])])
     # Twice the prompts and four times the pairs at once.
     work = replace(WORK, prompts=4, pairs=40)
-    turns = (turn((6.0,), (2.0,), (2.0,)), turn((6.0,), (8.0,), (0.5,)))
-    variant = Measured(work, 1.0, turns, peak_gib=1.0)
-    assert variant.ratios(ROLLOUT, baseline) == (2.0, 1.0)  # 2 in 6 s against 4 in 6 s; 2 in 3 s
-    assert variant.ratios(TRAINING, baseline) == (2.0, 0.5)
-    assert variant.ratios(EMA, baseline) == (0.5, 2.0)
-    assert baseline.ratios(ROLLOUT, baseline) == (1.0, 1.0)
-    assert baseline.seconds(ROLLOUT) == (4.0, 6.0, 50.0, 3.0)
+    variant = Measured(work, 1.0, [turn([6.0], [2.0]), turn([6.0], [8.0])])
+    assert variant.ratios(ROLLOUT, baseline) == [2.0, 1.0]  # 2 in 6 s against 4 in 6 s; 2 in 3 s
+    assert variant.ratios(TRAINING, baseline) == [2.0, 0.5]
+    assert baseline.ratios(ROLLOUT, baseline) == [1.0, 1.0]
+    assert baseline.seconds(ROLLOUT) == [4.0, 6.0, 50.0, 3.0]
 
 
 def test_variants_take_turns_and_one_is_in_memory(monkeypatch):
@@ -124,15 +121,6 @@ def test_changes_to_a_copy_of_the_config(parsed):
     }.items():
         with pytest.raises(UserError, match=message):
             changed(parsed, text)
-
-
-def test_a_profile_lists_what_takes_longest_first():
-    config = small_config(**{"sample.batch_size": 1, "sample.num_steps": 3})
-    text = profile_iteration(load_models(config, CPU))
-    rows = [row.split() for row in text.splitlines() if row.strip().startswith("aten::")]
-    assert len(rows) > 10 and "aten::addmm" in [row[0] for row in rows]
-    shares = [float(row[1].rstrip("%")) for row in rows]
-    assert shares == sorted(shares, reverse=True) and 50 < sum(shares) <= 100
 
 
 def test_command_line(tmp_path):

@@ -2,19 +2,16 @@
 
 import re
 import sys
-from types import SimpleNamespace
 
 import psutil
 import pytest
 import torch
 from test_benchmark import SIZES, small_config
 
-from spo.costs import startup
-from spo.costs.count import CHECKPOINTED, Costs, count_costs
-from spo.costs.load import load_models
+from spo.costs import count
+from spo.costs.count import CHECKPOINTED, Costs, count_costs, describe, print_estimate
+from spo.costs.load import META, load_models
 from spo.costs.meter import DECODING, DENOISING, ROLLOUT, SCORING, TRAINING
-from spo.costs.startup import describe, print_estimate, warning
-from spo.costs.weightless_models import META
 from spo.launch import __main__ as launch
 from spo.launch.batch_plan import plan_batches
 from spo.method.metrics import time_left
@@ -29,39 +26,43 @@ COSTS = Costs(
     peak_bytes={DENOISING: GIB, DECODING: GIB // 2, TRAINING: 10 * GIB, CHECKPOINTED: 2 * GIB},
 )
 CPU = torch.device("cpu")
+LESS = "(train.gradient_checkpointing=true needs less)"
 
 
 def test_time_left_by_hand():
-    rollout = SimpleNamespace(prompts=10, seconds_rollout=4.0, seconds_train=6.0)
-    line = time_left(rollout, prompts=7200)
+    line = time_left(10.0, prompts=10, prompts_left=7200)
     assert line.startswith("rate: 1 s for a prompt and its pairs; ")
     assert line.endswith("the 7200 prompts that are left take 2 hours")
-    assert time_left(rollout, prompts=90).endswith("take 1.5 minutes")
+    assert time_left(10.0, prompts=10, prompts_left=90).endswith("take 1.5 minutes")
 
 
-def test_two_lines_tell_the_costs():
-    text = describe(COSTS, {DENOISING: 2, DECODING: 4, TRAINING: 3}, 24 * GIB)
-    assert "3 TFLOP for the rollout of a prompt, 1 for the training of a pair (without" in text
-    assert "4 all the time, 6 in denoising of 2 prompts, 6 in decoding of 4 images, 34 in" in text
-    assert text.endswith("training of 3 pairs; there are 24")
+def test_lines_tell_the_costs():
+    first, *rest = describe(COSTS, {DENOISING: 2, DECODING: 4, TRAINING: 3}, 50 * GIB)
+    assert "3 TFLOP for the rollout of a prompt, 1 for the training of a pair (without" in first
+    assert [line.removeprefix("estimate: ") for line in rest] == [
+        "denoising of 2 prompts will need 6 GiB of memory, and there are 50",
+        "decoding of 4 images will need 6 GiB of memory, and there are 50",
+        "training of 3 pairs will need 34 GiB of memory, and there are 50",
+    ]
 
 
 @pytest.mark.parametrize(
     ("part", "batch", "memory", "advice"),
     [
-        (TRAINING, 3, 30, "lower train.batch_size to 2"),
+        (TRAINING, 3, 30, f"lower train.batch_size to 2 {LESS}"),
         (DENOISING, 50, 10, "lower sample.batch_size to 5"),
         (DECODING, 50, 10, "lower sample.decode_batch_size to 10"),
-        (TRAINING, 3, 10, "set train.gradient_checkpointing=true, with train.batch_size up to 2"),
+        (TRAINING, 3, 10, f"train.batch_size = 1 does not fit either {LESS}"),
         (CHECKPOINTED, 3, 5, "train.batch_size = 1 does not fit either"),
     ],
 )
 def test_a_warning_names_the_key(part, batch, memory, advice):
     assert batch > COSTS.largest_batch(part, memory * GIB)
-    checkpointed = COSTS if part == TRAINING else None
-    line = warning(COSTS, part, batch, memory * GIB, checkpointed)
+    training = CHECKPOINTED if part == CHECKPOINTED else TRAINING
+    sizes = {DENOISING: 0, DECODING: 0, training: 0} | {part: batch}
+    (line,) = [x for x in describe(COSTS, sizes, memory * GIB) if x.startswith("warning: ")]
     need = 4 + batch * COSTS.peak_bytes[part] / GIB
-    assert line.startswith(f"warning: {part} of {batch} ") and line.endswith(advice)
+    assert line.startswith(f"warning: {part} of {batch} ") and line.endswith(f"; {advice}")
     assert (
         f"will need {need:.3g} GiB of memory, and of {memory} there are {memory * 0.9:.3g} " in line
     )
@@ -72,7 +73,7 @@ def said(monkeypatch, capsys):
     """Returns a function: the lines that the launcher prints on a device with so much memory."""
 
     def lines(config, memory):
-        monkeypatch.setattr(startup, "device_memory", lambda device, processes: memory)
+        monkeypatch.setattr(count, "device_memory", lambda device, processes: memory)
         print_estimate(config, plan_batches(config, 1), CPU, processes=1)
         return capsys.readouterr().out.splitlines()
 
@@ -87,17 +88,17 @@ def test_only_what_does_not_fit_is_warned_of(said):
     need = costs.bytes_of(TRAINING, 8)
     lines = said(config, need / 0.9 + 100)
     sizes = {DENOISING: 2, DECODING: 4, TRAINING: 8}
-    assert lines[1:] == describe(costs, sizes, need / 0.9 + 100).splitlines()
+    assert lines[1:] == describe(costs, sizes, need / 0.9 + 100)
     lines = said(config, need / 0.9 - 100)
-    assert [x for x in lines if x.startswith("warning: ")] == lines[3:] and len(lines) == 4
-    assert lines[3].endswith("lower train.batch_size to 7")
+    assert [x for x in lines if x.startswith("warning: ")] == lines[4:] and len(lines) == 5
+    assert lines[4].endswith(f"lower train.batch_size to 7 {LESS}")
     config.sample.decode_batch_size = 100
-    assert "in decoding of 6 images" in said(config, GIB)[2]
+    assert "decoding of 6 images" in said(config, GIB)[3]
     lines = said(config, costs.bytes_of(TRAINING, 0) / 0.9)
-    assert [x.rpartition("; ")[2] for x in lines[3:]] == [
+    assert [x.rpartition("; ")[2] for x in lines[2:]] == [
         "sample.batch_size = 1 does not fit either",
         "sample.decode_batch_size = 1 does not fit either",
-        "train.batch_size = 1 does not fit either",
+        f"train.batch_size = 1 does not fit either {LESS}",
     ]
 
 
@@ -108,26 +109,21 @@ def test_what_cannot_be_counted_stops_nothing(said):
     config.pretrained.model = "./no"
     lines = said(config, GIB)
     assert lines[1].startswith("estimate: none (UserError: pretrained.model: './no' is neither")
-    config.estimate_costs = False
-    assert said(config, GIB) == []
 
 
 def test_a_loss_of_the_users_own_is_not_called():
-    config = small_config(algorithm="tests.test_forecast:objective")
+    config = small_config(algorithm="tests.test_forecast:Failing")
     ours, theirs = (load_models(each, META) for each in (config, small_config()))
     assert count_costs(ours, [TRAINING]) == count_costs(theirs, [TRAINING])
 
 
-def objective_that_fails():
-    from spo.method.losses import Objective
+class Failing:
+    """A loss that fails when it is called."""
 
-    def loss(*arguments):
+    uses_ema = shares_latents = True
+
+    def __call__(self, predictions, pairs, sampler):
         raise AssertionError("called on shapes alone")
-
-    return Objective(loss, uses_ema=True, shares_latents=True)
-
-
-objective = objective_that_fails()
 
 
 def test_counting_leaves_dtypes_alone():
@@ -137,7 +133,7 @@ def test_counting_leaves_dtypes_alone():
 
 def test_a_cpu_shares_what_is_free():
     free = psutil.virtual_memory().available
-    assert 0 < startup.device_memory(CPU, processes=4) <= free / 3
+    assert 0 < count.device_memory(CPU, processes=4) <= free / 3
 
 
 def test_the_launcher_says_the_estimate_and_the_run_its_rate_once(tmp_path, capsys, monkeypatch):
@@ -149,7 +145,7 @@ def test_the_launcher_says_the_estimate_and_the_run_its_rate_once(tmp_path, caps
     with pytest.raises(SystemExit):
         launch.main()
     before, _, _ = capsys.readouterr().out.partition("starts")
-    assert re.search(r"TFLOP for the rollout .*\n.*GiB of memory: .* there are ", before)
+    assert re.search(r"TFLOP for the rollout .*\n.*GiB of memory, .* there are ", before)
     train(run_config(tmp_path / "run", eval_interval=0))
     rates = [x for x in capsys.readouterr().out.splitlines() if "rate: " in x]
     assert len(rates) == 1 and "the 6 prompts that are left take " in rates[0]

@@ -8,8 +8,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from spo.costs.count import count_costs
-from spo.costs.load import load_models
-from spo.costs.weightless_models import META
+from spo.costs.load import META, load_models
 from spo.errors import UserError
 from spo.models import optimizers
 from spo.models.optimizers import check_optimizer, make_optimizer, moment_bytes

@@ -12,18 +12,17 @@ from PIL import Image
 
 from spo.tiny_world import preferences
 from spo.tiny_world.preferences import draw_labelled_pairs, split_captions, write_parquet
-from spo.tiny_world.quality import hidden_quality, quality_parts
-from spo.tiny_world.reading import read_captions
-from spo.tiny_world.scenes import SHAPES, SIDE, Caption, Making, all_captions, coverage, render
+from spo.tiny_world.quality import hidden_quality, quality_parts, read_captions
+from spo.tiny_world.scenes import SHAPES, SIDE, Caption, all_captions, coverage, draw_flaws, render
 
 PERFECT = {"saturation": 1.0, "brightness": 1.0, "contrast": 1.0, "blur": 0.0, "blotches": 0.0}
 
 
-def images_of(captions, seed=0, **making):
-    """Images of captions, perfectly made but for what `making` says."""
+def images_of(captions, seed=0, **flaws):
+    """Images of captions, perfect but for `flaws`."""
     n = len(captions)
-    values = {name: torch.full((n,), value) for name, value in (PERFECT | making).items()}
-    return render(captions, Making(**values), torch.Generator().manual_seed(seed))
+    values = {name: torch.full((n,), value) for name, value in (PERFECT | flaws).items()}
+    return render(captions, values, torch.Generator().manual_seed(seed))
 
 
 def some_captions(n, seed=0):
@@ -93,7 +92,7 @@ def test_quality_hardly_sees_the_rest(name):
 def test_quality_is_blind_to_the_caption(part):
     captions = some_captions(800, seed=3)
     generator = torch.Generator().manual_seed(0)
-    values = hidden_quality(render(captions, Making.draw(800, generator), generator))
+    values = hidden_quality(render(captions, draw_flaws(800, generator), generator))
     groups = {}
     for caption, value in zip(captions, values.tolist(), strict=True):
         groups.setdefault(getattr(caption, part), []).append(value)
@@ -104,7 +103,7 @@ def test_quality_is_blind_to_the_caption(part):
 def test_captions_are_read_from_pixels():
     captions = some_captions(300, seed=4)
     generator = torch.Generator().manual_seed(1)
-    read = read_captions(render(captions, Making.draw(300, generator), generator))
+    read = read_captions(render(captions, draw_flaws(300, generator), generator))
     assert np.mean([a == b for a, b in zip(read, captions, strict=True)]) > 0.95
 
 

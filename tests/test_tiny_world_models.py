@@ -4,23 +4,21 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from helpers import MODELS
 from safetensors.torch import load_file
+from transformers import CLIPTokenizer
 
 from spo.command_line.config_files import load_config
 from spo.data.prompts import read_prompts
 from spo.errors import UserError
 from spo.lora_io.write import LORA_FILE, save_lora
-from spo.method import build
-from spo.models.backbone import Backbone
-from spo.models.plain_images import ImageSettings
-from spo.tiny_world.clip import TOKENS, make_tokenizer, token_ids
-from spo.tiny_world.evaluation import Bench, ScoredImages, Verdict, before_and_after
-from spo.tiny_world.fitting import Fit, fit
-from spo.tiny_world.preferences import flipped_preferences, split_captions
+from spo.method.build import read_recipe
+from spo.tiny_world.clip import TOKENS, make_tokenizer
+from spo.tiny_world.evaluation import Bench, ScoredImages, before_and_after, compare
+from spo.tiny_world.fitting import fit
+from spo.tiny_world.preferences import FlippedPreferences, split_captions
 from spo.tiny_world.scenes import all_captions
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,44 +26,38 @@ CLIP = str(MODELS / "tiny-clip")
 
 
 def test_every_word_of_a_caption_is_one_token(tmp_path):
-    tokenizer = make_tokenizer(tmp_path)
-    ids = token_ids(tokenizer, [str(caption) for caption in all_captions()])
+    make_tokenizer(tmp_path)
+    tokenizer = CLIPTokenizer.from_pretrained(tmp_path)
+    captions = [str(caption) for caption in all_captions()]
+    ids = tokenizer(captions, padding="max_length", return_tensors="pt").input_ids
     assert ids.shape == (336, TOKENS) and tokenizer.model_max_length == TOKENS
     assert len(ids.unique(dim=0)) == 336
     assert (ids == tokenizer.eos_token_id).int().argmax(dim=1).eq(9).all()  # start and 8 words
     assert len(tokenizer("a giraffe")["input_ids"]) > 4  # other words are spelt
 
 
-def linear_fit(steps, state_file):
-    """Fit y = 3 x for some of 400 steps, as if the run had been stopped there."""
-    torch.manual_seed(0)
-    line = torch.nn.Linear(1, 1)
+def test_fitting_finds_a_line_and_repeats():
+    lines = []
+    for _ in range(2):
+        torch.manual_seed(len(lines))  # the steps draw from generators of their own
+        line = torch.nn.Linear(1, 1)
+        torch.nn.init.ones_(line.weight)
+        torch.nn.init.zeros_(line.bias)
 
-    def loss(generator):
-        if loss.calls == steps:
-            raise KeyboardInterrupt
-        loss.calls += 1
-        x = torch.randn(16, 1, generator=generator)
-        return (line(x) - 3 * x).square().mean()
+        def loss(generator, line=line):
+            x = torch.randn(16, 1, generator=generator)
+            return (line(x) - 3 * x).square().mean()
 
-    loss.calls = 0
-    fit("line", line, loss, (Fit(250, 0.1), Fit(150, 0.02)), state_file)
-    return line
-
-
-def test_fitting_goes_on_where_it_was_stopped(tmp_path):
-    whole = linear_fit(None, tmp_path / "whole.state")
-    (tmp_path / "stopped.partial").mkdir()  # what is being made may have a folder by then
-    for steps in (230, 120):  # stopped in the first round, and in the second
-        with pytest.raises(KeyboardInterrupt):
-            linear_fit(steps, tmp_path / "stopped.state")
-    resumed = linear_fit(None, tmp_path / "stopped.state")
-    assert torch.equal(whole.weight, resumed.weight) and torch.equal(whole.bias, resumed.bias)
-    assert whole.weight.item() == pytest.approx(3, abs=0.05)
+        fit("line", line, loss, ((250, 0.1), (150, 0.02)))
+        lines.append(line)
+    assert torch.equal(lines[0].weight, lines[1].weight) and torch.equal(
+        lines[0].bias, lines[1].bias
+    )
+    assert lines[0].weight.item() == pytest.approx(3, abs=0.05) and not lines[0].training
 
 
 def test_flipped_preferences_flip_half_of_the_comparisons(spm_scorer):
-    flipped = flipped_preferences(torch.device("cpu"), str(MODELS / "tiny-spm.bin"), CLIP)
+    flipped = FlippedPreferences(torch.device("cpu"), str(MODELS / "tiny-spm.bin"), CLIP, seed=0)
     prompts = [f"prompt {i}" for i in range(40)]
     features = flipped.encode_prompts(prompts)
     images = torch.rand(40, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
@@ -91,9 +83,8 @@ def bench():
 
 def make_bench(config_file, prompts):
     config = load_config(config_file)
-    backbone = Backbone(build.model_source(config), "sd15", "no", torch.device("cpu"))
-    lora = build.build_lora(config, backbone.unet, seed=0)
-    return Bench(backbone, lora, prompts, ImageSettings(4, 2.0, seed=0))
+    config.eval.num_steps = 4
+    return Bench(read_recipe(config), prompts)
 
 
 def test_a_lora_without_effect_ties_with_the_base(bench, tmp_path):
@@ -116,16 +107,18 @@ def test_other_models_are_refused():
 
 def test_the_verdict_on_known_numbers():
     images = torch.zeros(4, 3, 32, 32)
-    base = ScoredImages(images, np.array([1.0, 2.0, 3.0, 4.0]), np.array([True, True, True, False]))
-    better = ScoredImages(images, base.quality + 1, np.array([True, True, False, False]))
-    verdict = Verdict.of(base, better)
+    base = ScoredImages(
+        images, torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([1.0, 1.0, 1.0, 0.0])
+    )
+    better = ScoredImages(images, base.quality + 1, torch.tensor([1.0, 1.0, 0.0, 0.0]))
+    verdict = compare(base, better)
     assert verdict.difference.mean == 1 and verdict.win_rate.mean == 1
     assert verdict.faithfulness.mean == -0.25
     text = verdict.describe("GradSPO").splitlines()
     assert text[0].endswith("base 2.50, GradSPO 3.50 of 10") and len(text) == 4
     assert "base 75.0 %, GradSPO 50.0 %" in text[3]
-    assert verdict.as_json()["quality"] == {"base": 2.5, "trained": 3.5}
-    picture = before_and_after(verdict, ["a b c"] * 4, "GradSPO", columns=2)
+    assert verdict.quality == {"base": 2.5, "trained": 3.5}
+    picture = before_and_after(base, better, ["a b c"] * 4, "GradSPO")
     assert picture.height > 4 * 112
 
 

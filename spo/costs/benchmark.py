@@ -1,23 +1,116 @@
 """Prints the costs of an iteration as tables: timed in turns, or counted without weights."""
 
-from __future__ import annotations
-
+import contextlib
 import gc
+from collections import defaultdict
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
 from statistics import median
 from typing import Any
 
 import torch
 
-from spo.costs.count import BATCH_KEYS, count_costs, training_part
+from spo.costs.count import BATCH_KEYS, CHECKPOINTED, SCORER, count_costs
 from spo.costs.load import Models
-from spo.costs.measure import Measured, Work, count_work, measure_peak, time_parts
-from spo.costs.meter import ROLLOUT
+from spo.costs.meter import ROLLOUT, TRAINING, Meter, draw_pairs, flop_counter, train_on_pairs
+from spo.errors import UserError
 from spo.method.metrics import peak_memory_gib
 from spo.run.tables import markdown_table
 
+ITERATION = "rollout and training"
 PAIR_SHARE = 0.8  # of the comparisons that pass the threshold: assumed
 CARDS = (24, 40, 48, 80)  # GiB
+
+
+@dataclass(frozen=True)
+class Work:
+    """The work of one iteration over one slice of prompts; the same each time."""
+
+    flops: Mapping[str, int]  # of each part
+    prompts: int
+    pairs: int
+
+    def units(self, part: str) -> int:
+        """Returns the pairs of training, and the prompts of any other part."""
+        return self.pairs if part == TRAINING else self.prompts
+
+
+@dataclass
+class Measured:
+    """The measured iterations of one config, round by round."""
+
+    work: Work
+    peak_flops: float  # per second, that the device reaches in a matrix product
+    turns: list[dict[str, list[float]]] = field(default_factory=list)  # seconds of part's repeats
+    peak_gib: float = 0.0  # of memory, the most of all rounds
+
+    def seconds(self, part: str) -> list[float]:
+        """Returns the seconds of a part, all repeats of all rounds."""
+        return [seconds for turn in self.turns for seconds in turn[part]]
+
+    def ratios(self, part: str, baseline: "Measured") -> list[float]:
+        """Returns the rate of this config as a multiple of the baseline's, round by round.
+
+        Rates are prompts or pairs per second: a config may do more of them at once.
+        """
+        work = self.work.units(part) / baseline.work.units(part)
+        turns = zip(baseline.turns, self.turns, strict=True)
+        return [work * median(then[part]) / median(now[part]) for then, now in turns]
+
+
+@cache
+def measure_peak(device: torch.device, dtype: torch.dtype) -> float:
+    """Returns the FLOPs per second of a square matrix product: the best of ten, or of 2 seconds."""
+    meter, side, seconds = Meter(device), 8192 if device.type == "cuda" else 1024, []
+    matrix = torch.randn(side, side, device=device).to(dtype)
+    while len(seconds) < 10 and sum(seconds) < 2:
+        started = meter.now()
+        matrix @ matrix
+        seconds.append(meter.now() - started)
+    return 2 * side**3 / min(seconds)
+
+
+def run_iteration(models: Models, meter: Meter, apart: bool = False) -> Work:
+    """Runs one iteration over one slice of prompts; `apart` also measures the parts of its rollout.
+
+    Raises UserError if no score is finite: then there is nothing to train on.
+    """
+    prompts = ["a prompt"] * models.plan.slice_size
+    with meter.part(ITERATION):
+        pairs = draw_pairs(models, prompts, meter, apart).pairs
+        if not len(pairs):
+            raise UserError("no score is finite; try --config.mixed_precision=bf16.")
+        train_on_pairs(models, pairs, models.plan.minibatch_size, meter)
+    return Work(meter.flops, prompts=len(prompts), pairs=len(pairs))
+
+
+def count_work(models: Models) -> Work:
+    """Returns the work of an iteration, counted on the calls themselves without compilation."""
+    as_written = getattr(torch.compiler, "set_stance", lambda _: contextlib.nullcontext())
+    with as_written("force_eager"), flop_counter() as counter:
+        return run_iteration(models, Meter(models.backbone.device, counter), apart=True)
+
+
+def time_parts(models: Models, repeats: int) -> dict[str, list[float]]:
+    """Returns the seconds of each part in `repeats` iterations, after one that warms up.
+
+    Rollout and training are timed as they run. The parts of a rollout are timed in a further one,
+    because waiting for the GPU around each part costs time. Resets a GPU's peak memory after the
+    warm-up.
+    """
+    device, prompts = models.backbone.device, ["a prompt"] * models.plan.slice_size
+    run_iteration(models, Meter(device))
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    seconds: dict[str, list[float]] = defaultdict(list)
+    for _ in range(repeats):
+        apart, whole = Meter(device), Meter(device)
+        draw_pairs(models, prompts, apart, apart=True)
+        run_iteration(models, whole)
+        for name, value in (apart.seconds | whole.seconds).items():
+            seconds[name].append(value)
+    return seconds
 
 
 def time_in_turns(
@@ -28,30 +121,21 @@ def time_in_turns(
     In a turn the models load, warm up, and are measured, with no others in memory. Taking turns lets
     load on the machine affect all alike.
     """
-    work: dict[str, Work] = {}
-    peaks: dict[torch.dtype, float] = {}
-    turns, peak_of, memory = {n: [] for n in loaders}, {}, dict.fromkeys(loaders, 0.0)
+    found: dict[str, Measured] = {}
     for _ in range(rounds):
         for name, load in loaders.items():
             models = load()
-            device, dtype = models.backbone.device, models.backbone.dtype
-            if dtype not in peaks:
-                peaks[dtype] = measure_peak(device, dtype)
-            if name not in work:
-                work[name], peak_of[name] = count_work(models), peaks[dtype]
-            turns[name].append(time_parts(models, repeats))
-            memory[name] = max(memory[name], peak_memory_gib(device))
+            device = models.backbone.device
+            if name not in found:
+                peak = measure_peak(device, models.backbone.dtype)
+                found[name] = Measured(count_work(models), peak)
+            found[name].turns.append(time_parts(models, repeats))
+            found[name].peak_gib = max(found[name].peak_gib, peak_memory_gib(device))
             del models
-            _forget()
-    return {n: Measured(work[n], peak_of[n], tuple(turns[n]), memory[n]) for n in loaders}
-
-
-def _forget() -> None:
-    """Frees the last models' memory, torch.compile's share included."""
-    torch.compiler.reset()
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+            torch.compiler.reset()  # holds memory, too
+            gc.collect()
+            torch.cuda.empty_cache()
+    return found
 
 
 def print_times(
@@ -74,16 +158,14 @@ def print_times(
 
 def _figures(measured: Measured, part: str, baseline: Measured) -> dict[str, float]:
     seconds, ratios = measured.seconds(part), measured.ratios(part, baseline)
-    figures = {
+    rates = {"rate_of_baseline": median(ratios), "from": min(ratios), "to": max(ratios)}
+    return {
         "seconds": median(seconds),
         "fastest": min(seconds),
         "slowest": max(seconds),
         "tflop": measured.work.flops[part] / 1e12,
         "share_of_peak": measured.work.flops[part] / measured.peak_flops / median(seconds),
-    }
-    if measured is baseline:
-        return figures
-    return figures | {"rate_of_baseline": median(ratios), "from": min(ratios), "to": max(ratios)}
+    } | ({} if measured is baseline else rates)
 
 
 def print_costs(models: Models, prompts: int, tflops: float, num_gpus: int) -> dict[str, Any]:
@@ -96,13 +178,18 @@ def print_costs(models: Models, prompts: int, tflops: float, num_gpus: int) -> d
     resident = {name: size / 2**30 for name, size in costs.resident_bytes.items()}
     peaks = {name: size / 2**30 for name, size in costs.peak_bytes.items()}
     fits = {c: {part: costs.largest_batch(part, c * 2**30) for part in peaks} for c in CARDS}
-    flops = costs.run_flops(prompts, prompts * costs.pairs * PAIR_SHARE, training_part(models))
-    hours = flops / (tflops * 1e12 * num_gpus) / 3600
-    if not costs.has_scorer:
+    training = CHECKPOINTED if models.recipe.run.gradient_checkpointing else TRAINING
+    pair = teraflops[training] * costs.pairs * PAIR_SHARE
+    hours = prompts * (teraflops[ROLLOUT] + pair) / tflops / num_gpus / 3600
+    if SCORER not in costs.resident_bytes:
         print("preference.scorer is not known: it costs nothing here\n")
-    _print("of a prompt; training: of a pair", "TFLOP", teraflops)
-    _print("all the time", "GiB", resident | {"sum": sum(resident.values())})
-    _print("on top, of a prompt, an image or a pair", "GiB", peaks)
+    for title, unit, figures in (
+        ("of a prompt; training: of a pair", "TFLOP", teraflops),
+        ("all the time", "GiB", resident | {"sum": sum(resident.values())}),
+        ("on top, of a prompt, an image or a pair", "GiB", peaks),
+    ):
+        rows = [[name, _number(value)] for name, value in figures.items()]
+        print(markdown_table([title, unit], rows))
     rows = [
         [f"{key} ({part})", *(str(fits[c][part] or "none") for c in CARDS)]
         for part, key in BATCH_KEYS.items()
@@ -119,13 +206,8 @@ def print_costs(models: Models, prompts: int, tflops: float, num_gpus: int) -> d
         "resident_gib": resident,
         "peak_gib": peaks,
         "largest_batch": fits,
-        "prompts": prompts,
         "hours": hours,
     }
-
-
-def _print(title: str, unit: str, figures: Mapping[str, float]) -> None:
-    print(markdown_table([title, unit], [[n, _number(value)] for n, value in figures.items()]))
 
 
 def _number(value: float) -> str:

@@ -1,6 +1,4 @@
-"""Counts the costs of a run without weights: FLOPs, memory, and the batches that fit on a card."""
-
-from __future__ import annotations
+"""Counts what a run costs, without weights: FLOPs, memory, and the batches that fit on a card."""
 
 import contextlib
 import weakref
@@ -9,13 +7,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import psutil
 import torch
+from ml_collections import ConfigDict
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from spo.costs.load import Models
+from spo.costs.load import META, Models, load_models, meta_kernels
 from spo.costs.meter import (
     DECODING,
     DENOISING,
@@ -27,9 +27,9 @@ from spo.costs.meter import (
     flop_counter,
     train_on_pairs,
 )
-from spo.costs.weightless_models import meta_kernels
+from spo.errors import first_line
+from spo.launch.batch_plan import BatchPlan
 from spo.models.optimizers import moment_bytes
-from spo.types import PreferencePairs
 
 CHECKPOINTED = "training, gradient checkpointing"
 SCORER = "scorer"  # the preference model's name among the networks
@@ -39,6 +39,7 @@ BATCH_KEYS = {
     TRAINING: "train.batch_size",
     CHECKPOINTED: "train.batch_size",
 }
+_UNITS = {DENOISING: "prompts", DECODING: "images", TRAINING: "pairs", CHECKPOINTED: "pairs"}
 # The share of a card's memory left for CUDA itself, kernels' workspaces and fragmentation: assumed.
 SPARE = 0.1
 
@@ -49,19 +50,11 @@ class Costs:
 
     flops: Mapping[str, int]  # rollout and its parts: of a prompt; training: of a pair
     pairs: int  # of a prompt, if every comparison makes a pair
-    resident_bytes: Mapping[str, int]  # in memory all the time, by network
+    # In memory all the time, by network; no SCORER if the preference model is not known.
+    resident_bytes: Mapping[str, int]
     # Largest set of tensors alive at once on top of that; denoising: of a prompt, decoding: of an
     # image with its score, training: of a pair.
     peak_bytes: Mapping[str, int]
-
-    @property
-    def has_scorer(self) -> bool:
-        """Returns whether the costs of the preference model are known."""
-        return SCORER in self.resident_bytes
-
-    def run_flops(self, prompts: int, pairs: float, training: str) -> float:
-        """Returns the FLOPs of a rollout of `prompts` prompts and the training on `pairs` pairs."""
-        return prompts * self.flops[ROLLOUT] + pairs * self.flops[training]
 
     def bytes_of(self, part: str, batch: int) -> int:
         """Returns the memory of `batch` prompts, images or pairs in `part`, networks included."""
@@ -73,43 +66,29 @@ class Costs:
         return max(0, int(free // self.peak_bytes[part]))
 
 
-def training_part(models: Models) -> str:
-    """Returns the part of the meter that the config's own training is."""
-    return CHECKPOINTED if models.backbone.unet.is_gradient_checkpointing else TRAINING
-
-
 def count_costs(models: Models, trainings: Sequence[str] = (TRAINING, CHECKPOINTED)) -> Costs:
     """Runs `models` on the meta device: a prompt's rollout, then each kind of training of a pair."""
-    device = models.backbone.device
-    with meta_kernels(), flop_counter() as counter, LiveMemory(device) as memory:
-        meters = {name: MetaMeter(device, counter, memory) for name in (ROLLOUT, *trainings)}
-        meter = meters.pop(ROLLOUT)
+    unet = models.backbone.unet
+    with meta_kernels(), flop_counter() as counter, LiveMemory() as memory:
+        meter = MetaMeter(counter, memory)
+        meters = {name: MetaMeter(counter, memory) for name in trainings}
         pairs = draw_pairs(models, ["a prompt"], meter, apart=True).pairs
-        for name in trainings:
-            _train(models, pairs.select(slice(1)), meters[name], name == CHECKPOINTED)
+        for name, own in meters.items():
+            unet.disable_gradient_checkpointing()
+            if name == CHECKPOINTED:
+                unet.enable_gradient_checkpointing()
+            # Recomputation in the backward pass also runs under autocast, as in training.
+            with models.backbone.autocast():
+                train_on_pairs(models, pairs.select(slice(1)), 1, own)
     peaks = meter.peak_bytes
     return Costs(
         flops={name: meter.flops[name] for name in (ROLLOUT, DENOISING, DECODING, SCORING)}
         | {name: own.flops[TRAINING] for name, own in meters.items()},
         pairs=len(pairs),
         resident_bytes=_resident(models),
-        peak_bytes={
-            DENOISING: peaks[DENOISING],
-            DECODING: max(peaks[DECODING], peaks[SCORING]),
-        }
+        peak_bytes={DENOISING: peaks[DENOISING], DECODING: max(peaks[DECODING], peaks[SCORING])}
         | {name: own.peak_bytes[TRAINING] for name, own in meters.items()},
     )
-
-
-def _train(models: Models, pair: PreferencePairs, meter: MetaMeter, checkpointing: bool) -> None:
-    unet = models.backbone.unet
-    switch = {True: unet.enable_gradient_checkpointing, False: unet.disable_gradient_checkpointing}
-    before = unet.is_gradient_checkpointing
-    switch[checkpointing]()
-    # Recomputation in the backward pass also runs under autocast, as in training.
-    with models.backbone.autocast():
-        train_on_pairs(models, pair, 1, meter)
-    switch[before]()
 
 
 def _resident(models: Models) -> dict[str, int]:
@@ -128,19 +107,19 @@ def _resident(models: Models) -> dict[str, int]:
         sizes["weights with the LoRA merged in"] = _bytes(layer.weight for layer in layers)
     # The policy, its gradient, and the other LoRAs.
     copies = 2 + (learner.ema is not None) + (learner.reference is not None)
-    trained = copies * _bytes(lora.values()) + moment_bytes(models.optimizer, lora.values())
-    return sizes | {"LoRAs, gradient, optimizer": trained}
+    moments = moment_bytes(models.recipe.optimizer.optimizer, lora.values())
+    return sizes | {"LoRAs, gradient, optimizer": copies * _bytes(lora.values()) + moments}
 
 
 class LiveMemory(TorchDispatchMode):
-    """Follows the tensors made on a device within the context, and the bytes alive at once.
+    """Follows the tensors made on the meta device within the context, and the bytes alive at once.
 
     Tensors from before, such as weights, do not count, nor does what a kernel allocates inside.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.device, self.live, self.peak = device, 0, 0
+        self.live = self.peak = 0
         self._known: set[int] = set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -152,10 +131,10 @@ class LiveMemory(TorchDispatchMode):
         return result
 
     def _add(self, tensor: Any, is_new: bool) -> None:
-        if not isinstance(tensor, Tensor):
+        if not isinstance(tensor, Tensor) or not tensor.is_meta:
             return
         storage = tensor.untyped_storage()
-        if tensor.device.type != self.device.type or id(storage) in self._known:
+        if id(storage) in self._known:
             return
         size = storage.nbytes() if is_new else 0
         self._known.add(id(storage))
@@ -174,8 +153,8 @@ class MetaMeter(Meter):
     FLOPs and memory follow from shapes: of the 20 calls of the UNet in a rollout two are different.
     """
 
-    def __init__(self, device: torch.device, counter: FlopCounterMode, memory: LiveMemory) -> None:
-        super().__init__(device, counter)
+    def __init__(self, counter: FlopCounterMode, memory: LiveMemory) -> None:
+        super().__init__(META, counter)
         self.memory, self._repeated = memory, 0
         self.peak_bytes: dict[str, int] = defaultdict(int)
 
@@ -212,3 +191,65 @@ class MetaMeter(Meter):
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def print_estimate(
+    config: ConfigDict, plan: BatchPlan, device: torch.device, processes: int
+) -> None:
+    """Prints the costs of a step, and a warning for each part that will not fit into memory.
+
+    `processes` share this machine. Raises nothing: a model or library that cannot be counted is no
+    reason not to train.
+    """
+    print("estimate: counting what a step costs, which takes seconds ...", flush=True)
+    try:
+        models, memory = load_models(config, META), device_memory(device, processes)
+        training = CHECKPOINTED if config.train.gradient_checkpointing else TRAINING
+        costs = count_costs(models, [training])
+        images = plan.slice_size * config.sample.num_candidates
+        sizes = {
+            DENOISING: plan.slice_size,
+            DECODING: min(images, config.sample.decode_batch_size),
+            training: plan.minibatch_size,
+        }
+        print(*describe(costs, sizes, memory), sep="\n", flush=True)
+    except Exception as error:
+        print(f"estimate: none ({type(error).__name__}: {first_line(error)})", flush=True)
+
+
+def describe(costs: Costs, sizes: Mapping[str, int], memory: float) -> list[str]:
+    """Returns a line of FLOPs, and a line of memory for each part of `sizes`, a warning if too much.
+
+    A warning names the key to change and to what; `memory` is the device's, in bytes.
+    """
+    *_, training = sizes
+    known = SCORER in costs.resident_bytes
+    unknown = "" if known else " (without the preference model, which is not known)"
+    lines = [
+        f"estimate: {costs.flops[ROLLOUT] / 1e12:.3g} TFLOP for the rollout of a prompt, "
+        f"{costs.flops[training] / 1e12:.3g} for the training of a pair{unknown}"
+    ]
+    for part, batch in sizes.items():
+        size = _gib(costs.bytes_of(part, batch))
+        need = f"{part} of {batch} {_UNITS[part]} will need {size} GiB of memory"
+        fits, key = costs.largest_batch(part, memory), BATCH_KEYS[part]
+        if batch <= fits:
+            lines.append(f"estimate: {need}, and there are {_gib(memory)}")
+            continue
+        advice = f"lower {key} to {fits}" if fits else f"{key} = 1 does not fit either"
+        if part == TRAINING:
+            advice += " (train.gradient_checkpointing=true needs less)"
+        there = f"of {_gib(memory)} there are {_gib(memory * (1 - SPARE))} for it"
+        lines.append(f"warning: {need}, and {there}; {advice}")
+    return lines
+
+
+def device_memory(device: torch.device, processes: int) -> float:
+    """Returns the bytes of a GPU, or of a CPU's free memory the share of each of its processes."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return psutil.virtual_memory().available / processes
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.3g}"

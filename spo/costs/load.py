@@ -1,28 +1,50 @@
-"""Loads the models that an iteration runs on: with weights, with random ones, or with shapes only."""
+"""Loads the models that an iteration runs on: with weights, with random ones, or with shapes only.
 
-from __future__ import annotations
+Without weights they are made from their config files: on a real device with random weights, on the meta
+device with shapes only. Training's own code runs on them.
+"""
 
+import contextlib
+import json
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
 
+import diffusers
 import torch
+import torch.nn.functional as F
+import transformers
+from diffusers import DiffusionPipeline
 from ml_collections import ConfigDict
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+from transformers import CLIPModel, CLIPTokenizer
 
-from spo.costs.weightless_models import (
-    META,
-    MetaBackbone,
-    UnloadedBackbone,
-    architecture_of,
-    unloaded_scorer,
-)
+from spo.command_line.config_files import REPO_ROOT
+from spo.errors import LOAD_ERRORS, UserError, first_line
+from spo.hub import is_hub_id
 from spo.launch.batch_plan import BatchPlan, plan_batches
-from spo.method.build import build_learner, read_recipe
-from spo.method.collect import CollectSettings
+from spo.method.build import Recipe, build_learner, read_recipe
 from spo.method.learner import Learner
 from spo.method.losses import SPO, GradSPO
 from spo.models.backbone import Backbone
 from spo.models.device import set_up_device, speed_up
-from spo.models.loading import check_source
-from spo.scorers import Scorer, check_scorer, load_scorer
+from spo.models.loading import ModelSource, check_source, freeze
+from spo.scorers import Scorer, ScorerSource, check_scorer, load_scorer
+from spo.scorers.clip import CLIPInputs, clip_config, weight_dtype
+from spo.scorers.pickscore import PickScore
+from spo.scorers.step_aware_clip import StepAwareCLIP, StepAwareScorer
+
+ARCHITECTURES = REPO_ROOT / "assets" / "architectures"
+# The tokens themselves cost nothing; this tokenizer pads to the length that a model wants.
+_TOKENIZER = str(REPO_ROOT / "assets" / "tiny" / "clip")
+_SCORERS = {
+    "step_aware_clip": (StepAwareCLIP, StepAwareScorer),
+    "pickscore": (CLIPModel, PickScore),
+}
+META = torch.device("meta")
 
 
 @dataclass(frozen=True)
@@ -32,9 +54,8 @@ class Models:
     backbone: Backbone
     scorer: Scorer
     learner: Learner
-    collect: CollectSettings
+    recipe: Recipe
     plan: BatchPlan
-    optimizer: str  # train.optimizer
 
 
 def load_models(config: ConfigDict, device: torch.device, random: bool = False) -> Models:
@@ -50,7 +71,11 @@ def load_models(config: ConfigDict, device: torch.device, random: bool = False) 
     set_up_device(device, run.allow_tf32)
     source, kind, make_scorer = recipe.model, Backbone, load_scorer
     if random or device == META:
-        source = architecture_of(source, run.family)
+        source = ModelSource(
+            _folder(source.model, run.family, "pretrained.model"),
+            vae=source.vae and _folder(source.vae, f"{run.family}/vae", "pretrained.vae"),
+            decoder=source.decoder and _folder(source.decoder, "taesd", "sample.decoder"),
+        )
         kind = MetaBackbone if device == META else UnloadedBackbone
         make_scorer = unloaded_scorer
     else:
@@ -60,23 +85,154 @@ def load_models(config: ConfigDict, device: torch.device, random: bool = False) 
     lora = recipe.lora.add_to(model.unet, seed=0)
     scorer = make_scorer(recipe.scorer, device)
     learner = build_learner(recipe, model, model.unet, lora, plan.accumulation_steps)
-    pairs = replace(recipe.collect.pairs, threshold=-1.0)
-    collect = replace(recipe.collect, pairs=pairs)
+    collect = replace(recipe.collect, pairs=replace(recipe.collect.pairs, threshold=-1.0))
     if run.gradient_checkpointing:
         model.unet.enable_gradient_checkpointing()
-    models = Models(model, scorer, learner, collect, plan, recipe.optimizer.optimizer)
     if device == META:
-        return _countable(models)
-    speed_up(model, scorer, recipe.speed)
-    return models
+        # There are no numbers. GradScaler branches on them; its cost is one pass over the gradients.
+        learner.scaler = torch.amp.GradScaler(enabled=False)
+        if not isinstance(learner.loss, GradSPO | SPO):  # a user's own loss may branch, too
+            learner.loss = GradSPO(10.0, 0.1, 0.5) if learner.loss.uses_ema else SPO(10.0, 0.1)
+        # Images are independent: one by one they cost what they cost together.
+        collect = replace(collect, decode_batch_size=1)
+    else:
+        speed_up(model, scorer, recipe.speed)
+    return Models(model, scorer, learner, replace(recipe, collect=collect), plan)
 
 
-def _countable(models: Models) -> Models:
-    """Returns `models` without the parts that look at numbers, which the meta device lacks."""
-    learner = models.learner
-    # GradScaler branches on values; its cost is one pass over the gradients.
-    learner.scaler = torch.amp.GradScaler(enabled=False)
-    if not isinstance(learner.loss, GradSPO | SPO):  # a user's own loss may branch on values, too
-        learner.loss = GradSPO(10.0, 0.1, 0.5) if learner.loss.uses_ema else SPO(10.0, 0.1)
-    # Images are independent: one by one they cost what they cost together.
-    return replace(models, collect=replace(models.collect, decode_batch_size=1))
+def _folder(name: str, published: str, key: str) -> str:
+    """Returns a local folder, or that of the published architecture in place of a Hub id."""
+    if Path(name).is_dir():
+        return name
+    if not is_hub_id(name):
+        raise UserError(f"{key}: {name!r} is neither a folder nor a Hub id user/name.")
+    return str(ARCHITECTURES / published)
+
+
+def unloaded_scorer(source: ScorerSource, device: torch.device) -> Scorer:
+    """Returns a scorer without its weights; on the meta device a user's own costs nothing."""
+    if source.name not in _SCORERS:
+        return _FreeScorer() if device == META else load_scorer(source, device)
+    network, scorer = _SCORERS[source.name]
+    config = clip_config(_folder(source.options["backbone"], "clip_h", "preference.backbone"))
+    with device:
+        clip = network(config)
+    inputs = CLIPInputs(_TOKENIZER)
+    inputs.tokenizer.model_max_length = config.text_config.max_position_embeddings
+    inputs.prepare = replace(inputs.prepare, size=config.vision_config.image_size)
+    dtype = weight_dtype(source.options["dtype"], "preference")
+    return scorer(clip.to(dtype).requires_grad_(False).eval(), inputs, device)
+
+
+class _FreeScorer(Scorer):
+    """Stands for a user's own scorer, which may not run on shapes only."""
+
+    def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
+        return torch.empty(len(prompts), 1, device=META)
+
+    def score(self, images: Tensor, prompt_features: Tensor, timestep: int) -> Tensor:
+        return torch.empty(len(images), device=META)
+
+
+class UnloadedBackbone(Backbone):
+    """A base model made from the config files of a diffusers folder."""
+
+    def _load(self, source: ModelSource) -> DiffusionPipeline:
+        folder = Path(source.model)
+        index = json.loads((folder / "model_index.json").read_text())
+        options = {k: v for k, v in index.items() if not isinstance(v, list) and k[0] != "_"}
+        try:
+            parts = {k: self._part(folder / k, *v) for k, v in index.items() if isinstance(v, list)}
+            if source.vae is not None:
+                parts["vae"] = self._part(Path(source.vae), "diffusers", "AutoencoderKL")
+        except LOAD_ERRORS as error:
+            raise UserError(
+                f"pretrained: a config file of {source.model!r} (vae {source.vae!r}) cannot be read "
+                f"({first_line(error)})."
+            ) from error
+        for name in [name for name in parts if name.startswith("tokenizer")]:
+            encoder = parts[name.replace("tokenizer", "text_encoder")]
+            parts[name] = CLIPTokenizer.from_pretrained(
+                _TOKENIZER, model_max_length=encoder.config.max_position_embeddings
+            )
+        pipe = getattr(diffusers, index["_class_name"])(**parts, **options)
+        return freeze(pipe, self.family, self.dtype)
+
+    def _load_decoder(self, name: str) -> nn.Module:
+        tiny = self._part(Path(name), "diffusers", "AutoencoderTiny")
+        return tiny.requires_grad_(False).eval()
+
+    def _part(self, folder: Path, library: str | None, name: str | None) -> Any:
+        """Returns the module or scheduler of a config file; None for a part that training lacks."""
+        if library == "diffusers":
+            kind = getattr(diffusers, name)
+            make, arguments = kind.from_config, kind.load_config(folder)
+        elif library == "transformers" and (folder / "config.json").is_file():
+            kind = getattr(transformers, name)
+            make, arguments = kind, kind.config_class.from_pretrained(folder)
+        else:
+            return None
+        if not issubclass(kind, nn.Module):
+            return make(arguments)
+        with self.device:
+            module = make(arguments)
+        # A config file may set a dtype of its own. diffusers' `to` would warn of the change.
+        return nn.Module.to(module, self.dtype)
+
+    def networks(self) -> dict[str, nn.Module]:
+        """Returns the networks by their names in the pipeline, and a `decoder` if there is one."""
+        found = {k: v for k, v in self._pipe.components.items() if isinstance(v, nn.Module)}
+        return found if self.decoder is self.vae else found | {"decoder": self.decoder}
+
+
+class MetaBackbone(UnloadedBackbone):
+    """A base model on the meta device, which torch.autocast does not know."""
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        """Casts as torch.autocast does on CUDA, for the functions that a UNet calls."""
+        if self.dtype == torch.float32:
+            return contextlib.nullcontext()
+        low = dict.fromkeys(("linear", "conv2d", "scaled_dot_product_attention"), self.dtype)
+        full = dict.fromkeys(("group_norm", "layer_norm"), torch.float32)
+        casting = {name: _casting(getattr(F, name), dtype) for name, dtype in (low | full).items()}
+        return mock.patch.multiple(F, **casting)
+
+
+def _casting(function: Callable, dtype: torch.dtype) -> Callable:
+    """Returns `function` on inputs cast to `dtype`."""
+
+    def cast(value: Tensor) -> Tensor:
+        return value.to(dtype) if value.is_floating_point() else value
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        args, kwargs = tree_map_only(Tensor, cast, (args, kwargs))
+        return function(*args, **kwargs)
+
+    return call
+
+
+@contextlib.contextmanager
+def meta_kernels() -> Iterator[None]:
+    """Gives the meta device, within the context, two functions that real devices have.
+
+    Fused attention, which keeps no matrix of all tokens by all tokens; and a `nonzero` that finds no
+    zero, so that every comparison of a prompt makes a pair.
+    """
+    nonzero = Tensor.nonzero
+
+    def every_index(tensor: Tensor) -> Tensor:
+        return torch.ones(tensor.shape).nonzero().to(META) if tensor.is_meta else nonzero(tensor)
+
+    with (
+        mock.patch.object(F, "scaled_dot_product_attention", _fused_attention),
+        mock.patch.object(Tensor, "nonzero", every_index),
+    ):
+        yield
+
+
+def _fused_attention(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **options: Any
+) -> Tensor:
+    options.pop("enable_gqa", None)
+    attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    return attention(query, key, value, attn_mask=attn_mask, **options)[0]

@@ -1,7 +1,5 @@
 """Measures the parts of an iteration, in seconds and FLOPs, on the calls that training makes."""
 
-from __future__ import annotations
-
 import contextlib
 import time
 from collections import defaultdict
@@ -13,35 +11,26 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from spo.costs.load import Models
 from spo.method.collect import Collected, collect_rollout
-from spo.method.learner import update_ema
 from spo.types import PreferencePairs
 
-ROLLOUT, TRAINING, EMA = "rollout", "training", "EMA update"
+ROLLOUT, TRAINING = "rollout", "training"
 DENOISING, DECODING, SCORING = "denoising", "decoding", "scoring"
 
 
 def flop_counter() -> FlopCounterMode:
     """Returns torch's counter (a multiply-add is 2 FLOPs), taught the CPU's fused attention."""
     aten = torch.ops.aten
+    attention = aten._scaled_dot_product_flash_attention_for_cpu
+    backward = aten._scaled_dot_product_flash_attention_for_cpu_backward
     formulas = {
-        aten._scaled_dot_product_flash_attention_for_cpu: (
-            lambda query, key, value, *_, **__: sdpa_flop_count(query, key, value)
-        ),
-        aten._scaled_dot_product_flash_attention_for_cpu_backward: (
-            lambda grad, query, key, value, *_, **__: sdpa_backward_flop_count(
-                grad, query, key, value
-            )
-        ),
+        attention: lambda *shapes, **_: sdpa_flop_count(*shapes[:3]),
+        backward: lambda *shapes, **_: sdpa_backward_flop_count(*shapes[:4]),
     }
     counter = FlopCounterMode(display=False, custom_mapping=formulas)
-    counter.mod_tracker = _NoModules()
+    # The counter's own module tracker has hooks that keep activations alive.
+    counter.mod_tracker = contextlib.nullcontext()
+    counter.mod_tracker.parents = ("Global",)
     return counter
-
-
-class _NoModules(contextlib.nullcontext):
-    """Stub for the counter's module tracker, whose hooks keep activations alive."""
-
-    parents = ("Global",)
 
 
 class Meter:
@@ -98,7 +87,7 @@ def draw_pairs(models: Models, prompts: Sequence[str], meter: Meter, apart: bool
             backbone,
             scorer,
             models.learner.sampler,
-            models.collect,
+            models.recipe.collect,
             prompts,
             torch.arange(len(prompts), device=backbone.device),
             torch.Generator().manual_seed(0),
@@ -106,11 +95,7 @@ def draw_pairs(models: Models, prompts: Sequence[str], meter: Meter, apart: bool
 
 
 def train_on_pairs(models: Models, pairs: PreferencePairs, size: int, meter: Meter) -> None:
-    """Trains on minibatches of `size` pairs, then measures one more EMA update by itself."""
-    learner = models.learner
+    """Trains on minibatches of `size` pairs."""
     with meter.part(TRAINING):
         for index, start in enumerate(range(0, len(pairs), size)):
-            learner.train_minibatch(pairs.select(slice(start, start + size)), index)
-    if learner.ema is not None:
-        with meter.part(EMA):
-            update_ema(learner.ema, learner.lora.parameters, learner.settings.ema_decay)
+            models.learner.train_minibatch(pairs.select(slice(start, start + size)), index)

@@ -64,7 +64,7 @@ def main() -> None:
         if script.plan is plan_batches and config.estimate_costs:
             import torch  # slow
 
-            from spo.costs.startup import print_estimate
+            from spo.costs.count import print_estimate
 
             device = torch.device("cpu" if options.cpu else "cuda")
             print_estimate(config, plan, device, world.here)

@@ -1,10 +1,7 @@
 """A small CLIP that knows the world's captions, and a small PickScore that starts from it."""
 
-from __future__ import annotations
-
 import json
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -13,7 +10,7 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenize
 
 from spo.preference.spm_learner import pair_losses
 from spo.scorers.clip import CLIPInputs, text_features
-from spo.tiny_world.fitting import Fit, fit
+from spo.tiny_world.fitting import Rounds, fit
 from spo.tiny_world.preferences import draw_labelled_pairs, split_captions
 from spo.tiny_world.scenes import SIDE, all_captions, draw_scenes
 
@@ -24,7 +21,7 @@ _LOGIT_SCALE = 3.4  # e^3.4 = 30 at the start of training; OpenAI's CLIP starts 
 _BOS, _EOS = "<|startoftext|>", "<|endoftext|>"
 
 
-def make_tokenizer(folder: Path) -> CLIPTokenizer:
+def make_tokenizer(folder: Path) -> None:
     """Saves CLIP's byte-pair tokenizer, its vocabulary being letters and the world's words."""
     folder.mkdir(parents=True, exist_ok=True)
     letters = [chr(code) for code in range(ord("!"), ord("~") + 1)]
@@ -46,33 +43,24 @@ def make_tokenizer(folder: Path) -> CLIPTokenizer:
         vocab=str(vocab_file), merges=str(merges_file), model_max_length=TOKENS
     )
     tokenizer.save_pretrained(folder)
-    return CLIPTokenizer.from_pretrained(folder)
 
 
-def token_ids(tokenizer: CLIPTokenizer, prompts: Sequence[str]) -> Tensor:
-    """Returns token ids (n, TOKENS)."""
-    tokens = tokenizer(list(prompts), padding="max_length", truncation=True, return_tensors="pt")
-    return tokens.input_ids
-
-
-def train_clip(folder: Path, rounds: Sequence[Fit], state_file: Path) -> None:
+def train_clip(folder: Path, rounds: Rounds) -> None:
     """Trains images against texts, contrastively; saves model, tokenizer and image processor.
 
     The loss is CLIP's (Radford et al., arXiv 2103.00020), except that images with the same caption
     count as equally right.
     """
-    tokenizer = make_tokenizer(folder)
-    CLIPImageProcessor(
-        size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE}
-    ).save_pretrained(folder)
+    make_tokenizer(folder)
+    CLIPImageProcessor(size={"shortest_edge": SIDE}, crop_size=SIDE).save_pretrained(folder)
     torch.manual_seed(0)
-    clip = CLIPModel(_clip_config(tokenizer))
-    prepare = CLIPInputs(str(folder)).prepare
+    inputs = CLIPInputs(str(folder))
+    clip = CLIPModel(_clip_config(inputs.tokenizer))
 
     def loss(generator: torch.Generator) -> Tensor:
         prompts, images = draw_scenes(256, generator)
-        ids = token_ids(tokenizer, prompts)
-        image = _image_features(clip, prepare(images))
+        ids = inputs.tokenize(prompts)
+        image = _image_features(clip, inputs.prepare(images))
         logits = clip.logit_scale.exp() * image @ text_features(clip, ids).T
         same = (ids[:, None] == ids[None]).all(-1).float()
         target = same / same.sum(1, keepdim=True)
@@ -80,22 +68,16 @@ def train_clip(folder: Path, rounds: Sequence[Fit], state_file: Path) -> None:
         by_text = -(target * logits.log_softmax(0)).sum(0).mean()
         return (by_image + by_text) / 2
 
-    fit("CLIP", clip, loss, rounds, state_file)
+    fit("CLIP", clip, loss, rounds)
     clip.save_pretrained(folder)
 
 
 def _clip_config(tokenizer: CLIPTokenizer) -> CLIPConfig:
     both = {"num_attention_heads": 4, "hidden_act": "gelu", "projection_dim": _FEATURES}
-    text = {
-        "vocab_size": len(tokenizer),
-        "hidden_size": TEXT_WIDTH,
-        "intermediate_size": 2 * TEXT_WIDTH,
-        "num_hidden_layers": 2,
-        "max_position_embeddings": TOKENS,
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
+    text = {"hidden_size": TEXT_WIDTH, "intermediate_size": 2 * TEXT_WIDTH, "num_hidden_layers": 2}
+    text |= {"vocab_size": len(tokenizer), "max_position_embeddings": TOKENS}
+    special = ("bos_token_id", "eos_token_id", "pad_token_id")
+    text |= {name: getattr(tokenizer, name) for name in special}
     vision = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 3}
     vision |= {"image_size": SIDE, "patch_size": 8}
     return CLIPConfig(
@@ -106,9 +88,7 @@ def _clip_config(tokenizer: CLIPTokenizer) -> CLIPConfig:
     )
 
 
-def train_pickscore(
-    folder: Path, clip_folder: Path, rounds: Sequence[Fit], state_file: Path
-) -> None:
+def train_pickscore(folder: Path, clip_folder: Path, rounds: Rounds) -> None:
     """Trains the CLIP of `clip_folder` on labelled pairs of clean images, and saves it.
 
     The result is to CLIP what PickScore is (Kirstain et al., arXiv 2305.01569).
@@ -126,7 +106,7 @@ def train_pickscore(
         scores = clip.logit_scale.exp() * (image.unflatten(0, (2, -1)) * text).sum(-1).T
         return pair_losses(scores, pairs.labels).mean()
 
-    fit("PickScore", clip, loss, rounds, state_file)
+    fit("PickScore", clip, loss, rounds)
     shutil.copytree(clip_folder, folder)  # tokenizer and image processor
     clip.save_pretrained(folder)
 

@@ -1,7 +1,5 @@
 """Labelled image pairs of the tiny world, in Pick-a-Pic's columns, and a control without labels."""
 
-from __future__ import annotations
-
 import hashlib
 import io
 import random
@@ -15,10 +13,11 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from spo.scorers import Scorer, candidate_scorer, load_scorer
+from spo.scorers import Scorer
 from spo.scorers.pixels import to_pil
+from spo.scorers.step_aware_clip import load_step_aware_scorer
 from spo.tiny_world.quality import hidden_quality
-from spo.tiny_world.scenes import COLOURS, SHAPES, SIZES, Caption, Making, all_captions, render
+from spo.tiny_world.scenes import COLOURS, SHAPES, SIZES, Caption, all_captions, draw_flaws, render
 
 HELD_OUT = 200  # captions that appear in no preference pair and in no training prompt
 WRONG_CAPTION = 0.3  # share of pairs in which one image does not show the caption
@@ -56,7 +55,7 @@ def draw_labelled_pairs(captions: Sequence[Caption], n: int, seed: int) -> Label
         if picker.random() < WRONG_CAPTION:
             wrong[i] = picker.randrange(2)
             shown[wrong[i]][i] = _other(caption, picker)
-    images = torch.stack([render(side, Making.draw(n, generator), generator) for side in shown])
+    images = torch.stack([render(side, draw_flaws(n, generator), generator) for side in shown])
     gap = hidden_quality(images[0]) - hidden_quality(images[1])
     labels = torch.where(gap.abs() < _TIE, 0.5, (gap > 0).float())
     labels = torch.where(wrong >= 0, (wrong == 1).float(), labels)
@@ -97,28 +96,19 @@ def _jpeg(image) -> bytes:
     return buffer.getvalue()
 
 
-def flipped_preferences(
-    device: torch.device, checkpoint: str, backbone: str, seed: int = 0
-) -> Scorer:
-    """Returns a preference model that teaches nothing: half of its comparisons are reversed."""
-    options = {"checkpoint": checkpoint, "backbone": backbone, "processor": backbone}
-    source = candidate_scorer("step_aware_clip", {}, dtype="float32", **options)
-    return _Flipped(load_scorer(source, device), seed)
+class FlippedPreferences(Scorer):
+    """A preference model that teaches nothing: half of its comparisons are reversed."""
 
-
-class _Flipped:
-    def __init__(self, scorer: Scorer, seed: int) -> None:
-        self._scorer, self._seed = scorer, seed
-
-    def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
-        return self._scorer.encode_prompts(prompts)
+    def __init__(self, device: torch.device, checkpoint: str, backbone: str, seed: int) -> None:
+        paths = {"checkpoint": checkpoint, "backbone": backbone, "processor": backbone}
+        self._scorer = load_step_aware_scorer(device, "preference.kwargs", **paths)
+        self._seed = seed
+        self.encode_prompts = self._scorer.encode_prompts
 
     def score(self, images: Tensor, prompt_features: Tensor, timestep: int) -> Tensor:
         scores = self._scorer.score(images, prompt_features, timestep)
         # One sign for all candidates of a prompt at a timestep, however they are sliced.
-        signs = [self._sign(row, timestep) for row in prompt_features.expand(len(images), -1).cpu()]
+        key = f"{self._seed} {timestep} ".encode()
+        rows = prompt_features.expand(len(images), -1).cpu().numpy()
+        signs = [hashlib.sha256(key + row.tobytes()).digest()[0] % 2 * 2 - 1 for row in rows]
         return scores * torch.tensor(signs, device=scores.device)
-
-    def _sign(self, features: Tensor, timestep: int) -> float:
-        key = f"{self._seed} {timestep} ".encode() + features.numpy().tobytes()
-        return 1.0 if hashlib.sha256(key).digest()[0] % 2 else -1.0

@@ -4,11 +4,9 @@ A caption such as "a small red circle on a blue background" names size, colour, 
 background. An image adds a position, and flaws in brightness, saturation, contrast, blur and blotches.
 """
 
-from __future__ import annotations
-
 import colorsys
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -38,41 +36,37 @@ class Caption:
 
 def all_captions() -> list[Caption]:
     """Returns every caption of the world; shape and background differ in colour."""
-    return [
-        Caption(size, colour, shape, background)
-        for size, colour, shape, background in itertools.product(SIZES, COLOURS, SHAPES, COLOURS)
-        if colour != background
-    ]
+    captions = itertools.starmap(Caption, itertools.product(SIZES, COLOURS, SHAPES, COLOURS))
+    return [caption for caption in captions if caption.colour != caption.background]
 
 
-@dataclass(frozen=True)
-class Making:
-    """The flaws of n images; each field is (n,)."""
+# The flaws of an image are drawn independently and uniformly from these ranges.
+FLAWS = {
+    "saturation": (0.4, 1.0),
+    "brightness": (0.6, 1.0),
+    "contrast": (0.75, 1.0),  # the rest is mid-grey
+    "blur": (0.0, 1.3),  # standard deviation, pixels
+    "blotches": (0.0, 0.06),  # standard deviation, of the pixel range
+}
 
-    saturation: Tensor  # 0.4 to 1
-    brightness: Tensor  # 0.6 to 1
-    contrast: Tensor  # 0.75 to 1: the rest is mid-grey
-    blur: Tensor  # standard deviation, 0 to 1.3 pixels
-    blotches: Tensor  # standard deviation, 0 to 0.06 of the pixel range
 
-    @classmethod
-    def draw(cls, n: int, generator: torch.Generator) -> Making:
-        """Returns n independent uniform draws."""
-        ranges = ((0.4, 1.0), (0.6, 1.0), (0.75, 1.0), (0.0, 1.3), (0.0, 0.06))
-        uniform = torch.rand(len(ranges), n, generator=generator)
-        drawn = zip(ranges, uniform, strict=True)
-        return cls(*(low + (high - low) * u for (low, high), u in drawn))
+def draw_flaws(n: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """Returns the flaws of n images, (n,) each."""
+    drawn = zip(FLAWS.items(), torch.rand(len(FLAWS), n, generator=generator), strict=True)
+    return {name: low + (high - low) * uniform for (name, (low, high)), uniform in drawn}
 
 
 def draw_scenes(n: int, generator: torch.Generator) -> tuple[list[str], Tensor]:
     """Returns n captions drawn uniformly, and an image (n, 3, SIDE, SIDE) of each."""
     captions = all_captions()
     drawn = [captions[i] for i in torch.randint(len(captions), (n,), generator=generator)]
-    images = render(drawn, Making.draw(n, generator), generator)
+    images = render(drawn, draw_flaws(n, generator), generator)
     return [str(caption) for caption in drawn], images
 
 
-def render(captions: Sequence[Caption], making: Making, generator: torch.Generator) -> Tensor:
+def render(
+    captions: Sequence[Caption], flaws: Mapping[str, Tensor], generator: torch.Generator
+) -> Tensor:
     """Returns images (n, 3, SIDE, SIDE) in [-1, 1] of n captions, at random positions and sizes."""
     n = len(captions)
     low, high = torch.tensor([SIZES[c.size] for c in captions]).unbind(1)
@@ -80,12 +74,16 @@ def render(captions: Sequence[Caption], making: Making, generator: torch.Generat
     room = (SIDE / 2 - 1.3 * radius - 1).clamp(min=0)
     centre = SIDE / 2 + room * (2 * torch.rand(2, n, generator=generator) - 1)
     inside = coverage([c.shape for c in captions], radius, centre)
-    figure = _colours([c.colour for c in captions], making)
-    ground = _colours([c.background for c in captions], making)
+    figure = _colours([c.colour for c in captions], flaws)
+    ground = _colours([c.background for c in captions], flaws)
     images = torch.lerp(ground[..., None, None], figure[..., None, None], inside[:, None])
-    images = _blur(images, making.blur)
-    images = 0.5 + making.contrast.view(n, 1, 1, 1) * (images - 0.5)
-    images = images + making.blotches.view(n, 1, 1, 1) * _blotches(n, generator)
+    images = _blur(images, flaws["blur"])
+    images = 0.5 + flaws["contrast"].view(n, 1, 1, 1) * (images - 0.5)
+    # Smooth noise of unit variance, blotches about eight pixels wide.
+    coarse = torch.randn(n, 1, SIDE // 8 + 1, SIDE // 8 + 1, generator=generator)
+    smooth = F.interpolate(coarse, (SIDE, SIDE), mode="bicubic", align_corners=True)
+    blotches = smooth / smooth.std(dim=(1, 2, 3), keepdim=True)
+    images = images + flaws["blotches"].view(n, 1, 1, 1) * blotches
     return images.clamp(0, 1) * 2 - 1
 
 
@@ -113,11 +111,11 @@ def coverage(shapes: Sequence[str], radius: Tensor, centre: Tensor) -> Tensor:
     return (0.5 - distance[which, torch.arange(len(which))]).clamp(0, 1)
 
 
-def _colours(names: Sequence[str], making: Making) -> Tensor:
-    """Returns RGB (n, 3) in [0, 1] of named colours, with the saturation and brightness of `making`."""
+def _colours(names: Sequence[str], flaws: Mapping[str, Tensor]) -> Tensor:
+    """Returns RGB (n, 3) in [0, 1] of named colours, with the saturation and brightness of `flaws`."""
     pure = torch.tensor([colorsys.hsv_to_rgb(HUES[name] / 360, 1, 1) for name in names])
-    pale = 1 - making.saturation[:, None] * (1 - pure)
-    return making.brightness[:, None] * pale
+    pale = 1 - flaws["saturation"][:, None] * (1 - pure)
+    return flaws["brightness"][:, None] * pale
 
 
 def _blur(images: Tensor, sigma: Tensor) -> Tensor:
@@ -129,10 +127,3 @@ def _blur(images: Tensor, sigma: Tensor) -> Tensor:
     rows = F.pad(images, (4, 4, 4, 4), mode="replicate").reshape(1, 3 * n, SIDE + 8, SIDE + 8)
     rows = F.conv2d(rows, kernel[:, None, :, None], groups=3 * n)
     return F.conv2d(rows, kernel[:, None, None, :], groups=3 * n).view_as(images)
-
-
-def _blotches(n: int, generator: torch.Generator) -> Tensor:
-    """Returns smooth noise of unit variance (n, 1, SIDE, SIDE), blotches about eight pixels wide."""
-    coarse = torch.randn(n, 1, SIDE // 8 + 1, SIDE // 8 + 1, generator=generator)
-    smooth = F.interpolate(coarse, (SIDE, SIDE), mode="bicubic", align_corners=True)
-    return smooth / smooth.std(dim=(1, 2, 3), keepdim=True)
