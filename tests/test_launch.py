@@ -10,7 +10,7 @@ import torch
 from accelerate.commands.config import load_config_from_file
 
 from spo.errors import RunError, UserError
-from spo.launch.__main__ import SCRIPTS, make_world, parse_options
+from spo.launch.__main__ import SCRIPTS, parse_options, plan_world
 from spo.launch.processes import World
 from spo.launch.workers import Workers
 from spo.plugins import find
@@ -60,7 +60,7 @@ def start(*arguments, cwd=ROOT):
 def world_of(**options):
     given = [f"--{name}={value}" for name, value in options.items() if name != "cpu"]
     given += ["--cpu"] if options.get("cpu") else []
-    return make_world(parse_options(["train_sd15.py", *given])[0])
+    return plan_world(parse_options(["train_sd15.py", *given])[0])
 
 
 @pytest.fixture

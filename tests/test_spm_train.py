@@ -21,7 +21,7 @@ from config import spm_tiny
 from scripts.prefetch import prefetch
 from spo.command_line.config_files import leaves
 from spo.errors import RunError, Stopped, UserError
-from spo.launch.__main__ import SCRIPTS, read_config
+from spo.launch.__main__ import SCRIPTS, load_script_config
 from spo.plugins import find
 from spo.preference import spm_learner
 from spo.preference.preparation import Preparation
@@ -464,7 +464,7 @@ def test_the_launcher_checks_by_the_scripts_own_config(own_flags):
     arguments = ["--config=config/spm_tiny.py", "--config.labels.margin=2"]
     path = "scripts/train_preference_model.py"
     script = SCRIPTS[Path(path).name]
-    config = read_config(path, script, arguments)
+    config = load_script_config(path, script, arguments)
     plan = "minibatch 16 x 2 processes x 1 accumulation step = 32 pairs per update"
     assert script.plan(config, 2).describe() == plan
     with pytest.raises(UserError, match="^labels.margin: 2.0 must be from 0 to below 1.$"):

@@ -21,7 +21,7 @@ from spo.command_line.config_files import BASE, EVAL_BASE, SPM_BASE
 from spo.command_line.flags import define_config, exit_on_user_error, parse_flags
 from spo.errors import UserError
 from spo.launch.batch_plan import UpdatePlan, plan_batches, plan_updates
-from spo.launch.processes import World, run
+from spo.launch.processes import World, run_processes
 from spo.plugins import find
 
 PORT = 29500  # of the first machine, as everywhere in torch
@@ -53,28 +53,26 @@ def main() -> None:
     with exit_on_user_error():
         options, script_args = parse_options(sys.argv[1:])
         script = SCRIPTS.get(Path(options.script).name, Script())
-        config = read_config(options.script, script, script_args)
-        world = make_world(options)
+        config = load_script_config(options.script, script, script_args)
+        world = plan_world(options)
         if script.plan is not None:
             plan = script.plan(config, world.processes)
             print(plan.describe())
         if world.processes > 1:
             # Sooner than in the processes, which find in the cache what is downloaded here.
             find(script.preflight, {}, "preflight")(config, world.processes)
-        if script.plan is plan_batches and config.estimate_costs:
-            import torch  # slow
+        import torch  # slow, and not needed to find a mistake on the command line
 
+        if script.plan is plan_batches and config.estimate_costs:
             from spo.costs.count import print_estimate
 
             device = torch.device("cpu" if options.cpu else "cuda")
             print_estimate(config, plan, device, world.here)
         command = [sys.executable, options.script, *script_args]
         print("$", shlex.join(command), flush=True)
-        has_affinity = hasattr(os, "sched_getaffinity")  # not on macOS
-        cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count()
-        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // world.here)))
-        status = run(command, world)
-    sys.exit(status)
+        threads = torch.get_num_threads() // world.here
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, threads)))
+        sys.exit(run_processes(command, world))
 
 
 def parse_options(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -116,7 +114,7 @@ def read_accelerate_file(file: str) -> dict[str, Any]:
     return settings
 
 
-def read_config(path: str, script: Script, script_args: list[str]) -> ConfigDict:
+def load_script_config(path: str, script: Script, script_args: list[str]) -> ConfigDict:
     """Returns the config that `script_args` make of the script's default."""
     if not Path(path).is_file():
         raise UserError(f"no such script: {path}")
@@ -127,7 +125,7 @@ def read_config(path: str, script: Script, script_args: list[str]) -> ConfigDict
     return holder.value
 
 
-def make_world(options: argparse.Namespace) -> World:
+def plan_world(options: argparse.Namespace) -> World:
     """Returns the processes that `options` ask for, by default one for each GPU or one on the CPU.
 
     Raises UserError if GPUs are missing, if machines lack an address and if they cannot share the

@@ -13,7 +13,7 @@ MAX_PROCESSES = 64  # how far an error looks for process counts that work
 
 @dataclass(frozen=True)
 class UpdatePlan:
-    """What every process does for one optimizer step."""
+    """The sizes of one optimizer step."""
 
     num_processes: int
     minibatch_size: int  # pairs of one minibatch on one process
@@ -39,7 +39,7 @@ class UpdatePlan:
 
 @dataclass(frozen=True)
 class BatchPlan(UpdatePlan):
-    """What every process does between two updates, and the totals over all processes."""
+    """The sizes of one rollout and of the optimizer steps that follow."""
 
     prompts_per_rollout: int  # over all processes
     slices: int  # rollouts that each process makes before it trains

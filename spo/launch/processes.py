@@ -25,8 +25,6 @@ if TYPE_CHECKING:  # torch takes seconds to load, and one process does not need 
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 _KILLED = 128 + signal.SIGINT  # exit status after a second Ctrl-C, as in a shell
-_TICK = 0.1  # seconds between two looks at signals
-_NOT_STARTED = 20  # ticks without a child after which a signal ends the launcher
 _STOPPED_OUTSIDE = "stopped outside of training; nothing is lost"
 _KINDS = {kind.__name__: kind for kind in (UserError, RunError, Stopped)}
 
@@ -43,7 +41,7 @@ class World:
     port: int = 0  # of the first machine; 0: any free one
 
 
-def run(command: list[str], world: World) -> int:
+def run_processes(command: list[str], world: World) -> int:
     """Runs `command` in the processes of `world` and returns the exit status of the run.
 
     SIGTERM and SIGINT reach every process as SIGTERM; a second SIGINT kills all of them.
@@ -66,17 +64,14 @@ class _Relay:
 
         In the main thread torch would install handlers that kill the children after 30 seconds.
         """
-        told, childless = set(), 0
+        told = set()
         with ThreadPoolExecutor(1) as pool:
             future = pool.submit(work)
             while not future.done():
-                wait([future], timeout=_TICK)
+                wait([future], timeout=0.1)
                 children = set(psutil.Process().children()) if self.received else set()
-                childless = childless + 1 if self.received and not children else 0
                 if self.received.count(signal.SIGINT) > 1:
-                    _end("error: killed by the second interrupt; nothing was saved", _KILLED)
-                if childless > _NOT_STARTED:
-                    _end(_STOPPED_OUTSIDE, STOPPED)
+                    _kill_all()
                 for child in children - told:
                     with contextlib.suppress(psutil.Error):
                         child.terminate()
@@ -84,13 +79,12 @@ class _Relay:
             return future.result()
 
 
-def _end(line: str, status: int) -> None:
-    """Kills all children and ends this process."""
+def _kill_all() -> None:
     for child in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.Error):
             child.kill()
-    print(line, file=sys.stderr, flush=True)
-    os._exit(status)
+    print("error: killed by the second interrupt; nothing was saved", file=sys.stderr, flush=True)
+    os._exit(_KILLED)
 
 
 def _run_one(command: list[str], relay: _Relay) -> int:

@@ -1,16 +1,10 @@
 """SIGTERM and SIGINT stop a run at a point at which it can save all that it computed."""
 
-import ctypes
-import os
 import signal
-import sys
 import threading
 from collections.abc import Iterable, Iterator
 
-from spo.command_line.flags import LAUNCHER_VARIABLE
 from spo.errors import Stopped
-
-_PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
 class StopSignals:
@@ -27,7 +21,6 @@ class StopSignals:
         if threading.current_thread() is threading.main_thread():  # Python refuses it elsewhere
             for number in (signal.SIGTERM, signal.SIGINT):
                 self._before[number] = signal.signal(number, self._note)
-            _end_with_launcher()
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -49,9 +42,3 @@ class StopSignals:
         for item in items:
             self.check()
             yield item
-
-
-def _end_with_launcher() -> None:
-    """Lets Linux send this process SIGTERM if spo.launch, which started it, is killed."""
-    if os.environ.get(LAUNCHER_VARIABLE) == str(os.getppid()) and sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
