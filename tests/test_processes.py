@@ -21,7 +21,7 @@ SCRIPT = """
 import os, signal, sys, time
 from spo.command_line.flags import exit_on_user_error
 from spo.errors import Stopped, UserError
-from spo.launch.signals import StopSignals
+from spo.launch.processes import StopSignals
 
 event, rank = sys.argv[1], os.environ.get("RANK", "0")
 
@@ -159,10 +159,7 @@ def test_a_process_that_is_killed_is_told(launch, processes):
     process.training[-1].kill()
     _, err = process.communicate(timeout=20)
     assert process.returncode == 1 and err.strip().count("\n") == 0
-    if processes == 1:
-        assert err == "error: the training process was killed by SIGKILL\n"
-    else:
-        assert f"({os.uname().nodename}, pid {pid}) was killed by SIGKILL; this run stops" in err
+    assert f"({os.uname().nodename}, pid {pid}) was killed by SIGKILL; this run stops" in err
     assert gone(process.training, timeout=5)
 
 
