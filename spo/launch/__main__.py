@@ -55,12 +55,9 @@ def main() -> None:
             plan = script.plan(config, world.processes)
             print(plan.describe())
         if script.plan is plan_batches and config.estimate_costs:
-            import torch
-
             from spo.costs.count import print_estimate  # slow
 
-            device = torch.device("cpu" if options.cpu else "cuda")
-            print_estimate(config, plan, device, world.here)
+            print_estimate(config, plan, "cpu" if options.cpu else "cuda", world.here)
         command = [sys.executable, options.script, *script_args]
         print("$", shlex.join(command), flush=True)
         sys.exit(run_processes(command, world))

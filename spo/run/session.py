@@ -12,7 +12,6 @@ from spo.errors import Stopped, UserError
 from spo.hub import Destination
 from spo.launch.processes import StopSignals
 from spo.launch.workers import Workers
-from spo.run.checkpoint_folder import DAMAGED
 from spo.run.folder import CHECKPOINTS, CONFIG, drop_metrics_after, record_start
 from spo.run.tracking import TrackerSettings, Tracking
 
@@ -26,7 +25,7 @@ def open_run_dir(run_dir: Path, config: Mapping[str, Any], damaged: Iterable[Pat
         run_dir.mkdir(parents=True, exist_ok=True)
         save_config(config, run_dir / CONFIG)
         for folder in damaged:  # the run can save another in its place
-            aside = folder.with_name(folder.name + DAMAGED)
+            aside = folder.with_suffix(".damaged")
             shutil.rmtree(aside, ignore_errors=True)
             folder.rename(aside)
     except OSError as error:
