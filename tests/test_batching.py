@@ -91,8 +91,8 @@ def test_sizes_below_one_are_named(key):
 
 def test_describe():
     assert plan_of(4, SDXL).describe() == (
-        "4 processes: 2 prompts x 1 slice each per rollout (8 in all); "
-        "minibatch 1 x 4 processes x 4 accumulation steps = 16 pairs per update"
+        "8 prompts per rollout = slice 2 x processes 4 x slices 1; "
+        "16 pairs per update = minibatch 1 x processes 4 x accumulation 4"
     )
 
 

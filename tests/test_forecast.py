@@ -25,7 +25,6 @@ COSTS = Costs(
     resident_bytes={"unet": 4 * GIB},
     peak_bytes={DENOISING: GIB, DECODING: GIB // 2, TRAINING: 10 * GIB, CHECKPOINTED: 2 * GIB},
 )
-CPU = torch.device("cpu")
 LESS = "(train.gradient_checkpointing=true needs less)"
 
 
@@ -74,7 +73,7 @@ def said(monkeypatch, capsys):
 
     def lines(config, memory):
         monkeypatch.setattr(count, "device_memory", lambda device, processes: memory)
-        print_estimate(config, plan_batches(config, 1), CPU, processes=1)
+        print_estimate(config, plan_batches(config, 1), "cpu", processes=1)
         return capsys.readouterr().out.splitlines()
 
     return lines
@@ -133,7 +132,7 @@ def test_counting_leaves_dtypes_alone():
 
 def test_a_cpu_shares_what_is_free():
     free = psutil.virtual_memory().available
-    assert 0 < count.device_memory(CPU, processes=4) <= free / 3
+    assert 0 < count.device_memory("cpu", processes=4) <= free / 3
 
 
 def test_the_launcher_says_the_estimate_and_the_run_its_rate_once(tmp_path, capsys, monkeypatch):
@@ -141,7 +140,7 @@ def test_the_launcher_says_the_estimate_and_the_run_its_rate_once(tmp_path, caps
     arguments = [f"--config.{key}={value}" for key, value in (SIZES | changes).items()]
     command = ["launch", "--cpu", "train_sd15.py", "--config=tests/data/random_models.py"]
     monkeypatch.setattr(sys, "argv", [*command, *arguments])
-    monkeypatch.setattr(launch, "run_to_end", lambda command, script: print("starts") or 0)
+    monkeypatch.setattr(launch, "run_processes", lambda command, world: print("starts") or 0)
     with pytest.raises(SystemExit):
         launch.main()
     before, _, _ = capsys.readouterr().out.partition("starts")

@@ -4,19 +4,18 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
 import pytest
 
 from spo.errors import Stopped
-from spo.launch.signals import StopSignals
+from spo.launch.processes import StopSignals
 
 ROOT = Path(__file__).resolve().parent.parent
 WAITS = """
 import time
-from spo.launch.signals import StopSignals
+from spo.launch.processes import StopSignals
 
 with StopSignals() as signals:
     print("ready", flush=True)
@@ -39,20 +38,6 @@ def test_a_signal_asks_and_the_handlers_come_back():
         assert seen == [0] and signals.requested
         os.kill(os.getpid(), signal.SIGTERM)  # launchers send it more than once
     assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] == before
-
-
-def test_outside_the_main_thread_nothing_is_installed():
-    before = signal.getsignal(signal.SIGTERM)
-    inside = []
-
-    def work():
-        with StopSignals():
-            inside.append(signal.getsignal(signal.SIGTERM))
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    thread.join()
-    assert inside == [before]
 
 
 @pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])

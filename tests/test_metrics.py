@@ -1,7 +1,5 @@
 """Named numbers: means and totals over minibatches, rollouts and processes."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
@@ -63,12 +61,9 @@ def test_numbers_of_two_processes(monkeypatch):
     for own in (first, second):
         other = others[id(own)]
         workers = object.__new__(Workers)
-        workers.device = CPU
-        monkeypatch.setattr(workers, "gather", lambda names, o=other: [*names, *o.sums], False)
+        numbers = {name: float(value) for name, value in other.sums.items()}
+        monkeypatch.setattr(workers, "gather", lambda part, n=numbers: [*part, n], False)
         names = list(dict.fromkeys([*own.sums, *other.sums]))
-        rest = torch.stack([other.sums.get(name, torch.zeros(())).double() for name in names])
-        accelerator = SimpleNamespace(reduce=lambda stacked, reduction, rest=rest: stacked + rest)
-        monkeypatch.setattr(workers, "accelerator", accelerator, False)
         sums = workers.sum(own.sums)
         assert list(sums) == names
         assert summary(sums) == {"loss": 5.0, "pairs": 4, "grad_norm": 0.5}

@@ -360,9 +360,9 @@ def test_the_report_of_a_preference_model(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, r"metrics\.jsonl: No such file.* name the directory of a training run"),
-        ("", r"metrics\.jsonl is empty"),
-        ('{"step"', r"metrics\.jsonl is empty"),
+        (None, r"metrics\.jsonl is missing or empty; name the directory of a training run"),
+        ("", r"metrics\.jsonl is missing or empty"),
+        ('{"step"', r"metrics\.jsonl is missing or empty"),
         ('{"step": 1}\nrubbish\n{"step": 2}\n', r"metrics\.jsonl, line 2: not JSON"),
     ],
 )

@@ -21,8 +21,7 @@ from config import spm_tiny
 from scripts.prefetch import prefetch
 from spo.command_line.config_files import leaves
 from spo.errors import RunError, Stopped, UserError
-from spo.launch.__main__ import SCRIPTS, read_config
-from spo.plugins import find
+from spo.launch.__main__ import SCRIPTS, load_script_config
 from spo.preference import spm_learner
 from spo.preference.preparation import Preparation
 from spo.preference.spm_recipe import FIXED_KEYS, check_training
@@ -161,7 +160,7 @@ def test_resumed_run_is_the_run_that_was_not_interrupted(config, whole, tmp_path
     assert equal_weights(whole, resumed)
     out = capsys.readouterr().out
     assert "24 of 24 rows usable" in out and str(resumed / SPM) in out
-    assert "minibatch 2 x 1 process x 2 accumulation steps = 4 pairs per update" in out
+    assert "4 pairs per update = minibatch 2 x processes 1 x accumulation 2" in out
     assert checkpoint_files(4) <= files_of(resumed) and not checkpoint_files(2) & files_of(resumed)
     assert read_metrics(whole) == read_metrics(resumed)
     states = [
@@ -274,7 +273,7 @@ def test_two_processes_train_as_one_does(config, tmp_path):
     changes |= {"train.adam_epsilon": 1.0, "train.learning_rate": 2e-3}
     result = launch(config, tmp_path, 2, run_name="two", **changes)
     assert result.returncode == 0, result.stderr[-2000:]
-    assert "minibatch 2 x 2 processes x 1 accumulation step = 4 pairs per update" in result.stdout
+    assert "4 pairs per update = minibatch 2 x processes 2 x accumulation 1" in result.stdout
     # 6 steps of 4 are all 24 rows, with the damaged one.
     assert result.stdout.count("rows left out:     (left out: 1 damaged image)") == 1
     changes = {key.replace(".", "__"): value for key, value in changes.items()}
@@ -465,11 +464,11 @@ def test_the_launcher_checks_by_the_scripts_own_config(own_flags):
     arguments = ["--config=config/spm_tiny.py", "--config.labels.margin=2"]
     path = "scripts/train_preference_model.py"
     script = SCRIPTS[Path(path).name]
-    config = read_config(path, script, arguments)
-    plan = "minibatch 16 x 2 processes x 1 accumulation step = 32 pairs per update"
+    config = load_script_config(path, script, arguments)
+    plan = "32 pairs per update = minibatch 16 x processes 2 x accumulation 1"
     assert script.plan(config, 2).describe() == plan
     with pytest.raises(UserError, match="^labels.margin: 2.0 must be from 0 to below 1.$"):
-        find(script.preflight, {}, "preflight")(config, 2)
+        check_training(config, 2)
 
 
 @pytest.mark.parametrize("streaming", [False, True])

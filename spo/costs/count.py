@@ -193,9 +193,7 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def print_estimate(
-    config: ConfigDict, plan: BatchPlan, device: torch.device, processes: int
-) -> None:
+def print_estimate(config: ConfigDict, plan: BatchPlan, device: str, processes: int) -> None:
     """Prints the costs of a step, and a warning for each part that will not fit into memory.
 
     `processes` share this machine. Raises nothing: a model or library that cannot be counted is no
@@ -244,9 +242,9 @@ def describe(costs: Costs, sizes: Mapping[str, int], memory: float) -> list[str]
     return lines
 
 
-def device_memory(device: torch.device, processes: int) -> float:
+def device_memory(device: str, processes: int) -> float:
     """Returns the bytes of a GPU, or of a CPU's free memory the share of each of its processes."""
-    if device.type == "cuda":
+    if device == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return psutil.virtual_memory().available / processes
 

@@ -21,8 +21,7 @@ from spo.command_line.config_files import BASE, EVAL_BASE, SPM_BASE
 from spo.command_line.flags import define_config, exit_on_user_error, parse_flags
 from spo.errors import UserError
 from spo.launch.batch_plan import UpdatePlan, plan_batches, plan_updates
-from spo.launch.processes import World, run
-from spo.plugins import find
+from spo.launch.processes import World, run_processes
 
 PORT = 29500  # of the first machine, as everywhere in torch
 
@@ -34,17 +33,14 @@ class Script:
     config: str = ""  # default of --config
     base: str = BASE  # of its config files; see load_config
     plan: Callable[[ConfigDict, int], UpdatePlan] | None = plan_batches
-    preflight: str = "spo.method.preflight:preflight"  # raises UserError if a run would
 
 
 # By file name. Any other script is taken for a training script and needs --config=FILE.
 SCRIPTS = {
     "train_sd15.py": Script("config/sd15.py"),
     "train_sdxl.py": Script("config/sdxl.py"),
-    "train_preference_model.py": Script(
-        "config/spm_sd15.py", SPM_BASE, plan_updates, "spo.preference.spm_recipe:check_training"
-    ),
-    "evaluate.py": Script(EVAL_BASE, EVAL_BASE, None, "spo.evaluation.evaluator:preflight"),
+    "train_preference_model.py": Script("config/spm_sd15.py", SPM_BASE, plan_updates),
+    "evaluate.py": Script(EVAL_BASE, EVAL_BASE, None),
 }
 
 
@@ -53,28 +49,18 @@ def main() -> None:
     with exit_on_user_error():
         options, script_args = parse_options(sys.argv[1:])
         script = SCRIPTS.get(Path(options.script).name, Script())
-        config = read_config(options.script, script, script_args)
-        world = make_world(options)
+        config = load_script_config(options.script, script, script_args)
+        world = plan_world(options)
         if script.plan is not None:
             plan = script.plan(config, world.processes)
             print(plan.describe())
-        if world.processes > 1:
-            # Sooner than in the processes, which find in the cache what is downloaded here.
-            find(script.preflight, {}, "preflight")(config, world.processes)
         if script.plan is plan_batches and config.estimate_costs:
-            import torch  # slow
+            from spo.costs.count import print_estimate  # slow
 
-            from spo.costs.count import print_estimate
-
-            device = torch.device("cpu" if options.cpu else "cuda")
-            print_estimate(config, plan, device, world.here)
+            print_estimate(config, plan, "cpu" if options.cpu else "cuda", world.here)
         command = [sys.executable, options.script, *script_args]
         print("$", shlex.join(command), flush=True)
-        has_affinity = hasattr(os, "sched_getaffinity")  # not on macOS
-        cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count()
-        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // world.here)))
-        status = run(command, world)
-    sys.exit(status)
+        sys.exit(run_processes(command, world))
 
 
 def parse_options(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -116,7 +102,7 @@ def read_accelerate_file(file: str) -> dict[str, Any]:
     return settings
 
 
-def read_config(path: str, script: Script, script_args: list[str]) -> ConfigDict:
+def load_script_config(path: str, script: Script, script_args: list[str]) -> ConfigDict:
     """Returns the config that `script_args` make of the script's default."""
     if not Path(path).is_file():
         raise UserError(f"no such script: {path}")
@@ -127,14 +113,20 @@ def read_config(path: str, script: Script, script_args: list[str]) -> ConfigDict
     return holder.value
 
 
-def make_world(options: argparse.Namespace) -> World:
+def plan_world(options: argparse.Namespace) -> World:
     """Returns the processes that `options` ask for, by default one for each GPU or one on the CPU.
 
     Raises UserError if GPUs are missing, if machines lack an address and if they cannot share the
     processes equally.
     """
+    import torch  # slow, and not needed to find a mistake on the command line
+
     machines = options.num_machines
-    per_machine = 1 if options.cpu else count_gpus()
+    per_machine = 1 if options.cpu else torch.cuda.device_count()
+    if not per_machine:
+        raise UserError(
+            "no GPU found; without one, `bash launch_tiny.sh` trains a tiny model, and --cpu runs this"
+        )
     processes = per_machine * machines if options.num_processes is None else options.num_processes
     if min(processes, machines) < 1 or processes % machines:
         raise UserError(
@@ -142,6 +134,7 @@ def make_world(options: argparse.Namespace) -> World:
             f"--num_machines={machines}"
         )
     here, port = processes // machines, options.main_process_port
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // here)))
     if options.cpu:
         os.environ["ACCELERATE_USE_CPU"] = "true"
     elif here > per_machine:
@@ -156,21 +149,6 @@ def make_world(options: argparse.Namespace) -> World:
             raise UserError(f"{machines} machines: --{name} is missing")
     place = options.machine_rank, options.main_process_ip, port or PORT
     return World(processes, here, machines, *place)
-
-
-def count_gpus() -> int:
-    """Returns the number of this machine's GPUs; raises UserError if there is none."""
-    import torch  # slow, and not needed to find a mistake on the command line
-    from accelerate.utils import check_cuda_p2p_ib_support
-
-    gpus = torch.cuda.device_count()
-    if not gpus:
-        raise UserError(
-            "no GPU found; without one, `bash launch_tiny.sh` trains a tiny model, and --cpu runs this"
-        )
-    if not check_cuda_p2p_ib_support():  # RTX 4000, which accelerate refuses without these
-        os.environ.update(NCCL_P2P_DISABLE="1", NCCL_IB_DISABLE="1")
-    return gpus
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ MAX_PROCESSES = 64  # how far an error looks for process counts that work
 
 @dataclass(frozen=True)
 class UpdatePlan:
-    """What every process does for one optimizer step."""
+    """The sizes of one optimizer step."""
 
     num_processes: int
     minibatch_size: int  # pairs of one minibatch on one process
@@ -24,22 +24,17 @@ class UpdatePlan:
         """Pairs of one optimizer step over all processes."""
         return self.minibatch_size * self.num_processes * self.accumulation_steps
 
-    @property
-    def processes(self) -> str:
-        return _count(self.num_processes, "process", "es")
-
     def describe(self) -> str:
         """Returns the plan in one line."""
-        accumulation = _count(self.accumulation_steps, "accumulation step")
         return (
-            f"minibatch {self.minibatch_size} x {self.processes} x {accumulation} = "
-            f"{self.pairs_per_update} pairs per update"
+            f"{self.pairs_per_update} pairs per update = minibatch {self.minibatch_size} "
+            f"x processes {self.num_processes} x accumulation {self.accumulation_steps}"
         )
 
 
 @dataclass(frozen=True)
 class BatchPlan(UpdatePlan):
-    """What every process does between two updates, and the totals over all processes."""
+    """The sizes of one rollout and of the optimizer steps that follow."""
 
     prompts_per_rollout: int  # over all processes
     slices: int  # rollouts that each process makes before it trains
@@ -47,9 +42,10 @@ class BatchPlan(UpdatePlan):
 
     def describe(self) -> str:
         """Returns the plan in one line."""
-        share = f"{_count(self.slice_size, 'prompt')} x {_count(self.slices, 'slice')} each"
-        rollout = f"{share} per rollout ({self.prompts_per_rollout} in all)"
-        return f"{self.processes}: {rollout}; {super().describe()}"
+        return (
+            f"{self.prompts_per_rollout} prompts per rollout = slice {self.slice_size} "
+            f"x processes {self.num_processes} x slices {self.slices}; {super().describe()}"
+        )
 
 
 def plan_batches(config: ConfigDict, num_processes: int) -> BatchPlan:
@@ -119,7 +115,3 @@ def _check_sizes(num_processes: int, **sections: Mapping[str, int | None]) -> No
         f"{numbers} cannot be shared equally by {num_processes} processes; "
         f"process counts that work: {', '.join(working)}; without the constraint: {lift}"
     )
-
-
-def _count(number: int, word: str, ending: str = "s") -> str:
-    return f"{number} {word}{ending if number != 1 else ''}"

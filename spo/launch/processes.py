@@ -1,4 +1,4 @@
-"""Runs the processes of a script to their end and says how they ended."""
+"""Runs the processes of a script to their end; signals stop them after they saved."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -19,15 +18,11 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from spo.command_line.flags import ERROR_LENGTH, LAUNCHER_VARIABLE
-from spo.errors import FAILED, STOPPED, RunError, Stopped, UserError, first_line, in_one_line
+from spo.errors import FAILED, STOPPED, RunError, Stopped, UserError, in_one_line
 
 if TYPE_CHECKING:  # torch takes seconds to load, and one process does not need it here
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
-_KILLED = 128 + signal.SIGINT  # exit status after a second Ctrl-C, as in a shell
-_TICK = 0.1  # seconds between two looks at signals
-_NOT_STARTED = 20  # ticks without a child after which a signal ends the launcher
-_STOPPED_OUTSIDE = "stopped outside of training; nothing is lost"
 _KINDS = {kind.__name__: kind for kind in (UserError, RunError, Stopped)}
 
 
@@ -43,7 +38,7 @@ class World:
     port: int = 0  # of the first machine; 0: any free one
 
 
-def run(command: list[str], world: World) -> int:
+def run_processes(command: list[str], world: World) -> int:
     """Runs `command` in the processes of `world` and returns the exit status of the run.
 
     SIGTERM and SIGINT reach every process as SIGTERM; a second SIGINT kills all of them.
@@ -66,17 +61,14 @@ class _Relay:
 
         In the main thread torch would install handlers that kill the children after 30 seconds.
         """
-        told, childless = set(), 0
+        told = set()
         with ThreadPoolExecutor(1) as pool:
             future = pool.submit(work)
             while not future.done():
-                wait([future], timeout=_TICK)
+                wait([future], timeout=0.1)
                 children = set(psutil.Process().children()) if self.received else set()
-                childless = childless + 1 if self.received and not children else 0
                 if self.received.count(signal.SIGINT) > 1:
-                    _end("error: killed by the second interrupt; nothing was saved", _KILLED)
-                if childless > _NOT_STARTED:
-                    _end(_STOPPED_OUTSIDE, STOPPED)
+                    _kill_all()
                 for child in children - told:
                     with contextlib.suppress(psutil.Error):
                         child.terminate()
@@ -84,46 +76,39 @@ class _Relay:
             return future.result()
 
 
-def _end(line: str, status: int) -> None:
-    """Kills all children and ends this process."""
+def _kill_all() -> None:
     for child in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.Error):
             child.kill()
-    print(line, file=sys.stderr, flush=True)
-    os._exit(status)
+    print("error: killed by the second interrupt; nothing was saved", file=sys.stderr, flush=True)
+    os._exit(128 + signal.SIGINT)  # as in a shell
 
 
 def _run_one(command: list[str], relay: _Relay) -> int:
-    status = relay.attend(lambda: subprocess.run(command, start_new_session=True).returncode)
-    if status == -signal.SIGTERM and relay.received:
-        print(_STOPPED_OUTSIDE, file=sys.stderr)
-        return STOPPED
-    if status < 0:
-        name = signal.Signals(-status).name
-        print(f"error: the training process was killed by {name}", file=sys.stderr)
-        return FAILED
-    return status
+    process = subprocess.Popen(command, start_new_session=True)
+    status = relay.attend(process.wait)
+    if status >= 0:
+        return status
+    from torch.distributed.elastic.multiprocessing.errors import ProcessFailure  # slow
+
+    return _tell({0: ProcessFailure(0, process.pid, status, "")}, bool(relay.received))
 
 
 def _run_many(command: list[str], world: World, relay: _Relay) -> int:
-    from torch.distributed import DistError
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.elastic.rendezvous import RendezvousError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     logging.disable()  # torch's report; _tell has a shorter one
-    endpoint = f"{world.address}:{world.port}"
-    meeting = {"rdzv_backend": "c10d", "run_id": str(uuid.uuid4()), "local_addr": "localhost"}
+    meeting = {"rdzv_backend": "c10d", "local_addr": "localhost"}
     if world.machines > 1:
-        rank = {"rank": world.machine_rank}
-        meeting = {"rdzv_backend": "static", "run_id": "spo", "rdzv_configs": rank}
+        meeting = {"rdzv_backend": "static", "rdzv_configs": {"rank": world.machine_rank}}
     with tempfile.TemporaryDirectory(prefix="spo_") as folder:
         config = LaunchConfig(
             min_nodes=world.machines,
             max_nodes=world.machines,
             nproc_per_node=world.here,
-            rdzv_endpoint=endpoint,
+            rdzv_endpoint=f"{world.address}:{world.port}",
             max_restarts=0,
             logs_specs=DefaultLogsSpecs(log_dir=folder),
             **meeting,
@@ -133,10 +118,6 @@ def _run_many(command: list[str], world: World, relay: _Relay) -> int:
             relay.attend(lambda: elastic_launch(config, python)("-u", *arguments))
         except ChildFailedError as error:
             return _tell(error.failures, bool(relay.received))
-        except (DistError, RendezvousError) as error:
-            raise RunError(
-                f"the machines do not meet at {endpoint}: {first_line(error)}"
-            ) from error
     return 0
 
 
@@ -144,7 +125,7 @@ def _tell(failures: dict[int, ProcessFailure], stopping: bool) -> int:
     """Prints why a run ended, of its first failure, and returns the exit status."""
     codes = {failure.exitcode for failure in failures.values()}
     if stopping and -signal.SIGTERM in codes and STOPPED not in codes:
-        print(_STOPPED_OUTSIDE, file=sys.stderr)
+        print("stopped outside of training; nothing is lost", file=sys.stderr)
         return STOPPED
     rank, first = min(failures.items(), key=lambda item: _order(item[1]))
     message, trace = "", ""
@@ -176,3 +157,39 @@ def _order(failure: ProcessFailure) -> tuple[bool, float]:
     if os.path.exists(failure.error_file):
         return follows, os.stat(failure.error_file).st_mtime
     return follows, failure.timestamp - 1
+
+
+class StopSignals:
+    """A context in which SIGTERM and SIGINT only ask a process of the run to stop.
+
+    A second SIGINT kills at once. Each process gets its own signals, so the processes of a run must
+    agree before they stop.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    def __enter__(self) -> StopSignals:
+        both = signal.SIGTERM, signal.SIGINT
+        self._before = {number: signal.signal(number, self._note) for number in both}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: object) -> None:
+        self.requested = True
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    def check(self) -> None:
+        """Raises Stopped if a stop was asked for."""
+        if self.requested:
+            raise Stopped("by a signal.")
+
+    def watch(self, items: Iterable) -> Iterator:
+        """Yields `items`, with a check before each."""
+        for item in items:
+            self.check()
+            yield item

@@ -5,6 +5,7 @@ In a single process each does its local part only.
 
 import contextlib
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from functools import cached_property
@@ -17,7 +18,6 @@ from accelerate.utils import (
     DistributedDataParallelKwargs,
     InitProcessGroupKwargs,
     broadcast_object_list,
-    gather_object,
 )
 from torch import Tensor, nn
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
@@ -26,7 +26,7 @@ from spo.errors import RunError, UserError
 from spo.types import PreferencePairs
 
 
-class Workers:
+class Workers(contextlib.AbstractContextManager):
     """The processes of a run, seen from one of them.
 
     Precision and gradient accumulation are the learner's; accelerate joins the processes and wraps
@@ -37,11 +37,10 @@ class Workers:
         if rank_timeout < 1:
             raise UserError(f"rank_timeout: {rank_timeout} must be a whole number from 1.")
         for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
-            if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true":
+            if os.environ.get(f"ACCELERATE_USE_{name}") == "true":
                 raise UserError(
                     f"distributed_type {name} in the accelerate config: every process holds the whole "
-                    "model here; use MULTI_GPU (config/accelerate), and gradient checkpointing or a "
-                    "smaller train.batch_size to save memory."
+                    "model here; use MULTI_GPU."
                 )
         ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
         self._timeout = timedelta(seconds=rank_timeout)
@@ -51,9 +50,6 @@ class Workers:
         self.rank = self.accelerator.process_index
         self.count = self.accelerator.num_processes
         self.is_main = self.accelerator.is_main_process
-
-    def __enter__(self) -> "Workers":
-        return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
         """Leaves the process group."""
@@ -70,20 +66,20 @@ class Workers:
         """Returns the main process's `value` on every process."""
         return broadcast_object_list([value])[0]
 
-    def gather(self, values: list) -> list:
-        """Returns the items of all processes' lists, in the order of the ranks."""
-        return gather_object(values)
+    def gather(self, values: list, only_to_main: bool = False) -> list:
+        """Returns the items of all processes' lists, in the order of the ranks.
 
-    def gather_to_main(self, values: list) -> list:
-        """Returns the items of all processes' lists on the main process, [] on every other.
-
-        For values that are too large to be sent to every process. Tensors must be on the CPU.
+        `only_to_main` is for values that are too large to be sent to every process; all but the main
+        process get []. Tensors must be on the CPU.
         """
         if self.count == 1:
             return values
-        gathered = [None] * self.count if self.is_main else None
-        dist.gather_object(values, gathered, group=self._on_cpu)
-        return [value for part in gathered or () for value in part]
+        parts = [None] * self.count
+        if only_to_main:
+            dist.gather_object(values, parts if self.is_main else None, group=self._on_cpu)
+        else:
+            dist.all_gather_object(parts, values, group=self._on_cpu)
+        return [value for part in parts for value in part or ()]
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
@@ -113,13 +109,10 @@ class Workers:
 
     def sum(self, values: Mapping[str, Tensor]) -> dict[str, float]:
         """Returns sums of scalars over all processes; a name that a process lacks counts as 0 there."""
-        names = list(dict.fromkeys(self.gather(list(values))))
-        if not names:
-            return {}
-        zero = torch.zeros((), device=self.device)
-        stacked = torch.stack([values.get(name, zero).double() for name in names])
-        total = self.accelerator.reduce(stacked, reduction="sum")
-        return dict(zip(names, total.tolist(), strict=True))
+        total = Counter()
+        for part in self.gather([{name: float(value) for name, value in values.items()}]):
+            total.update(part)
+        return dict(total)
 
     def deal(
         self, pairs: PreferencePairs, generator: torch.Generator
@@ -159,13 +152,5 @@ class Workers:
 
     @cached_property
     def _on_cpu(self) -> dist.ProcessGroup:
-        """The group of all processes for exchanges that must not wait for a GPU."""
+        """The group of all processes for exchanges that need not wait for a GPU."""
         return dist.new_group(timeout=self._timeout, backend="gloo")
-
-    def any(self, flag: bool) -> bool:
-        """Returns True if `flag` is set in at least one process."""
-        if self.count == 1:
-            return flag
-        found = torch.tensor(int(flag))
-        dist.all_reduce(found, dist.ReduceOp.MAX, group=self._on_cpu)
-        return bool(found)

@@ -148,7 +148,7 @@ class Trainer:
         self.trained: list[tuple[PreferencePairs, Step]] = []
         started, before = time.perf_counter(), self.rollout.seconds_train
         for _ in self.session.bar(range(0, len(self.rollout.pairs), size), "minibatches"):
-            stopped = self.workers.any(self.session.signals.requested)
+            stopped = any(self.workers.gather([self.session.signals.requested]))
             if stopped:
                 break
             yield self.rollout.pairs.select(slice(size))
@@ -224,7 +224,7 @@ class Trainer:
             name: tensor.detach().to("cpu", copy=True).contiguous()
             for name, tensor in own_tensors(self.learner, state).items()
         }
-        shares = workers.gather_to_main([mine])
+        shares = workers.gather([mine], only_to_main=True)
         with workers.together():
             if workers.is_main:
                 save_checkpoint(

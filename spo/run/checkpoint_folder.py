@@ -17,7 +17,6 @@ from spo.run.folder import CHECKPOINTS
 STATE = "training_state.json"
 OPTIMIZER = "optimizer.safetensors"
 _MANIFEST = "manifest.json"  # size and SHA-256 of every other file
-DAMAGED = ".damaged"
 # Raised by reading a damaged or foreign checkpoint.
 READ_ERRORS = (*LOAD_ERRORS, KeyError, TypeError, AttributeError)
 

@@ -49,17 +49,13 @@ def record_start(run_dir: Path, facts: dict) -> None:
 
 def read_metrics(run_dir: Path) -> list[dict]:
     """Returns the lines of metrics.jsonl; raises UserError if there is none or one is damaged."""
-    path = run_dir / METRICS
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; name the directory of a training run.")
-    lines = []
-    for number, line in enumerate(whole_lines(path), start=1):
-        try:
-            lines.append(json.loads(line))
-        except ValueError as error:
-            raise UserError(f"{path}, line {number}: not JSON: {error}") from error
+    path, lines = run_dir / METRICS, []
+    try:
+        lines += map(json.loads, whole_lines(path))
+    except ValueError as error:
+        raise UserError(f"{path}, line {len(lines) + 1}: not JSON: {error}") from error
     if not lines:
-        raise UserError(f"{path} is empty: the run has not got as far as its first metrics.")
+        raise UserError(f"{path} is missing or empty; name the directory of a training run.")
     return lines
 
 

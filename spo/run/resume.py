@@ -38,15 +38,13 @@ def find_checkpoint(run_dir: Path, run_name: str, resume_from: str) -> Resume:
             raise UserError("resume_from: auto goes on with a run; say which one by run_name.")
         damaged = {}
         for folder in reversed(own):
-            fault = find_fault(folder)
-            if fault is None:
+            if (fault := find_fault(folder)) is None:
                 return Resume(folder, damaged)
             damaged[folder] = fault
         if damaged:
-            faults = "; ".join(f"{folder.name}: {fault}" for folder, fault in damaged.items())
             raise UserError(
-                f"resume_from: no checkpoint of {run_dir} is whole ({faults}); start again under "
-                "another run_name."
+                f"resume_from: no checkpoint of {run_dir} is whole ({'; '.join(damaged.values())}); "
+                "start again under another run_name."
             )
         return Resume(None)
     if resume_from:
@@ -61,8 +59,7 @@ def find_checkpoint(run_dir: Path, run_name: str, resume_from: str) -> Resume:
 
 def _named_checkpoint(name: str, run_dir: Path, own: list[Path]) -> Path:
     folder = Path(name).expanduser()
-    fault = find_fault(folder)
-    if fault is not None:
+    if (fault := find_fault(folder)) is not None:
         raise UserError(
             f"resume_from: {folder} is not a checkpoint, or is damaged ({fault}); name another folder "
             "of runs/NAME/checkpoints, or run_name=NAME and resume_from=auto."
@@ -111,9 +108,10 @@ def changes(
             f"resume: {processes} processes before, {plan.num_processes} from here on: prompts, "
             "noise and the order of the pairs stay, sums are rounded otherwise"
         )
-    then = state["versions"]
-    pairs = [(name, then.get(name), now) for name, now in versions().items()]
-    changed = [f"{name} {before} -> {now}" for name, before, now in pairs if before != now]
+    then, now = state["versions"], versions()
+    changed = [
+        f"{name} {then.get(name)} -> {now[name]}" for name in now if then.get(name) != now[name]
+    ]
     if changed:
         lines.append(f"resume: other versions than before: {', '.join(changed)}")
     return lines

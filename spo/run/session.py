@@ -5,15 +5,13 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
 from tqdm import tqdm
 
 from spo.command_line.config_files import save_config
 from spo.errors import Stopped, UserError
 from spo.hub import Destination
-from spo.launch.signals import StopSignals
+from spo.launch.processes import StopSignals
 from spo.launch.workers import Workers
-from spo.run.checkpoint_folder import DAMAGED
 from spo.run.folder import CHECKPOINTS, CONFIG, drop_metrics_after, record_start
 from spo.run.tracking import TrackerSettings, Tracking
 
@@ -27,7 +25,7 @@ def open_run_dir(run_dir: Path, config: Mapping[str, Any], damaged: Iterable[Pat
         run_dir.mkdir(parents=True, exist_ok=True)
         save_config(config, run_dir / CONFIG)
         for folder in damaged:  # the run can save another in its place
-            aside = folder.with_name(folder.name + DAMAGED)
+            aside = folder.with_suffix(".damaged")
             shutil.rmtree(aside, ignore_errors=True)
             folder.rename(aside)
     except OSError as error:
@@ -43,7 +41,7 @@ class Session:
     def __init__(self, run_dir: Path, workers: Workers, saved: Path | None = None) -> None:
         self.run_dir, self.workers, self.saved = run_dir, workers, saved
         self.signals = StopSignals()
-        self._tracking: Tracking | None = None
+        self.tracking: Tracking | None = None  # on the main process, after the start
         self._publishing = None  # a spo.publish.push.Publishing on the main process
 
     def say(self, text: str) -> None:
@@ -70,24 +68,22 @@ class Session:
         last: int,
     ) -> None:
         """Records the start, and drops metrics with `counter` past `last`: they are written again."""
-        with self.workers.together():
-            if self.workers.is_main:
-                drop_metrics_after(self.run_dir, last, counter)
-                record_start(self.run_dir, {**facts, "resumed_from": str(self.saved or "")})
-                self._tracking = Tracking(self.run_dir, tracker.name, tracker.project, config)
+
+        def begin() -> None:
+            drop_metrics_after(self.run_dir, last, counter)
+            record_start(self.run_dir, {**facts, "resumed_from": str(self.saved or "")})
+            self.tracking = Tracking(self.run_dir, tracker.name, tracker.project, config)
+
+        self.on_main(begin)
 
     def log(self, line: Mapping[str, Any]) -> None:
         """Appends a line to metrics.jsonl and sends it to the tracker, at its "step"."""
-        self.on_main(lambda: self._tracking.log(line, step=line["step"]))
-
-    def picture(self, name: str, image: Image.Image, step: int) -> Path:
-        """Saves a picture as `name`.png and sends it to the tracker; main process only."""
-        return self._tracking.picture(name, image, step)
+        self.on_main(lambda: self.tracking.log(line, step=line["step"]))
 
     def close(self) -> None:
         """Ends the tracker's run."""
-        if self._tracking is not None:
-            self._tracking.close()
+        if self.tracking is not None:
+            self.tracking.close()
 
     def start_publishing(self, to: Destination, every: int) -> None:
         """Lets `publish` push the run to the Hub after each `every` epochs, if `to` names a repo."""
@@ -113,7 +109,7 @@ class Session:
 
     def check_signals(self) -> None:
         """Raises Stopped on every process if any of them was asked to stop."""
-        if self.workers.any(self.signals.requested):
+        if any(self.workers.gather([self.signals.requested])):
             raise Stopped("by a signal.")
 
     def run(self, work: Callable[[], None], save_checkpoint: Callable[[], Path]) -> None:

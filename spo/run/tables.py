@@ -1,7 +1,5 @@
 """Tables in Markdown, aligned so that they read as plain text, too."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 
 

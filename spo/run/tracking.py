@@ -35,10 +35,7 @@ class TrackerSettings(Checked, section="tracker"):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.name == "tensorboard" and find_spec("tensorboard") is None:
-            raise UserError(
-                'tracker.name: tensorboard is not installed; pip install "spo[tensorboard]", or '
-                "tracker.name=none."
-            )
+            raise UserError('tracker.name: needs tensorboard; pip install "spo[tensorboard]"')
 
 
 def has_wandb_key() -> bool:
@@ -47,7 +44,9 @@ def has_wandb_key() -> bool:
     return bool(os.environ.get("WANDB_API_KEY") or get_netrc_auth(host))
 
 
-def _make_tracker(name: str, project: str, run_dir: Path) -> GeneralTracker:
+def _make_tracker(name: str, project: str, run_dir: Path) -> GeneralTracker | None:
+    if name == "none":
+        return None
     if name == "tensorboard":
         return TensorBoardTracker(project, logging_dir=run_dir)
     mode = os.environ.get("WANDB_MODE")
@@ -66,11 +65,9 @@ class Tracking:
 
     def __init__(self, run_dir: Path, tracker: str, project: str, config: dict[str, Any]) -> None:
         self._run_dir = run_dir
-        self._tracker: GeneralTracker | None = None
-        if tracker != "none":
-            self._tracker = _make_tracker(tracker, project, run_dir)
-            self._tell("start")
-            self._tell("store_init_configuration", _flat(config))
+        self._tracker = _make_tracker(tracker, project, run_dir)
+        self._tell("start")
+        self._tell("store_init_configuration", _flat(config))
 
     def log(self, metrics: dict[str, Any], step: int) -> None:
         """Appends a line to metrics.jsonl and tells the tracker."""
@@ -110,12 +107,10 @@ class Tracking:
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Returns nested dicts as one, keys joined by "/", with only values that every tracker takes."""
-    flat: dict[str, Any] = {}
+    flat = {}
     for key, value in values.items():
         if isinstance(value, dict):
             flat |= _flat(value, f"{prefix}{key}/")
-        elif isinstance(value, bool | int | float | str):
-            flat[prefix + key] = value
         elif value is not None:
-            flat[prefix + key] = str(value)
+            flat[prefix + key] = value if isinstance(value, int | float) else str(value)
     return flat

@@ -30,11 +30,6 @@ class ValidationSettings(Checked, section="eval"):
     guidance_scale: float = not_negative()
     weights: str = choice("policy", "ema")
 
-    @property
-    def images(self) -> ImageSettings:
-        """Returns how the images are drawn."""
-        return ImageSettings(self.num_steps, self.guidance_scale, self.seed)
-
     def read_prompts(self) -> tuple[str, ...]:
         """Reads the prompts to draw; raises UserError if there is none."""
         return read_prompts(self.prompts, key="eval.prompts").prompts[: self.num_images]
@@ -50,21 +45,22 @@ def draw_validation_images(
 ) -> None:
     """Draws the prompts with the UNet's current weights on all processes, and saves the images."""
     workers = session.workers
+    options = ImageSettings(settings.num_steps, settings.guidance_scale, settings.seed)
     mine = range(workers.rank, len(prompts), workers.count)
     numbered = []
     with workers.together():
         for i in session.signals.watch(session.bar(mine, "validation images")):
             # One at a time, so that an image does not depend on its batch.
-            images = sample_images(backbone, [prompts[i]], [i], settings.images)
+            images = sample_images(backbone, [prompts[i]], [i], options)
             numbered.append((i, Cell(to_pil(images)[0], prompts[i])))
-    numbered = sorted(workers.gather_to_main(numbered), key=itemgetter(0))
-    cells = [cell for _, cell in numbered]
+    numbered = workers.gather(numbered, only_to_main=True)
+    cells = [cell for _, cell in sorted(numbered, key=itemgetter(0))]
 
     def show() -> None:
         name = f"validation/epoch_{epochs:04d}_{settings.weights}"
         rows = [cells[start : start + _COLUMNS] for start in range(0, len(cells), _COLUMNS)]
         picture = grid(rows, f"{settings.weights} LoRA after epoch {epochs}")
-        session.picture(name, picture, step)
+        session.tracking.picture(name, picture, step)
         save_samples(session.run_dir, cells, settings.weights, epochs)
 
     session.on_main(show)
