@@ -69,7 +69,7 @@ class EvaluationPlan:
     scorers: tuple[ScoreFolder, ...]
 
 
-def preflight(config: ConfigDict, num_processes: int) -> EvaluationPlan:
+def plan_evaluation(config: ConfigDict, num_processes: int) -> EvaluationPlan:
     """Checks config and files, and reads the prompts; writes nothing. Raises UserError in one line."""
     check_leaves(leaves(config))
     settings = fill(
@@ -103,7 +103,7 @@ def evaluate(config: ConfigDict) -> None:
         plan = None
         with workers.together():
             if workers.is_main:
-                plan = preflight(config, workers.count)
+                plan = plan_evaluation(config, workers.count)
                 _open_folder(plan, json.loads(config.to_json()))
         Evaluation(workers.from_main(plan), config.to_dict(), workers).run()
 

@@ -44,7 +44,7 @@ SCRIPTS = {
     "train_preference_model.py": Script(
         "config/spm_sd15.py", SPM_BASE, plan_updates, "spo.preference.spm_recipe:check_training"
     ),
-    "evaluate.py": Script(EVAL_BASE, EVAL_BASE, None, "spo.evaluation.evaluator:preflight"),
+    "evaluate.py": Script(EVAL_BASE, EVAL_BASE, None, "spo.evaluation.evaluator:plan_evaluation"),
 }
 
 

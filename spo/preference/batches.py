@@ -15,7 +15,7 @@ from torch import Tensor
 from spo.errors import RunError, UserError, first_line
 from spo.preference.source import IMAGE_COLUMNS
 
-DAMAGED = "damaged image"
+DAMAGED_IMAGE = "damaged image"
 _AHEAD = 3  # minibatches that are decoded while the device is busy
 # Longer side over the shorter one: damaged bytes may claim a size that exceeds the memory.
 _LONGEST = 50

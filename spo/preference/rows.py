@@ -12,7 +12,7 @@ from datasets.distributed import split_dataset_by_node
 
 from spo.errors import UserError
 from spo.method.position import epoch_order
-from spo.preference.batches import DAMAGED, RawBatch, Row, decode_pair
+from spo.preference.batches import DAMAGED_IMAGE, RawBatch, Row, decode_pair
 from spo.preference.source import LABEL_COLUMNS, PairData, open_split
 from spo.seeding import derive_seed
 
@@ -76,7 +76,7 @@ def find_usable_rows(data: PairData, split: str, need_has_label: bool = False) -
         if fault is None and decode_pair(row, data.image_size) is not None:
             indices = None if usable is None else tuple(usable)
             return UsableRows(indices, faults, f"{name}{describe_faults(faults)}")
-        seen[fault or DAMAGED] += 1
+        seen[fault or DAMAGED_IMAGE] += 1
     raise UserError(
         f"data.source: {data.source}, split {split!r}, has no usable row"
         f"{describe_faults(faults + seen)}."

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from spo.preference.batches import DAMAGED, PairBatch
+from spo.preference.batches import DAMAGED_IMAGE, PairBatch
 from spo.preference.preparation import Preparation
 from spo.preference.spm_learner import PreferenceLearner, TrainingPairs
 
@@ -21,7 +21,7 @@ def minibatch_sums(pairs: TrainingPairs, losses: Tensor, scores: Tensor) -> dict
         "pairs": sound.sum(),
         "ties": (sound & (pairs.labels == 0.5)).sum(),
         "right": (sound & is_right(scores, pairs.labels)).sum(),
-        DAMAGED: (~sound).sum(),
+        DAMAGED_IMAGE: (~sound).sum(),
     }
 
 
@@ -40,7 +40,7 @@ def step_metrics(totals: Counter) -> dict:
         "skipped_updates": int(totals["skipped_updates"]),
         "pairs": int(totals["pairs"]),
         "ties": int(totals["ties"]),
-        "left_out": {DAMAGED: int(totals[DAMAGED])},
+        "left_out": {DAMAGED_IMAGE: int(totals[DAMAGED_IMAGE])},
         "training_accuracy": ratio(totals["right"], totals["pairs"] - totals["ties"]),
     }
 

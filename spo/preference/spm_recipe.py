@@ -67,7 +67,7 @@ class SPMRecipe(Checked):
         return bool(self.eval_steps and self.data.validation_split)
 
 
-def read_recipe(config: ConfigDict) -> SPMRecipe:
+def read_spm_recipe(config: ConfigDict) -> SPMRecipe:
     """Returns the values of `config`; raises UserError for a value that no run can work with."""
     check_leaves(leaves(config))
     values = json.loads(config.to_json())
@@ -102,7 +102,7 @@ class CheckedTraining:
 
 def check_training(config: ConfigDict, num_processes: int) -> CheckedTraining:
     """Checks config, files and rows without writing anything; raises UserError in one line."""
-    recipe = read_recipe(config)
+    recipe = read_spm_recipe(config)
     data, spm, labels = recipe.data, recipe.spm, recipe.labels
     plan = plan_updates(config, num_processes)
     run_dir = run_folder(recipe.logdir, recipe.run_name, "spm", recipe.family)

@@ -19,7 +19,7 @@ from spo.method.health import check_skipped
 from spo.method.metrics import peak_memory_gib
 from spo.models.backbone import DTYPES
 from spo.preference import spm_metrics
-from spo.preference.batches import DAMAGED, PairBatch, decoded
+from spo.preference.batches import DAMAGED_IMAGE, PairBatch, decoded
 from spo.preference.rows import (
     Share,
     describe_faults,
@@ -208,7 +208,7 @@ class PreferenceTrainer:
         """Returns metrics of the steps since the last line."""
         totals, self.totals = self.totals, Counter()
         seconds = time.perf_counter() - self.started
-        self.left_out += Counter({DAMAGED: int(totals[DAMAGED])})
+        self.left_out += Counter({DAMAGED_IMAGE: int(totals[DAMAGED_IMAGE])})
         return {
             "step": self.learner.step,
             **spm_metrics.step_metrics(totals),
