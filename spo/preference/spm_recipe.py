@@ -142,8 +142,7 @@ def build_spm(source: SPMSource, seed: int, gradient_checkpointing: bool) -> Ste
     """Returns an SPM in fp32, on the CPU, to train all of; raises UserError if it cannot load."""
     if source.init_from:
         key = "preference.init_from"
-        path = resolve_file(source.init_from, key)
-        spm = load_step_aware_clip(path, clip_config(source.backbone), key).float()
+        spm = load_step_aware_clip(source.init_from, clip_config(source.backbone), key).float()
     else:
         spm = fresh_step_aware_clip(load_clip(source.backbone), derive_seed(seed, "spm"))
     if gradient_checkpointing:
