@@ -69,7 +69,7 @@ def of_preference_model(config: ConfigDict) -> Iterator[str]:
     from spo.preference import spm_recipe
     from spo.preference.rows import find_usable_rows
 
-    recipe = spm_recipe.read_recipe(config)
+    recipe = spm_recipe.read_spm_recipe(config)
     spm, labels, data = recipe.spm, recipe.labels, recipe.data
     spm_recipe.build_spm(spm, recipe.seed, gradient_checkpointing=False)
     yield f"preference model: {spm.init_from or spm.backbone}"
@@ -87,10 +87,10 @@ def of_preference_model(config: ConfigDict) -> Iterator[str]:
 def of_evaluation(config: ConfigDict) -> Iterator[str]:
     import torch
 
-    from spo.evaluation.evaluator import preflight
+    from spo.evaluation.evaluator import plan_evaluation
     from spo.scorers import image_scorer, load_scorer
 
-    ready = preflight(config, num_processes=1)
+    ready = plan_evaluation(config, num_processes=1)
     yield ready.prompts.describe()
     for source in {spec.source for spec in ready.models if spec.source is not None}:
         yield load_base_model(source, config)

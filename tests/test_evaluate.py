@@ -16,7 +16,7 @@ from PIL import Image
 
 from spo.command_line.config_files import EVAL_BASE, load_config
 from spo.errors import RunError, Stopped, UserError
-from spo.evaluation.evaluator import evaluate, preflight
+from spo.evaluation.evaluator import evaluate, plan_evaluation
 from spo.evaluation.image_sets import ImageSet
 from spo.evaluation.results import read_results
 from spo.evaluation.scores import ScoreFolder
@@ -352,7 +352,7 @@ def test_a_folder_with_another_number_of_images(config, tmp_path):
     for i in range(5):
         Image.new("RGB", (8, 8)).save(folder / f"{i}.png")
     with pytest.raises(UserError, match="found has 5 images for 6 prompts"):
-        preflight(changed(config, models=(f"found={folder}",)), 1)
+        plan_evaluation(changed(config, models=(f"found={folder}",)), 1)
 
 
 def test_a_lora_of_another_base_is_one_line(config, tmp_path):

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from spo.command_line.config_files import BASE, EVAL_BASE, SPM_BASE, leaves, load_config
 from spo.command_line.flags import define_config, exit_on_user_error, parse_flags
 from spo.data.prompts import read_prompts
-from spo.evaluation.evaluator import preflight as preflight_evaluation
+from spo.evaluation.evaluator import plan_evaluation
 from spo.method.preflight import preflight
 from spo.method.start import train
 from spo.preference.spm_recipe import check_training
@@ -35,7 +35,7 @@ ROOT = Path(__file__).resolve().parent.parent
 KINDS = {
     "train": ("tests/data/random_models.py", BASE, preflight),
     "spm": ("config/spm_tiny.py", SPM_BASE, check_training),
-    "eval": ("config/eval_tiny.py", EVAL_BASE, preflight_evaluation),
+    "eval": ("config/eval_tiny.py", EVAL_BASE, plan_evaluation),
 }
 NUMBERS = [
     *("0", "1", "2", "3", "7", "20", "1000", "1001", "-1", "0.5", "1.0", "1e-3", "-0.0", "nan"),

@@ -91,15 +91,15 @@ def test_the_published_size(weights):
         "embeddings.position_embedding": zeros(1, 197, 1024),
         "embeddings.patch_embedding.weight": zeros(1024, 3, 16, 16),
     } | {f"encoder.layers.{i}.mlp.fc1.weight": zeros(4096, 1024) for i in range(24)}
-    found = imagereward._vision_config(vision, 64)
-    assert (found.num_hidden_layers, found.num_attention_heads) == (24, 16)
-    assert (found.image_size, found.patch_size) == (224, 16)
-    assert (found.hidden_size, found.intermediate_size) == (1024, 4096)
     text = {
         "embeddings.word_embeddings.weight": zeros(30524, 768),
         "embeddings.position_embeddings.weight": zeros(512, 768),
     } | {f"encoder.layer.{i}.intermediate.dense.weight": zeros(3072, 768) for i in range(12)}
-    found = imagereward._text_config(text, 1024, 64)
+    found, text_found = imagereward._configs(vision, text, 64)
+    assert (found.num_hidden_layers, found.num_attention_heads) == (24, 16)
+    assert (found.image_size, found.patch_size) == (224, 16)
+    assert (found.hidden_size, found.intermediate_size) == (1024, 4096)
+    found = text_found
     assert (found.num_hidden_layers, found.num_attention_heads) == (12, 12)
     assert (found.hidden_size, found.intermediate_size) == (768, 3072)
     assert (found.vocab_size, found.max_position_embeddings) == (30524, 512)

@@ -69,7 +69,7 @@ class EvaluationPlan:
     scorers: tuple[ScoreFolder, ...]
 
 
-def preflight(config: ConfigDict, num_processes: int) -> EvaluationPlan:
+def plan_evaluation(config: ConfigDict, num_processes: int) -> EvaluationPlan:
     """Checks config and files, and reads the prompts; writes nothing. Raises UserError in one line."""
     check_leaves(leaves(config))
     settings = fill(
@@ -95,15 +95,12 @@ def preflight(config: ConfigDict, num_processes: int) -> EvaluationPlan:
 
 
 def evaluate(config: ConfigDict) -> None:
-    """Draws, scores, compares and reports, in one process or as one of several.
-
-    Raises UserError for bad input, before any model loads if possible.
-    """
+    """Draws, scores, compares and reports; raises UserError, before models load if possible."""
     with Workers(config.rank_timeout) as workers:
         plan = None
         with workers.together():
             if workers.is_main:
-                plan = preflight(config, workers.count)
+                plan = plan_evaluation(config, workers.count)
                 _open_folder(plan, json.loads(config.to_json()))
         Evaluation(workers.from_main(plan), config.to_dict(), workers).run()
 
@@ -128,10 +125,7 @@ class Evaluation:
         self.prompts, self.session = plan.prompts.prompts, Session(plan.folder, workers)
 
     def run(self) -> None:
-        """Draws missing images, computes missing scores, and writes the comparison.
-
-        Raises Stopped after SIGTERM or SIGINT.
-        """
+        """Draws and scores missing images, and reports; raises Stopped after SIGTERM or SIGINT."""
         self.session.say(self.plan.prompts.describe())
         try:
             with self.session.signals:
@@ -139,10 +133,8 @@ class Evaluation:
                 for scores in self.plan.scorers:
                     self.score_images(scores)
         except Stopped as stopped:
-            raise Stopped(
-                "by a signal; every whole batch is kept: the same command with "
-                f"--config.run_name={self.plan.folder.name} goes on."
-            ) from stopped
+            again = f"the same command with --config.run_name={self.plan.folder.name} goes on."
+            raise Stopped(f"by a signal; every whole batch is kept: {again}") from stopped
         if not self.plan.scorers:
             self.session.say(f"images: {self.plan.folder / 'images'}")
         elif self.workers.is_main:
@@ -181,8 +173,7 @@ class Evaluation:
         if not any(missing):
             return
         with self.workers.together():
-            source = image_scorer(scores.name, scores.options)
-            scorer = load_scorer(source, self.workers.device)
+            scorer = load_scorer(image_scorer(scores.name, scores.options), self.workers.device)
             if self.workers.is_main:
                 scores.claim(scorer)
         with self.workers.together():
@@ -206,10 +197,10 @@ class Evaluation:
             models=tuple(ModelInfo(spec.name, spec.text) for spec in models),
             prompts=self._prompt_results(),
         )
-        results_file, table = write_results(results, folder), summary_table(results)
+        table = summary_table(results)
+        print(f"\n{table}\n\nresults: {write_results(results, folder)}")
         (folder / TABLE).write_text(table + "\n")
-        report = write_report(folder, results)
-        print(f"\n{table}\n\nresults: {results_file}\nreport:  {report}")
+        print(f"report:  {write_report(folder, results)}")
 
     def _prompt_results(self) -> tuple[PromptResult, ...]:
         drawn = any(spec.images is None for spec in self.plan.models)

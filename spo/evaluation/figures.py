@@ -39,8 +39,7 @@ def style(**changes: object) -> AbstractContextManager:
 
 
 def panel_axes(rows: int = 5) -> tuple[Figure, Axes]:
-    """Makes a figure of one panel with space for `rows` rows of text; inside `style()`."""
-    # In inches.
+    """Makes a figure of one panel, in inches, for `rows` rows of text; inside `style()`."""
     figure = Figure(figsize=(3.9, max(2.0, 0.9 + 0.32 * rows)), layout="constrained")
     return figure, figure.subplots()
 

@@ -1,8 +1,4 @@
-"""One image per prompt: drawn into a folder batch by batch, or found in a folder.
-
-An image is written in one go, and its PNG text states the prompt: a killed evaluation resumes where it
-stopped, and no image is scored under another prompt.
-"""
+"""One image per prompt, found in a folder or drawn batch by batch, each whole and with its prompt."""
 
 import hashlib
 import json
@@ -54,10 +50,7 @@ class ImageSet:
         write_png(self.files[index], image, text)
 
     def read(self, index: int, prompt: str) -> Image.Image:
-        """Returns the image of prompt `index` in RGB.
-
-        Raises UserError if the file is no image, or was drawn from another prompt.
-        """
+        """Returns an image in RGB; raises UserError if it is none, or is of another prompt."""
         path = self.files[index]
         try:
             with Image.open(path) as image:
@@ -77,10 +70,7 @@ def batches(total: int, size: int) -> list[range]:
 
 
 def image_set(folder: Path, spec: ModelSpec, prompts: Sequence[str]) -> ImageSet:
-    """Returns the present and future images of `spec` in an evaluation's folder.
-
-    Raises UserError if `spec` is a folder with another number of images.
-    """
+    """Returns the present and future images of `spec`; UserError for a wrong number in a folder."""
     if spec.images is None:
         files = tuple(folder / "images" / spec.name / f"{i:05d}.png" for i in range(len(prompts)))
         return ImageSet(spec.name, files)

@@ -104,7 +104,7 @@ def draw_samples(
             part = jobs[start : start + settings.batch_size]
             for i, image in enumerate(_draw(backbone, part, settings), start):
                 path = f"{i // len(settings.seeds):05d}_seed{jobs[i][1]}.png"
-                text = _png_text(spec, *jobs[i], image, settings)
+                text = _png_text(spec, *jobs[i], settings)
                 write_png(out / spec.name / path, image, text)
                 rows[i].append(Cell(image, spec.name))
     labels = ["\n".join([*textwrap.wrap(prompt, 24)[:6], f"seed {seed}"]) for prompt, seed in jobs]
@@ -127,10 +127,7 @@ def _draw(
     return to_pil(backbone.draw([prompt for prompt, _ in jobs], noise, *sampling, generators))
 
 
-def _png_text(
-    spec: ModelSpec, prompt: str, seed: int, image: Image.Image, settings: SampleSettings
-) -> dict[str, str]:
-    """Returns what an image was made from, for its PNG text."""
+def _png_text(spec: ModelSpec, prompt: str, seed: int, settings: SampleSettings) -> dict[str, str]:
     return {
         "prompt": prompt,
         "seed": str(seed),
@@ -140,5 +137,4 @@ def _png_text(
         "scheduler": settings.scheduler,
         "steps": str(settings.num_steps),
         "guidance": f"{settings.guidance_scale:g}",
-        "size": f"{image.width}x{image.height}",
     }

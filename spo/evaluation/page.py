@@ -32,10 +32,7 @@ def write_page(path: Path, template: str, **values: Any) -> Path:
 
 
 def embedded_image(path: Path, size: Sequence[int]) -> str:
-    """Returns the image of a file as a data URI, reduced to fit `size` (width, height).
-
-    Raises UserError if the file cannot be read as an image.
-    """
+    """Returns an image file as a data URI that fits `size` (width, height); UserError if unreadable."""
     try:
         with Image.open(path) as image:
             image = image.convert("RGB")
@@ -48,7 +45,6 @@ def embedded_image(path: Path, size: Sequence[int]) -> str:
 
 
 def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, str]]:
-    """Yields names and texts of `values`, nested mappings under dotted names."""
     for name, value in values.items():
         if isinstance(value, Mapping) and value:
             yield from _leaves(value, f"{prefix}{name}.")

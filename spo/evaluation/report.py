@@ -19,11 +19,7 @@ _BINS = 25  # odd: the middle one is centred at no difference
 
 
 def write_report(folder: Path, results: Results, max_prompts: int = 500) -> Path:
-    """Writes report.html into `folder`: the comparison, figures, and images side by side.
-
-    Shows the images of at most `max_prompts` prompts, see `chosen_prompts`; table and figures are
-    of all prompts. Raises UserError if an image cannot be read.
-    """
+    """Writes report.html: figures of all prompts, images of `max_prompts`; UserError if unreadable."""
     shown = chosen_prompts(results, max_prompts)
     groups = [list(rows) for _, rows in groupby(summarize(results), lambda row: row.scorer)]
     return page.write_page(
@@ -58,7 +54,6 @@ def _gains(results: Results, scorer: ScorerInfo) -> np.ndarray:
 
 
 def _figures(results: Results, rows: Sequence[SummaryRow]) -> list[str]:
-    """Returns the panels of one scorer as SVG."""
     scorer = rows[0].scorer
     figures = {"means": _plot_estimates("Mean", rows, "mean")}
     if len(rows) > 1:
@@ -68,10 +63,7 @@ def _figures(results: Results, rows: Sequence[SummaryRow]) -> list[str]:
 
 
 def _plot_estimates(title: str, rows: Sequence[SummaryRow], key: str, right: float = 0) -> Figure:
-    """Plots the estimate `key` of each row as a point with its interval.
-
-    If `right` is given, the axis goes from 0 to `right`, with a line in the middle.
-    """
+    """Plots estimates with intervals; `right` ends an axis from 0 with a line in the middle."""
     with style():
         figure, axes = panel_axes(len(rows))
         for place, row in enumerate(rows):
@@ -105,21 +97,19 @@ def _plot_differences(differences: np.ndarray) -> Figure:
 
 
 def _gallery(folder: Path, results: Results, shown: Sequence[int]) -> dict[str, Any]:
-    """Returns what report.js makes the cards of."""
     names, prompts = [model.name for model in results.models], []
     for i in tqdm(shown, desc="report", leave=False):
         row = results.prompts[i]
         images = [row.images[name] for name in names]
-        prompts.append(
-            {
-                "number": i + 1,
-                "prompt": row.prompt,
-                # As text: numbers of 63 bits are rounded in JavaScript.
-                "seed": None if row.seed is None else str(row.seed),
-                "images": [page.embedded_image(folder / each.file, _THUMBNAIL) for each in images],
-                "scores": [[each.scores[s.name] for s in results.scorers] for each in images],
-            }
-        )
+        card = {
+            "number": i + 1,
+            "prompt": row.prompt,
+            # As text: numbers of 63 bits are rounded in JavaScript.
+            "seed": None if row.seed is None else str(row.seed),
+            "images": [page.embedded_image(folder / each.file, _THUMBNAIL) for each in images],
+            "scores": [[each.scores[s.name] for s in results.scorers] for each in images],
+        }
+        prompts.append(card)
     return {
         "pixelated": page.PIXELATED,
         "scorers": [{"name": s.name, "title": s.title} for s in results.scorers],

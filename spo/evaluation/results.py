@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -78,16 +79,14 @@ class SummaryRow:
 def summarize(results: Results) -> list[SummaryRow]:
     """Returns a row for every model by every scorer, in their order."""
     rows = []
-    for scorer in results.scorers:
-        first = results.scores(results.models[0], scorer)
-        for model in results.models:
-            scores = results.scores(model, scorer)
-            paired = (None, None, None)
-            if model is not results.models[0]:
-                ties = sum(a == b for a, b in zip(first, scores, strict=True))
-                paired = (paired_difference(first, scores), win_rate(first, scores), ties)
-            mean = bootstrap_mean(scores)
-            rows.append(SummaryRow(scorer, model.name, mean, *paired, n=len(scores)))
+    for scorer, model in product(results.scorers, results.models):
+        first, scores = (results.scores(each, scorer) for each in (results.models[0], model))
+        paired = (None, None, None)
+        if model is not results.models[0]:
+            ties = sum(a == b for a, b in zip(first, scores, strict=True))
+            paired = (paired_difference(first, scores), win_rate(first, scores), ties)
+        mean = bootstrap_mean(scores)
+        rows.append(SummaryRow(scorer, model.name, mean, *paired, n=len(scores)))
     return rows
 
 
@@ -122,10 +121,9 @@ def read_results(folder: Path) -> Results:
         del content["summary"]
         content["scorers"] = tuple(ScorerInfo(**scorer) for scorer in content["scorers"])
         content["models"] = tuple(ModelInfo(**model) for model in content["models"])
-        prompts = []
         for row in content["prompts"]:
-            images = {name: ScoredImage(**image) for name, image in row["images"].items()}
-            prompts.append(PromptResult(row["prompt"], row["seed"], images))
-        return Results(**content | {"prompts": tuple(prompts)})
+            row["images"] = {name: ScoredImage(**each) for name, each in row["images"].items()}
+        content["prompts"] = tuple(PromptResult(**row) for row in content["prompts"])
+        return Results(**content)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is not the results.json of an evaluation: {error!r}") from error

@@ -1,7 +1,5 @@
 """Draws one prompt's rollout: the K candidates of every comparison, with their scores."""
 
-from dataclasses import dataclass
-
 import torch
 from accelerate import PartialState
 from PIL import Image
@@ -17,16 +15,6 @@ from spo.run.pictures import Cell, grid
 from spo.scorers import check_scorer, load_scorer
 from spo.scorers.pixels import to_pil
 from spo.types import Candidates
-
-
-@dataclass(frozen=True)
-class ComparedCandidates:
-    """The candidates of one comparison of one prompt."""
-
-    candidates: Candidates
-    scores: Tensor  # (K, 1)
-    chosen: Chosen
-    images: Tensor  # (K, 3, H, W) in [-1, 1]
 
 
 def draw_rollout(recipe: Recipe, prompt: str, lora_spec: str, seed: int) -> Image.Image:
@@ -58,28 +46,31 @@ def draw_rollout(recipe: Recipe, prompt: str, lora_spec: str, seed: int) -> Imag
         decoded.clear()
         scores = score_candidates(candidates, decode, scorer, features, collect.decode_batch_size)
         chosen = choose(scores, collect.pairs, torch.Generator().manual_seed(seed))
-        seen.append(ComparedCandidates(candidates, scores, chosen, torch.cat(decoded)))
+        seen.append((candidates, scores, chosen, torch.cat(decoded)))
         gaps = chosen.gap(scores)
         kept = differ_enough(candidates, gaps, collect.pairs).any()
         labels.append(
             f"from t = {candidates.window[0].timestep}\nscored at {candidates.score_timestep}\n"
             f"gap {gaps[0].item():.2f}\n" + ("pair" if kept else "no pair")
         )
-    rows = [_row(one, after) for one, after in zip(seen, [*seen[1:], None], strict=True)]
+    following = [*(candidates for candidates, *_ in seen[1:]), None]
+    rows = [_row(*one, after) for one, after in zip(seen, following, strict=True)]
     weights = f"LoRA {lora_spec}" if lora_spec else "base model"
     return grid(rows, f"{prompt}  ({weights})", labels, side=160)
 
 
-def _row(compared: ComparedCandidates, after: ComparedCandidates | None) -> list[Cell]:
+def _row(
+    candidates: Candidates, scores: Tensor, chosen: Chosen, images: Tensor, after: Candidates | None
+) -> list[Cell]:
+    """Returns cells of candidates with scores (K, 1) and images (K, 3, H, W) in [-1, 1]."""
     continues = None
-    if after is not None:  # the next window starts from the latents of one of these candidates
-        start = after.candidates.window[0].latents[0, 0]
-        ends = compared.candidates.window[-1].next_latents[:, 0]
-        continues = int((ends == start).flatten(1).all(dim=1).nonzero()[0])
-    win, lose = compared.chosen.win.tolist(), compared.chosen.lose.tolist()
-    frames = dict.fromkeys(lose, "red") | dict.fromkeys(win, "green")
-    images, scores = to_pil(compared.images), compared.scores[:, 0].tolist()
+    if after is not None:  # the next window starts from the latents of one of the candidates
+        ends = candidates.window[-1].next_latents[:, 0]
+        same = (ends == after.window[0].latents[0, 0]).flatten(1).all(dim=1)
+        continues = int(same.nonzero()[0])
+    frames = dict.fromkeys(chosen.lose.tolist(), "red")
+    frames |= dict.fromkeys(chosen.win.tolist(), "green")
     return [
         Cell(image, f"{score:.2f}" + (" continues" if k == continues else ""), frames.get(k))
-        for k, (image, score) in enumerate(zip(images, scores, strict=True))
+        for k, (image, score) in enumerate(zip(to_pil(images), scores[:, 0].tolist(), strict=True))
     ]

@@ -78,10 +78,7 @@ def draw_curves(run_dir: Path) -> Path:
 
 
 def write_run_report(run_dir: Path) -> Path:
-    """Writes report.html into the directory of a run: curves, validation images, config, starts.
-
-    Raises UserError if the run has no metrics yet, or if a file of it is damaged.
-    """
+    """Writes report.html of a run; raises UserError if a file is damaged, or metrics are missing."""
     lines = read_metrics(run_dir)
     try:
         config = json.loads((run_dir / CONFIG).read_text())
@@ -126,7 +123,6 @@ def _series(lines: Sequence[Mapping], panel: Panel) -> dict[str, Points]:
 
 
 def _draw_panel(axes: Axes, lines: Sequence[Mapping], panel: Panel) -> None:
-    """Draws `panel` of the metrics `lines`; inside `style()`."""
     axes.set_title(panel.title)
     if panel.heat:
         _draw_heat(axes, [line for line in lines if line.get("pairs_at")])
@@ -155,7 +151,7 @@ def _draw_line(axes: Axes, points: Points, label: str, shade: str) -> None:
 
 
 def _draw_heat(axes: Axes, lines: Sequence[Mapping]) -> None:
-    """Draws pairs by timestep from noise (top) to image, and by rollout from left to right."""
+    # From noise at the top to image at the bottom, rollouts from left to right.
     timesteps = sorted(lines[0]["pairs_at"], key=int, reverse=True)
     numbers = np.array([[line["pairs_at"][t] for line in lines] for t in timesteps])
     extent = (lines[0]["rollout"] - 0.5, lines[-1]["rollout"] + 0.5, len(timesteps) - 0.5, -0.5)
@@ -170,7 +166,6 @@ def _draw_heat(axes: Axes, lines: Sequence[Mapping]) -> None:
 
 
 def _totals(lines: Sequence[Mapping[str, Any]]) -> dict[str, int | str | None]:
-    """Returns what the run amounts to so far; None for what its metrics do not tell."""
     last = lines[-1]
     seconds = sum(line.get("seconds_rollout", 0) + line.get("seconds_train", 0) for line in lines)
     return {

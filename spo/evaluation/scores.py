@@ -24,10 +24,7 @@ class ScoreFolder:
     options: Mapping[str, Any]
 
     def info(self) -> ScorerInfo | None:
-        """Returns the scorer's name, title and scale; None if it was never loaded.
-
-        Raises UserError if the folder holds the scores of a scorer with other options.
-        """
+        """Returns the scorer, None if it never loaded; raises UserError for scores of other options."""
         file = self.path / _SCORER
         if not file.exists():
             return None

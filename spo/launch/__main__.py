@@ -22,6 +22,7 @@ from spo.command_line.flags import define_config, exit_on_user_error, parse_flag
 from spo.errors import UserError
 from spo.launch.batch_plan import UpdatePlan, plan_batches, plan_updates
 from spo.launch.processes import World, run_processes
+from spo.plugins import find
 
 PORT = 29500  # of the first machine, as everywhere in torch
 
@@ -33,14 +34,17 @@ class Script:
     config: str = ""  # default of --config
     base: str = BASE  # of its config files; see load_config
     plan: Callable[[ConfigDict, int], UpdatePlan] | None = plan_batches
+    preflight: str = "spo.method.preflight:preflight"  # raises UserError if a run would
 
 
 # By file name. Any other script is taken for a training script and needs --config=FILE.
 SCRIPTS = {
     "train_sd15.py": Script("config/sd15.py"),
     "train_sdxl.py": Script("config/sdxl.py"),
-    "train_preference_model.py": Script("config/spm_sd15.py", SPM_BASE, plan_updates),
-    "evaluate.py": Script(EVAL_BASE, EVAL_BASE, None),
+    "train_preference_model.py": Script(
+        "config/spm_sd15.py", SPM_BASE, plan_updates, "spo.preference.spm_recipe:check_training"
+    ),
+    "evaluate.py": Script(EVAL_BASE, EVAL_BASE, None, "spo.evaluation.evaluator:plan_evaluation"),
 }
 
 
@@ -54,6 +58,9 @@ def main() -> None:
         if script.plan is not None:
             plan = script.plan(config, world.processes)
             print(plan.describe())
+        if world.processes > 1:
+            # Downloads may take longer than processes wait for each other: they find them in the cache.
+            find(script.preflight, {}, "preflight")(config, world.processes)
         if script.plan is plan_batches and config.estimate_costs:
             from spo.costs.count import print_estimate  # slow
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from spo.errors import RunError, UserError, first_line
 from spo.preference.source import IMAGE_COLUMNS
 
-DAMAGED = "damaged image"
+DAMAGED_IMAGE = "damaged image"
 _AHEAD = 3  # minibatches that are decoded while the device is busy
 # Longer side over the shorter one: damaged bytes may claim a size that exceeds the memory.
 _LONGEST = 50
@@ -34,11 +34,7 @@ class RawBatch:
 
 @dataclass(frozen=True)
 class PairBatch:
-    """A minibatch of n labelled pairs of one process, on the CPU.
-
-    A row whose images cannot be decoded keeps its place, grey and with weight 0: minibatches have the
-    same size on every process.
-    """
+    """A minibatch of n labelled pairs on the CPU; damaged pairs stay in it, grey and with weight 0."""
 
     captions: tuple[str, ...]
     images: Tensor  # (n, 2, 3, S, S) uint8

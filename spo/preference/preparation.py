@@ -44,6 +44,7 @@ def labels_of_scores(scores: Tensor, margin: float) -> Tensor:
     return torch.where(difference.abs() > margin, (difference > 0).float(), 0.5)
 
 
+@dataclass
 class Preparation:
     """The frozen models between the rows and the SPM, on one device.
 
@@ -51,28 +52,22 @@ class Preparation:
     are those of the data. At most `at_once` images go through the VAE and the UNet together.
     """
 
-    def __init__(
-        self,
-        backbone: Backbone,
-        inputs: CLIPInputs,
-        image_size: int,
-        guidance_scale: float,
-        seed: int,
-        at_once: int,
-        labeller: Scorer | None = None,
-        margin: float = 0.0,
-    ) -> None:
-        factor = backbone.vae_scale_factor
-        if image_size % factor:
-            raise UserError(
-                f"data.image_size: {image_size} is not a multiple of {factor}, the VAE's factor."
-            )
-        self.backbone, self.inputs = backbone, inputs
-        self.labeller, self.margin = labeller, margin
-        self.schedule = backbone.noise_schedule()
-        self.guidance_scale, self.seed, self.at_once = guidance_scale, seed, at_once
-        side = image_size // factor
-        self.latent_shape = (backbone.latent_shape[0], side, side)
+    backbone: Backbone
+    inputs: CLIPInputs
+    image_size: int
+    guidance_scale: float
+    seed: int
+    at_once: int
+    labeller: Scorer | None = None
+    margin: float = 0.0
+
+    def __post_init__(self) -> None:
+        side, rest = divmod(self.image_size, self.backbone.vae_scale_factor)
+        if rest:
+            reason = f"is not a multiple of {self.backbone.vae_scale_factor}, the VAE's factor."
+            raise UserError(f"data.image_size: {self.image_size} {reason}")
+        self.schedule = self.backbone.noise_schedule()
+        self.latent_shape = (self.backbone.latent_shape[0], side, side)
 
     def training_pairs(self, batch: PairBatch, total_weight: float) -> TrainingPairs:
         """Returns a minibatch at random timesteps; `total_weight` sums all pairs of the update."""
@@ -111,10 +106,7 @@ class Preparation:
         return batch.images.to(self.backbone.device).float() / 127.5 - 1
 
     def draw_noise(self, use: str, places: Sequence[int]) -> PairNoise:
-        """Draws the random numbers of the pairs at `places`, on the CPU.
-
-        A seed for each pair: nothing depends on how pairs are shared out over processes.
-        """
+        """Draws random numbers on the CPU, by a seed per pair: processes may share pairs anyhow."""
         timesteps, normals = [], []
         for place in places:
             generator = torch.Generator().manual_seed(derive_seed(self.seed, use, place))
@@ -127,10 +119,7 @@ class Preparation:
 
     @torch.no_grad()
     def predicted_images(self, images: Tensor, captions: Sequence[str], noise: PairNoise) -> Tensor:
-        """Returns the images that the base model predicts from noised `images` at t.
-
-        Both are (n, 2, 3, H, W), nominally in [-1, 1].
-        """
+        """Returns images (n, 2, 3, H, W), about in [-1, 1], predicted from `images` noised to t."""
         n, base = len(images), self.backbone
         pair_of = torch.arange(n, device=images.device).repeat_interleave(2)
         conditioning, parts = base.encode_prompts(captions), []

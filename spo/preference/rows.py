@@ -12,7 +12,7 @@ from datasets.distributed import split_dataset_by_node
 
 from spo.errors import UserError
 from spo.method.position import epoch_order
-from spo.preference.batches import DAMAGED, RawBatch, Row, decode_pair
+from spo.preference.batches import DAMAGED_IMAGE, RawBatch, Row, decode_pair
 from spo.preference.source import LABEL_COLUMNS, PairData, open_split
 from spo.seeding import derive_seed
 
@@ -58,10 +58,7 @@ class UsableRows:
 
 
 def find_usable_rows(data: PairData, split: str, need_has_label: bool = False) -> UsableRows:
-    """Finds the rows of a split that can be used; raises UserError if there are none.
-
-    Images, and the rows of a stream, are looked at until one sound pair is found.
-    """
+    """Finds usable rows; looks at images, and at a stream, until a sound pair; UserError if none."""
     rows = open_split(data, split)
     if data.streaming:
         usable, faults, candidates = None, Counter(), islice(rows, _FIRST_ROWS)
@@ -76,7 +73,7 @@ def find_usable_rows(data: PairData, split: str, need_has_label: bool = False) -
         if fault is None and decode_pair(row, data.image_size) is not None:
             indices = None if usable is None else tuple(usable)
             return UsableRows(indices, faults, f"{name}{describe_faults(faults)}")
-        seen[fault or DAMAGED] += 1
+        seen[fault or DAMAGED_IMAGE] += 1
     raise UserError(
         f"data.source: {data.source}, split {split!r}, has no usable row"
         f"{describe_faults(faults + seen)}."
@@ -121,10 +118,7 @@ def table_batches(
 def stream_batches(
     rows: IterableDataset, seed: int, buffer_size: int, share: Share, start: int
 ) -> Iterator[RawBatch]:
-    """Yields as `table_batches` does, from a stream that is first split among the processes.
-
-    A later `start` reads and drops the minibatches before it.
-    """
+    """Yields as `table_batches`, from a stream split among processes; drops those before `start`."""
     sound = _sound_rows(rows, seed, buffer_size, share)
     for minibatch in count():
         batch = list(islice(sound, share.size))
@@ -149,14 +143,10 @@ def _sound_rows(rows: IterableDataset, seed: int, buffer_size: int, share: Share
 def validation_batches(
     rows: Dataset | IterableDataset, usable: Sequence[int] | None, limit: int, share: Share
 ) -> Iterator[RawBatch]:
-    """Yields this process's share of the first `limit` usable rows, of all if `limit` is 0.
-
-    `usable` is None for a stream.
-    """
+    """Yields this process's share of the first `limit` usable rows (0: all); None for a stream."""
+    sound = usable
     if usable is None:
         sound = (row for row in rows if fault_of(row, need_has_label=True) is None)
-    else:
-        sound = usable
     mine = islice(enumerate(islice(sound, limit or None)), share.rank, None, share.processes)
     while chunk := list(islice(mine, share.size)):
         places, found = zip(*chunk, strict=True)

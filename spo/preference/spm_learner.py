@@ -44,10 +44,8 @@ class TrainSettings(Checked, section="train"):
         super().__post_init__()
         require_whole("max_train_steps", self.max_train_steps)
         if self.warmup_steps >= self.max_train_steps:
-            raise UserError(
-                f"train.warmup_steps: {self.warmup_steps} must be below max_train_steps = "
-                f"{self.max_train_steps}."
-            )
+            below = f"must be below max_train_steps = {self.max_train_steps}."
+            raise UserError(f"train.warmup_steps: {self.warmup_steps} {below}")
 
     def learning_rate(self, step: int) -> float:
         """Returns the learning rate of optimizer step `step` (from 0).
@@ -98,25 +96,24 @@ class PairScorer(nn.Module):
         return self.spm.model.logit_scale.exp() * cosines
 
 
+@dataclass(eq=False)
 class PreferenceLearner:
     """The SPM, its optimizer, and the number of steps made.
 
     `scorer` is a PairScorer of `spm`, or its DDP wrapper; `dtype` is that of mixed precision.
     """
 
-    def __init__(
-        self,
-        spm: StepAwareCLIP,
-        scorer: nn.Module,
-        settings: TrainSettings,
-        device: torch.device,
-        dtype: torch.dtype,
-        processes: int = 1,
-    ) -> None:
-        self.spm, self.scorer, self.processes = spm, scorer, processes
-        self.settings, self.device, self.dtype = settings, device, dtype
-        self.optimizer = settings.optimizer.make(spm.parameters())
-        self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    spm: StepAwareCLIP
+    scorer: nn.Module
+    settings: TrainSettings
+    device: torch.device
+    dtype: torch.dtype
+    processes: int = 1
+
+    def __post_init__(self) -> None:
+        self.optimizer = self.settings.optimizer.make(self.spm.parameters())
+        is_fp16 = self.dtype == torch.float16
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=is_fp16)
         self.step = 0  # optimizer steps so far, including skipped ones
         self.skipped_in_a_row = 0  # the latest of them, skipped as their fp16 gradients overflowed
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from spo.preference.batches import DAMAGED, PairBatch
+from spo.preference.batches import DAMAGED_IMAGE, PairBatch
 from spo.preference.preparation import Preparation
 from spo.preference.spm_learner import PreferenceLearner, TrainingPairs
 
@@ -21,7 +21,7 @@ def minibatch_sums(pairs: TrainingPairs, losses: Tensor, scores: Tensor) -> dict
         "pairs": sound.sum(),
         "ties": (sound & (pairs.labels == 0.5)).sum(),
         "right": (sound & is_right(scores, pairs.labels)).sum(),
-        DAMAGED: (~sound).sum(),
+        DAMAGED_IMAGE: (~sound).sum(),
     }
 
 
@@ -40,7 +40,7 @@ def step_metrics(totals: Counter) -> dict:
         "skipped_updates": int(totals["skipped_updates"]),
         "pairs": int(totals["pairs"]),
         "ties": int(totals["ties"]),
-        "left_out": {DAMAGED: int(totals[DAMAGED])},
+        "left_out": {DAMAGED_IMAGE: int(totals[DAMAGED_IMAGE])},
         "training_accuracy": ratio(totals["right"], totals["pairs"] - totals["ties"]),
     }
 
@@ -49,10 +49,7 @@ def step_metrics(totals: Counter) -> dict:
 def validation_sums(
     batches: Iterable[PairBatch], preparation: Preparation, learner: PreferenceLearner
 ) -> dict[str, Tensor]:
-    """Counts, per timestep, the validation pairs of this process that are ranked right; scalars.
-
-    Ties and rows without sound images are left out; "pairs" counts the remaining ones.
-    """
+    """Counts this process's pairs ranked right per timestep, except ties and damaged ones; scalars."""
     names = [*(f"t{t}" for t in TIMESTEPS), "pairs", "ties", "damaged"]
     sums = {name: torch.zeros((), device=learner.device) for name in names}
     for batch in batches:
@@ -71,10 +68,7 @@ def validation_sums(
 
 
 def is_right(scores: Tensor, labels: Tensor) -> Tensor:
-    """Says of each pair (n,) if scores (n, 2) prefer the image that labels (n,) prefer.
-
-    Equal scores prefer neither.
-    """
+    """Returns (n,) whether scores (n, 2) prefer the image of labels (n,); equal scores prefer none."""
     return (scores[:, 0] - scores[:, 1]) * (labels - 0.5) > 0
 
 

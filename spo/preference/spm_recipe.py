@@ -67,7 +67,7 @@ class SPMRecipe(Checked):
         return bool(self.eval_steps and self.data.validation_split)
 
 
-def read_recipe(config: ConfigDict) -> SPMRecipe:
+def read_spm_recipe(config: ConfigDict) -> SPMRecipe:
     """Returns the values of `config`; raises UserError for a value that no run can work with."""
     check_leaves(leaves(config))
     values = json.loads(config.to_json())
@@ -102,7 +102,7 @@ class CheckedTraining:
 
 def check_training(config: ConfigDict, num_processes: int) -> CheckedTraining:
     """Checks config, files and rows without writing anything; raises UserError in one line."""
-    recipe = read_recipe(config)
+    recipe = read_spm_recipe(config)
     data, spm, labels = recipe.data, recipe.spm, recipe.labels
     plan = plan_updates(config, num_processes)
     run_dir = run_folder(recipe.logdir, recipe.run_name, "spm", recipe.family)
@@ -142,8 +142,7 @@ def build_spm(source: SPMSource, seed: int, gradient_checkpointing: bool) -> Ste
     """Returns an SPM in fp32, on the CPU, to train all of; raises UserError if it cannot load."""
     if source.init_from:
         key = "preference.init_from"
-        path = resolve_file(source.init_from, key)
-        spm = load_step_aware_clip(path, clip_config(source.backbone), key).float()
+        spm = load_step_aware_clip(source.init_from, clip_config(source.backbone), key).float()
     else:
         spm = fresh_step_aware_clip(load_clip(source.backbone), derive_seed(seed, "spm"))
     if gradient_checkpointing:

@@ -19,7 +19,7 @@ from spo.method.health import check_skipped
 from spo.method.metrics import peak_memory_gib
 from spo.models.backbone import DTYPES
 from spo.preference import spm_metrics
-from spo.preference.batches import DAMAGED, PairBatch, decoded
+from spo.preference.batches import DAMAGED_IMAGE, PairBatch, decoded
 from spo.preference.rows import (
     Share,
     describe_faults,
@@ -29,12 +29,7 @@ from spo.preference.rows import (
 )
 from spo.preference.source import open_split
 from spo.preference.spm_learner import PairScorer, PreferenceLearner, save_spm
-from spo.preference.spm_recipe import (
-    CheckedTraining,
-    build_preparation,
-    build_spm,
-    check_training,
-)
+from spo.preference.spm_recipe import CheckedTraining, build_preparation, build_spm, check_training
 from spo.run.checkpoint_folder import new_checkpoint
 from spo.run.folder import METRICS, SPM_FILE
 from spo.run.resume import checkpoint_facts
@@ -82,7 +77,11 @@ class PreferenceTrainer:
         self.left_out = Counter(checked.train.faults)  # rows, by their faults
         self.line_is_due = False  # True between an optimizer step and its line of metrics
         if self.session.saved is not None:
-            self.resume()
+            with workers.together():
+                state = self.learner.load(self.session.saved)
+            self.totals, self.left_out = Counter(state["totals"]), Counter(state["left_out"])
+            self.line_is_due = state["line_is_due"]
+            self.session.say("\n".join([*checked.resume.describe(), *checked.changes]))
         splits = {"train": checked.train, "validation": checked.validation}
         data = {name: rows and rows.description for name, rows in splits.items()}
         start = {"plan": asdict(plan), "data": data}
@@ -90,14 +89,6 @@ class PreferenceTrainer:
         # A run that starts from the beginning writes the line of step 0 itself.
         last = step - self.line_is_due if step else -1
         self.session.start(recipe.tracker, recipe.config, start, counter="step", last=last)
-
-    def resume(self) -> None:
-        """Restores a checkpoint; raises UserError if one of its files is missing or unfit."""
-        with self.workers.together():
-            state = self.learner.load(self.session.saved)
-        self.totals, self.left_out = Counter(state["totals"]), Counter(state["left_out"])
-        self.line_is_due = state["line_is_due"]
-        self.session.say("\n".join([*self.checked.resume.describe(), *self.checked.changes]))
 
     def run(self) -> None:
         """Makes the remaining optimizer steps, then writes the SPM.
@@ -208,7 +199,7 @@ class PreferenceTrainer:
         """Returns metrics of the steps since the last line."""
         totals, self.totals = self.totals, Counter()
         seconds = time.perf_counter() - self.started
-        self.left_out += Counter({DAMAGED: int(totals[DAMAGED])})
+        self.left_out += Counter({DAMAGED_IMAGE: int(totals[DAMAGED_IMAGE])})
         return {
             "step": self.learner.step,
             **spm_metrics.step_metrics(totals),

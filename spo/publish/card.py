@@ -99,7 +99,6 @@ def _unique(values: Iterable[str]) -> list[str]:
 
 
 def _section(record: RunRecord, to: Destination, metadata: dict[str, Any]) -> str:
-    """Returns the section of a run, in Markdown."""
     config = record.config
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent / "templates"),
@@ -126,8 +125,7 @@ def _section(record: RunRecord, to: Destination, metadata: dict[str, Any]) -> st
 
 def training_facts(record: RunRecord) -> dict[str, object]:
     """Returns how the LoRA was trained: what the run recorded, and the settings that matter."""
-    config, preference = record.config, record.config.preference
-    start = record.start
+    config, preference, start = record.config, record.config.preference, record.start
     plan = fill(UpdatePlan, start["plan"]) if "plan" in start else None
     scorers = {"step_aware_clip": preference.checkpoint, "pickscore": preference.backbone}
     values = {
@@ -150,10 +148,7 @@ def training_facts(record: RunRecord) -> dict[str, object]:
 
 
 def _settings(record: RunRecord) -> Iterator[tuple[str, str]]:
-    """Yields settings of LoRA, rollout and update: `_SHOWN`, and all that differ from the default.
-
-    The default is that of the family, so a setting appears in the card without being listed here.
-    """
+    """Yields settings of LoRA, rollout and update: `_SHOWN`, and all unlike the family's default."""
     defaults = leaves(load_config(str(REPO_ROOT / "config" / f"{record.config.family}.py"), BASE))
     shown = _SHOWN | (_SHOWN_OF_GRADSPO if record.config.algorithm == "gradspo" else set())
     for key, value in leaves(record.config).items():

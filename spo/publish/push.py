@@ -47,10 +47,7 @@ def publish_run(
 
 
 def check_destination(to: Destination, keys: str) -> None:
-    """Raises UserError for a malformed repo id or subfolder.
-
-    `keys` is "hub." or "--": the start of the key that gave each.
-    """
+    """Raises UserError for a malformed repo id or subfolder; `keys`, "hub." or "--", begins its key."""
     try:
         validate_repo_id(to.repo_id)
     except HFValidationError as error:
@@ -79,9 +76,8 @@ def check_access(to: Destination) -> None:
         print(f"warning: {_KEYS}repo_id: the Hub cannot be asked now ({in_one_line(error)})")
         return
     if access.get("role") == "read":
-        raise UserError(
-            f"{_KEYS}repo_id: the token may only read; make one that may write at {_TOKENS}."
-        )
+        reason = f"the token may only read; make one that may write at {_TOKENS}."
+        raise UserError(f"{_KEYS}repo_id: {reason}")
 
 
 def push(folder: Path, to: Destination, keys: str, message: str) -> str:
@@ -116,7 +112,11 @@ def _commit(folder: Path, card: str, to: Destination, message: str) -> str:
         )
     if any(file.rfilename == CARD for file in info.siblings):
         published = Path(api.hf_hub_download(to.repo_id, CARD, revision=info.sha))
-        card = _merged(published.read_text(encoding="utf-8"), card)
+        try:
+            card = str(merge_cards(published.read_text(encoding="utf-8"), card))
+        except (ValueError, KeyError, yaml.YAMLError) as error:
+            reason = f"{CARD} on the Hub cannot be read as a model card ({in_one_line(error)})"
+            raise UserError(f"{reason}; mend it, or delete it there.") from error
     (folder / CARD).write_text(card, encoding="utf-8")
     # parent_commit: if another run was pushed meanwhile, the Hub refuses rather than lose its section
     # of the card, and the next try starts from that card.
@@ -130,14 +130,6 @@ def _commit(folder: Path, card: str, to: Destination, message: str) -> str:
     if commit.oid == info.sha:
         return f"nothing new for {commit.repo_url}"
     return f"pushed to {commit.repo_url} ({commit.oid[:8]})"
-
-
-def _merged(published: str, own: str) -> str:
-    try:
-        return str(merge_cards(published, own))
-    except (ValueError, KeyError, yaml.YAMLError) as error:
-        reason = f"{CARD} on the Hub cannot be read as a model card ({in_one_line(error)})"
-        raise UserError(f"{reason}; mend it, or delete it there.") from error
 
 
 def _may_pass(error: Exception) -> bool:

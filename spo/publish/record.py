@@ -44,10 +44,7 @@ def read_config(run_dir: Path) -> ConfigDict:
 
 
 def read_record(run_dir: Path, weights: str, evaluation: Path | None = None) -> RunRecord:
-    """Returns the record of a run, with the results in `evaluation`, or in its own folders if None.
-
-    Raises UserError if config or LoRA is missing, or a file cannot be read.
-    """
+    """Returns a run's record with the results in `evaluation`, or its own; UserError if unreadable."""
     config = read_config(run_dir)
     lora = run_dir / LORA_FILE if weights == "policy" else run_dir / weights / LORA_FILE
     updates = _updates(lora)
@@ -78,9 +75,7 @@ def public_values(values: Any) -> Any:
 
 def _updates(lora: Path) -> int:
     if not lora.is_file():
-        raise UserError(
-            f"{lora}: no such LoRA; finish or resume the run first, or choose other weights."
-        )
+        raise UserError(f"{lora}: no such LoRA; finish or resume the run, or choose other weights.")
     try:
         with safe_open(lora, framework="pt") as file:
             return int((file.metadata() or {})["step"])
@@ -98,12 +93,13 @@ def _last_start(path: Path, source: str) -> dict[str, Any]:
 def _evaluations(run_dir: Path, evaluation: Path | None) -> dict[str, Results]:
     own = sorted(path.parent for path in run_dir.glob(f"evaluation*/{RESULTS}"))
     folders = {"evaluation": evaluation} if evaluation else {path.name: path for path in own}
-    return {name: _public_results(read_results(path)) for name, path in folders.items()}
-
-
-def _public_results(found: Results) -> Results:
-    models = tuple(replace(model, spec=public_name(model.spec)) for model in found.models)
-    return replace(found, models=models, settings=public_values(found.settings))
+    public = {}
+    for name, path in folders.items():
+        found = read_results(path)
+        models = tuple(replace(model, spec=public_name(model.spec)) for model in found.models)
+        settings = public_values(found.settings)
+        public[name] = replace(found, models=models, settings=settings)
+    return public
 
 
 def _samples(folder: Path, weights: str, epochs: int) -> dict[Path, str]:

@@ -98,12 +98,7 @@ class PromptRows:
 class ImageScorer(Scorer):
     """Base of scorers that know only PIL images and prompts: subclasses define `score_images`."""
 
-    def score_images(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
-        """Returns scores (n,) of finished images, float32, not scaled, on the CPU."""
-        raise NotImplementedError
-
     def encode_prompts(self, prompts: Sequence[str]) -> PromptRows:
-        """Returns the prompts themselves."""
         return PromptRows(tuple(prompts))
 
     def score(self, images: Tensor, prompt_features: PromptRows, timestep: int) -> Tensor:
@@ -140,10 +135,7 @@ def candidate_scorer(scorer: str, kwargs: Mapping[str, Any], **paths: str) -> Sc
 
 
 def load_scorer(source: ScorerSource, device: torch.device) -> Scorer:
-    """Returns the scorer that `source` names, with its weights on `device`.
-
-    Raises UserError that names the config key if the scorer cannot be loaded.
-    """
+    """Returns a scorer with its weights on `device`; raises UserError that names the config key."""
     factory, bound = _bind(source, device)
     scorer = factory(*bound.args, **bound.kwargs)
     if not isinstance(scorer, Scorer):

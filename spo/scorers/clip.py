@@ -35,10 +35,7 @@ class ImagePreparation:
         return self.normalise((images / 2 + 0.5).clamp(0, 1))
 
     def stretched(self, images: Tensor) -> Tensor:
-        """(n, 3, H, W) -> (n, 3, size, size): to [0, 1], clamp, resize to the square, normalise.
-
-        Step-aware preference models are trained on images prepared so (SPO, arXiv 2406.04314).
-        """
+        """(n, 3, H, W) -> (n, 3, size, size): in [0, 1], resized to a square (SPO, arXiv 2406.04314)"""
         images = (images.float() / 2 + 0.5).clamp(0, 1)
         shape = (self.size, self.size)
         images = F.interpolate(images, shape, mode="bicubic", align_corners=False)
@@ -57,10 +54,7 @@ def _per_channel(values: tuple[float, ...], device: torch.device, dtype: torch.d
 
 
 class CLIPInputs:
-    """Tokenizer and image preparation of a CLIP, from a Hub id or folder.
-
-    Raises UserError that names `processor` in the config `section`.
-    """
+    """Tokenizer and image preparation of a Hub id or folder; UserError that names `processor`."""
 
     def __init__(self, processor: str, section: str = "preference") -> None:
         with loading(processor, f"{section}.processor"):
@@ -74,10 +68,9 @@ class CLIPInputs:
 
     def tokenize(self, prompts: Sequence[str]) -> Tensor:
         """Returns token ids (B, L), padded and truncated to the tokenizer's own length L."""
-        encoded = self.tokenizer(
+        return self.tokenizer(
             readable(prompts), padding="max_length", truncation=True, return_tensors="pt"
-        )
-        return encoded.input_ids
+        ).input_ids
 
 
 @contextlib.contextmanager
@@ -111,6 +104,7 @@ def clip_config(backbone: str, section: str = "preference") -> CLIPConfig:
 def check_clip(backbone: str, processor: str, section: str = "preference") -> None:
     """Raises UserError for a bad CLIP or processor of config `section`, by their small files."""
     model_file(backbone, "config.json", f"{section}.backbone")
+    model_file(processor, "preprocessor_config.json", f"{section}.processor")
     clip_config(backbone, section)
     CLIPInputs(processor, section)
 

@@ -22,7 +22,6 @@ from transformers import (
 
 from spo.data.token_lengths import readable
 from spo.errors import UserError, in_one_line
-from spo.hub import resolve_file
 from spo.scorers import ImageScorer
 from spo.scorers.clip import loading
 from spo.scorers.state_dicts import linear_head, read_state_dict
@@ -64,12 +63,13 @@ class ImageReward(ImageScorer):
         from open_clip.transform import PreprocessCfg, image_transform_v2
 
         key = f"{section}.checkpoint"
-        path = resolve_file(checkpoint, key)
-        weights = read_state_dict(path, key)
+        weights = read_state_dict(checkpoint, key)
         try:
             networks = _networks(weights, head_width)
         except (LookupError, ValueError, RuntimeError) as error:
-            raise UserError(f"{key}: {path} is not ImageReward: {in_one_line(error)}") from error
+            raise UserError(
+                f"{key}: {checkpoint} is not ImageReward: {in_one_line(error)}"
+            ) from error
         self._networks, self._device = networks.requires_grad_(False).eval().to(device), device
         with loading(tokenizer, f"{section}.tokenizer"):
             self._tokenizer = AutoTokenizer.from_pretrained(tokenizer)
@@ -97,20 +97,14 @@ class ImageReward(ImageScorer):
 
 
 def _networks(weights: Mapping[str, Tensor], head_width: int) -> nn.ModuleList:
-    """Returns image tower, text tower and head; the shapes tell all sizes but `head_width`.
-
-    Raises LookupError, ValueError or RuntimeError for a missing or unknown tensor or another shape.
-    """
+    """Returns image tower, text tower and head; raises LookupError, ValueError or RuntimeError."""
     vision = _part(weights, "blip.visual_encoder.")
     for pattern, replacement in _VISION:
         vision = {re.sub(f"^{pattern}", replacement, name): v for name, v in vision.items()}
     text = _part(weights, "blip.text_encoder.")
     text.pop("embeddings.position_ids", None)  # a constant that old transformers saved
-    image_width = vision["embeddings.class_embedding"].shape[-1]
-    towers = (
-        BlipVisionModel(_vision_config(vision, head_width)),
-        BlipTextModel(_text_config(text, image_width, head_width), add_pooling_layer=False),
-    )
+    vision_config, text_config = _configs(vision, text, head_width)
+    towers = (BlipVisionModel(vision_config), BlipTextModel(text_config, add_pooling_layer=False))
     for tower, tensors in zip(towers, (vision, text), strict=True):
         tower.load_state_dict(tensors, strict=True)
     head = linear_head(_part(weights, "mlp."), towers[1].config.hidden_size)
@@ -121,29 +115,29 @@ def _part(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
 
 
-def _vision_config(weights: Mapping[str, Tensor], head_width: int) -> BlipVisionConfig:
-    positions = weights["embeddings.position_embedding"].shape[1]
-    patch_size = weights["embeddings.patch_embedding.weight"].shape[-1]
-    return BlipVisionConfig(
-        **_sizes(weights, ".mlp.fc1.weight", head_width),
+def _configs(
+    vision: Mapping[str, Tensor], text: Mapping[str, Tensor], head_width: int
+) -> tuple[BlipVisionConfig, BlipTextConfig]:
+    positions = vision["embeddings.position_embedding"].shape[1]
+    patch_size = vision["embeddings.patch_embedding.weight"].shape[-1]
+    vision_config = BlipVisionConfig(
+        **_sizes(vision, ".mlp.fc1.weight", head_width),
         image_size=math.isqrt(positions - 1) * patch_size,
         patch_size=patch_size,
         hidden_act="gelu",
         layer_norm_eps=1e-6,
     )
-
-
-def _text_config(weights: dict[str, Tensor], image_width: int, head_width: int) -> BlipTextConfig:
-    return BlipTextConfig(
-        **_sizes(weights, ".intermediate.dense.weight", head_width),
-        vocab_size=len(weights["embeddings.word_embeddings.weight"]),
-        encoder_hidden_size=image_width,
-        max_position_embeddings=len(weights["embeddings.position_embeddings.weight"]),
+    text_config = BlipTextConfig(
+        **_sizes(text, ".intermediate.dense.weight", head_width),
+        vocab_size=len(text["embeddings.word_embeddings.weight"]),
+        encoder_hidden_size=vision_config.hidden_size,
+        max_position_embeddings=len(text["embeddings.position_embeddings.weight"]),
         pad_token_id=0,
         hidden_act="gelu",
         layer_norm_eps=1e-12,
         is_decoder=True,  # transformers' name for a text tower with cross attention
     )
+    return vision_config, text_config
 
 
 def _sizes(weights: Mapping[str, Tensor], mlp: str, head_width: int) -> dict[str, int]:

@@ -5,7 +5,6 @@ open_clip takes seconds to import, so the functions that need it import it.
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partialmethod
 from pathlib import Path
 from typing import Any
@@ -45,13 +44,13 @@ class OpenClipScorer(ImageScorer):
         from open_clip import SimpleTokenizer
         from open_clip.transform import PreprocessCfg, image_transform_v2, merge_preprocess_dict
 
-        source = find_open_clip(model, checkpoint, section)
-        self.device, self.architecture = device, source.architecture
-        self._network = _load(source, model, section).to(device)
+        self.architecture, preprocess, file = find_open_clip(model, checkpoint, section)
+        self.device = device
+        self._network = _load(self.architecture, file, model, section).to(device)
         self._tokenize = SimpleTokenizer(context_length=self._network.context_length)
         size = self._network.visual.image_size
         size = {"size": size if isinstance(size, int) else size[0]}
-        to = PreprocessCfg(**merge_preprocess_dict(source.preprocess, size))
+        to = PreprocessCfg(**merge_preprocess_dict(preprocess, size))
         self._transform = image_transform_v2(to, is_train=False)
         self.preparation = ImagePreparation(to.size, tuple(to.mean), tuple(to.std))
 
@@ -67,7 +66,6 @@ class OpenClipScorer(ImageScorer):
 
     @torch.no_grad()
     def score_images(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
-        """Returns cos(image, text), (n,), on the CPU."""
         tokens = self._tokenize(readable(prompts)).to(self.device)
         text = F.normalize(self._network.encode_text(tokens), dim=-1)
         return (self.image_features(images) * text).sum(dim=-1).cpu()
@@ -97,13 +95,10 @@ class HPSv2(OpenClipScorer):
 
     title, scale = "HPSv2", 100.0
     __init__ = partialmethod(
-        OpenClipScorer.__init__,
-        model="ViT-H-14",
-        checkpoint="hf://xswu/HPSv2/HPS_v2_compressed.pt",
+        OpenClipScorer.__init__, model="ViT-H-14", checkpoint="hf://xswu/HPSv2/HPS_v2_compressed.pt"
     )
 
     def prepare(self, image: Image.Image) -> Tensor:
-        """Returns the pixels (3, S, S) of an image."""
         return self.preparation.normalise(fit_square(unit_pixels(image), self.preparation.size))
 
 
@@ -148,29 +143,21 @@ class Aesthetic(OpenClipScorer):
         if not self.architecture.get("quick_gelu", False):
             raise UserError(f"{section}.model: {model!r} has no QuickGELU, as OpenAI's CLIPs have.")
         key = f"{section}.head"
-        path = resolve_file(head, key)
-        weights = read_state_dict(path, key)
+        weights = read_state_dict(head, key)
         try:
             self._head = linear_head(weights, self.architecture["embed_dim"]).to(device)
         except ValueError as error:
-            raise UserError(f"{key}: {path} is no head for this CLIP: {error}.") from error
+            raise UserError(f"{key}: {head} is no head for this CLIP: {error}.") from error
 
     @torch.no_grad()
     def score_images(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
         return self._head(self.image_features(images))[:, 0].cpu()
 
 
-@dataclass(frozen=True)
-class OpenClipSource:
-    """The CLIP that `model` and `checkpoint` name, before any weights are loaded."""
-
-    architecture: dict[str, Any]  # arguments of open_clip.CLIP
-    preprocess: dict[str, Any]  # arguments of PreprocessCfg that are not the default, and others
-    weights: str  # path or hf://user/repo/file
-
-
-def find_open_clip(model: str, checkpoint: str, section: str) -> OpenClipSource:
-    """Returns the CLIP of these names; loads and downloads nothing, raises UserError if wrong."""
+def find_open_clip(
+    model: str, checkpoint: str, section: str
+) -> tuple[dict[str, Any], dict[str, Any], str]:
+    """Returns arguments of open_clip.CLIP and PreprocessCfg, and the weights' file, not downloaded."""
     import open_clip
 
     architecture, preprocess = _read_config(model, f"{section}.model")
@@ -183,7 +170,7 @@ def find_open_clip(model: str, checkpoint: str, section: str) -> OpenClipSource:
         file = f"{file}open_clip_model.safetensors" if file.endswith("/") else file
         preprocess, checkpoint = tag, f"hf://{file}"
     check_file(checkpoint, f"{section}.checkpoint")
-    return OpenClipSource(architecture, preprocess, checkpoint)
+    return architecture, preprocess, checkpoint
 
 
 def _read_config(model: str, key: str) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -207,19 +194,17 @@ def _read_config(model: str, key: str) -> tuple[dict[str, Any], dict[str, Any]]:
         raise UserError(f"{key}: {path} is not a config of open_clip ({error!r}).") from error
 
 
-def _load(source: OpenClipSource, model: str, section: str) -> nn.Module:
-    """Returns the CLIP of `source` with its weights, on the CPU."""
+def _load(architecture: dict[str, Any], file: str, model: str, section: str) -> nn.Module:
     import open_clip
 
     key = f"{section}.checkpoint"
-    path = resolve_file(source.weights, key)
-    weights = read_state_dict(path, key)
+    weights = read_state_dict(file, key)
     try:
-        network = open_clip.CLIP(**source.architecture)
+        network = open_clip.CLIP(**architecture)
     except (TypeError, ValueError, KeyError, AssertionError) as error:
         raise UserError(f"{section}.model: {model!r} is no CLIP of open_clip: {error}") from error
     try:
         network.load_state_dict(weights, strict=True)
     except RuntimeError as error:
-        raise UserError(f"{key}: {path} does not fit: {in_one_line(error)}") from error
+        raise UserError(f"{key}: {file} does not fit: {in_one_line(error)}") from error
     return network.requires_grad_(False).eval()

@@ -27,7 +27,6 @@ class CLIPScorer(Scorer):
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
-        """Returns unit-norm text features (B, D)."""
         return text_features(self.clip, self.inputs.tokenize(prompts).to(self.device))
 
 
@@ -37,7 +36,6 @@ class PickScore(CLIPScorer):
     title = "PickScore"
 
     def score(self, images: Tensor, prompt_features: Tensor, timestep: int) -> Tensor:
-        """Returns scores (n,), fp32, of images (n, 3, H, W) in [-1, 1]."""
         return self._score_pixels(self.inputs.prepare(images), prompt_features)
 
     def score_images(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
@@ -62,9 +60,6 @@ def load_pickscore(
     processor: str = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
     dtype: str = "float32",
 ) -> PickScore:
-    """Returns PickScore: the CLIP `backbone`, tokenizer and image processor of `processor`.
-
-    Both are Hub ids or folders; raises UserError if they cannot be loaded.
-    """
+    """Returns PickScore of two Hub ids or folders; raises UserError if one cannot be loaded."""
     clip = load_clip(backbone, section).to(weight_dtype(dtype, section))
     return PickScore(clip, CLIPInputs(processor, section), device)

@@ -8,13 +8,15 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from spo.errors import UserError, first_line
+from spo.hub import resolve_file
 
 
-def read_state_dict(path: Path, key: str) -> dict[str, Tensor]:
+def read_state_dict(file: Path | str, key: str) -> dict[str, Tensor]:
     """Returns the tensors by name in a .safetensors file, or a torch.save with or without "state_dict".
 
-    Raises UserError that names the config `key` and the file.
+    `file` is a path or hf://user/repo/file. Raises UserError that names the config `key` and the file.
     """
+    path = resolve_file(str(file), key)
     try:
         if path.suffix == ".safetensors":
             return load_file(path)

@@ -8,18 +8,15 @@ from pathlib import Path
 
 import torch
 from accelerate import init_empty_weights
-from diffusers.models.embeddings import get_timestep_embedding
+from diffusers.models.embeddings import Timesteps
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
 from spo.errors import UserError, in_one_line
-from spo.hub import resolve_file
 from spo.scorers.clip import CLIPInputs, clip_config, weight_dtype
 from spo.scorers.pickscore import CLIPScorer
 from spo.scorers.state_dicts import read_state_dict
-
-_FREQUENCIES = 256  # width of the sinusoidal embedding
 
 
 class TimestepEmbedder(nn.Module):
@@ -27,17 +24,11 @@ class TimestepEmbedder(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(_FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
+        self.sinusoids = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=0)
+        self.mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, timesteps: Tensor) -> Tensor:
-        sinusoids = get_timestep_embedding(
-            timesteps, _FREQUENCIES, flip_sin_to_cos=True, downscale_freq_shift=0
-        )
-        return self.mlp(sinusoids.to(self.mlp[0].weight.dtype))
-
-
-def _modulation(width: int, parts: int) -> nn.Sequential:
-    return nn.Sequential(nn.SiLU(), nn.Linear(width, parts * width))
+        return self.mlp(self.sinusoids(timesteps).to(self.mlp[0].weight.dtype))
 
 
 def _modulate(hidden: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -49,7 +40,8 @@ class StepAwareEncoderLayer(CLIPEncoderLayer):
 
     def __init__(self, config) -> None:
         super().__init__(config)
-        self.adaLN_modulation = _modulation(config.hidden_size, 6)
+        width = config.hidden_size
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
     def forward(self, hidden: Tensor, timestep_embedding: Tensor) -> Tensor:
         modulation = self.adaLN_modulation(timestep_embedding)[:, None]
@@ -70,7 +62,7 @@ class StepAwareCLIP(nn.Module):
         width = vision.config.hidden_size
         layers = (StepAwareEncoderLayer(vision.config) for _ in vision.encoder.layers)
         vision.encoder.layers = nn.ModuleList(layers)
-        vision.adaLN_modulation = _modulation(width, 2)
+        vision.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
         self.model.t_embedder = TimestepEmbedder(width)
 
     def image_features(self, pixels: Tensor, timesteps: Tensor) -> Tensor:
@@ -115,12 +107,11 @@ def fresh_step_aware_clip(clip: CLIPModel, seed: int) -> StepAwareCLIP:
 
 
 def load_step_aware_clip(
-    checkpoint: Path, config: CLIPConfig, key: str = "preference.checkpoint"
+    checkpoint: Path | str, config: CLIPConfig, key: str = "preference.checkpoint"
 ) -> StepAwareCLIP:
     """Returns the SPM in a .safetensors or .bin state dict, in eval mode on the CPU.
 
-    Loads strictly, and never runs a .bin file's pickle. Raises UserError that names the config `key`
-    and the file.
+    Raises UserError that names the config `key` and the file, also for a missing or unknown tensor.
     """
     weights = read_state_dict(checkpoint, key)
     # Constant buffers that old transformers saved; today's models do not have them.
@@ -131,11 +122,8 @@ def load_step_aware_clip(
     try:
         spm.load_state_dict(weights, strict=True, assign=True)
     except RuntimeError as error:
-        section = key.rpartition(".")[0]
-        raise UserError(
-            f"{key}: {checkpoint} does not fit {section}.backbone as a step-aware "
-            f"preference model: {in_one_line(error)}"
-        ) from error
+        fit = f"does not fit {key.rpartition('.')[0]}.backbone as a step-aware preference model"
+        raise UserError(f"{key}: {checkpoint} {fit}: {in_one_line(error)}") from error
     return spm.requires_grad_(False).eval()
 
 
@@ -150,7 +138,6 @@ class StepAwareScorer(CLIPScorer):
 
     @torch.no_grad()
     def score(self, images: Tensor, prompt_features: Tensor, timestep: int) -> Tensor:
-        """Returns scores (n,), fp32, of images (n, 3, H, W) in [-1, 1]."""
         pixels = self.inputs.prepare(images).to(self.clip.visual_projection.weight.dtype)
         timesteps = torch.full((len(images),), timestep, device=images.device)
         return self.spm.score(pixels, timesteps, prompt_features).float()
@@ -168,12 +155,8 @@ def load_step_aware_scorer(
     processor: str = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
     dtype: str = "float32",
 ) -> StepAwareScorer:
-    """Returns the SPM in `checkpoint`, with the architecture of the CLIP `backbone`.
-
-    `checkpoint` is a path or hf://user/repo/file, `backbone` and `processor` are Hub ids or folders;
-    raises UserError if they cannot be loaded.
-    """
-    key = f"{section}.checkpoint"
-    spm = load_step_aware_clip(resolve_file(checkpoint, key), clip_config(backbone, section), key)
+    """Returns the SPM in a path or hf://user/repo/file; the CLIP `backbone` gives its architecture."""
+    architecture = clip_config(backbone, section)
+    spm = load_step_aware_clip(checkpoint, architecture, f"{section}.checkpoint")
     spm = spm.to(weight_dtype(dtype, section))
     return StepAwareScorer(spm, CLIPInputs(processor, section), device)
