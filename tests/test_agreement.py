@@ -68,11 +68,11 @@ def test_comparisons_are_joined_in_order():
     ],
 )
 def test_what_cannot_be_compared(tmp_path, changes, message):
-    config, other = (small_config(tmp_path / "run") for _ in range(2))
-    check_judges([config, other])
+    recipe, other = read_recipe(small_config(tmp_path / "run")), small_config(tmp_path / "run")
+    check_judges([recipe, read_recipe(other)])
     other.update_from_flattened_dict(changes)
     with pytest.raises(UserError, match=message):
-        check_judges([config, other])
+        check_judges([recipe, read_recipe(other)])
 
 
 def test_judges_share_what_is_the_same(tmp_path):

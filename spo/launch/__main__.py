@@ -65,9 +65,10 @@ def main() -> None:
             import torch  # slow
 
             from spo.costs.count import print_estimate
+            from spo.method.build import read_recipe
 
             device = torch.device("cpu" if options.cpu else "cuda")
-            print_estimate(config, plan, device, world.here)
+            print_estimate(read_recipe(config), plan, device, world.here)
         command = [sys.executable, options.script, *script_args]
         print("$", shlex.join(command), flush=True)
         has_affinity = hasattr(os, "sched_getaffinity")  # not on macOS
