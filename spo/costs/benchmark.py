@@ -3,7 +3,7 @@
 import contextlib
 import gc
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
@@ -133,24 +133,20 @@ def print_times(
     figures = {}
     for name, measured in found.items():
         parts = {part: _figures(measured, part, baseline) for part in measured.turns[0]}
-        rows = [[part, *map(_number, row.values())] for part, row in parts.items()]
-        print(markdown_table([name, *parts[ROLLOUT]], rows))
-        print(f"peak_memory_gib: {_number(measured.peak_gib)}\n")
+        _print_table([name, *parts[ROLLOUT]], {k: row.values() for k, row in parts.items()})
+        print(f"peak_memory_gib: {measured.peak_gib:.4g}\n")
         figures[name] = {"parts": parts, "peak_memory_gib": measured.peak_gib}
     return figures
 
 
 def _figures(measured: Measured, part: str, baseline: Measured) -> dict[str, float]:
-    seconds, ratios = measured.seconds(part), measured.ratios(part, baseline)
-    teraflops = measured.work.flops[part] / 1e12
-    rates = {"rate_of_baseline": median(ratios), "from": min(ratios), "to": max(ratios)}
-    return {
-        "seconds": median(seconds),
-        "fastest": min(seconds),
-        "slowest": max(seconds),
-        "tflop": teraflops,
-        "tflop_per_second": teraflops / median(seconds),
-    } | ({} if measured is baseline else rates)
+    seconds, teraflops = measured.seconds(part), measured.work.flops[part] / 1e12
+    figures = {"seconds": median(seconds), "fastest": min(seconds), "slowest": max(seconds)}
+    figures |= {"tflop": teraflops, "tflop_per_second": teraflops / median(seconds)}
+    if measured is not baseline:
+        ratios = measured.ratios(part, baseline)
+        figures |= {"rate_of_baseline": median(ratios), "from": min(ratios), "to": max(ratios)}
+    return figures
 
 
 def print_costs(models: Models, prompts: int, tflops: float, num_gpus: int) -> dict[str, Any]:
@@ -173,13 +169,9 @@ def print_costs(models: Models, prompts: int, tflops: float, num_gpus: int) -> d
         ("all the time", "GiB", resident | {"sum": sum(resident.values())}),
         ("on top, of a prompt, an image or a pair", "GiB", peaks),
     ):
-        rows = [[name, _number(value)] for name, value in figures.items()]
-        print(markdown_table([title, unit], rows))
-    rows = [
-        [f"{key} ({part})", *(str(fits[c][part] or "none") for c in CARDS)]
-        for part, key in BATCH_KEYS.items()
-    ]
-    print(markdown_table(["largest that fits on a card of", *(f"{c} GiB" for c in CARDS)], rows))
+        _print_table([title, unit], {name: [value] for name, value in figures.items()})
+    rows = {f"{key} ({part})": [fits[c][part] for c in CARDS] for part, key in BATCH_KEYS.items()}
+    _print_table(["largest that fits on a card of", *(f"{c} GiB" for c in CARDS)], rows)
     print(
         f"{hours:.3g} hours for {prompts} prompts over all epochs, on {num_gpus} GPUs at "
         f"{tflops:g} TFLOP/s each, if {PAIR_SHARE:.0%} of a prompt's {costs.pairs} pairs "
@@ -195,5 +187,6 @@ def print_costs(models: Models, prompts: int, tflops: float, num_gpus: int) -> d
     }
 
 
-def _number(value: float) -> str:
-    return f"{value:.4g}"
+def _print_table(header: Sequence[str], rows: Mapping[str, Iterable[float]]) -> None:
+    cells = [[name, *(f"{value:.4g}" for value in values)] for name, values in rows.items()]
+    print(markdown_table(header, cells), end="\n\n")

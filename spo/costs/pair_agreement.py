@@ -143,10 +143,9 @@ def compare_judges(named: Mapping[str, Recipe], rollouts: int) -> dict:
 
     Prints a table of the agreement with the first recipe for each other one, and returns the figures.
     """
-    recipes = list(named.values())
+    recipe, *_ = recipes = list(named.values())
     check_judges(recipes)
-    recipe, plan = recipes[0], plan_batches(recipes[0].config, 1)
-    prompts = recipe.prompts.read().prompts
+    plan, prompts = plan_batches(recipe.config, 1), recipe.prompts.read().prompts
     model = recipe.load_backbone(PartialState().device)
     if recipe.lora.init_from:
         build_lora(recipe, model.unet)
@@ -158,14 +157,14 @@ def compare_judges(named: Mapping[str, Recipe], rollouts: int) -> dict:
         for timestep, verdicts in steps:
             for key in ("all", f"t = {timestep}"):
                 found[key].append(verdicts)
-    figures = {}
+    figures, joined = (
+        {},
+        {k: list(map(concatenate, zip(*v, strict=True))) for k, v in found.items()},
+    )
     for index, name in enumerate(list(named)[1:], start=1):
-        rows = {}
-        for key, verdicts in found.items():
-            ours, theirs = (concatenate([step[i] for step in verdicts]) for i in (0, index))
-            rows[key] = agreement(ours, theirs)
+        rows = {key: agreement(judged[0], judged[index]) for key, judged in joined.items()}
         head = ["", *(column.replace("_", " ") for column in rows["all"])]
         cells = [[key, *(f"{v:.3g}" for v in row.values())] for key, row in rows.items()]
-        print(f"{name}\n\n{markdown_table(head, cells)}")
+        print(f"{name}\n\n{markdown_table(head, cells)}\n")
         figures[name] = rows
     return figures
