@@ -105,8 +105,7 @@ def test_the_rollouts_are_those_of_training(tmp_path):
     assert len(slices) == 2 and len({i for part in slices for i in part.prompt_ids}) == 4
     steps = judge_rollout(
         model,
-        recipe.load_sampler(model),
-        recipe.collect,
+        recipe,
         load_judges(model, [recipe]),
         [prompts[i] for i in slices[0].prompt_ids],
         slices[0].generator,

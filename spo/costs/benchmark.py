@@ -20,6 +20,7 @@ from spo.run.tables import markdown_table
 ITERATION = "rollout and training"
 PAIR_SHARE = 0.8  # of the comparisons that pass the threshold: assumed
 CARDS = (24, 40, 48, 80)  # GiB
+Loaders = Mapping[str, Callable[[], Models]]
 
 
 @dataclass(frozen=True)
@@ -99,9 +100,7 @@ def time_parts(models: Models, repeats: int) -> dict[str, list[float]]:
     return seconds
 
 
-def time_in_turns(
-    loaders: Mapping[str, Callable[[], Models]], rounds: int, repeats: int
-) -> dict[str, Measured]:
+def time_in_turns(loaders: Loaders, rounds: int, repeats: int) -> dict[str, Measured]:
     """Measures the models of every loader in turn, `rounds` times.
 
     In a turn the models load, warm up, and are measured, with no others in memory. Taking turns lets
@@ -123,9 +122,7 @@ def time_in_turns(
     return found
 
 
-def print_times(
-    loaders: Mapping[str, Callable[[], Models]], rounds: int, repeats: int
-) -> dict[str, Any]:
+def print_times(loaders: Loaders, rounds: int, repeats: int) -> dict[str, Any]:
     """Times each of `loaders` against the first, prints the tables, and returns the figures."""
     found = time_in_turns(loaders, rounds, repeats)
     baseline, *_ = found.values()

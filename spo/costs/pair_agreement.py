@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from accelerate import PartialState
 from ml_collections import ConfigDict
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 from tqdm import tqdm
 
 from spo.command_line.config_files import leaves
@@ -17,7 +17,6 @@ from spo.errors import UserError
 from spo.launch.batch_plan import plan_batches
 from spo.method.build import Recipe, build_lora
 from spo.method.collect import CollectSettings, first_slices, roll_out, score_candidates
-from spo.method.ddim import DDIM
 from spo.method.health import check_scores
 from spo.method.pairs import choose, differ_enough
 from spo.models.backbone import Backbone
@@ -72,7 +71,7 @@ class Judge:
         size, pairs = self.settings.decode_batch_size, self.settings.pairs
         decoding, features = partial(decode, self.decoder), self.scorer.encode_prompts(prompts)
         scores = score_candidates(candidates, decoding, self.scorer, features, size)
-        chosen = choose(scores, pairs, torch.Generator().manual_seed(0))
+        chosen = choose(scores, pairs, Generator().manual_seed(0))
         gaps = chosen.gap(scores)
         check_scores([Comparison(candidates.score_timestep, scores, gaps)], prompts)
         return Judged(
@@ -85,18 +84,17 @@ class Judge:
 @torch.no_grad()
 def judge_rollout(
     model: Backbone,
-    sampler: DDIM,
-    settings: CollectSettings,
+    recipe: Recipe,
     judges: Sequence[Judge],
     prompts: Sequence[str],
-    generator: torch.Generator,
+    noise: Generator,
 ) -> Iterator[tuple[int, list[Judged]]]:
     """Rolls out B prompts once with the UNet as it is.
 
     Yields, step by step, the timestep that the scorers are told, and each judge's verdicts.
     """
-    conditioning = model.encode_prompts(prompts)
-    for candidates in roll_out(model, sampler, settings, conditioning, generator):
+    sampler, conditioning = recipe.load_sampler(model), model.encode_prompts(prompts)
+    for candidates in roll_out(model, sampler, recipe.collect, conditioning, noise):
         yield candidates.score_timestep, [judge.judge(candidates, prompts) for judge in judges]
 
 
@@ -149,12 +147,11 @@ def compare_judges(named: Mapping[str, Recipe], rollouts: int) -> dict:
     model = recipe.load_backbone(PartialState().device)
     if recipe.lora.init_from:
         build_lora(recipe, model.unet)
-    judges, sampler = load_judges(model, recipes), recipe.load_sampler(model)
-    slices, found = first_slices(len(prompts), plan, recipe.run.seed, rollouts), defaultdict(list)
+    judges, found = load_judges(model, recipes), defaultdict(list)
+    slices = first_slices(len(prompts), plan, recipe.run.seed, rollouts)
     for part in tqdm(slices, desc="slices", leave=False):
         rows = [prompts[i] for i in part.prompt_ids]
-        steps = judge_rollout(model, sampler, recipe.collect, judges, rows, part.generator)
-        for timestep, verdicts in steps:
+        for timestep, verdicts in judge_rollout(model, recipe, judges, rows, part.generator):
             for key in ("all", f"t = {timestep}"):
                 found[key].append(verdicts)
     figures, joined = (
