@@ -154,6 +154,7 @@ def test_what_a_run_computed_is_not_written_over(tmp_path, monkeypatch):
     assert preflight(config, 1).resume.checkpoint == run_dir / "checkpoints" / "epoch_0001"
 
 
+@pytest.mark.slow
 def test_the_command_line_says_it_in_one_line_with_status_2(tmp_path):
     command = [
         sys.executable,

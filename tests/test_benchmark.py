@@ -70,6 +70,7 @@ def test_flops_of_parts_within_parts_by_hand():
     assert meter.seconds["all"] >= sum(meter.seconds.values()) / 2 > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "copies", "changes"),
     [
@@ -109,6 +110,7 @@ def test_shapes_alone_cost_what_real_models_cost(family, copies, changes):
     assert merged not in count_costs(config).resident_bytes
 
 
+@pytest.mark.slow
 def test_a_tiny_decoder_counts_in_the_place_of_the_vae(tmp_path):
     config = small_config(**{"sample.decoder": save_tiny_decoder(tmp_path)})
     models = load_models(read_recipe(config), CPU)
@@ -183,6 +185,7 @@ def test_a_call_of_known_shapes_counts_without_running():
     assert len(calls) == 3
 
 
+@pytest.mark.slow
 def test_a_pair_is_the_unit_of_training_memory():
     models = load_models(read_recipe(small_config()), META)
     with load.meta_kernels(), flop_counter() as counter, LiveMemory() as memory:
@@ -211,6 +214,7 @@ def test_a_rollout_looks_at_numbers_once(algorithm, monkeypatch):
     assert differ.dtype == torch.bool and len(pairs) == len(differ) == 2 * 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ema_prediction", ["fresh", "rollout", "none"])
 def test_passes_of_a_pair(ema_prediction):
     changes = {"train.ema_prediction": ema_prediction, "train.clip_eps": None}
@@ -336,6 +340,7 @@ def run_script(*arguments):
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_command_line(tmp_path):
     sizes = [f"--config.{key}={value}" for key, value in SIZES.items()]
     common = ["--config=tests/data/random_models.py", *sizes, "--config.prompts.num=100"]

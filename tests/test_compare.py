@@ -33,6 +33,7 @@ def without_weights(folder, family):
     return shutil.copytree(MODELS / f"tiny-{family}", folder / family, ignore=others)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "precision", "scorer"),
     [("sd15", "no", "step_aware_clip"), ("sdxl", "bf16", "pickscore")],
@@ -75,6 +76,7 @@ def test_rates_are_those_of_prompts_and_pairs_by_hand():
     assert baseline.seconds(ROLLOUT) == [4.0, 6.0, 50.0, 3.0]
 
 
+@pytest.mark.slow
 def test_variants_take_turns_and_one_is_in_memory(monkeypatch):
     order, alive = [], []
     memory = iter((5.0, 1.0, 7.0, 2.0))
@@ -124,6 +126,7 @@ def test_changes_to_a_copy_of_the_config(parsed):
             changed(parsed, text)
 
 
+@pytest.mark.slow
 def test_command_line(tmp_path):
     folder, file = without_weights(tmp_path, "sd15"), tmp_path / "figures.json"
     sizes = [f"--config.{key}={value}" for key, value in (SIZES | {"sample.batch_size": 1}).items()]

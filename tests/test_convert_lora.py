@@ -60,6 +60,7 @@ def convert(monkeypatch):
     return run_script
 
 
+@pytest.mark.slow
 def test_the_command_line(run, tmp_path, convert):
     there, back = tmp_path / "new" / "there.safetensors", tmp_path / "back.safetensors"
     command = [

@@ -221,6 +221,7 @@ def test_drawing_and_scoring_apart_and_a_folder_of_images(config):
     assert file == str((folder / "images" / "base" / "00000.png").resolve())
 
 
+@pytest.mark.slow
 def test_two_processes_make_what_one_makes(config, tmp_path):
     evaluate(config)
     two = changed(config, logdir=str(tmp_path / "two"))
@@ -258,6 +259,7 @@ for line in sys.stdin:  # each line is a start of the evaluation, in a process t
 """
 
 
+@pytest.mark.slow
 def test_an_evaluation_killed_ten_times_ends_as_one_that_was_not(config, tmp_path):
     evaluate(config)
     folder = folder_of(config)

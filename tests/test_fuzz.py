@@ -29,6 +29,8 @@ from spo.method.start import train
 from spo.preference.spm_recipe import check_training
 from spo.scorers import clip
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parent.parent
 KINDS = {
     "train": ("tests/data/random_models.py", BASE, preflight),

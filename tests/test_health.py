@@ -134,6 +134,7 @@ def test_a_network_that_goes_bad_in_training(tmp_path, monkeypatch):
     assert newest_is_finite(tmp_path / "run")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bad", [0, 1])
 def test_both_processes_stop_where_one_goes_bad(tmp_path, bad):
     # 2 minibatches of a rollout on each process: the fifth is of the second epoch.

@@ -71,6 +71,7 @@ def test_a_second_sigint_stops_at_once(first):
     assert process.wait(timeout=10) == -signal.SIGINT
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_the_command_line_says_it_in_one_line_with_status_75(tmp_path, number):
     command = [sys.executable, "train_sd15.py", "--config=tests/data/random_models.py"]

@@ -12,6 +12,8 @@ from helpers import add_tiny_lora, load_backbone, random_weights, save_tiny_deco
 from spo.evaluation.results import read_results
 from spo.lora_io.write import save_lora
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = ROOT / "tests" / "data" / "golden" / "models"
 OVERRIDES = {

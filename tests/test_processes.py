@@ -96,6 +96,7 @@ def gone(processes, timeout):
     return not psutil.wait_procs(processes, timeout=timeout)[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("processes", "number"), [(1, signal.SIGTERM), (1, signal.SIGINT), (2, signal.SIGTERM)]
 )
@@ -154,6 +155,7 @@ def test_a_signal_while_another_machine_is_awaited_is_a_stop_too(launch):
     assert err == "stopped outside of training; nothing is lost\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize(
     ("event", "status", "error"), [("end", 0, ""), ("refuse", 2, "error: data: of no use\n")]
@@ -164,6 +166,7 @@ def test_statuses_of_an_orderly_end(launch, processes, event, status, error):
     assert (process.returncode, err) == (status, error)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_bug_is_told_with_its_rank_and_one_traceback(launch, processes):
     process = launch(processes, "bug")

@@ -501,6 +501,7 @@ def test_a_card_without_sections_of_ours_gets_one_at_the_end(run_dir):
     assert str(merge_cards(str(merged), own)) == str(merged)
 
 
+@pytest.mark.slow
 def test_training_pushes_and_outlives_the_hub(tmp_path):
     """One run: pushed after its first epoch, and the Hub is gone when it ends."""
     program = "from spo import publish; publish._WAITS = (0,); import runpy; "

@@ -48,6 +48,7 @@ def test_a_trace_replays(trace):
     assert failures(rollouts, algorithm) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trace", ["gradspo_sd15_clip", "gradspo_sdxl_clip"])
 def test_a_trace_replays_with_other_memory_layout_and_recomputed_activations(trace):
     replay = Replay(GOLDEN / trace, MODELS)
@@ -102,6 +103,7 @@ def change(**values):
     return break_it
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("trace", "break_it", "rollouts", "quantity"),
     [
@@ -154,6 +156,7 @@ def run_script(trace):
     return subprocess.run(command, capture_output=True, text=True, cwd=trace)
 
 
+@pytest.mark.slow
 def test_the_command_line(tmp_path):
     trace = first_rollout("spo_sdxl", tmp_path / "trace")
     result = run_script(trace)

@@ -79,6 +79,7 @@ def test_strengths_seeds_and_what_an_image_says(lora, tmp_path):
         assert sheet.width > 3 * 256 and sheet.height > 4 * 256
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 def test_every_scheduler_repeats_whatever_is_drawn_beside(scheduler, tmp_path):
     models = images_cli.read_models(["base"], model_folder("sd15"), None, None)
@@ -138,6 +139,7 @@ def test_a_lora_of_another_base(lora):
         images_cli.draw_samples(models, PROMPTS, settings(), lora.parent / "out")
 
 
+@pytest.mark.slow
 def test_the_command(lora, tmp_path):
     command = [sys.executable, "scripts/sample.py", "--models", "base", str(lora)]
     command += [

@@ -266,6 +266,7 @@ def launch(config, tmp_path, processes, **changes):
     )
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_does(config, tmp_path):
     """Pairs, weights and noise do not depend on the number of processes."""
     changes = {"max_train_steps": 6, "save_steps": 1, "checkpoint_limit": 0, "eval_steps": 6}

@@ -15,6 +15,7 @@ def test_the_interval_of_a_normal_mean():
     assert estimate.high == pytest.approx(values.mean() + half, abs=0.02)
 
 
+@pytest.mark.slow
 def test_the_interval_covers_as_often_as_it_says():
     rng = np.random.default_rng(2)
     estimates = [bootstrap_mean(rng.exponential(size=60)) for _ in range(200)]

@@ -129,6 +129,7 @@ def test_the_committed_prompts_are_those_of_the_world():
         assert list(prompts) == [str(caption) for caption in captions]
 
 
+@pytest.mark.slow
 def test_the_world_can_be_made_again(tmp_path):
     """The one command, shortened; what it makes is what training starts from."""
     command = [sys.executable, "scripts/make_tiny_world.py", "--out", tmp_path, "--shorten", "1000"]

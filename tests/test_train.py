@@ -77,6 +77,7 @@ def launch_tiny(logdir, prompts):
     return logdir / "run", result.stdout
 
 
+@pytest.mark.slow
 def test_launch_script_leaves_everything_in_the_run_directory(tmp_path):
     run_dir, output = launch_tiny(tmp_path, prompts=8)
     for name in (LORA, "metrics.jsonl", "tiny_world.png", "curves.png"):
