@@ -35,22 +35,26 @@ NUM_GPUS = flags.DEFINE_integer("num_gpus", 4, "--meta: GPUs of the run")
 def main(_) -> None:
     with exit_on_user_error():
         check_flags()
-        config = CONFIG.value
-        configs = {"baseline": config} | {text: changed(config, text) for text in COMPARE.value}
+        configs = {"baseline": CONFIG.value}
+        configs |= {change: changed(CONFIG.value, change) for change in COMPARE.value}
 
         from accelerate import PartialState  # torch takes seconds to load
 
         from spo.costs import benchmark
         from spo.costs.load import META as META_DEVICE
         from spo.costs.load import load_models
+        from spo.method.build import read_recipe
+
+        recipes = {name: read_recipe(config) for name, config in configs.items()}
 
         if META.value:
-            prompts = config.num_epochs * (config.prompts.num or 1000)  # 0 takes all there are
-            models = load_models(config, META_DEVICE)
+            recipe = recipes["baseline"]
+            prompts = recipe.run.num_epochs * (recipe.prompts.num or 1000)  # 0 takes all there are
+            models = load_models(recipe, META_DEVICE)
             figures = benchmark.print_costs(models, prompts, TFLOPS.value, NUM_GPUS.value)
         else:
             device, rounds = PartialState().device, ROUNDS.value if COMPARE.value else 1
-            loaders = {n: partial(load_models, c, device, RANDOM.value) for n, c in configs.items()}
+            loaders = {n: partial(load_models, r, device, RANDOM.value) for n, r in recipes.items()}
             figures = benchmark.print_times(loaders, rounds, REPEATS.value)
             figures = {"variants": figures} if COMPARE.value else figures["baseline"]
         if JSON.value:

@@ -29,8 +29,10 @@ def main(_) -> None:
         configs |= {change: changed(CONFIG.value, change) for change in COMPARE.value}
 
         from spo.costs.pair_agreement import compare_judges  # torch takes seconds to load
+        from spo.method.build import read_recipe
 
-        figures = compare_judges(configs, ROLLOUTS.value)
+        recipes = {name: read_recipe(config) for name, config in configs.items()}
+        figures = compare_judges(recipes, ROLLOUTS.value)
         if JSON.value:
             Path(JSON.value).write_text(json.dumps(figures, indent=2) + "\n")
 

@@ -68,11 +68,11 @@ def test_comparisons_are_joined_in_order():
     ],
 )
 def test_what_cannot_be_compared(tmp_path, changes, message):
-    config, other = (small_config(tmp_path / "run") for _ in range(2))
-    check_judges([config, other])
+    recipe, other = read_recipe(small_config(tmp_path / "run")), small_config(tmp_path / "run")
+    check_judges([recipe, read_recipe(other)])
     other.update_from_flattened_dict(changes)
     with pytest.raises(UserError, match=message):
-        check_judges([config, other])
+        check_judges([recipe, read_recipe(other)])
 
 
 def test_judges_share_what_is_the_same(tmp_path):
@@ -105,8 +105,7 @@ def test_the_rollouts_are_those_of_training(tmp_path):
     assert len(slices) == 2 and len({i for part in slices for i in part.prompt_ids}) == 4
     steps = judge_rollout(
         model,
-        recipe.load_sampler(model),
-        recipe.collect,
+        recipe,
         load_judges(model, [recipe]),
         [prompts[i] for i in slices[0].prompt_ids],
         slices[0].generator,
@@ -135,7 +134,7 @@ def test_the_script_compares_with_the_config(tmp_path):
     assert tiny["t = 0"]["comparisons"] == 2
     # The config's own threshold is 0 and keeps all four.
     assert figures["sample.threshold=0.02"]["all"]["kept"] == 3 / 4
-    assert re.search(r"^\| all +\| +4 \| +1 \| ", result.stdout, re.MULTILINE)
+    assert re.search(r"^\| all +\| 4 +\| 1 +\| ", result.stdout, re.MULTILINE)
 
 
 @pytest.mark.parametrize(

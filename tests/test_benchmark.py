@@ -27,6 +27,7 @@ from spo.costs.meter import (
     train_on_pairs,
 )
 from spo.errors import UserError
+from spo.method.build import read_recipe
 from spo.models.loading import ModelSource
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -42,7 +43,7 @@ def small_config(family="sd15", **changes):
 
 
 def count_costs(config, *trainings):
-    return count.count_costs(load_models(config, META), *trainings)
+    return count.count_costs(load_models(read_recipe(config), META), *trainings)
 
 
 def test_flops_of_parts_within_parts_by_hand():
@@ -81,10 +82,10 @@ def test_flops_of_parts_within_parts_by_hand():
 )
 def test_shapes_alone_cost_what_real_models_cost(family, copies, changes):
     config = small_config(family, **changes)
-    models = load_models(config, CPU)
+    models = load_models(read_recipe(config), CPU)
     with flop_counter() as counter:
         meter, again = Meter(CPU, counter), Meter(CPU, counter)
-        pairs = draw_pairs(models, ["a fox"], meter, apart=True).pairs
+        pairs = draw_pairs(models, 1, meter, apart=True)
         train_on_pairs(models, pairs.select(slice(1)), 1, meter)
         models.backbone.unet.enable_gradient_checkpointing()
         train_on_pairs(models, pairs.select(slice(1)), 1, again)
@@ -112,10 +113,10 @@ def test_shapes_alone_cost_what_real_models_cost(family, copies, changes):
 @pytest.mark.slow
 def test_a_tiny_decoder_counts_in_the_place_of_the_vae(tmp_path):
     config = small_config(**{"sample.decoder": save_tiny_decoder(tmp_path)})
-    models = load_models(config, CPU)
+    models = load_models(read_recipe(config), CPU)
     with flop_counter() as counter:
         meter = Meter(CPU, counter)
-        draw_pairs(models, ["a fox"], meter, apart=True)
+        draw_pairs(models, 1, meter, apart=True)
     costs, exact = count_costs(config), count_costs(small_config())
     # 6 images of 16 x 16: two blocks of three convolutions and one more, at 8 x 8 and at 16 x 16.
     block, first, last = 3 * 8 * 8, 4 * 8, 8 * 3
@@ -131,7 +132,7 @@ def test_a_decoder_on_the_hub_counts_as_the_published_one(family, teraflops):
     config = small_config(
         family, **{"sample.decoder": "user/taesd", "pretrained.model": "user/model"}
     )
-    model = load_models(config, META).backbone
+    model = load_models(read_recipe(config), META).backbone
     assert sum(p.numel() for p in model.decoder.parameters()) == 2_445_063
     with flop_counter() as counter:
         model.decode_candidates(torch.ones(1, *model.latent_shape, device=META))
@@ -186,9 +187,9 @@ def test_a_call_of_known_shapes_counts_without_running():
 
 @pytest.mark.slow
 def test_a_pair_is_the_unit_of_training_memory():
-    models = load_models(small_config(), META)
+    models = load_models(read_recipe(small_config()), META)
     with load.meta_kernels(), flop_counter() as counter, LiveMemory() as memory:
-        pairs = draw_pairs(models, ["a fox"] * 2, MetaMeter(counter, memory), apart=True).pairs
+        pairs = draw_pairs(models, 2, MetaMeter(counter, memory), apart=True)
         peaks = {}
         for count in (1, 2, 4):
             meter = MetaMeter(counter, memory)
@@ -202,12 +203,12 @@ def test_a_pair_is_the_unit_of_training_memory():
 @pytest.mark.parametrize("algorithm", ["gradspo", "spo"])
 def test_a_rollout_looks_at_numbers_once(algorithm, monkeypatch):
     """Which waits for a GPU. The meta device has no numbers, and raises where one is asked for."""
-    models = load_models(small_config(algorithm=algorithm), META)
+    models = load_models(read_recipe(small_config(algorithm=algorithm)), META)
     calls = []
     with load.meta_kernels():
         every_index = torch.Tensor.nonzero
         monkeypatch.setattr(torch.Tensor, "nonzero", lambda t: calls.append(t) or every_index(t))
-        pairs = draw_pairs(models, ["a fox", "a whale"], Meter(META), apart=False).pairs
+        pairs = draw_pairs(models, 2, Meter(META), apart=False)
         monkeypatch.undo()
     (differ,) = [tensor for tensor in calls if tensor.is_meta]  # which of all comparisons are pairs
     assert differ.dtype == torch.bool and len(pairs) == len(differ) == 2 * 2
@@ -227,7 +228,7 @@ def test_passes_of_a_pair(ema_prediction):
 def test_low_precision_is_autocast_on_these_models(merge):
     """Autocast runs norms in fp32; with the LoRA merged, a rollout needs none of it."""
     config = small_config(mixed_precision="fp16", **{"lora.merge": merge})
-    models = load_models(config, META)
+    models = load_models(read_recipe(config), META)
     unet, seen = models.backbone.unet, {}
 
     def hook(name):
@@ -237,7 +238,7 @@ def test_low_precision_is_autocast_on_these_models(merge):
     unet.conv_norm_out.register_forward_hook(hook("norm"))
     unet.time_embedding.linear_1.register_forward_hook(hook("linear"))
     with load.meta_kernels():
-        draw_pairs(models, ["a fox"], Meter(META), apart=False)
+        draw_pairs(models, 1, Meter(META), apart=False)
     half = torch.float16
     norm = half if merge else torch.float32
     assert seen == {"convolution": half, "norm": norm, "linear": half}
@@ -269,7 +270,7 @@ def test_full_size_models_are_the_published_ones(family, unet, unet_teraflops, v
 def test_what_is_measured_on_a_cpu_is_as_large_as_the_config_says():
     config = load_config("config/small.py")
     config.sample.decoder = f"{config.pretrained.model}/decoder"
-    models = load_models(config, META)
+    models = load_models(read_recipe(config), META)
     assert (
         round(sum(p.numel() for p in models.backbone.networks()["unet"].parameters()) / 1e6) == 18
     )
@@ -294,7 +295,7 @@ def test_what_fits_and_what_a_run_costs_by_hand():
 
 def test_an_iteration_is_timed_and_counted():
     config = small_config(**{"sample.batch_size": 2, "train.batch_size": 3})
-    models = load_models(config, CPU)
+    models = load_models(read_recipe(config), CPU)
     work = benchmark.count_work(models)
     assert models.learner.updates == 2  # 4 pairs are two minibatches
     seconds = benchmark.time_parts(models, repeats=2)
@@ -312,10 +313,6 @@ def test_an_iteration_is_timed_and_counted():
     )
 
 
-def test_a_peak_is_positive():
-    assert benchmark.measure_peak(CPU, torch.float32) > 1e8
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -328,14 +325,14 @@ def test_a_peak_is_positive():
 )
 def test_what_cannot_be_built_without_weights(changes, message):
     with pytest.raises(UserError, match=message):
-        load_models(small_config(**changes), META)
+        load_models(read_recipe(small_config(**changes)), META)
 
 
 def test_a_model_folder_without_configs(tmp_path):
     index = MODELS / "tiny-sd15" / "model_index.json"
     (tmp_path / index.name).write_bytes(index.read_bytes())
     with pytest.raises(UserError, match="pretrained: a config file of .* cannot be read"):
-        load_models(small_config(**{"pretrained.model": str(tmp_path)}), META)
+        load_models(read_recipe(small_config(**{"pretrained.model": str(tmp_path)})), META)
 
 
 def run_script(*arguments):
@@ -365,8 +362,7 @@ def test_command_line(tmp_path):
     assert figures["parts"][ROLLOUT]["tflop"] == pytest.approx(flops[ROLLOUT])
     assert f"peak_memory_gib: {figures['peak_memory_gib']:.4g}" in result.stdout
     for row in figures["parts"].values():
-        share = row["tflop"] / figures["peak_tflops"] / row["seconds"]
-        assert row["share_of_peak"] == pytest.approx(share)
+        assert row["tflop_per_second"] == pytest.approx(row["tflop"] / row["seconds"])
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from spo.costs.benchmark import Measured, Work
 from spo.costs.load import load_models
 from spo.costs.meter import ROLLOUT, TRAINING
 from spo.errors import UserError
+from spo.method.build import read_recipe
 from spo.models.backbone import Backbone
 
 WORK = Work(flops={ROLLOUT: 6, TRAINING: 3}, prompts=2, pairs=10)
@@ -43,19 +44,19 @@ def test_random_weights_run(tmp_path, family, precision, scorer):
     changes = {"preference.scorer": scorer, "sample.batch_size": 1}
     config = small_config(family, mixed_precision=precision, **changes)
     config.pretrained.model = str(folder)
-    models = load_models(config, CPU, random=True)
+    models = load_models(read_recipe(config), CPU, random=True)
     assert type(models.backbone).autocast is Backbone.autocast
     dtypes = {p.dtype for p in models.backbone.vae.parameters()}
     assert dtypes == {models.backbone.dtype} and torch.get_default_dtype() is torch.float32
     work = benchmark.count_work(models)
     real = small_config(family, mixed_precision=precision, **changes)
-    measured = benchmark.count_work(load_models(real, CPU))
+    measured = benchmark.count_work(load_models(read_recipe(real), CPU))
     assert work == measured
     assert work.pairs == 2 and all(work.flops[part] for part in (ROLLOUT, TRAINING))
 
 
 def test_random_weights_without_a_finite_score():
-    models = load_models(small_config(), CPU, random=True)
+    models = load_models(read_recipe(small_config()), CPU, random=True)
     models.backbone.vae.decoder.conv_out.bias.data.fill_(torch.nan)
     with pytest.raises(UserError, match="no score is finite"):
         benchmark.count_work(models)
@@ -65,10 +66,10 @@ def test_rates_are_those_of_prompts_and_pairs_by_hand():
     def turn(rollout, training):
         return {ROLLOUT: rollout, TRAINING: training}
 
-    baseline = Measured(WORK, 1.0, [turn([4.0, 6.0, 50.0], [1.0]), turn([3.0], [1.0])])
+    baseline = Measured(WORK, [turn([4.0, 6.0, 50.0], [1.0]), turn([3.0], [1.0])])
     # Twice the prompts and four times the pairs at once.
     work = replace(WORK, prompts=4, pairs=40)
-    variant = Measured(work, 1.0, [turn([6.0], [2.0]), turn([6.0], [8.0])])
+    variant = Measured(work, [turn([6.0], [2.0]), turn([6.0], [8.0])])
     assert variant.ratios(ROLLOUT, baseline) == [2.0, 1.0]  # 2 in 6 s against 4 in 6 s; 2 in 3 s
     assert variant.ratios(TRAINING, baseline) == [2.0, 0.5]
     assert baseline.ratios(ROLLOUT, baseline) == [1.0, 1.0]
@@ -82,7 +83,7 @@ def test_variants_take_turns_and_one_is_in_memory(monkeypatch):
     monkeypatch.setattr(benchmark, "peak_memory_gib", lambda device: next(memory))
 
     def load(config):
-        models = load_models(config, CPU)
+        models = load_models(read_recipe(config), CPU)
         assert not any(unet() for unet in alive)  # the last one's is gone
         alive.append(weakref.ref(models.backbone.unet))
         order.append(config.sample.batch_size)

@@ -14,6 +14,7 @@ from spo.costs.load import META, load_models
 from spo.costs.meter import DECODING, DENOISING, ROLLOUT, SCORING, TRAINING
 from spo.launch import __main__ as launch
 from spo.launch.batch_plan import plan_batches
+from spo.method.build import read_recipe
 from spo.method.metrics import time_left
 from spo.method.start import train
 from tests.small_runs import small_config as run_config
@@ -73,7 +74,7 @@ def said(monkeypatch, capsys):
 
     def lines(config, memory):
         monkeypatch.setattr(count, "device_memory", lambda device, processes: memory)
-        print_estimate(config, plan_batches(config, 1), "cpu", processes=1)
+        print_estimate(read_recipe(config), plan_batches(config, 1), "cpu", processes=1)
         return capsys.readouterr().out.splitlines()
 
     return lines
@@ -82,7 +83,7 @@ def said(monkeypatch, capsys):
 def test_only_what_does_not_fit_is_warned_of(said):
     changes = {"sample.batch_size": 2, "sample.decode_batch_size": 4, "train.batch_size": 8}
     config = small_config(estimate_costs=True, **changes)
-    costs = count_costs(load_models(config, META), [TRAINING])
+    costs = count_costs(load_models(read_recipe(config), META), [TRAINING])
     assert CHECKPOINTED not in costs.flops
     need = costs.bytes_of(TRAINING, 8)
     lines = said(config, need / 0.9 + 100)
@@ -104,7 +105,7 @@ def test_only_what_does_not_fit_is_warned_of(said):
 def test_what_cannot_be_counted_stops_nothing(said):
     config = small_config(estimate_costs=True, **{"preference.scorer": "my:scorer"})
     assert "(without the preference model" in said(config, GIB)[1]
-    assert count_costs(load_models(config, META), []).flops[SCORING] == 0
+    assert count_costs(load_models(read_recipe(config), META), []).flops[SCORING] == 0
     config.pretrained.model = "./no"
     lines = said(config, GIB)
     assert lines[1].startswith("estimate: none (UserError: pretrained.model: './no' is neither")
@@ -112,7 +113,7 @@ def test_what_cannot_be_counted_stops_nothing(said):
 
 def test_a_loss_of_the_users_own_is_not_called():
     config = small_config(algorithm="tests.test_forecast:Failing")
-    ours, theirs = (load_models(each, META) for each in (config, small_config()))
+    ours, theirs = (load_models(read_recipe(each), META) for each in (config, small_config()))
     assert count_costs(ours, [TRAINING]) == count_costs(theirs, [TRAINING])
 
 
@@ -126,7 +127,9 @@ class Failing:
 
 
 def test_counting_leaves_dtypes_alone():
-    count_costs(load_models(small_config(mixed_precision="bf16"), META), [CHECKPOINTED])
+    count_costs(
+        load_models(read_recipe(small_config(mixed_precision="bf16")), META), [CHECKPOINTED]
+    )
     assert torch.get_default_dtype() is torch.float32
 
 

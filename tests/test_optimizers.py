@@ -10,6 +10,7 @@ from torch import nn
 from spo.costs.count import count_costs
 from spo.costs.load import META, load_models
 from spo.errors import UserError
+from spo.method.build import read_recipe
 from spo.models import optimizers
 from spo.models.optimizers import check_optimizer, make_optimizer, moment_bytes
 from tests.small_runs import differences, run, small_config
@@ -116,7 +117,7 @@ def test_the_estimate_counts_it(tmp_path):
     sizes = []
     for name in ("adamw", "adamw8bit"):
         config = small_config(tmp_path / "run", train__optimizer=name, lora__rank=128)
-        costs = count_costs(load_models(config, META), [])
+        costs = count_costs(load_models(read_recipe(config), META), [])
         sizes.append(costs.resident_bytes["LoRAs, gradient, optimizer"])
     parameter = [torch.ones(128, 32), torch.ones(32, 128)]
     one = moment_bytes("adamw", parameter) - moment_bytes("adamw8bit", parameter)

@@ -124,7 +124,7 @@ def test_held_out_captions_are_in_no_training_pair():
 
 
 def test_labels_follow_quality_and_caption(monkeypatch):
-    monkeypatch.setattr(preferences, "FLIPPED", 0.0)
+    monkeypatch.setattr(preferences, "WRONG_LABEL", 0.0)
     training, _ = split_captions()
     pairs = draw_labelled_pairs(training, 400, seed=5)
     shown = [read_captions(images) for images in pairs.images]
@@ -145,7 +145,7 @@ def test_labels_follow_quality_and_caption(monkeypatch):
 def test_some_labels_are_turned_round(monkeypatch):
     training, _ = split_captions()
     labels = draw_labelled_pairs(training, 1000, seed=6).labels
-    monkeypatch.setattr(preferences, "FLIPPED", 0.0)
+    monkeypatch.setattr(preferences, "WRONG_LABEL", 0.0)
     honest = draw_labelled_pairs(training, 1000, seed=6).labels
     assert 0.02 < (labels != honest).float().mean() < 0.08
 

@@ -3,9 +3,8 @@
 import contextlib
 import gc
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from statistics import median
 from typing import Any
 
@@ -21,6 +20,7 @@ from spo.run.tables import markdown_table
 ITERATION = "rollout and training"
 PAIR_SHARE = 0.8  # of the comparisons that pass the threshold: assumed
 CARDS = (24, 40, 48, 80)  # GiB
+Loaders = Mapping[str, Callable[[], Models]]
 
 
 @dataclass(frozen=True)
@@ -41,12 +41,11 @@ class Measured:
     """The measured iterations of one config, round by round."""
 
     work: Work
-    peak_flops: float  # per second, that the device reaches in a matrix product
     turns: list[dict[str, list[float]]] = field(default_factory=list)  # seconds of part's repeats
     peak_gib: float = 0.0  # of memory, the most of all rounds
 
     def seconds(self, part: str) -> list[float]:
-        """Returns the seconds of a part, all repeats of all rounds."""
+        """Returns the seconds of a part: all repeats of all rounds."""
         return [seconds for turn in self.turns for seconds in turn[part]]
 
     def ratios(self, part: str, baseline: "Measured") -> list[float]:
@@ -59,30 +58,18 @@ class Measured:
         return [work * median(then[part]) / median(now[part]) for then, now in turns]
 
 
-@cache
-def measure_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """Returns the FLOPs per second of a square matrix product: the best of ten, or of 2 seconds."""
-    meter, side, seconds = Meter(device), 8192 if device.type == "cuda" else 1024, []
-    matrix = torch.randn(side, side, device=device).to(dtype)
-    while len(seconds) < 10 and sum(seconds) < 2:
-        started = meter.now()
-        matrix @ matrix
-        seconds.append(meter.now() - started)
-    return 2 * side**3 / min(seconds)
-
-
 def run_iteration(models: Models, meter: Meter, apart: bool = False) -> Work:
     """Runs one iteration over one slice of prompts; `apart` also measures the parts of its rollout.
 
     Raises UserError if no score is finite: then there is nothing to train on.
     """
-    prompts = ["a prompt"] * models.plan.slice_size
+    prompts = models.plan.slice_size
     with meter.part(ITERATION):
-        pairs = draw_pairs(models, prompts, meter, apart).pairs
+        pairs = draw_pairs(models, prompts, meter, apart)
         if not len(pairs):
             raise UserError("no score is finite; try --config.mixed_precision=bf16.")
         train_on_pairs(models, pairs, models.plan.minibatch_size, meter)
-    return Work(meter.flops, prompts=len(prompts), pairs=len(pairs))
+    return Work(meter.flops, prompts, len(pairs))
 
 
 def count_work(models: Models) -> Work:
@@ -99,23 +86,21 @@ def time_parts(models: Models, repeats: int) -> dict[str, list[float]]:
     because waiting for the GPU around each part costs time. Resets a GPU's peak memory after the
     warm-up.
     """
-    device, prompts = models.backbone.device, ["a prompt"] * models.plan.slice_size
+    device = models.backbone.device
     run_iteration(models, Meter(device))
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     seconds: dict[str, list[float]] = defaultdict(list)
     for _ in range(repeats):
         apart, whole = Meter(device), Meter(device)
-        draw_pairs(models, prompts, apart, apart=True)
+        draw_pairs(models, models.plan.slice_size, apart, apart=True)
         run_iteration(models, whole)
         for name, value in (apart.seconds | whole.seconds).items():
             seconds[name].append(value)
     return seconds
 
 
-def time_in_turns(
-    loaders: Mapping[str, Callable[[], Models]], rounds: int, repeats: int
-) -> dict[str, Measured]:
+def time_in_turns(loaders: Loaders, rounds: int, repeats: int) -> dict[str, Measured]:
     """Measures the models of every loader in turn, `rounds` times.
 
     In a turn the models load, warm up, and are measured, with no others in memory. Taking turns lets
@@ -125,12 +110,11 @@ def time_in_turns(
     for _ in range(rounds):
         for name, load in loaders.items():
             models = load()
-            device = models.backbone.device
             if name not in found:
-                peak = measure_peak(device, models.backbone.dtype)
-                found[name] = Measured(count_work(models), peak)
-            found[name].turns.append(time_parts(models, repeats))
-            found[name].peak_gib = max(found[name].peak_gib, peak_memory_gib(device))
+                found[name] = Measured(count_work(models))
+            measured = found[name]
+            measured.turns.append(time_parts(models, repeats))
+            measured.peak_gib = max(measured.peak_gib, peak_memory_gib(models.backbone.device))
             del models
             torch.compiler.reset()  # holds memory, too
             gc.collect()
@@ -138,9 +122,7 @@ def time_in_turns(
     return found
 
 
-def print_times(
-    loaders: Mapping[str, Callable[[], Models]], rounds: int, repeats: int
-) -> dict[str, Any]:
+def print_times(loaders: Loaders, rounds: int, repeats: int) -> dict[str, Any]:
     """Times each of `loaders` against the first, prints the tables, and returns the figures."""
     found = time_in_turns(loaders, rounds, repeats)
     baseline, *_ = found.values()
@@ -148,24 +130,20 @@ def print_times(
     figures = {}
     for name, measured in found.items():
         parts = {part: _figures(measured, part, baseline) for part in measured.turns[0]}
-        peaks = {"peak_memory_gib": measured.peak_gib, "peak_tflops": measured.peak_flops / 1e12}
-        rows = [[part, *map(_number, row.values())] for part, row in parts.items()]
-        print(markdown_table([name, *parts[ROLLOUT]], rows))
-        print(*(f"{key}: {_number(value)}" for key, value in peaks.items()), "", sep="\n")
-        figures[name] = {"parts": parts} | peaks
+        _print_table([name, *parts[ROLLOUT]], {k: row.values() for k, row in parts.items()})
+        print(f"peak_memory_gib: {measured.peak_gib:.4g}\n")
+        figures[name] = {"parts": parts, "peak_memory_gib": measured.peak_gib}
     return figures
 
 
 def _figures(measured: Measured, part: str, baseline: Measured) -> dict[str, float]:
-    seconds, ratios = measured.seconds(part), measured.ratios(part, baseline)
-    rates = {"rate_of_baseline": median(ratios), "from": min(ratios), "to": max(ratios)}
-    return {
-        "seconds": median(seconds),
-        "fastest": min(seconds),
-        "slowest": max(seconds),
-        "tflop": measured.work.flops[part] / 1e12,
-        "share_of_peak": measured.work.flops[part] / measured.peak_flops / median(seconds),
-    } | ({} if measured is baseline else rates)
+    seconds, teraflops = measured.seconds(part), measured.work.flops[part] / 1e12
+    figures = {"seconds": median(seconds), "fastest": min(seconds), "slowest": max(seconds)}
+    figures |= {"tflop": teraflops, "tflop_per_second": teraflops / median(seconds)}
+    if measured is not baseline:
+        ratios = measured.ratios(part, baseline)
+        figures |= {"rate_of_baseline": median(ratios), "from": min(ratios), "to": max(ratios)}
+    return figures
 
 
 def print_costs(models: Models, prompts: int, tflops: float, num_gpus: int) -> dict[str, Any]:
@@ -188,13 +166,9 @@ def print_costs(models: Models, prompts: int, tflops: float, num_gpus: int) -> d
         ("all the time", "GiB", resident | {"sum": sum(resident.values())}),
         ("on top, of a prompt, an image or a pair", "GiB", peaks),
     ):
-        rows = [[name, _number(value)] for name, value in figures.items()]
-        print(markdown_table([title, unit], rows))
-    rows = [
-        [f"{key} ({part})", *(str(fits[c][part] or "none") for c in CARDS)]
-        for part, key in BATCH_KEYS.items()
-    ]
-    print(markdown_table(["largest that fits on a card of", *(f"{c} GiB" for c in CARDS)], rows))
+        _print_table([title, unit], {name: [value] for name, value in figures.items()})
+    rows = {f"{key} ({part})": [fits[c][part] for c in CARDS] for part, key in BATCH_KEYS.items()}
+    _print_table(["largest that fits on a card of", *(f"{c} GiB" for c in CARDS)], rows)
     print(
         f"{hours:.3g} hours for {prompts} prompts over all epochs, on {num_gpus} GPUs at "
         f"{tflops:g} TFLOP/s each, if {PAIR_SHARE:.0%} of a prompt's {costs.pairs} pairs "
@@ -210,5 +184,6 @@ def print_costs(models: Models, prompts: int, tflops: float, num_gpus: int) -> d
     }
 
 
-def _number(value: float) -> str:
-    return f"{value:.4g}"
+def _print_table(header: Sequence[str], rows: Mapping[str, Iterable[float]]) -> None:
+    cells = [[name, *(f"{value:.4g}" for value in values)] for name, values in rows.items()]
+    print(markdown_table(header, cells), end="\n\n")

@@ -9,7 +9,6 @@ from typing import Any
 
 import psutil
 import torch
-from ml_collections import ConfigDict
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -29,6 +28,7 @@ from spo.costs.meter import (
 )
 from spo.errors import first_line
 from spo.launch.batch_plan import BatchPlan
+from spo.method.build import Recipe
 from spo.models.optimizers import moment_bytes
 
 CHECKPOINTED = "training, gradient checkpointing"
@@ -72,7 +72,7 @@ def count_costs(models: Models, trainings: Sequence[str] = (TRAINING, CHECKPOINT
     with meta_kernels(), flop_counter() as counter, LiveMemory() as memory:
         meter = MetaMeter(counter, memory)
         meters = {name: MetaMeter(counter, memory) for name in trainings}
-        pairs = draw_pairs(models, ["a prompt"], meter, apart=True).pairs
+        pairs = draw_pairs(models, 1, meter, apart=True)
         for name, own in meters.items():
             unet.disable_gradient_checkpointing()
             if name == CHECKPOINTED:
@@ -193,7 +193,7 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def print_estimate(config: ConfigDict, plan: BatchPlan, device: str, processes: int) -> None:
+def print_estimate(recipe: Recipe, plan: BatchPlan, device: str, processes: int) -> None:
     """Prints the costs of a step, and a warning for each part that will not fit into memory.
 
     `processes` share this machine. Raises nothing: a model or library that cannot be counted is no
@@ -201,13 +201,13 @@ def print_estimate(config: ConfigDict, plan: BatchPlan, device: str, processes: 
     """
     print("estimate: counting what a step costs, which takes seconds ...", flush=True)
     try:
-        models, memory = load_models(config, META), device_memory(device, processes)
-        training = CHECKPOINTED if config.train.gradient_checkpointing else TRAINING
+        models, memory = load_models(recipe, META), device_memory(device, processes)
+        training = CHECKPOINTED if recipe.run.gradient_checkpointing else TRAINING
         costs = count_costs(models, [training])
-        images = plan.slice_size * config.sample.num_candidates
+        images = plan.slice_size * recipe.collect.rollout.num_candidates
         sizes = {
             DENOISING: plan.slice_size,
-            DECODING: min(images, config.sample.decode_batch_size),
+            DECODING: min(images, recipe.collect.decode_batch_size),
             training: plan.minibatch_size,
         }
         print(*describe(costs, sizes, memory), sep="\n", flush=True)
@@ -221,11 +221,11 @@ def describe(costs: Costs, sizes: Mapping[str, int], memory: float) -> list[str]
     A warning names the key to change and to what; `memory` is the device's, in bytes.
     """
     *_, training = sizes
+    rollout, pair = (costs.flops[part] / 1e12 for part in (ROLLOUT, training))
     known = SCORER in costs.resident_bytes
-    unknown = "" if known else " (without the preference model, which is not known)"
     lines = [
-        f"estimate: {costs.flops[ROLLOUT] / 1e12:.3g} TFLOP for the rollout of a prompt, "
-        f"{costs.flops[training] / 1e12:.3g} for the training of a pair{unknown}"
+        f"estimate: {rollout:.3g} TFLOP for the rollout of a prompt, {pair:.3g} for the training "
+        f"of a pair{'' if known else ' (without the preference model, which is not known)'}"
     ]
     for part, batch in sizes.items():
         size = _gib(costs.bytes_of(part, batch))

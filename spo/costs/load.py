@@ -17,7 +17,6 @@ import torch
 import torch.nn.functional as F
 import transformers
 from diffusers import DiffusionPipeline
-from ml_collections import ConfigDict
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from transformers import CLIPModel, CLIPTokenizer
@@ -26,7 +25,7 @@ from spo.command_line.config_files import REPO_ROOT
 from spo.errors import LOAD_ERRORS, UserError, first_line
 from spo.hub import is_hub_id
 from spo.launch.batch_plan import BatchPlan, plan_batches
-from spo.method.build import Recipe, build_learner, read_recipe
+from spo.method.build import Recipe, build_learner
 from spo.method.learner import Learner
 from spo.method.losses import SPO, GradSPO
 from spo.models.backbone import Backbone
@@ -58,16 +57,15 @@ class Models:
     plan: BatchPlan
 
 
-def load_models(config: ConfigDict, device: torch.device, random: bool = False) -> Models:
-    """Returns the models of `config`, with a threshold that every comparison passes.
+def load_models(recipe: Recipe, device: torch.device, random: bool = False) -> Models:
+    """Returns the models of `recipe`, with a threshold that every comparison passes.
 
     `random` takes random weights and downloads nothing; on the meta device tensors have shapes only.
     A base model, CLIP or decoder that is not a local folder then has the published architecture:
-    SD1.5's or SDXL's by its family, PickScore's, TAESD's. Raises UserError for a config or file that
-    training would refuse.
+    SD1.5's or SDXL's by its family, PickScore's, TAESD's. Raises UserError for a file that training
+    would refuse.
     """
-    recipe, plan = read_recipe(config), plan_batches(config, 1)
-    run = recipe.run
+    run, plan = recipe.run, plan_batches(recipe.config, 1)
     set_up_device(device, run.allow_tf32)
     source, kind, make_scorer = recipe.model, Backbone, load_scorer
     if random or device == META:
@@ -199,8 +197,6 @@ class MetaBackbone(UnloadedBackbone):
 
 
 def _casting(function: Callable, dtype: torch.dtype) -> Callable:
-    """Returns `function` on inputs cast to `dtype`."""
-
     def cast(value: Tensor) -> Tensor:
         return value.to(dtype) if value.is_floating_point() else value
 
@@ -219,20 +215,16 @@ def meta_kernels() -> Iterator[None]:
     zero, so that every comparison of a prompt makes a pair.
     """
     nonzero = Tensor.nonzero
+    attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
     def every_index(tensor: Tensor) -> Tensor:
         return torch.ones(tensor.shape).nonzero().to(META) if tensor.is_meta else nonzero(tensor)
 
+    def fused(*inputs: Tensor, enable_gqa: bool = False, **options: Any) -> Tensor:
+        return attention(*inputs, **options)[0]
+
     with (
-        mock.patch.object(F, "scaled_dot_product_attention", _fused_attention),
+        mock.patch.object(F, "scaled_dot_product_attention", fused),
         mock.patch.object(Tensor, "nonzero", every_index),
     ):
         yield
-
-
-def _fused_attention(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **options: Any
-) -> Tensor:
-    options.pop("enable_gqa", None)
-    attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    return attention(query, key, value, attn_mask=attn_mask, **options)[0]

@@ -3,14 +3,14 @@
 import contextlib
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from unittest import mock
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from spo.costs.load import Models
-from spo.method.collect import Collected, collect_rollout
+from spo.method.collect import collect_rollout
 from spo.types import PreferencePairs
 
 ROLLOUT, TRAINING = "rollout", "training"
@@ -59,7 +59,6 @@ class Meter:
             yield
 
     def measured(self, function: Callable, name: str) -> Callable:
-        """Returns `function` with every call counted as the part `name`."""
         return self.part(name)(function)
 
     def now(self) -> float:
@@ -69,29 +68,21 @@ class Meter:
         return time.perf_counter()
 
     def total_flops(self) -> int:
-        """Returns the FLOPs so far."""
         return 0 if self.counter is None else self.counter.get_total_flops()
 
 
-def draw_pairs(models: Models, prompts: Sequence[str], meter: Meter, apart: bool) -> Collected:
-    """Rolls out `prompts` once; `apart` also measures denoising, decoding and scoring."""
-    backbone, scorer = models.backbone, models.scorer
+def draw_pairs(models: Models, prompts: int, meter: Meter, apart: bool) -> PreferencePairs:
+    """Rolls out `prompts` prompts; `apart` also measures denoising, decoding and scoring."""
+    backbone, scorer, learner = models.backbone, models.scorer, models.learner
     parts = {
         DENOISING: (backbone, "predict"),
         DECODING: (backbone, "decode_candidates"),
         SCORING: (scorer, "score"),
     }
-    inner = meter.each_call(parts) if apart else contextlib.nullcontext()
-    with meter.part(ROLLOUT), inner, models.learner.drawing_network():
-        return collect_rollout(
-            backbone,
-            scorer,
-            models.learner.sampler,
-            models.recipe.collect,
-            prompts,
-            torch.arange(len(prompts), device=backbone.device),
-            torch.Generator().manual_seed(0),
-        )
+    rows, noise = torch.arange(prompts, device=backbone.device), torch.Generator().manual_seed(0)
+    inputs = models.recipe.collect, ["a prompt"] * prompts, rows, noise
+    with meter.part(ROLLOUT), meter.each_call(parts if apart else {}), learner.drawing_network():
+        return collect_rollout(backbone, scorer, learner.sampler, *inputs).pairs
 
 
 def train_on_pairs(models: Models, pairs: PreferencePairs, size: int, meter: Meter) -> None:

@@ -9,15 +9,14 @@ from typing import NamedTuple
 import torch
 from accelerate import PartialState
 from ml_collections import ConfigDict
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 from tqdm import tqdm
 
 from spo.command_line.config_files import leaves
 from spo.errors import UserError
 from spo.launch.batch_plan import plan_batches
-from spo.method.build import Recipe, build_lora, read_recipe
+from spo.method.build import Recipe, build_lora
 from spo.method.collect import CollectSettings, first_slices, roll_out, score_candidates
-from spo.method.ddim import DDIM
 from spo.method.health import check_scores
 from spo.method.pairs import choose, differ_enough
 from spo.models.backbone import Backbone
@@ -67,12 +66,12 @@ class Judge:
     scorer: Scorer
     settings: CollectSettings
 
-    def judge(self, candidates: Candidates, prompts: Sequence[str], features: Tensor) -> Judged:
+    def judge(self, candidates: Candidates, prompts: Sequence[str]) -> Judged:
         """Judges one comparison of each of B prompts; RunError if a score is not finite."""
         size, pairs = self.settings.decode_batch_size, self.settings.pairs
-        decoding = partial(decode, self.decoder)
+        decoding, features = partial(decode, self.decoder), self.scorer.encode_prompts(prompts)
         scores = score_candidates(candidates, decoding, self.scorer, features, size)
-        chosen = choose(scores, pairs, torch.Generator().manual_seed(0))
+        chosen = choose(scores, pairs, Generator().manual_seed(0))
         gaps = chosen.gap(scores)
         check_scores([Comparison(candidates.score_timestep, scores, gaps)], prompts)
         return Judged(
@@ -85,22 +84,18 @@ class Judge:
 @torch.no_grad()
 def judge_rollout(
     model: Backbone,
-    sampler: DDIM,
-    settings: CollectSettings,
+    recipe: Recipe,
     judges: Sequence[Judge],
     prompts: Sequence[str],
-    generator: torch.Generator,
+    noise: Generator,
 ) -> Iterator[tuple[int, list[Judged]]]:
     """Rolls out B prompts once with the UNet as it is.
 
     Yields, step by step, the timestep that the scorers are told, and each judge's verdicts.
     """
-    conditioning = model.encode_prompts(prompts)
-    features = [judge.scorer.encode_prompts(prompts) for judge in judges]
-    for candidates in roll_out(model, sampler, settings, conditioning, generator):
-        own = zip(judges, features, strict=True)
-        verdicts = [judge.judge(candidates, prompts, known) for judge, known in own]
-        yield candidates.score_timestep, verdicts
+    sampler, conditioning = recipe.load_sampler(model), model.encode_prompts(prompts)
+    for candidates in roll_out(model, sampler, recipe.collect, conditioning, noise):
+        yield candidates.score_timestep, [judge.judge(candidates, prompts) for judge in judges]
 
 
 def concatenate(parts: Sequence[Judged]) -> Judged:
@@ -108,68 +103,65 @@ def concatenate(parts: Sequence[Judged]) -> Judged:
     return Judged(*map(torch.cat, zip(*parts, strict=True)))
 
 
-def check_judges(configs: Sequence[ConfigDict]) -> list[Recipe]:
-    """Returns the recipes; UserError if a config is wrong, or draws other candidates than the first."""
-    first, recipes = leaves(configs[0]), []
+def check_judges(recipes: Sequence[Recipe]) -> None:
+    """Raises UserError if a recipe draws other candidates than the first, or lacks a file."""
+    first, *others = (leaves(ConfigDict(recipe.config)) for recipe in recipes)
     keys = [f"sample.{name}" for name in _JUDGE]
-    for config in configs:
-        for key, value in leaves(config).items():
+    for settings in others:
+        for key, value in settings.items():
             of_judge = key in keys or key.startswith("preference.")
             if not of_judge and value != first.get(key):
                 raise UserError(
                     f"--compare: {key} changes the rollout itself; what can be compared are "
                     f"{', '.join(keys)} and the keys of preference."
                 )
-        recipe = read_recipe(config)
+    for recipe in recipes:
         check_source(recipe.model, recipe.run.family)
         check_scorer(recipe.scorer)
-        recipes.append(recipe)
-    return recipes
 
 
 def load_judges(model: Backbone, recipes: Sequence[Recipe]) -> list[Judge]:
     """Returns the judge of each recipe; `model` is the base model of the first.
 
-    A decoder or scorer that several recipes have is loaded once.
+    A scorer that several recipes have is loaded once.
     """
     decoders = {None: model.vae, recipes[0].model.decoder: model.decoder}
-    scorers: dict[str, Scorer] = {}
+    scorers, judges = {}, []
     for recipe in recipes:
         name, source = recipe.model.decoder, str(recipe.scorer)
         if name not in decoders:
             decoders[name] = load_decoder(name, model.dtype).to(model.device)
-        if source not in scorers:
-            scorers[source] = load_scorer(recipe.scorer, model.device)
-    return [Judge(decoders[r.model.decoder], scorers[str(r.scorer)], r.collect) for r in recipes]
+        scorers[source] = scorers.get(source) or load_scorer(recipe.scorer, model.device)
+        judges.append(Judge(decoders[name], scorers[source], recipe.collect))
+    return judges
 
 
-def compare_judges(configs: Mapping[str, ConfigDict], rollouts: int) -> dict:
-    """Lets every config judge the first `rollouts` of the first config's run.
+def compare_judges(named: Mapping[str, Recipe], rollouts: int) -> dict:
+    """Lets every recipe judge the first `rollouts` of the first recipe's run.
 
-    Prints a table of the agreement with the first config for each other one, and returns the figures.
+    Prints a table of the agreement with the first recipe for each other one, and returns the figures.
     """
-    recipes, (config, *_) = check_judges(list(configs.values())), configs.values()
-    recipe, plan = recipes[0], plan_batches(config, 1)
-    prompts = recipe.prompts.read().prompts
+    recipe, *_ = recipes = list(named.values())
+    check_judges(recipes)
+    plan, prompts = plan_batches(recipe.config, 1), recipe.prompts.read().prompts
     model = recipe.load_backbone(PartialState().device)
     if recipe.lora.init_from:
         build_lora(recipe, model.unet)
-    judges, sampler = load_judges(model, recipes), recipe.load_sampler(model)
-    slices, found = first_slices(len(prompts), plan, recipe.run.seed, rollouts), defaultdict(list)
+    judges, found = load_judges(model, recipes), defaultdict(list)
+    slices = first_slices(len(prompts), plan, recipe.run.seed, rollouts)
     for part in tqdm(slices, desc="slices", leave=False):
         rows = [prompts[i] for i in part.prompt_ids]
-        steps = judge_rollout(model, sampler, recipe.collect, judges, rows, part.generator)
-        for timestep, verdicts in steps:
+        for timestep, verdicts in judge_rollout(model, recipe, judges, rows, part.generator):
             for key in ("all", f"t = {timestep}"):
                 found[key].append(verdicts)
-    figures = {}
-    for index, name in enumerate(list(configs)[1:], start=1):
-        rows = {}
-        for key, verdicts in found.items():
-            ours, theirs = (concatenate([step[i] for step in verdicts]) for i in (0, index))
-            rows[key] = agreement(ours, theirs)
+    figures, joined = (
+        {},
+        {k: list(map(concatenate, zip(*v, strict=True))) for k, v in found.items()},
+    )
+    for index, name in enumerate(list(named)[1:], start=1):
+        rows = {key: agreement(judged[0], judged[index]) for key, judged in joined.items()}
         head = ["", *(column.replace("_", " ") for column in rows["all"])]
         cells = [[key, *(f"{v:.3g}" for v in row.values())] for key, row in rows.items()]
-        print(f"{name}\n\n{markdown_table(head, cells)}")
+        print(f"{name}\n\n{markdown_table(head, cells)}\n")
         figures[name] = rows
     return figures

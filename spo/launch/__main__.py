@@ -63,8 +63,9 @@ def main() -> None:
             find(script.preflight, {}, "preflight")(config, world.processes)
         if script.plan is plan_batches and config.estimate_costs:
             from spo.costs.count import print_estimate  # slow
+            from spo.method.build import read_recipe
 
-            print_estimate(config, plan, "cpu" if options.cpu else "cuda", world.here)
+            print_estimate(read_recipe(config), plan, "cpu" if options.cpu else "cuda", world.here)
         command = [sys.executable, options.script, *script_args]
         print("$", shlex.join(command), flush=True)
         sys.exit(run_processes(command, world))

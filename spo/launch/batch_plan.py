@@ -3,8 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-
-from ml_collections import ConfigDict
+from typing import Any
 
 from spo.errors import UserError
 
@@ -48,20 +47,20 @@ class BatchPlan(UpdatePlan):
         )
 
 
-def plan_batches(config: ConfigDict, num_processes: int) -> BatchPlan:
+def plan_batches(config: Mapping[str, Any], num_processes: int) -> BatchPlan:
     """Returns the sizes that keep the config's global numbers on `num_processes` processes.
 
     The batch sizes are upper limits, of prompts in a slice and of pairs in a minibatch; if a global
     number is None they are taken unchanged. Raises UserError if a global number does not
     divide by the processes.
     """
-    sample, train = config.sample, config.train
+    sample, train = config["sample"], config["train"]
     _check_sizes(num_processes, sample=sample, train=train)
-    steps = train.gradient_accumulation_steps
-    if train.global_batch_size is not None and steps is not None:
+    steps = train["gradient_accumulation_steps"]
+    if train["global_batch_size"] is not None and steps is not None:
         raise UserError(
             f"train.gradient_accumulation_steps: it follows from train.global_batch_size="
-            f"{train.global_batch_size}; set that to None to choose the accumulation yourself"
+            f"{train['global_batch_size']}; set that to None to choose the accumulation yourself"
         )
     slices, slice_size = _split(sample, num_processes)
     accumulation_steps, minibatch_size = _split(train, num_processes)
@@ -75,10 +74,10 @@ def plan_batches(config: ConfigDict, num_processes: int) -> BatchPlan:
     )
 
 
-def plan_updates(config: ConfigDict, num_processes: int) -> UpdatePlan:
+def plan_updates(config: Mapping[str, Any], num_processes: int) -> UpdatePlan:
     """Returns the sizes of updates without rollouts; raises the errors of `plan_batches`."""
-    _check_sizes(num_processes, train=config.train)
-    accumulation_steps, minibatch_size = _split(config.train, num_processes)
+    _check_sizes(num_processes, train=config["train"])
+    accumulation_steps, minibatch_size = _split(config["train"], num_processes)
     return UpdatePlan(num_processes, minibatch_size, accumulation_steps)
 
 

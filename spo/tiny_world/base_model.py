@@ -13,6 +13,7 @@ from diffusers import (
 from torch import Tensor, nn
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
+from spo.command_line.config_files import REPO_ROOT
 from spo.models.backbone import Backbone
 from spo.models.decoder import decode
 from spo.models.loading import ModelSource
@@ -106,15 +107,8 @@ def _untrained_pipeline(
     vae_folder: Path, clip_folder: Path, tokenizer: CLIPTokenizer
 ) -> StableDiffusionPipeline:
     """Returns the VAE, CLIP's text encoder and a UNet with random weights, and SD1.5's scheduler."""
-    scheduler = PNDMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        steps_offset=1,
-        set_alpha_to_one=False,
-        skip_prk_steps=True,
-    )
-    scheduler.register_to_config(clip_sample=False)  # else schedulers made from this one clip
+    published = REPO_ROOT / "assets" / "architectures" / "sd15" / "scheduler"
+    scheduler = PNDMScheduler.from_pretrained(published, skip_prk_steps=True)
     torch.manual_seed(0)
     return StableDiffusionPipeline(
         vae=AutoencoderKL.from_pretrained(vae_folder),

@@ -10,12 +10,13 @@ from tqdm import trange
 
 from spo.seeding import derive_seed
 
-Loss = Callable[[torch.Generator], Tensor]
 # (steps, peak learning rate) of each round: linear warm-up over the first 5 %, then a cosine to 0.
 Rounds = Sequence[tuple[int, float]]
 
 
-def fit(name: str, network: nn.Module, loss: Loss, rounds: Rounds) -> None:
+def fit(
+    name: str, network: nn.Module, loss: Callable[[torch.Generator], Tensor], rounds: Rounds
+) -> None:
     """Minimises `loss`, a function of a generator, with AdamW; `network` ends with averaged weights.
 
     Each round starts from the averaged weights of the round before, and each step draws from a

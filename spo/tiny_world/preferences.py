@@ -17,13 +17,13 @@ from spo.scorers import Scorer
 from spo.scorers.pixels import to_pil
 from spo.scorers.step_aware_clip import load_step_aware_scorer
 from spo.tiny_world.quality import hidden_quality
-from spo.tiny_world.scenes import COLOURS, SHAPES, SIZES, Caption, all_captions, draw_flaws, render
+from spo.tiny_world.scenes import HUES, SHAPES, SIZES, Caption, all_captions, draw_flaws, render
 
 HELD_OUT = 200  # captions that appear in no preference pair and in no training prompt
 WRONG_CAPTION = 0.3  # share of pairs in which one image does not show the caption
-FLIPPED = 0.05  # share of labels that are exchanged: people err
+WRONG_LABEL = 0.05  # share of labels that are exchanged: people err
 _TIE = 0.8  # quality points; smaller differences are labelled as ties
-_VALUES = {"size": tuple(SIZES), "colour": COLOURS, "shape": SHAPES, "background": COLOURS}
+_VALUES = {"size": SIZES, "colour": HUES, "shape": SHAPES, "background": HUES}
 
 
 def split_captions() -> tuple[list[Caption], list[Caption]]:
@@ -59,7 +59,7 @@ def draw_labelled_pairs(captions: Sequence[Caption], n: int, seed: int) -> Label
     gap = hidden_quality(images[0]) - hidden_quality(images[1])
     labels = torch.where(gap.abs() < _TIE, 0.5, (gap > 0).float())
     labels = torch.where(wrong >= 0, (wrong == 1).float(), labels)
-    flipped = torch.rand(n, generator=generator) < FLIPPED
+    flipped = torch.rand(n, generator=generator) < WRONG_LABEL
     return LabelledPairs(asked, images, torch.where(flipped, 1 - labels, labels))
 
 

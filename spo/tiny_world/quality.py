@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from spo.scorers.pixels import unit_pixels
-from spo.tiny_world.scenes import COLOURS, HUES, SHAPES, SIDE, SIZES, Caption, coverage
+from spo.tiny_world.scenes import HUES, SHAPES, SIDE, SIZES, Caption, coverage
 
 _SIZE_LIMIT = 8.6  # pixels of radius: midway between the sizes
 _FIGURE_PIXELS = 40  # fewer than the smallest figure covers
@@ -65,7 +65,7 @@ def read_captions(images: Tensor) -> list[Caption]:
 def _nearest_colour(rgb: Tensor) -> str:
     """Returns the named colour whose hue is closest."""
     hue = 360 * colorsys.rgb_to_hsv(*rgb.tolist())[0]
-    return min(COLOURS, key=lambda name: abs((hue - HUES[name] + 180) % 360 - 180))
+    return min(HUES, key=lambda name: abs((hue - HUES[name] + 180) % 360 - 180))
 
 
 def _best_template(cover: Tensor) -> tuple[str, float]:

@@ -16,7 +16,6 @@ from torch import Tensor
 SIDE = 32  # pixels
 # Hues at least 40 degrees apart, so that a pale colour can still be told from its neighbours.
 HUES = {"red": 0, "yellow": 55, "green": 120, "cyan": 180, "blue": 230, "purple": 275, "pink": 320}
-COLOURS = tuple(HUES)
 SHAPES = ("circle", "square", "triangle", "cross")
 SIZES = {"small": (6.5, 7.2), "large": (10.0, 10.6)}  # radius of a circle of that size, pixels
 
@@ -36,7 +35,7 @@ class Caption:
 
 def all_captions() -> list[Caption]:
     """Returns every caption of the world; shape and background differ in colour."""
-    captions = itertools.starmap(Caption, itertools.product(SIZES, COLOURS, SHAPES, COLOURS))
+    captions = itertools.starmap(Caption, itertools.product(SIZES, HUES, SHAPES, HUES))
     return [caption for caption in captions if caption.colour != caption.background]
 
 
