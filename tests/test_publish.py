@@ -77,7 +77,7 @@ def made_run(tmp_path_factory):
     cells = []
     for i in range(5):
         image = Image.new("RGB", (8, 8), (50 * i, 0, 0))
-        cells.append((i, Cell(image, f"a <!-- {i} --> of 'clubs'")))
+        cells.append(Cell(image, f"a <!-- {i} --> of 'clubs'"))
     save_samples(run_dir, cells, "policy", 2)
     return run_dir
 
