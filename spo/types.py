@@ -81,11 +81,6 @@ class Candidates:
     score_timestep: int  # timestep that the scorer is told
     is_final: bool  # `latents` are final, not a prediction
 
-    @property
-    def noisy_latents(self) -> Tensor:
-        """(K, B, C, h, w) x_t' at the end of the window, from which `latents` were predicted."""
-        return self.window[-1].next_latents
-
 
 @dataclass(frozen=True)
 class Comparison:

@@ -22,26 +22,17 @@
 from importlib import import_module
 from typing import Any
 
-_HOME = {
-    "DDIM": "ddim",
-    "TIMESTEPS": "ddim",
-    "RolloutSettings": "rollout",
-    "stepwise_rollout": "rollout",
-    "PAIRINGS": "pairs",
-    "Chosen": "pairs",
-    "best_worst": "pairs",
-    "collect_rollout": "collect",
-    "LOSSES": "losses",
-    "GradSPO": "losses",
-    "SPO": "losses",
-    "preference_loss": "losses",
-    "Learner": "learner",
-    "update_ema": "learner",
-    "Recipe": "build",
-    "read_recipe": "build",
-    "Trainer": "trainer",
-    "train": "start",
+_NAMES = {
+    "ddim": ("DDIM", "TIMESTEPS"),
+    "rollout": ("RolloutSettings", "stepwise_rollout"),
+    "pairs": ("PAIRINGS", "Chosen", "best_worst"),
+    "collect": ("collect_rollout",),
+    "losses": ("LOSSES", "GradSPO", "SPO"),
+    "learner": ("Learner", "update_ema"),
+    "start": ("train",),
+    "trainer": ("Trainer",),
 }
+_HOME = {name: module for module, names in _NAMES.items() for name in names}
 __all__ = list(_HOME)
 
 

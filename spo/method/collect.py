@@ -125,7 +125,7 @@ def score_candidates(
     that is not finite is NaN, whatever the scorer returns for it.
     """
     at_images = scorer.looks_at == "images"
-    latents = candidates.latents if at_images else candidates.noisy_latents
+    latents = candidates.latents if at_images else candidates.window[-1].next_latents
     k, b = latents.shape[:2]
     prompts = torch.arange(b, device=latents.device).repeat(k)
     scores = []

@@ -30,9 +30,7 @@ class Metrics:
         self._add(f"total:{name}", value)
 
     def _add(self, name: str, value: Tensor | int) -> None:
-        if not isinstance(
-            value, Tensor
-        ):  # a tensor made of a number waits for the GPU; full does not
+        if not isinstance(value, Tensor):  # torch.tensor(value) would wait for the GPU
             value = torch.full((), value, dtype=torch.float64, device=self.device)
         self.sums[name] = self.sums.get(name, 0) + value.to(self.device, torch.float64)
 

@@ -7,6 +7,7 @@ its meta.json.
 import json
 import math
 from pathlib import Path
+from unittest import mock
 
 import torch
 from ml_collections import ConfigDict
@@ -18,7 +19,7 @@ from spo.method import losses
 from spo.method.build import build_learner, read_recipe
 from spo.method.collect import Collected, collect_rollout
 from spo.scorers import load_scorer
-from spo.types import NoisePredictions, PreferencePairs
+from spo.types import PreferencePairs
 
 TOLERANCES = {
     "timesteps": 0,
@@ -78,17 +79,18 @@ class Replay:
         }
 
     def run(self) -> list[dict[str, float]]:
-        """Returns the largest absolute deviation of every quantity, one dict per rollout."""
+        """Returns the deviations of every rollout."""
         return [self.rollout(index) for index in range(len(self.meta["rollouts"]))]
 
     def rollout(self, index: int) -> dict[str, float]:
-        """Replays a rollout and the training that follows; returns the deviations by quantity."""
-        recorded = self.recorded(f"it{index}.")
-        spec = self.meta["rollouts"][index]
-        generator = torch.Generator().manual_seed(spec["seed"])
-        collected = self.collect(spec["prompts"], generator)
-        pairs = collected.pairs
-        deviations = self.compare_pairs(collected, recorded)
+        """Replays a rollout and its training; returns the largest deviations by quantity."""
+        recorded, spec = self.recorded(f"it{index}."), self.meta["rollouts"][index]
+        prompts, generator = spec["prompts"], torch.Generator().manual_seed(spec["seed"])
+        with self.learner.drawing_network():
+            sampler, settings, ids = self.learner.sampler, self.recipe.collect, range(len(prompts))
+            drawn_with = self.backbone, self.scorer, sampler, settings
+            collected = collect_rollout(*drawn_with, prompts, torch.tensor(ids), generator)
+        pairs, deviations = collected.pairs, self.compare_pairs(collected, recorded)
         permutation = torch.randperm(len(pairs), generator=generator)
         deviations["permutation"] = deviation(permutation, recorded["perm"])
         self.train(pairs.select(permutation), recorded, deviations)
@@ -97,18 +99,6 @@ class Replay:
             for key, expected in self.recorded(f"it{index}.after.{name}.").items():
                 worst(deviations, name, deviation(weights[key], expected))
         return deviations
-
-    def collect(self, prompts: list[str], generator: torch.Generator) -> Collected:
-        with self.learner.drawing_network():
-            return collect_rollout(
-                self.backbone,
-                self.scorer,
-                self.learner.sampler,
-                self.recipe.collect,
-                prompts,
-                torch.arange(len(prompts)),
-                generator,
-            )
 
     def compare_pairs(self, collected: Collected, recorded: dict[str, Tensor]) -> dict[str, float]:
         pairs = collected.pairs
@@ -138,29 +128,20 @@ class Replay:
         self, pairs: PreferencePairs, recorded: dict[str, Tensor], deviations: dict[str, float]
     ) -> None:
         """Trains on the pairs, and adds the deviations of losses, terms and predictions."""
-        predictions: list[NoisePredictions] = []
-        own_loss = self.learner.loss
-
-        def observed(noise_predictions, *rest):
-            predictions.append(noise_predictions)
-            return own_loss(noise_predictions, *rest)
-
-        self.learner.loss = observed
-        size = self.config.train.batch_size
+        own_loss, size = self.learner.loss, self.config.train.batch_size
+        self.learner.loss = mock.Mock(side_effect=own_loss)  # notes the predictions
         for index in range(math.ceil(len(pairs) / size)):
             batch = pairs.select(slice(index * size, (index + 1) * size))
             output = self.learner.train_minibatch(batch, index).output
-            mine = {
-                "loss": ("losses", output.loss),
-                "win_policy": ("terms", output.terms["win_policy"]),
-                "win_ref": ("terms", output.terms["win_reference"]),
-                "lose_policy": ("terms", output.terms["lose_policy"]),
-                "lose_ref": ("terms", output.terms["lose_reference"]),
-                "policy_noise_pred": ("predictions", predictions[-1].policy[:, 0]),
-                "ref_noise_pred": ("predictions", predictions[-1].reference[:, 0]),
-            }
+            predictions = self.learner.loss.call_args.args[0]
+            mine = {"loss": ("losses", output.loss)}
+            for side in ("win", "lose"):
+                mine[f"{side}_policy"] = ("terms", output.terms[f"{side}_policy"])
+                mine[f"{side}_ref"] = ("terms", output.terms[f"{side}_reference"])
+            mine["policy_noise_pred"] = ("predictions", predictions.policy[:, 0])
+            mine["ref_noise_pred"] = ("predictions", predictions.reference[:, 0])
             if self.learner.ema is not None:
-                mine["ema_noise_pred"] = ("predictions", predictions[-1].ema[:, 0])
+                mine["ema_noise_pred"] = ("predictions", predictions.ema[:, 0])
                 mine["direction"] = ("directions", losses.direction(batch))
             for name, (quantity, value) in mine.items():
                 expected = recorded.get(f"batch{index}.{name}")

@@ -90,7 +90,8 @@ class Trainer:
                 self.rollout = self.collect(chunk)
             for pairs in self.minibatches():
                 # Predictions of policy, reference and EMA -> loss -> update of the policy -> EMA.
-                step = self.learner.train_minibatch(pairs, self.minibatch_index)
+                index = self.rollout.used // (self.plan.minibatch_size * self.workers.count)
+                step = self.learner.train_minibatch(pairs, index)
                 self.trained.append((pairs, step))
                 self.rollout = self.rollout.after(pairs, step, self.workers.count)
             self.complete_rollout(chunk, prompts_per_epoch=len(order))
@@ -99,11 +100,6 @@ class Trainer:
     def state(self) -> TrainingState:
         """The progress of this process."""
         return TrainingState(self.position, self.rollout)
-
-    @property
-    def minibatch_index(self) -> int:
-        """The number of minibatches since the rollout."""
-        return self.rollout.used // (self.plan.minibatch_size * self.workers.count)
 
     def collect(self, chunk: Sequence[int]) -> RolloutInProgress:
         """Rolls out the prompts `chunk` on all processes, shuffles their pairs and deals them out.
@@ -153,19 +149,15 @@ class Trainer:
                 break
             yield self.rollout.pairs.select(slice(size))
         # Not after each minibatch: looking at a number waits for the GPU.
-        self.check_finite()
+        faults = self.workers.gather(find_faults(self.trained, self.prompts))
+        with self.workers.together():
+            check_faults(faults, self.position.rollouts + 1, self.learner.updates)
+            limit = self.recipe.update.max_skipped_updates
+            check_skipped(self.learner.skipped_in_a_row, limit)
         if stopped:
             raise Stopped("by a signal.")
         seconds = before + time.perf_counter() - started
         self.rollout = replace(self.rollout, seconds_train=seconds)
-
-    def check_finite(self) -> None:
-        """Raises RunError on every process unless all numbers of the last minibatches are finite."""
-        found = self.workers.gather(find_faults(self.trained, self.prompts))
-        with self.workers.together():
-            check_faults(found, self.position.rollouts + 1, self.learner.updates)
-            limit = self.recipe.update.max_skipped_updates
-            check_skipped(self.learner.skipped_in_a_row, limit)
 
     def complete_rollout(self, chunk: Sequence[int], prompts_per_epoch: int) -> None:
         """Logs the rollout whose pairs are used up, and saves a checkpoint if one is due."""
