@@ -141,7 +141,7 @@ def test_the_launcher_says_the_estimate_and_the_run_its_rate_once(tmp_path, caps
     arguments = [f"--config.{key}={value}" for key, value in (SIZES | changes).items()]
     command = ["launch", "--cpu", "train_sd15.py", "--config=tests/data/random_models.py"]
     monkeypatch.setattr(sys, "argv", [*command, *arguments])
-    monkeypatch.setattr(launch, "run_to_end", lambda command, script: print("starts") or 0)
+    monkeypatch.setattr(launch, "run", lambda command, world: print("starts") or 0)
     with pytest.raises(SystemExit):
         launch.main()
     before, _, _ = capsys.readouterr().out.partition("starts")

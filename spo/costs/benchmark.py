@@ -31,10 +31,6 @@ class Work:
     prompts: int
     pairs: int
 
-    def units(self, part: str) -> int:
-        """Returns the pairs of training, and the prompts of any other part."""
-        return self.pairs if part == TRAINING else self.prompts
-
 
 @dataclass
 class Measured:
@@ -54,7 +50,8 @@ class Measured:
 
         Rates are prompts or pairs per second: a config may do more of them at once.
         """
-        work = self.work.units(part) / baseline.work.units(part)
+        unit = "pairs" if part == TRAINING else "prompts"
+        work = getattr(self.work, unit) / getattr(baseline.work, unit)
         turns = zip(baseline.turns, self.turns, strict=True)
         return [work * median(then[part]) / median(now[part]) for then, now in turns]
 
@@ -150,7 +147,7 @@ def print_times(
         parts = {part: _figures(measured, part, baseline) for part in measured.turns[0]}
         peaks = {"peak_memory_gib": measured.peak_gib, "peak_tflops": measured.peak_flops / 1e12}
         rows = [[part, *map(_number, row.values())] for part, row in parts.items()]
-        print(markdown_table([name, *parts[ROLLOUT]], rows))
+        print(markdown_table([name, *parts[ROLLOUT]], rows), end="\n\n")
         print(*(f"{key}: {_number(value)}" for key, value in peaks.items()), "", sep="\n")
         figures[name] = {"parts": parts} | peaks
     return figures
@@ -189,12 +186,13 @@ def print_costs(models: Models, prompts: int, tflops: float, num_gpus: int) -> d
         ("on top, of a prompt, an image or a pair", "GiB", peaks),
     ):
         rows = [[name, _number(value)] for name, value in figures.items()]
-        print(markdown_table([title, unit], rows))
+        print(markdown_table([title, unit], rows), end="\n\n")
     rows = [
         [f"{key} ({part})", *(str(fits[c][part] or "none") for c in CARDS)]
         for part, key in BATCH_KEYS.items()
     ]
-    print(markdown_table(["largest that fits on a card of", *(f"{c} GiB" for c in CARDS)], rows))
+    head = ["largest that fits on a card of", *(f"{c} GiB" for c in CARDS)]
+    print(markdown_table(head, rows), end="\n\n")
     print(
         f"{hours:.3g} hours for {prompts} prompts over all epochs, on {num_gpus} GPUs at "
         f"{tflops:g} TFLOP/s each, if {PAIR_SHARE:.0%} of a prompt's {costs.pairs} pairs "
@@ -205,7 +203,6 @@ def print_costs(models: Models, prompts: int, tflops: float, num_gpus: int) -> d
         "pairs_of_a_prompt": costs.pairs,
         "resident_gib": resident,
         "peak_gib": peaks,
-        "largest_batch": fits,
         "hours": hours,
     }
 

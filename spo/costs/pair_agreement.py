@@ -170,6 +170,6 @@ def compare_judges(configs: Mapping[str, ConfigDict], rollouts: int) -> dict:
             rows[key] = agreement(ours, theirs)
         head = ["", *(column.replace("_", " ") for column in rows["all"])]
         cells = [[key, *(f"{v:.3g}" for v in row.values())] for key, row in rows.items()]
-        print(f"{name}\n\n{markdown_table(head, cells)}")
+        print(f"{name}\n\n{markdown_table(head, cells)}\n")
         figures[name] = rows
     return figures
