@@ -29,8 +29,10 @@ def main(_) -> None:
         out.parent.mkdir(parents=True, exist_ok=True)
 
         from spo.evaluation.rollout_picture import draw_rollout  # torch takes seconds to load
+        from spo.method.build import read_recipe
 
-        draw_rollout(CONFIG.value, PROMPT.value, LORA.value, SEED.value).save(out)
+        recipe = read_recipe(CONFIG.value)
+        draw_rollout(recipe, PROMPT.value, LORA.value, SEED.value).save(out)
         print(f"picture: {out}")
 
 

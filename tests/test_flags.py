@@ -163,7 +163,7 @@ def test_a_saved_config_comes_back(tmp_path):
     config = load_config("config/sdxl.py")
     config.train.max_grad_norm = None
     config.preference.kwargs = {"sizes": [1, 2]}
-    save_config(config, tmp_path / "config.json")
+    save_config(json.loads(config.to_json()), tmp_path / "config.json")
     again = load_config(str(tmp_path / "config.json"))
     assert again.to_json() == config.to_json()
     assert again.lora.target_modules == config.lora.target_modules  # a tuple, as before

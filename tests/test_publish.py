@@ -62,7 +62,7 @@ def made_run(tmp_path_factory):
     config.logdir, config.num_epochs = f"{HOME}/runs", 6
     config.prompts.source = f"{HOME}/data/prompts.txt"
     run_dir.mkdir()
-    save_config(config, run_dir / "config.json")
+    save_config(json.loads(config.to_json()), run_dir / "config.json")
     source = ModelSource(str(ROOT / "assets" / "tiny" / "sd15"))
     unet = Backbone(source, "sd15", "no", torch.device("cpu")).unet
     lora = add_lora(unet, 4, 4, ATTENTION, seed=0)
@@ -150,7 +150,7 @@ def test_what_is_uploaded_is_what_the_run_holds(hub, run_dir, capsys):
     config = load_config(str(run_dir / "config.json"))
     config.pretrained.model = f"{HOME}/models/mine"
     assert read_recipe(config).lora_metadata()["base_model"] == "mine"
-    save_config(config, run_dir / "config.json")
+    save_config(json.loads(config.to_json()), run_dir / "config.json")
     push(run_dir, "--message=mine")
     assert f"pushed to {hub.url}/user/name" in capsys.readouterr().out
     files = hub.files("user/name")
@@ -230,7 +230,7 @@ def test_metadata_are_the_hubs(run_dir, monkeypatch):
     assert "base_model" not in found and "license" not in found
     assert "the terms of the base model" in card.read_text()
     config.pretrained.model = "stable-diffusion-v1-5/stable-diffusion-v1-5"
-    save_config(config, run_dir / "config.json")
+    save_config(json.loads(config.to_json()), run_dir / "config.json")
     lay_out(run_dir, Destination("user/name", "sd1_5"))
     data = huggingface_hub.ModelCard.load(card).data
     assert isinstance(data, huggingface_hub.ModelCardData)
@@ -255,7 +255,7 @@ def test_metadata_are_the_hubs(run_dir, monkeypatch):
 def test_sdxl_with_a_vae_of_its_own_and_another_scorer(run_dir):
     config = load_config("config/spo_sdxl.py")
     config.preference.scorer, config.pretrained.variant = "pickscore", "fp16"
-    save_config(config, run_dir / "config.json")
+    save_config(json.loads(config.to_json()), run_dir / "config.json")
     shutil.rmtree(run_dir / "ema")
     card = (lay_out(run_dir, Destination("user/name"))[0] / "README.md").read_text()
     code = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]
@@ -278,7 +278,7 @@ def test_sdxl_with_a_vae_of_its_own_and_another_scorer(run_dir):
 def test_a_loss_of_ones_own_is_called_by_its_name_and_cites_nobody(run_dir, algorithm, name):
     config = load_config(str(run_dir / "config.json"))
     config.algorithm = algorithm
-    save_config(config, run_dir / "config.json")
+    save_config(json.loads(config.to_json()), run_dir / "config.json")
     folder, summary = lay_out(run_dir, Destination("user/name"))
     card = (folder / "README.md").read_text()
     assert metadata(card)["tags"][-1] == name and f"## {name} on sd15" in card
@@ -293,7 +293,7 @@ def test_a_setting_is_in_the_card_if_it_differs_from_the_family_s_default(run_di
         """The rows of settings in the card of a run with these changes."""
         changed = config.copy_and_resolve_references()
         changed.update_from_flattened_dict({k.replace("__", "."): v for k, v in changes.items()})
-        save_config(changed, run_dir / "config.json")
+        save_config(json.loads(changed.to_json()), run_dir / "config.json")
         card = (lay_out(run_dir, Destination("user/name"))[0] / "README.md").read_text()
         return dict(re.findall(r"\| ((?:lora|sample|train)\.\w+) \| (.*) \|", unpadded(card)))
 
@@ -316,14 +316,14 @@ def test_runs_share_a_card_and_keep_each_others_sections(hub, run_dir):
     hub.create("user/name", files={"README.md": b"---\nlanguage: en\n---\n# Mine\n\nBy hand.\n"})
     for subfolder, base in bases.items():
         config.pretrained.model = base
-        save_config(config, run_dir / "config.json")
+        save_config(json.loads(config.to_json()), run_dir / "config.json")
         push(run_dir, f"--subfolder={subfolder}")
     card = hub.files("user/name")["README.md"].decode()
     assert metadata(card)["base_model"] == list(bases.values())
     assert metadata(card)["license"] == "other" and metadata(card)["language"] == "en"
     assert len(metadata(card)["widget"]) == 8
     config.train.beta = 77.0
-    save_config(config, run_dir / "config.json")
+    save_config(json.loads(config.to_json()), run_dir / "config.json")
     push(run_dir, "--subfolder=sdxl")
     again = hub.files("user/name")["README.md"].decode()
     assert again.count("## ") == card.count("## ") and "| train.beta | 77 |" in unpadded(again)

@@ -8,9 +8,10 @@ import importlib.util
 import json
 import sys
 import traceback
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
 from ml_collections import ConfigDict, FieldReference
 
@@ -42,9 +43,9 @@ def load_config(path: str, base: Base = BASE) -> ConfigDict:
     return config
 
 
-def save_config(config: ConfigDict, path: Path) -> None:
-    """Writes a config as JSON, in its own order; load_config reads it back."""
-    write_file(path, (config.to_json(indent=2) + "\n").encode())
+def save_config(values: Mapping[str, Any], path: Path) -> None:
+    """Writes a config, as plain values, as JSON; load_config reads it back."""
+    write_file(path, (json.dumps(values, indent=2) + "\n").encode())
 
 
 def leaves(config: ConfigDict, only_optional: bool = False) -> dict[str, object]:
@@ -64,9 +65,9 @@ def leaves(config: ConfigDict, only_optional: bool = False) -> dict[str, object]
     return found
 
 
-def check_leaves(config: ConfigDict) -> None:
-    """Raises UserError for a number or text that is too large or malformed for any setting."""
-    for key, value in leaves(config).items():
+def check_leaves(settings: Mapping[str, object]) -> None:
+    """Raises UserError for a number or text that is too large or malformed for any of `leaves`."""
+    for key, value in settings.items():
         for item in value if isinstance(value, tuple | list) else (value,):
             if isinstance(item, int) and abs(item) >= 2**63:
                 raise UserError(f"{key}: the number is too large.")

@@ -1,5 +1,6 @@
 """Models -> images -> scores -> comparison: each stage resumes where it was stopped."""
 
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -8,7 +9,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from spo.command_line.config_files import check_leaves, save_config
+from spo.command_line.config_files import check_leaves, leaves, save_config
 from spo.command_line.values import Checked, fill, whole
 from spo.data.prompts import PromptSet, read_prompt_set
 from spo.data.token_lengths import describe_lengths
@@ -70,7 +71,7 @@ class EvaluationPlan:
 
 def preflight(config: ConfigDict, num_processes: int) -> EvaluationPlan:
     """Checks config and files, and reads the prompts; writes nothing. Raises UserError in one line."""
-    check_leaves(config)
+    check_leaves(leaves(config))
     settings = fill(
         EvaluationSettings,
         config,
@@ -103,11 +104,11 @@ def evaluate(config: ConfigDict) -> None:
         with workers.together():
             if workers.is_main:
                 plan = preflight(config, workers.count)
-                _open_folder(plan, config)
+                _open_folder(plan, json.loads(config.to_json()))
         Evaluation(workers.from_main(plan), config.to_dict(), workers).run()
 
 
-def _open_folder(plan: EvaluationPlan, config: ConfigDict) -> None:
+def _open_folder(plan: EvaluationPlan, config: Mapping[str, Any]) -> None:
     """Makes the folder, with the config in it; raises UserError if it cannot be written."""
     try:
         claim_prompts(plan.folder, plan.prompts.prompts)

@@ -4,13 +4,12 @@ from dataclasses import dataclass
 
 import torch
 from accelerate import PartialState
-from ml_collections import ConfigDict
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from spo.lora_io.find import find_lora, read_lora
-from spo.method.build import read_recipe
+from spo.method.build import Recipe
 from spo.method.collect import roll_out, score_candidates
 from spo.method.pairs import Chosen, choose, differ_enough
 from spo.models.loading import check_source
@@ -30,13 +29,12 @@ class ComparedCandidates:
     images: Tensor  # (K, 3, H, W) in [-1, 1]
 
 
-def draw_rollout(config: ConfigDict, prompt: str, lora_spec: str, seed: int) -> Image.Image:
+def draw_rollout(recipe: Recipe, prompt: str, lora_spec: str, seed: int) -> Image.Image:
     """Rolls out `prompt` with a LoRA (run, file or Hub id; "" for the base model) and draws it.
 
     One row per comparison: winners framed green, losers red, and the one with which the
-    rollout continues named. Raises UserError for a wrong config or LoRA.
+    rollout continues named. Raises UserError for a wrong model, scorer or LoRA.
     """
-    recipe = read_recipe(config)
     check_source(recipe.model, recipe.run.family)
     check_scorer(recipe.scorer)
     lora_path = find_lora(lora_spec, "--lora") if lora_spec else None

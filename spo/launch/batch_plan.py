@@ -1,6 +1,7 @@
 """Sizes of rollouts and updates on any number of processes (one process drives one GPU)."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ml_collections import ConfigDict
@@ -85,26 +86,27 @@ def plan_updates(config: ConfigDict, num_processes: int) -> UpdatePlan:
     return UpdatePlan(num_processes, minibatch_size, accumulation_steps)
 
 
-def _split(section: ConfigDict, num_processes: int) -> tuple[int, int]:
+def _split(section: Mapping[str, int | None], num_processes: int) -> tuple[int, int]:
     """Returns (number of parts, size of a part) of a process's share of the global batch.
 
     The parts are equal and as large as batch_size allows.
     """
-    if section.global_batch_size is None:
-        return 1, section.batch_size
-    share = section.global_batch_size // num_processes
-    size = max(n for n in range(1, min(share, section.batch_size) + 1) if share % n == 0)
+    total, limit = section["global_batch_size"], section["batch_size"]
+    if total is None:
+        return 1, limit
+    share = total // num_processes
+    size = max(n for n in range(1, min(share, limit) + 1) if share % n == 0)
     return share // size, size
 
 
-def _check_sizes(num_processes: int, **sections: ConfigDict) -> None:
+def _check_sizes(num_processes: int, **sections: Mapping[str, int | None]) -> None:
     """Raises UserError for a size below 1 or a global number that does not divide."""
     for name, section in sections.items():
         for key in ("batch_size", "global_batch_size", "gradient_accumulation_steps"):
             value = section.get(key)
             if value is not None and value < 1:
                 raise UserError(f"{name}.{key} = {value}: must be at least 1")
-    totals = {f"{name}.global_batch_size": s.global_batch_size for name, s in sections.items()}
+    totals = {f"{name}.global_batch_size": s["global_batch_size"] for name, s in sections.items()}
     totals = {key: total for key, total in totals.items() if total is not None}
     broken = {key: total for key, total in totals.items() if total % num_processes}
     if not broken:

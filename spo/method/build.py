@@ -9,7 +9,7 @@ from typing import Any
 from ml_collections import ConfigDict
 from torch import nn
 
-from spo.command_line.config_files import check_leaves
+from spo.command_line.config_files import check_leaves, leaves
 from spo.command_line.values import (
     Checked,
     choice,
@@ -132,10 +132,22 @@ _YOUNGER = (
 
 def read_recipe(config: ConfigDict) -> Recipe:
     """Returns a training config as values; UserError for everything wrong that needs no file."""
-    check_leaves(config)
+    check_leaves(leaves(config))
     sample, train, layout = config.sample, config.train, config.compile
     loss = make_loss(config.algorithm, train, train.loss_kwargs)
-    _check_loss_fits(config, loss)
+    if loss.shares_latents and sample.num_inner_steps > 0:
+        raise UserError(
+            f"sample.num_inner_steps: {config.algorithm} compares candidates of one shared x_t and "
+            "cannot use inner steps; set it to 0, or algorithm=spo."
+        )
+    require_choice("hub.weights", config.hub.weights, ("policy", "ema"))
+    require_number("hub.push_every", config.hub.push_every, "0 or more", lambda v: v >= 0)
+    for key, weights in (
+        ("eval.weights", config.eval.weights),
+        ("hub.weights", config.hub.weights),
+    ):
+        if weights == "ema" and not loss.uses_ema:
+            raise UserError(f"{key}: {config.algorithm} has no EMA; use policy.")
     keep = loss.uses_ema and train.ema_prediction == "rollout"
     pairs = fill(PairSettings, sample, shares_latents=loss.shares_latents, keep_predictions=keep)
     update = {"accumulation_steps": 1, "guidance_scale": sample.guidance_scale}
@@ -157,22 +169,6 @@ def read_recipe(config: ConfigDict) -> Recipe:
         hub=fill(Destination, config.hub),
         push_every=config.hub.push_every,
     )
-
-
-def _check_loss_fits(config: ConfigDict, loss: Loss) -> None:
-    if loss.shares_latents and config.sample.num_inner_steps > 0:
-        raise UserError(
-            f"sample.num_inner_steps: {config.algorithm} compares candidates of one shared x_t and "
-            "cannot use inner steps; set it to 0, or algorithm=spo."
-        )
-    require_choice("hub.weights", config.hub.weights, ("policy", "ema"))
-    require_number("hub.push_every", config.hub.push_every, "0 or more", lambda v: v >= 0)
-    for key, weights in (
-        ("eval.weights", config.eval.weights),
-        ("hub.weights", config.hub.weights),
-    ):
-        if weights == "ema" and not loss.uses_ema:
-            raise UserError(f"{key}: {config.algorithm} has no EMA; use policy.")
 
 
 def build_lora(recipe: Recipe, unet: nn.Module) -> Lora:

@@ -29,7 +29,7 @@ def train(config: ConfigDict) -> None:
             if workers.is_main:
                 ready = preflight(config, workers.count)
                 check_optimizer(config.train.optimizer, workers.device)
-                open_run_dir(ready.run_dir, config, ready.resume.damaged)
+                open_run_dir(ready.run_dir, ready.recipe.config, ready.resume.damaged)
         make_trainer(workers.from_main(ready), workers).run()
 
 

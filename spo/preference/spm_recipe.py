@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from ml_collections import ConfigDict
 
-from spo.command_line.config_files import check_leaves
+from spo.command_line.config_files import check_leaves, leaves
 from spo.command_line.values import Checked, choice, expand, fill, whole
 from spo.hub import resolve_file
 from spo.launch.batch_plan import UpdatePlan, plan_updates
@@ -69,7 +69,7 @@ class SPMRecipe(Checked):
 
 def read_recipe(config: ConfigDict) -> SPMRecipe:
     """Returns the values of `config`; raises UserError for a value that no run can work with."""
-    check_leaves(config)
+    check_leaves(leaves(config))
     values = json.loads(config.to_json())
     data, train = values["data"], values["train"]
     adamw = fill(OptimizerSettings, train, optimizer=ADAMW)

@@ -52,7 +52,7 @@ def train_preference_model(config: ConfigDict) -> None:
         with workers.together():
             if workers.is_main:
                 checked = check_training(config, workers.count)
-                open_run_dir(checked.run_dir, config, checked.resume.damaged)
+                open_run_dir(checked.run_dir, checked.recipe.config, checked.resume.damaged)
         PreferenceTrainer(workers.from_main(checked), workers).run()
 
 

@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ml_collections import ConfigDict
 from PIL import Image
 from tqdm import tqdm
 
@@ -19,7 +18,7 @@ from spo.run.folder import CHECKPOINTS, CONFIG, drop_metrics_after, record_start
 from spo.run.tracking import TrackerSettings, Tracking
 
 
-def open_run_dir(run_dir: Path, config: ConfigDict, damaged: Iterable[Path] = ()) -> None:
+def open_run_dir(run_dir: Path, config: Mapping[str, Any], damaged: Iterable[Path] = ()) -> None:
     """Makes the directory, saves the resolved config in it, and renames `damaged` checkpoints.
 
     Raises UserError if the directory cannot be written.
