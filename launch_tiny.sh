@@ -8,7 +8,9 @@ export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}  # for an environment without 
 PYTHON=$(bash scripts/setup_env.sh)
 # More threads only wait for each other on tensors this small; a second process does not.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-processes=$("$PYTHON" -c 'import os; print(min(2, os.cpu_count()))')
+# macOS, which tells no affinity, has two cores or more.
+cores='import os; print(min(2, len(getattr(os, "sched_getaffinity", lambda _: "12")(0))))'
+processes=$("$PYTHON" -c "$cores")
 logdir=runs run_name=tiny_$(date +%Y%m%d_%H%M%S)
 for argument in "$@"; do
     case $argument in

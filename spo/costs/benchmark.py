@@ -31,10 +31,6 @@ class Work:
     prompts: int
     pairs: int
 
-    def units(self, part: str) -> int:
-        """Returns the pairs of training, and the prompts of any other part."""
-        return self.pairs if part == TRAINING else self.prompts
-
 
 @dataclass
 class Measured:
@@ -53,7 +49,8 @@ class Measured:
 
         Rates are prompts or pairs per second: a config may do more of them at once.
         """
-        work = self.work.units(part) / baseline.work.units(part)
+        unit = "pairs" if part == TRAINING else "prompts"
+        work = getattr(self.work, unit) / getattr(baseline.work, unit)
         turns = zip(baseline.turns, self.turns, strict=True)
         return [work * median(then[part]) / median(now[part]) for then, now in turns]
 
@@ -179,7 +176,6 @@ def print_costs(models: Models, prompts: int, tflops: float, num_gpus: int) -> d
         "pairs_of_a_prompt": costs.pairs,
         "resident_gib": resident,
         "peak_gib": peaks,
-        "largest_batch": fits,
         "hours": hours,
     }
 

@@ -80,7 +80,7 @@ def train_denoiser(
 ) -> None:
     """Trains a UNet and CLIP's text encoder on the VAE's latents, and saves the whole pipeline."""
     inputs = CLIPInputs(str(clip_folder))
-    pipe = _untrained_pipeline(vae_folder, clip_folder, inputs.tokenizer)
+    pipe = _new_pipeline(vae_folder, clip_folder, inputs.tokenizer)
     unet, text_encoder, scheduler = pipe.unet, pipe.text_encoder, pipe.scheduler
     mean, std, ids = _encode(pipe.vae, inputs, num_images)
     no_caption = inputs.tokenize([""])
@@ -103,16 +103,14 @@ def train_denoiser(
     pipe.save_pretrained(folder)
 
 
-def _untrained_pipeline(
-    vae_folder: Path, clip_folder: Path, tokenizer: CLIPTokenizer
-) -> StableDiffusionPipeline:
+def _new_pipeline(vae: Path, clip: Path, tokenizer: CLIPTokenizer) -> StableDiffusionPipeline:
     """Returns the VAE, CLIP's text encoder and a UNet with random weights, and SD1.5's scheduler."""
     published = REPO_ROOT / "assets" / "architectures" / "sd15" / "scheduler"
     scheduler = PNDMScheduler.from_pretrained(published, skip_prk_steps=True)
     torch.manual_seed(0)
     return StableDiffusionPipeline(
-        vae=AutoencoderKL.from_pretrained(vae_folder),
-        text_encoder=CLIPTextModel.from_pretrained(clip_folder, dtype=torch.float32),
+        vae=AutoencoderKL.from_pretrained(vae),
+        text_encoder=CLIPTextModel.from_pretrained(clip, dtype=torch.float32),
         tokenizer=tokenizer,
         unet=UNet2DConditionModel(
             sample_size=SIDE // 4,

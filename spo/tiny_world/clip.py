@@ -36,12 +36,10 @@ def make_tokenizer(folder: Path) -> None:
                 merges.append(pair)
                 vocabulary.append(parts[0])
     ids = {token: i for i, token in enumerate(dict.fromkeys([*vocabulary, _BOS, _EOS]))}
-    vocab_file, merges_file = folder / "vocab.json", folder / "merges.txt"
-    vocab_file.write_text(json.dumps(ids, ensure_ascii=False))
+    vocab, merges_file = folder / "vocab.json", folder / "merges.txt"
+    vocab.write_text(json.dumps(ids, ensure_ascii=False))
     merges_file.write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
-    tokenizer = CLIPTokenizer(
-        vocab=str(vocab_file), merges=str(merges_file), model_max_length=TOKENS
-    )
+    tokenizer = CLIPTokenizer(vocab=str(vocab), merges=str(merges_file), model_max_length=TOKENS)
     tokenizer.save_pretrained(folder)
 
 
