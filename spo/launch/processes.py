@@ -108,6 +108,7 @@ def _run_many(command: list[str], world: World, relay: _Relay) -> int:
             min_nodes=world.machines,
             max_nodes=world.machines,
             nproc_per_node=world.here,
+            run_id="spo",  # the same on all machines
             rdzv_endpoint=f"{world.address}:{world.port}",
             max_restarts=0,
             logs_specs=DefaultLogsSpecs(log_dir=folder),
