@@ -53,7 +53,7 @@ def of_training(config: ConfigDict) -> Iterator[str]:
     from spo.scorers import load_scorer
 
     recipe = read_recipe(config)
-    yield recipe.prompts.read().describe()
+    yield recipe.read_prompts().describe()
     yield f"{len(recipe.validation.read_prompts())} validation prompts"
     yield load_base_model(recipe.model, config)
     load_scorer(recipe.scorer, torch.device("cpu"))

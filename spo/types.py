@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 
-import torch
 from torch import Tensor
 
 
@@ -37,11 +36,6 @@ class Conditioning:
             prompt_embeds=change(self.prompt_embeds),
             pooled_prompt_embeds=None if pooled is None else change(pooled),
         )
-
-    def repeat(self, times: int) -> Conditioning:
-        """Repeats all prompts `times` times: row k B + b is prompt b."""
-        rows = torch.arange(len(self), device=self.prompt_embeds.device)
-        return self.select(rows.repeat(times))
 
 
 @dataclass(frozen=True)

@@ -100,7 +100,7 @@ def run_script(*arguments):
 def test_the_rollouts_are_those_of_training(tmp_path):
     config = small_config(tmp_path / "run", num_epochs=1, sample__threshold=0.02)
     recipe, plan = read_recipe(config), plan_batches(config, 1)
-    model, prompts = recipe.load_backbone(torch.device("cpu")), recipe.prompts.read().prompts
+    model, prompts = recipe.load_backbone(torch.device("cpu")), recipe.read_prompts().prompts
     slices = first_slices(len(prompts), plan, config.seed, rollouts=5)
     assert len(slices) == 2 and len({i for part in slices for i in part.prompt_ids}) == 4
     steps = judge_rollout(

@@ -10,6 +10,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import field, fields
+from functools import partial
 from typing import Any, ClassVar, TypeVar
 
 from spo.errors import UserError
@@ -51,14 +52,9 @@ def whole(least: int = 1) -> Any:
     return number(f"a whole number from {least}", lambda value: value >= least)
 
 
-def positive() -> Any:
-    """Declares a field that is a number above 0, or None."""
-    return number("above 0", lambda value: value > 0)
-
-
-def not_negative() -> Any:
-    """Declares a field that is a number from 0, or None."""
-    return number("0 or more", lambda value: value >= 0)
+# Declare a field that is a number above 0, or from 0; or None.
+positive = partial(number, "above 0", lambda value: value > 0)
+not_negative = partial(number, "0 or more", lambda value: value >= 0)
 
 
 def choice(*choices: str) -> Any:

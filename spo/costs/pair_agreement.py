@@ -143,7 +143,7 @@ def compare_judges(named: Mapping[str, Recipe], rollouts: int) -> dict:
     """
     recipe, *_ = recipes = list(named.values())
     check_judges(recipes)
-    plan, prompts = plan_batches(recipe.config, 1), recipe.prompts.read().prompts
+    plan, prompts = plan_batches(recipe.config, 1), recipe.read_prompts().prompts
     model = recipe.load_backbone(PartialState().device)
     if recipe.lora.init_from:
         build_lora(recipe, model.unet)

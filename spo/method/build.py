@@ -2,8 +2,9 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -60,29 +61,12 @@ class RunSettings(Checked):
 
 
 @dataclass(frozen=True)
-class PromptSettings(Checked, section="prompts"):
-    """The prompts to train on; `config.prompts` explains each."""
-
-    source: str
-    split: str
-    column: str
-    num: int = not_negative()
-    seed: int
-
-    def read(self) -> PromptSet:
-        """Reads the prompts, from the Hub or a file; UserError if there are none."""
-        return read_prompts(
-            self.source, split=self.split, column=self.column, num=self.num, seed=self.seed
-        )
-
-
-@dataclass(frozen=True)
 class Recipe:
     """A config as checked values."""
 
     config: Mapping[str, Any]  # as JSON, for records
     run: RunSettings
-    prompts: PromptSettings
+    read_prompts: Callable[[], PromptSet]
     model: ModelSource
     scorer: ScorerSource
     speed: SpeedSettings
@@ -140,6 +124,7 @@ def read_recipe(config: ConfigDict) -> Recipe:
             f"sample.num_inner_steps: {config.algorithm} compares candidates of one shared x_t and "
             "cannot use inner steps; set it to 0, or algorithm=spo."
         )
+    require_number("prompts.num", config.prompts.num, "0 or more", lambda v: v >= 0)
     require_choice("hub.weights", config.hub.weights, ("policy", "ema"))
     require_number("hub.push_every", config.hub.push_every, "0 or more", lambda v: v >= 0)
     for key, weights in (
@@ -154,7 +139,7 @@ def read_recipe(config: ConfigDict) -> Recipe:
     return Recipe(
         config=json.loads(config.to_json()),
         run=fill(RunSettings, config, gradient_checkpointing=train.gradient_checkpointing),
-        prompts=fill(PromptSettings, config.prompts),
+        read_prompts=partial(read_prompts, **config.prompts.to_dict()),
         model=model_source(config.pretrained, decoder=sample.decoder),
         scorer=candidate_scorer(**config.preference.to_dict()),
         speed=SpeedSettings(config.channels_last, layout.unet, layout.vae, layout.scorer),

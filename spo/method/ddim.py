@@ -152,7 +152,18 @@ def noise_schedule(
     scheduler_config: Mapping[str, Any], device: torch.device | str = "cpu"
 ) -> NoiseSchedule:
     """Returns the noise schedule that a base model's own scheduler config describes."""
-    return NoiseSchedule(**_schedule_fields(_scheduler(scheduler_config), device))
+    # A foreign config (PNDM, Euler, DPM-Solver) may lack DDIM's own `clip_sample`, whose default in
+    # diffusers is to clamp x0 to [-1, 1]: right for pixels, ruin for latents.
+    scheduler = DDIMScheduler.from_config({"clip_sample": False, **scheduler_config})
+    config = scheduler.config
+    return NoiseSchedule(
+        alphas_cumprod=scheduler.alphas_cumprod.to(device, torch.float32),
+        prediction_type=config.prediction_type,
+        # Thresholding takes precedence over clipping, as in diffusers.
+        clip_range=config.clip_sample_range if config.clip_sample else None,
+        threshold_ratio=config.dynamic_thresholding_ratio if config.thresholding else None,
+        threshold_max=config.sample_max_value,
+    )
 
 
 def make_sampler(
@@ -167,15 +178,15 @@ def make_sampler(
     `timesteps` is an entry of TIMESTEPS or "module:name". Raises UserError if the steps do not fit
     the model's training timesteps.
     """
-    scheduler = _scheduler(scheduler_config)
-    fields = _schedule_fields(scheduler, device)
-    total = len(fields["alphas_cumprod"])
+    noise = noise_schedule(scheduler_config, device)
+    total = len(noise.alphas_cumprod)
     if not 1 <= num_steps <= total:
         raise UserError(
             f"sample.num_steps, eval.num_steps: {num_steps} is not between 1 and {total}."
         )
     schedule = find(timesteps, TIMESTEPS, "sample.timesteps")
-    chosen = schedule(num_steps, scheduler.alphas_cumprod, scheduler.config.steps_offset)
+    offset = scheduler_config.get("steps_offset", 0)
+    chosen = schedule(num_steps, noise.alphas_cumprod.cpu(), offset)
     chosen = tuple(int(timestep) for timestep in chosen)
     if chosen and chosen[0] >= total:
         raise UserError(
@@ -187,25 +198,7 @@ def make_sampler(
             f"sample.timesteps: {timesteps} gave {list(chosen)}; {num_steps} different timesteps from "
             f"0 to {total - 1} are needed, in descending order."
         )
-    return DDIM(**fields, timesteps=chosen, eta=eta)
-
-
-def _scheduler(config: Mapping[str, Any]) -> DDIMScheduler:
-    # A foreign config (PNDM, Euler, DPM-Solver) may lack DDIM's own `clip_sample`, whose default in
-    # diffusers is to clamp x0 to [-1, 1]: right for pixels, ruin for latents.
-    return DDIMScheduler.from_config({"clip_sample": False, **config})
-
-
-def _schedule_fields(scheduler: DDIMScheduler, device: torch.device | str) -> dict[str, Any]:
-    config = scheduler.config
-    return {
-        "alphas_cumprod": scheduler.alphas_cumprod.to(device, torch.float32),
-        "prediction_type": config.prediction_type,
-        # Thresholding takes precedence over clipping, as in diffusers.
-        "clip_range": config.clip_sample_range if config.clip_sample else None,
-        "threshold_ratio": config.dynamic_thresholding_ratio if config.thresholding else None,
-        "threshold_max": config.sample_max_value,
-    }
+    return DDIM(**vars(noise), timesteps=chosen, eta=eta)
 
 
 def x0_from_epsilon(epsilon: Tensor, latents: Tensor, abar: Tensor) -> Tensor:

@@ -56,7 +56,7 @@ def preflight(config: ConfigDict, num_processes: int) -> Preflight:
     if recipe.lora.init_from:
         find_lora(recipe.lora.init_from, "lora.init_from")
     images = recipe.validation.read_prompts() if run.eval_interval else ()
-    ready = Preflight(recipe, plan, recipe.prompts.read(), images, run_dir, resume, ())
+    ready = Preflight(recipe, plan, recipe.read_prompts(), images, run_dir, resume, ())
     if resume.checkpoint is None:
         return ready
     return replace(ready, changes=tuple(changes_since(resume.checkpoint, ready)))

@@ -77,7 +77,8 @@ def stepwise_rollout(
     """
     k, b = settings.num_candidates, len(conditioning)
     walk = _Walk(network, sampler, latent_shape, generator, conditioning.prompt_embeds.device)
-    of_candidates, prompts = conditioning.repeat(k), torch.arange(b, device=walk.device)
+    prompts = torch.arange(b, device=walk.device)
+    of_candidates = conditioning.select(prompts.repeat(k))  # row k B + b is prompt b
 
     latents = walk.draw(1, b)
     for timestep in sampler.timesteps[: settings.branch_from]:
