@@ -127,7 +127,6 @@ def test_no_function_is_over_45_lines():
     assert too_long(lengths, 45) == {}
 
 
-@pytest.mark.xfail(strict=False, reason="not yet")
 def test_few_functions_take_a_config():
     def takes_config(node):
         arguments = (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)

@@ -1,6 +1,7 @@
 """AdamW with moments of 8 bits: bitsandbytes' own where it is installed, and a stand-in for it."""
 
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,6 @@ from spo.costs.count import count_costs
 from spo.costs.load import META, load_models
 from spo.errors import UserError
 from spo.method.build import read_recipe
-from spo.models import optimizers
 from spo.models.optimizers import check_optimizer, make_optimizer, moment_bytes
 from tests.small_runs import differences, run, small_config
 
@@ -71,7 +71,8 @@ def library(request, monkeypatch):
 
 
 def put(monkeypatch, optimizer):
-    monkeypatch.setattr(optimizers, "_adamw_8bit", lambda: optimizer)
+    module = SimpleNamespace(AdamW8bit=optimizer)
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", module)
 
 
 def test_its_moments_take_the_bytes_that_are_counted(library):

@@ -144,10 +144,8 @@ class UnloadedBackbone(Backbone):
             if source.vae is not None:
                 parts["vae"] = self._part(Path(source.vae), "diffusers", "AutoencoderKL")
         except LOAD_ERRORS as error:
-            raise UserError(
-                f"pretrained: a config file of {source.model!r} (vae {source.vae!r}) cannot be read "
-                f"({first_line(error)})."
-            ) from error
+            where = f"{source.model!r} (vae {source.vae!r}) cannot be read ({first_line(error)})"
+            raise UserError(f"pretrained: a config file of {where}.") from error
         for name in [name for name in parts if name.startswith("tokenizer")]:
             encoder = parts[name.replace("tokenizer", "text_encoder")]
             parts[name] = CLIPTokenizer.from_pretrained(

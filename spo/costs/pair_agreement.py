@@ -154,10 +154,8 @@ def compare_judges(named: Mapping[str, Recipe], rollouts: int) -> dict:
         for timestep, verdicts in judge_rollout(model, recipe, judges, rows, part.generator):
             for key in ("all", f"t = {timestep}"):
                 found[key].append(verdicts)
-    figures, joined = (
-        {},
-        {k: list(map(concatenate, zip(*v, strict=True))) for k, v in found.items()},
-    )
+    figures = {}
+    joined = {k: list(map(concatenate, zip(*v, strict=True))) for k, v in found.items()}
     for index, name in enumerate(list(named)[1:], start=1):
         rows = {key: agreement(judged[0], judged[index]) for key, judged in joined.items()}
         head = ["", *(column.replace("_", " ") for column in rows["all"])]

@@ -93,9 +93,8 @@ def _hpdv2_rows() -> Iterator[object]:
         try:
             path = hf_hub_download(_HPDV2, name, repo_type="dataset")
         except Exception as error:  # of whatever network library the Hub's client uses
-            raise UserError(
-                f"prompts.source: cannot download {name} of {_HPDV2} ({first_line(error)})."
-            ) from error
+            reason = f"cannot download {name} of {_HPDV2} ({first_line(error)})"
+            raise UserError(f"prompts.source: {reason}.") from error
         yield from file_rows(Path(path), "prompt")
 
 

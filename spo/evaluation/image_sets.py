@@ -88,9 +88,7 @@ def image_set(folder: Path, spec: ModelSpec, prompts: Sequence[str]) -> ImageSet
 def claim_prompts(folder: Path, prompts: Sequence[str]) -> None:
     """Writes the prompts of an evaluation; raises UserError if the folder has other prompts."""
     if _first_written(folder / "prompts.json", prompts) != list(prompts):
-        raise UserError(
-            f"run_name: {folder} is an evaluation of other prompts; choose another run_name."
-        )
+        raise UserError(f"run_name: {folder} is an evaluation of other prompts; choose another.")
 
 
 def claim_images(folder: Path, spec: ModelSpec, settings: DrawSettings) -> None:

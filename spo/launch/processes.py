@@ -68,20 +68,16 @@ class _Relay:
                 wait([future], timeout=0.1)
                 children = set(psutil.Process().children()) if self.received else set()
                 if self.received.count(signal.SIGINT) > 1:
-                    _kill_all()
+                    for child in psutil.Process().children(recursive=True):
+                        with contextlib.suppress(psutil.Error):
+                            child.kill()
+                    sys.stderr.write("error: killed by the second interrupt; nothing was saved\n")
+                    os._exit(128 + signal.SIGINT)  # as in a shell
                 for child in children - told:
                     with contextlib.suppress(psutil.Error):
                         child.terminate()
                 told |= children
             return future.result()
-
-
-def _kill_all() -> None:
-    for child in psutil.Process().children(recursive=True):
-        with contextlib.suppress(psutil.Error):
-            child.kill()
-    print("error: killed by the second interrupt; nothing was saved", file=sys.stderr, flush=True)
-    os._exit(128 + signal.SIGINT)  # as in a shell
 
 
 def _run_one(command: list[str], relay: _Relay) -> int:

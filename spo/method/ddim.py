@@ -178,16 +178,13 @@ def make_sampler(
     `timesteps` is an entry of TIMESTEPS or "module:name". Raises UserError if the steps do not fit
     the model's training timesteps.
     """
-    noise = noise_schedule(scheduler_config, device)
+    noise = noise_schedule(scheduler_config)
     total = len(noise.alphas_cumprod)
     if not 1 <= num_steps <= total:
-        raise UserError(
-            f"sample.num_steps, eval.num_steps: {num_steps} is not between 1 and {total}."
-        )
+        raise UserError(f"sample.num_steps, eval.num_steps: {num_steps} is not from 1 to {total}.")
     schedule = find(timesteps, TIMESTEPS, "sample.timesteps")
     offset = scheduler_config.get("steps_offset", 0)
-    chosen = schedule(num_steps, noise.alphas_cumprod.cpu(), offset)
-    chosen = tuple(int(timestep) for timestep in chosen)
+    chosen = tuple(map(int, schedule(num_steps, noise.alphas_cumprod, offset)))
     if chosen and chosen[0] >= total:
         raise UserError(
             f"sample.num_steps, eval.num_steps: {num_steps} steps begin at t = {chosen[0]}, beyond the "
@@ -198,7 +195,8 @@ def make_sampler(
             f"sample.timesteps: {timesteps} gave {list(chosen)}; {num_steps} different timesteps from "
             f"0 to {total - 1} are needed, in descending order."
         )
-    return DDIM(**vars(noise), timesteps=chosen, eta=eta)
+    values = vars(noise) | {"alphas_cumprod": noise.alphas_cumprod.to(device)}
+    return DDIM(**values, timesteps=chosen, eta=eta)
 
 
 def x0_from_epsilon(epsilon: Tensor, latents: Tensor, abar: Tensor) -> Tensor:

@@ -101,7 +101,9 @@ class Learner:
         every = self.settings.accumulation_steps
         self.minibatches += 1
         completes_update = self.minibatches % every == 0
-        with contextlib.nullcontext() if completes_update else self._without_reduction():
+        # DDP averages the gradients over the processes once per update.
+        waits = not completes_update and hasattr(self.unet, "no_sync")
+        with self.unet.no_sync() if waits else contextlib.nullcontext():
             predictions = self.predict(pairs)
             output = self.loss(predictions, pairs, self.sampler)
             self.scaler.scale(output.loss / every).backward()
@@ -140,10 +142,6 @@ class Learner:
         output = self.backbone.predict(unet, latents, timesteps, conditioning, scale)
         epsilon = self.sampler.predict(output, latents, timesteps).epsilon
         return epsilon.unflatten(0, (n, latents_each))
-
-    def _without_reduction(self) -> contextlib.AbstractContextManager:
-        """Keeps DDP from averaging gradients of which an update needs more."""
-        return self.unet.no_sync() if hasattr(self.unet, "no_sync") else contextlib.nullcontext()
 
     def _update_policy(self) -> Update:
         parameters, limit = self.lora.parameters.values(), self.settings.max_grad_norm

@@ -53,11 +53,6 @@ class RolloutSettings(Checked, section="sample"):
                 f"left after sample.branch_from={self.branch_from} of {self.num_steps}."
             )
 
-    def extends(self, window: tuple[Transition, ...], is_last: bool) -> bool:
-        """Tells if each candidate takes one more step on its own before the comparison."""
-        is_full = len(window) > self.num_inner_steps
-        return not is_full or (is_last and self.final_step == "extend")
-
 
 @torch.no_grad()
 def stepwise_rollout(
@@ -92,7 +87,8 @@ def stepwise_rollout(
         else:
             ends = window[-1].next_latents
             candidates = walk.predict(ends, timestep, of_candidates)
-            if settings.extends(window, is_last=timestep == sampler.timesteps[-1]):
+            extends_last = settings.final_step == "extend" and timestep == sampler.timesteps[-1]
+            if len(window) <= settings.num_inner_steps or extends_last:
                 window += (walk.transition(ends, candidates, timestep, walk.draw(k, b)),)
                 continue
             yield Candidates(window, candidates.x0, timestep, is_final=False)

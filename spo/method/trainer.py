@@ -17,13 +17,7 @@ from spo.method.checkpoint import own_tensors, save_checkpoint, save_networks
 from spo.method.collect import Collected, Slice, collect_rollout, join, slices_of
 from spo.method.health import check_faults, check_scores, check_skipped, find_faults
 from spo.method.metrics import Metrics, note_rollout, peak_memory_gib, time_left
-from spo.method.position import (
-    Position,
-    RolloutInProgress,
-    TrainingState,
-    chunks_left,
-    epoch_order,
-)
+from spo.method.position import Position, RolloutInProgress, TrainingState, chunks_left, epoch_order
 from spo.run.folder import METRICS
 from spo.types import PreferencePairs
 

@@ -27,19 +27,12 @@ def set_up_device(device: torch.device, allow_tf32: bool) -> None:
         torch.backends.cuda.matmul.allow_tf32 = allow_tf32
         torch.backends.cudnn.allow_tf32 = allow_tf32
     elif device.type == "cpu":
-        _keep_freed_memory()
-
-
-def _keep_freed_memory() -> None:
-    """Keep freed memory in the process, where its allocator is glibc's.
-
-    Otherwise each activation over 32 MiB is mapped and zeroed by the kernel, page by page, and
-    unmapped when it is freed.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(_M_MMAP_MAX, 0)
-        mallopt(_M_TRIM_THRESHOLD, -1)
+        # Otherwise the kernel maps and zeroes each activation over 32 MiB page by page, and unmaps
+        # it when it is freed. Only glibc has this switch.
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+        if mallopt is not None:
+            mallopt(_M_MMAP_MAX, 0)
+            mallopt(_M_TRIM_THRESHOLD, -1)
 
 
 def speed_up(backbone: Backbone, scorer: Scorer, settings: SpeedSettings) -> None:

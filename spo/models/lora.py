@@ -97,14 +97,10 @@ def add_lora(
     for target in target_modules:
         if not any(f".{name}".endswith(f".{target}") for name in linear):
             raise UserError(f"lora.target_modules: the UNet has no linear layer {target!r}.")
-    unet.add_adapter(
-        LoraConfig(
-            r=rank,
-            lora_alpha=alpha,
-            init_lora_weights="gaussian",
-            target_modules=list(target_modules),
-        )
+    config = LoraConfig(
+        r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=list(target_modules)
     )
+    unet.add_adapter(config)
     parameters = {name: p for name, p in unet.named_parameters() if "lora_" in name}
     # peft drew from the global generator of its device; ours makes the same LoRA on every device.
     generator = torch.Generator().manual_seed(seed)
@@ -157,7 +153,9 @@ class MergedLora:
     @torch.no_grad()
     def _merge(self, weights: Mapping[str, Tensor]) -> None:
         versions = [(tensor, tensor._version) for tensor in weights.values()]  # in-place changes
-        if _same(versions, self._made_of):
+        pairs = zip(versions, self._made_of, strict=False)
+        same = all(now is then and n == m for (now, n), (then, m) in pairs)
+        if same and len(versions) == len(self._made_of):
             return
         for name, layer in self._lora.layers.items():
             base = layer.base_layer.weight
@@ -169,7 +167,3 @@ class MergedLora:
             else:
                 self._merged[name] = merged.to(base.dtype)
         self._made_of = versions
-
-
-def _same(a: list[tuple[Tensor, int]], b: list[tuple[Tensor, int]]) -> bool:
-    return len(a) == len(b) and all(x is y and m == n for (x, m), (y, n) in zip(a, b, strict=True))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from spo.command_line.values import Checked, choice, not_negative, number, positive
 from spo.errors import UserError, in_one_line
 
-ADAMW, ADAMW_8BIT = OPTIMIZERS = ("adamw", "adamw8bit")
+ADAMW, *_ = OPTIMIZERS = ("adamw", "adamw8bit")
 _KEY = "train.optimizer"
 # As in bitsandbytes: smaller tensors stay in 32 bits, larger ones have a scale for each block.
 _SMALLEST, _BLOCK, _LEVELS = 4096, 256, 256
@@ -68,10 +68,6 @@ def make_optimizer(
     parameters = list(parameters)
     if name == ADAMW or parameters[0].is_meta:
         return torch.optim.AdamW(parameters, **options)
-    return _adamw_8bit()(parameters, **options)
-
-
-def _adamw_8bit() -> type[torch.optim.Optimizer]:
     try:
         from bitsandbytes.optim import AdamW8bit
     except ImportError as error:
@@ -79,7 +75,7 @@ def _adamw_8bit() -> type[torch.optim.Optimizer]:
             f'{_KEY}: bitsandbytes is not installed ({error}); pip install "spo[bitsandbytes]", or '
             "use adamw."
         ) from error
-    return AdamW8bit
+    return AdamW8bit(parameters, **options)
 
 
 @dataclass(frozen=True)

@@ -51,6 +51,8 @@ def read_record(run_dir: Path, weights: str, evaluation: Path | None = None) -> 
     lines = map(json.loads, whole_lines(run_dir / METRICS))
     reached = [{}, *(line for line in lines if line["step"] <= updates)][-1]
     epochs = reached.get("epoch", 0)
+    start = json.loads(['{"prompts": ""}', *whole_lines(run_dir / STARTS)][-1])
+    source = config.prompts.source
     return RunRecord(
         config=ConfigDict(public_values(config.to_dict())),
         weights=weights,
@@ -58,7 +60,7 @@ def read_record(run_dir: Path, weights: str, evaluation: Path | None = None) -> 
         updates=updates,
         rollouts=reached.get("rollout", 0),
         epochs=epochs,
-        start=_last_start(run_dir / STARTS, config.prompts.source),
+        start=start | {"prompts": start["prompts"].replace(source, public_name(source))},
         samples=_samples(run_dir / SAMPLES, weights, epochs),
         evaluations=_evaluations(run_dir, evaluation),
     )
@@ -81,13 +83,6 @@ def _updates(lora: Path) -> int:
             return int((file.metadata() or {})["step"])
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise UserError(f"{lora} is not a LoRA of a run ({first_line(error)}).") from error
-
-
-def _last_start(path: Path, source: str) -> dict[str, Any]:
-    """Returns the facts of the last start; its prompts are described with `source`."""
-    lines = whole_lines(path)
-    start = {"prompts": ""} | (json.loads(lines[-1]) if lines else {})
-    return start | {"prompts": start["prompts"].replace(source, public_name(source))}
 
 
 def _evaluations(run_dir: Path, evaluation: Path | None) -> dict[str, Results]:

@@ -67,9 +67,8 @@ class ImageReward(ImageScorer):
         try:
             networks = _networks(weights, head_width)
         except (LookupError, ValueError, RuntimeError) as error:
-            raise UserError(
-                f"{key}: {checkpoint} is not ImageReward: {in_one_line(error)}"
-            ) from error
+            reason = f"{checkpoint} is not ImageReward: {in_one_line(error)}"
+            raise UserError(f"{key}: {reason}") from error
         self._networks, self._device = networks.requires_grad_(False).eval().to(device), device
         with loading(tokenizer, f"{section}.tokenizer"):
             self._tokenizer = AutoTokenizer.from_pretrained(tokenizer)
