@@ -6,6 +6,7 @@ import diffusers
 import pytest
 import torch
 import transformers
+from absl import flags
 from helpers import load_backbone, scorer_source
 
 from spo.scorers import load_scorer
@@ -14,6 +15,14 @@ from spo.scorers import load_scorer
 torch.set_num_threads(1)
 diffusers.utils.logging.disable_progress_bar()
 transformers.utils.logging.disable_progress_bar()
+
+
+@pytest.fixture(autouse=True)
+def own_flags():
+    """Removes the flags that a script defined during a test."""
+    yield
+    for name in [name for name in flags.FLAGS if name.partition(".")[0] == "config"]:
+        delattr(flags.FLAGS, name)
 
 
 @pytest.fixture(scope="session")

@@ -105,9 +105,7 @@ def parsed(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["test"])
     define_config("config/sd15.py")
     parse_flags(["test", "--config=config/sdxl.py", "--config.train.beta=3"])
-    yield FLAGS["config"].value
-    for name in [name for name in FLAGS if name.partition(".")[0] == "config"]:
-        delattr(FLAGS, name)
+    return FLAGS["config"].value
 
 
 def test_changes_to_a_copy_of_the_config(parsed):

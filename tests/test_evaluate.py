@@ -23,6 +23,7 @@ from spo.evaluation.scores import ScoreFolder
 from spo.lora_io.model_spec import read_specs
 from spo.lora_io.write import save_lora
 from spo.models.backbone import ModelSource
+from spo.scorers import ImageScorer
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPTS = [f"a fox number {i} reading a map" for i in range(6)]
@@ -120,7 +121,7 @@ def test_texts_name_models(tmp_path):
         (("base", "base"), "two models are called 'base'"),
         (("a/b=base",), "'a/b' is no name"),
         (("./nowhere",), "no file './nowhere'"),
-        (("x=base:0.5.5",), "no weight of a LoRA"),
+        (("x=base:0.5.5",), "no file 'base:0.5.5'"),
         ((f"x={GOLDEN / 'models' / 'tiny-sdxl'}",), "family='sd15' needs"),
     ],
 )
@@ -299,12 +300,12 @@ def test_an_evaluation_killed_ten_times_ends_as_one_that_was_not(config, tmp_pat
     assert contents(folder) == expected
 
 
-class StopAfter:
+class StopAfter(ImageScorer):
     """Brightness, and SIGTERM to this process after so many batches."""
 
     title, scale, batches = "Brightness", 100.0, 0
 
-    def score(self, images, prompts):
+    def score_images(self, images, prompts):
         self.batches += 1
         if self.batches == 3:
             os.kill(os.getpid(), signal.SIGTERM)

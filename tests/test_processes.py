@@ -1,5 +1,6 @@
 """The launcher's processes: signals reach them, and their end is told in a line and a status."""
 
+import contextlib
 import json
 import os
 import signal
@@ -77,10 +78,12 @@ def launch(tmp_path):
         )
         started.append(process)
         process.training = []
-        while len(process.training) < processes:
+        for _ in range(processes):
             line = process.stdout.readline()
-            assert line, process.communicate()
-            if line.startswith("training"):
+            while not line.startswith("training"):
+                assert line, process.communicate()
+                line = process.stdout.readline()
+            with contextlib.suppress(psutil.NoSuchProcess):  # it may have ended already
                 process.training.append(psutil.Process(int(line.split()[1])))
         return process
 

@@ -16,6 +16,7 @@ from spo.preference.preparation import labels_of_scores
 from spo.preference.spm_learner import PairScorer, TrainSettings, pair_losses
 from spo.preference.spm_metrics import is_right
 from spo.preference.spm_recipe import SPMSource, build_spm
+from spo.scorers.clip import text_features
 
 
 def test_loss_is_the_official_one():
@@ -41,7 +42,8 @@ def test_scores_are_the_scaled_cosines():
     spm = build_spm(SPMSource(clip, clip, str(MODELS / "tiny-spm.bin")), 0, False)
     pixels, timesteps = randn(3, 2, 3, 32, 32, seed=1), torch.tensor([1, 501, 951])
     input_ids = torch.randint(500, (3, 77), generator=torch.Generator().manual_seed(2))
-    scores, text = PairScorer(spm)(pixels, timesteps, input_ids), spm.text_features(input_ids)
+    scores = PairScorer(spm)(pixels, timesteps, input_ids)
+    text = text_features(spm.model, input_ids)
     for i in (0, 1):
         image = spm.image_features(pixels[:, i], timesteps)
         expected = spm.model.logit_scale.exp() * F.cosine_similarity(image, text)

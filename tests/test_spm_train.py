@@ -12,7 +12,6 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
-from absl import flags
 from helpers import MODELS, scorer_source
 from labelled_pairs import make_row, write_splits
 from safetensors.torch import load_file
@@ -451,16 +450,7 @@ def test_data_without_a_usable_row_is_an_error(config, tmp_path, rows, streaming
         check_training(config, 1)
 
 
-@pytest.fixture
-def own_flags():
-    """Lets a script define its flags, and removes them afterwards."""
-    before = set(flags.FLAGS)
-    yield
-    for name in set(flags.FLAGS) - before:
-        delattr(flags.FLAGS, name)
-
-
-def test_the_launcher_checks_by_the_scripts_own_config(own_flags):
+def test_the_launcher_checks_by_the_scripts_own_config():
     arguments = ["--config=config/spm_tiny.py", "--config.labels.margin=2"]
     path = "scripts/train_preference_model.py"
     script = SCRIPTS[Path(path).name]

@@ -66,8 +66,8 @@ PREFERENCE = (
 def draw_curves(run_dir: Path) -> Path:
     """Writes each metric over the updates: curves.png, or accuracy.png of a preference model."""
     lines = read_metrics(run_dir)
-    panels = panels_of(lines)
-    columns, rows = min(len(panels), _COLUMNS), -(-len(panels) // _COLUMNS)
+    panels = panels_of(lines)  # none at the start of a preference model that sees only ties
+    columns, rows = min(len(panels), _COLUMNS) or 1, -(-len(panels) // _COLUMNS) or 1
     path = run_dir / ("curves.png" if "rollout" in lines[0] else "accuracy.png")
     with style():
         figure = Figure(figsize=(3.7 * columns, 2.8 * rows), layout="constrained")

@@ -13,7 +13,7 @@ from spo.errors import UserError
 from spo.evaluation.statistics import Estimate, paired_difference, win_rate
 from spo.lora_io.find import find_lora, read_lora
 from spo.method.build import Recipe
-from spo.models.plain_images import sample_images
+from spo.models.plain_images import ImageSettings, sample_images
 from spo.run.pictures import Cell, grid
 from spo.scorers.pixels import to_pil
 from spo.tiny_world.quality import hidden_quality, shows_caption
@@ -82,7 +82,8 @@ class Bench:
                 f"world, whose images have {SIDE}."
             )
         self.lora = recipe.lora.add_to(self.backbone.unet, seed=0)
-        self.prompts, self.settings = prompts, recipe.validation.images
+        self.prompts, drawn = prompts, recipe.validation
+        self.settings = ImageSettings(drawn.num_steps, drawn.guidance_scale, drawn.seed)
         with self.lora.using(None):
             self.base = self._draw("base")
 
