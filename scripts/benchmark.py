@@ -49,7 +49,8 @@ def main(_) -> None:
 
         if META.value:
             recipe = recipes["baseline"]
-            prompts = recipe.run.num_epochs * (recipe.prompts.num or 1000)  # 0 takes all there are
+            num = CONFIG.value.prompts.num or 1000  # 0 takes all there are
+            prompts = recipe.run.num_epochs * num
             models = load_models(recipe, META_DEVICE)
             figures = benchmark.print_costs(models, prompts, TFLOPS.value, NUM_GPUS.value)
         else:

@@ -10,6 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
+from spo.command_line.config_files import EVAL_BASE, load_config
+from spo.scorers import image_scorer, load_scorer
+from spo.scorers.pixels import to_pil
 from spo.tiny_world import preferences
 from spo.tiny_world.preferences import draw_labelled_pairs, split_captions, write_parquet
 from spo.tiny_world.quality import hidden_quality, quality_parts, read_captions
@@ -164,3 +167,14 @@ def test_pairs_are_written_in_the_columns_of_pick_a_pic(tmp_path):
         pixels = np.asarray(Image.open(io.BytesIO(row["jpg_1"])), dtype=np.float32)
         original = (pairs.images[1, i].permute(1, 2, 0).numpy() / 2 + 0.5) * 255
         assert np.abs(pixels - original).mean() < 6
+
+
+def test_the_scorers_of_its_evaluation():
+    captions = some_captions(4)
+    images, prompts = images_of(captions), [str(caption) for caption in captions]
+    names = load_config("config/eval_tiny.py", EVAL_BASE).scorers
+    found = [load_scorer(image_scorer(name, {}), torch.device("cpu")) for name in names[:2]]
+    quality, faithful = (scorer.score_images(to_pil(images), prompts) for scorer in found)
+    torch.testing.assert_close(quality, hidden_quality(images), atol=0.5, rtol=0)
+    assert faithful.tolist() == [1.0] * 4
+    assert [scorer.title for scorer in found] == ["Hidden quality", "Faithful"]

@@ -1,6 +1,5 @@
 """Training of the step-aware preference model (SPM) on labelled pairs of images.
 
-spm_recipe: config -> checked values and objects. source, rows, batches: labelled pairs -> tensors.
-preparation: tensors -> labels, predictions of the base model -> pixels. spm_learner: pixels -> scores
--> loss -> update. spm_metrics, spm_trainer: the loop.
+spm_recipe: config -> values, objects. source, rows, batches: labelled pairs -> tensors. preparation:
+tensors -> labels, predictions -> pixels. spm_learner: pixels -> loss -> update. spm_trainer: the loop.
 """

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from spo.scorers import ImageScorer
 from spo.scorers.pixels import unit_pixels
 from spo.tiny_world.scenes import HUES, SHAPES, SIDE, SIZES, Caption, coverage
 
@@ -117,16 +118,15 @@ def shows_caption(images: Tensor, prompts: Sequence[str]) -> Tensor:
     return torch.tensor([float(a == b) for a, b in zip(shown, prompts, strict=True)])
 
 
-@dataclass(frozen=True)
-class PixelScorer:
+class PixelScorer(ImageScorer):
     """A scorer for `scripts/evaluate.py` that reads images (n, 3, H, W) in [-1, 1] and prompts."""
 
-    title: str
-    scale: float
-    of_pixels: Callable[[Tensor, Sequence[str]], Tensor]
-    device: torch.device  # given to every scorer
+    def __init__(
+        self, title: str, scale: float, of_pixels: Callable[..., Tensor], device: torch.device
+    ) -> None:
+        self.title, self.scale, self.of_pixels = title, scale, of_pixels
 
-    def score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
+    def score_images(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
         pixels = torch.stack([unit_pixels(image) for image in images])
         return self.of_pixels(pixels * 2 - 1, prompts)
 
