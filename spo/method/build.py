@@ -127,12 +127,9 @@ def read_recipe(config: ConfigDict) -> Recipe:
     require_number("prompts.num", config.prompts.num, "0 or more", lambda v: v >= 0)
     require_choice("hub.weights", config.hub.weights, ("policy", "ema"))
     require_number("hub.push_every", config.hub.push_every, "0 or more", lambda v: v >= 0)
-    for key, weights in (
-        ("eval.weights", config.eval.weights),
-        ("hub.weights", config.hub.weights),
-    ):
-        if weights == "ema" and not loss.uses_ema:
-            raise UserError(f"{key}: {config.algorithm} has no EMA; use policy.")
+    for section in ("eval", "hub"):
+        if config[section].weights == "ema" and not loss.uses_ema:
+            raise UserError(f"{section}.weights: {config.algorithm} has no EMA; use policy.")
     keep = loss.uses_ema and train.ema_prediction == "rollout"
     pairs = fill(PairSettings, sample, shares_latents=loss.shares_latents, keep_predictions=keep)
     update = {"accumulation_steps": 1, "guidance_scale": sample.guidance_scale}

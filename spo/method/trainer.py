@@ -138,7 +138,7 @@ class Trainer:
         self.trained: list[tuple[PreferencePairs, Step]] = []
         started, before = time.perf_counter(), self.rollout.seconds_train
         for _ in self.session.bar(range(0, len(self.rollout.pairs), size), "minibatches"):
-            stopped = any(self.workers.gather([self.session.signals.requested]))
+            stopped = self.session.is_stopping()
             if stopped:
                 break
             yield self.rollout.pairs.select(slice(size))

@@ -153,9 +153,10 @@ class MergedLora:
     @torch.no_grad()
     def _merge(self, weights: Mapping[str, Tensor]) -> None:
         versions = [(tensor, tensor._version) for tensor in weights.values()]  # in-place changes
-        pairs = zip(versions, self._made_of, strict=False)
-        same = all(now is then and n == m for (now, n), (then, m) in pairs)
-        if same and len(versions) == len(self._made_of):
+        if len(versions) == len(self._made_of) and all(
+            now is then and n == m
+            for (now, n), (then, m) in zip(versions, self._made_of, strict=True)
+        ):
             return
         for name, layer in self._lora.layers.items():
             base = layer.base_layer.weight

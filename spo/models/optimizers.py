@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from spo.command_line.values import Checked, choice, not_negative, number, positive
 from spo.errors import UserError, in_one_line
 
-ADAMW, *_ = OPTIMIZERS = ("adamw", "adamw8bit")
+ADAMW = "adamw"
+OPTIMIZERS = (ADAMW, "adamw8bit")
 _KEY = "train.optimizer"
 # As in bitsandbytes: smaller tensors stay in 32 bits, larger ones have a scale for each block.
 _SMALLEST, _BLOCK, _LEVELS = 4096, 256, 256

@@ -12,7 +12,7 @@ import torch
 from ml_collections import ConfigDict
 
 from spo.atomic import writing
-from spo.errors import RunError
+from spo.errors import RunError, Stopped
 from spo.evaluation.run_report import draw_curves
 from spo.launch.workers import Workers
 from spo.method.health import check_skipped
@@ -119,7 +119,8 @@ class PreferenceTrainer:
             self.started = time.perf_counter()
         with contextlib.closing(self.training_batches()) as batches:
             for _ in self.session.bar(range(first, last), "steps"):
-                self.session.check_signals()
+                if self.session.is_stopping():
+                    raise Stopped("by a signal.")
                 with self.workers.together():  # a stream may fail in only one process
                     minibatches = [next(batches) for _ in range(self.plan.accumulation_steps)]
                 self.train_step(minibatches)

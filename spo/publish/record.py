@@ -51,7 +51,8 @@ def read_record(run_dir: Path, weights: str, evaluation: Path | None = None) -> 
     lines = map(json.loads, whole_lines(run_dir / METRICS))
     reached = [{}, *(line for line in lines if line["step"] <= updates)][-1]
     epochs = reached.get("epoch", 0)
-    start = json.loads(['{"prompts": ""}', *whole_lines(run_dir / STARTS)][-1])
+    starts = whole_lines(run_dir / STARTS)
+    start = {"prompts": ""} | (json.loads(starts[-1]) if starts else {})
     source = config.prompts.source
     return RunRecord(
         config=ConfigDict(public_values(config.to_dict())),

@@ -107,10 +107,9 @@ class Session:
         if self._publishing is not None:
             self._publishing.finish()
 
-    def check_signals(self) -> None:
-        """Raises Stopped on every process if any of them was asked to stop."""
-        if any(self.workers.gather([self.signals.requested])):
-            raise Stopped("by a signal.")
+    def is_stopping(self) -> bool:
+        """Tells every process alike if any of them was asked to stop."""
+        return any(self.workers.gather([self.signals.requested]))
 
     def run(self, work: Callable[[], None], save_checkpoint: Callable[[], Path]) -> None:
         """Runs `work`; after a signal saves a checkpoint and raises a Stopped that names it."""
