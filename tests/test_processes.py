@@ -20,11 +20,12 @@ ROOT = Path(__file__).resolve().parents[1]
 # Like a training script, as far as signals and statuses go.
 SCRIPT = """
 import os, signal, sys, time
+from pathlib import Path
 from spo.command_line.flags import exit_on_user_error
 from spo.errors import Stopped, UserError
 from spo.launch.processes import StopSignals
 
-event, rank = sys.argv[1], os.environ.get("RANK", "0")
+event, rank, last = sys.argv[1], os.environ.get("RANK", "0"), os.environ["LAST"]
 
 def say(text):
     sys.stdout.write(text + "\\n")  # in one piece
@@ -36,13 +37,18 @@ with exit_on_user_error():
         time.sleep(60)
     with StopSignals() as signals:
         say(f"training {os.getpid()}")
+        # torch kills the others when one ends in failure, even before they are here.
+        here = Path(__file__).parent
+        (here / f"rank_{rank}").touch()
+        while len(list(here.glob("rank_*"))) <= int(last) and not signals.requested:
+            time.sleep(0.01)
         if event == "end":
             sys.exit(0)
         if event == "status":
             sys.exit(7)
-        if event == "bug" and rank == os.environ.get("LAST", "0"):
+        if event == "bug" and rank == last:
             raise RuntimeError("a bug")
-        if event == "refuse" and rank == os.environ.get("LAST", "0"):
+        if event == "refuse" and rank == last:
             raise UserError("data: of no use")
         while event == "forever" or not signals.requested:
             time.sleep(0.05)
@@ -89,7 +95,9 @@ def launch(tmp_path):
 
     yield launch
     for process in started:
-        process.kill()
+        for child in [*process.training, process]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.kill()
         process.communicate()
 
 
