@@ -13,11 +13,13 @@ import multiprocessing
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 
 from spo.command_line.config_files import load_config
+from spo.costs.count import tensor_bytes
 from spo.costs.load import ARCHITECTURES, UnloadedBackbone
 from spo.method.build import build_learner, read_recipe
 from spo.method.metrics import peak_memory_gib
@@ -70,8 +72,8 @@ def measure(model: Path, networks: bool) -> dict[str, float]:
     return sizes | {"peak": peak_memory_gib(CPU)}
 
 
-def gib(tensors) -> float:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors) / 2**30
+def gib(tensors: Iterable[torch.Tensor]) -> float:
+    return tensor_bytes(tensors) / 2**30
 
 
 if __name__ == "__main__":

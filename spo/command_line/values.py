@@ -49,7 +49,7 @@ def number(wanted: str, holds: Callable[[float], bool]) -> Any:
 
 def whole(least: int = 1) -> Any:
     """Declares a field that is a whole number from `least`, or None."""
-    return number(f"a whole number from {least}", lambda value: value >= least)
+    return field(metadata={"check": lambda key, value: require_whole(key, value, least)})
 
 
 # Declare a field that is a number above 0, or from 0; or None.

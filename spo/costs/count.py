@@ -99,16 +99,16 @@ def _resident(models: Models) -> dict[str, int]:
         if isinstance(part, nn.Module):
             networks[SCORER] = part
     sizes = {
-        name: _bytes(p for p in module.parameters() if id(p) not in own)
+        name: tensor_bytes(p for p in module.parameters() if id(p) not in own)
         for name, module in networks.items()
     }
     if learner.merged is not None:
         layers = learner.lora.layers.values()
-        sizes["weights with the LoRA merged in"] = _bytes(layer.weight for layer in layers)
+        sizes["weights with the LoRA merged in"] = tensor_bytes(layer.weight for layer in layers)
     # The policy, its gradient, and the other LoRAs.
     copies = 2 + (learner.ema is not None) + (learner.reference is not None)
     moments = moment_bytes(models.recipe.optimizer.optimizer, lora.values())
-    return sizes | {"LoRAs, gradient, optimizer": copies * _bytes(lora.values()) + moments}
+    return sizes | {"LoRAs, gradient, optimizer": copies * tensor_bytes(lora.values()) + moments}
 
 
 class LiveMemory(TorchDispatchMode):
@@ -189,7 +189,8 @@ class MetaMeter(Meter):
         return call
 
 
-def _bytes(tensors: Iterable[Tensor]) -> int:
+def tensor_bytes(tensors: Iterable[Tensor]) -> int:
+    """Returns the memory of the tensors' elements."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from spo.atomic import write_file
 from spo.data.prompt_files import READERS, check_column, file_rows
 from spo.errors import UserError, first_line, in_one_line
-from spo.hub import is_hub_id
+from spo.hub import PREFETCH, is_hub_id
 
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # half an emoji: no tokenizer or file takes it
 
@@ -142,7 +142,7 @@ def _dataset_rows(source: str, split: str, column: str) -> Iterator[object]:
         reason = f"{type(error).__name__}: {in_one_line(error)}"
         advice = "check prompts.source and prompts.split"
         if not Path(source).is_dir():
-            advice += ", or fetch it while online: `python scripts/prefetch.py --config=...`"
+            advice += f", or fetch it while online: `{PREFETCH}`"
         raise UserError(
             f"cannot read dataset {source!r}, split {split!r} ({reason}); {advice}"
         ) from error

@@ -1,6 +1,5 @@
 """One image per prompt, found in a folder or drawn batch by batch, each whole and with its prompt."""
 
-import hashlib
 import json
 import re
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ from spo.errors import UserError
 from spo.lora_io.model_spec import IMAGE_SUFFIXES, ModelSpec
 from spo.models.backbone import DTYPES
 from spo.models.plain_images import ImageSettings
+from spo.run.folder import file_digest
 from spo.run.pictures import write_png
 
 
@@ -116,8 +116,3 @@ def write_json(path: Path, content: Any) -> None:
     """Writes `content` into a file, and its folder if missing, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_file(path, (json.dumps(content, indent=1) + "\n").encode())
-
-
-def file_digest(path: Path) -> str:
-    """Returns the SHA-256 of a file's content."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()

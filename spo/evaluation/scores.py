@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from spo.errors import RunError, UserError
-from spo.evaluation.image_sets import ImageSet, batches, file_digest, write_json
+from spo.evaluation.image_sets import ImageSet, batches, write_json
 from spo.evaluation.results import ScorerInfo
+from spo.run.folder import file_digest
 from spo.scorers import Scorer
 
 _SCORER = "scorer.json"

@@ -211,14 +211,14 @@ class Trainer:
             for name, tensor in own_tensors(self.learner, state).items()
         }
         shares = workers.gather([mine], only_to_main=True)
-        with workers.together():
-            if workers.is_main:
-                save_checkpoint(
-                    self.ready.run_dir,
-                    self.learner,
-                    state,
-                    shares,
-                    self.ready.facts(),
-                    self.recipe.lora_metadata(),
-                    self.recipe.run.checkpoint_limit,
-                )
+        self.session.on_main(
+            lambda: save_checkpoint(
+                self.ready.run_dir,
+                self.learner,
+                state,
+                shares,
+                self.ready.facts(),
+                self.recipe.lora_metadata(),
+                self.recipe.run.checkpoint_limit,
+            )
+        )

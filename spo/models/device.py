@@ -22,7 +22,7 @@ class SpeedSettings:
 
 
 def set_up_device(device: torch.device, allow_tf32: bool) -> None:
-    """TF32 or not on a GPU; on a CPU, memory that is kept for the next activation."""
+    """Turns TF32 on or off on a GPU; on a CPU, keeps freed memory for the next activation."""
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = allow_tf32
         torch.backends.cudnn.allow_tf32 = allow_tf32
@@ -36,7 +36,7 @@ def set_up_device(device: torch.device, allow_tf32: bool) -> None:
 
 
 def speed_up(backbone: Backbone, scorer: Scorer, settings: SpeedSettings) -> None:
-    """Lay out and compile the models as `settings` say; what is compiled, is so at its first call.
+    """Lays out the models as `settings` say; those to be compiled are compiled at their first call.
 
     Raises UserError for a scorer that cannot be compiled.
     """

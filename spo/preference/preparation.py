@@ -107,11 +107,10 @@ class Preparation:
 
     def draw_noise(self, use: str, places: Sequence[int]) -> PairNoise:
         """Draws random numbers on the CPU, by a seed per pair: processes may share pairs anyhow."""
-        timesteps, normals = [], []
+        timesteps, normals, total = [], [], len(self.schedule.alphas_cumprod)
         for place in places:
             generator = torch.Generator().manual_seed(derive_seed(self.seed, use, place))
-            num_timesteps = len(self.schedule.alphas_cumprod)
-            timesteps.append(torch.randint(num_timesteps, (), generator=generator))
+            timesteps.append(torch.randint(total, (), generator=generator))
             normals.append(torch.randn(3, *self.latent_shape, generator=generator))
         normal = torch.stack(normals).to(self.backbone.device)
         timesteps = torch.stack(timesteps).to(self.backbone.device)

@@ -222,8 +222,11 @@ class PreferenceTrainer:
 
     def log(self, line: dict) -> None:
         """Writes a line of metrics, and draws the accuracy if the line has it."""
+
+        def draw() -> None:
+            with writing(self.session.run_dir):
+                draw_curves(self.session.run_dir)
+
         self.session.log(line)
         if "accuracy" in line:
-            with self.workers.together(), writing(self.session.run_dir):
-                if self.workers.is_main:
-                    draw_curves(self.session.run_dir)
+            self.session.on_main(draw)

@@ -8,11 +8,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub.utils.sha import sha_fileobj
-
 from spo.atomic import PARTIAL, sync_file, sync_folder, write_file, writing
 from spo.errors import LOAD_ERRORS, UserError, first_line
-from spo.run.folder import CHECKPOINTS
+from spo.run.folder import CHECKPOINTS, file_digest
 
 STATE = "training_state.json"
 OPTIMIZER = "optimizer.safetensors"
@@ -66,7 +64,7 @@ def find_fault(folder: Path) -> str | None:
             size = (folder / name).stat().st_size
             if size != wanted["size"]:
                 return f"{name} has {size:,} of {wanted['size']:,} bytes"
-            if _sha256(folder / name) != wanted["sha256"]:
+            if file_digest(folder / name) != wanted["sha256"]:
                 return f"{name} has another checksum than when it was written"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
@@ -104,12 +102,7 @@ def _seal(folder: Path) -> None:
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         sync_file(path)
         name = path.relative_to(folder).as_posix()
-        files[name] = {"size": path.stat().st_size, "sha256": _sha256(path)}
+        files[name] = {"size": path.stat().st_size, "sha256": file_digest(path)}
     for inner in (p for p in folder.rglob("*") if p.is_dir()):
         sync_folder(inner)
     write_file(folder / _MANIFEST, json.dumps(files, indent=1).encode())
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return sha_fileobj(file).hex()

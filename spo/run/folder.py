@@ -8,6 +8,8 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
+from huggingface_hub.utils.sha import sha_fileobj
+
 from spo.atomic import whole_lines, write_lines, writing
 from spo.errors import UserError
 
@@ -32,6 +34,12 @@ def run_folder(logdir: str, run_name: str, method: str, family: str) -> Path:
 def versions() -> dict[str, str]:
     """Returns the versions of Python and of the libraries that the numbers depend on."""
     return {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}}
+
+
+def file_digest(path: Path) -> str:
+    """Returns the SHA-256 of a file's content."""
+    with path.open("rb") as file:
+        return sha_fileobj(file).hex()
 
 
 def record_start(run_dir: Path, facts: dict) -> None:

@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import torch
 from safetensors.torch import load_file, save_file
 
+from spo.atomic import PARTIAL
 from spo.command_line.config_files import SPM_BASE, load_config
 from spo.preference.spm_trainer import train_preference_model
 from spo.run.folder import SPM_FILE
@@ -61,7 +62,7 @@ def stage(folder: Path, make: Callable[..., None], *arguments: object) -> None:
     if folder.exists():
         return
     print(f"{folder.name} ...", flush=True)
-    partial = folder.with_name(folder.name + ".partial")
+    partial = folder.with_name(folder.name + PARTIAL)
     shutil.rmtree(partial, ignore_errors=True)
     make(partial, *arguments)
     partial.rename(folder)
