@@ -1,6 +1,6 @@
 """Draws unique prompts with a seed, and writes them to a file that `prompts.source` can name.
 
-python scripts/prepare_prompts.py --num=4000 --output=prompts.json
+python scripts/prepare_prompts.py --source=pickapic-sfw --num=4000 --output=prompts.json
 python scripts/prepare_prompts.py --source=captions.csv --column=text --num=500 --output=eval.txt
 """
 
@@ -17,12 +17,12 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--source",
-        default="yuvalkirstain/pickapic_v1",
-        help="file, folder of a dataset, or Hub id of one, as config.prompts.source (%(default)s)",
+        default="official-4k",
+        help="name, file, folder, https address or Hub id, as config.prompts.source (%(default)s)",
     )
     parser.add_argument("--split", default="train", help="split of a dataset (%(default)s)")
     parser.add_argument("--column", default="caption", help="holds the prompt (%(default)s)")
-    parser.add_argument("--num", type=int, default=4000, help="0 takes all (%(default)s)")
+    parser.add_argument("--num", type=int, default=0, help="0 takes all, in order (%(default)s)")
     parser.add_argument("--seed", type=int, default=42, help="seed of the draw (%(default)s)")
     parser.add_argument("--output", type=Path, required=True, help="a .json or .txt file")
     return parser.parse_args()

@@ -21,6 +21,10 @@ class UserError(Exception):
     label = "error"  # begins the line
 
 
+class Unavailable(UserError):
+    """A repo, file or address that does not answer as it should; another source may."""
+
+
 class RunError(UserError):
     """A run that cannot continue, for a reason that no check of its input could find."""
 

@@ -271,11 +271,11 @@ def test_listing_a_repo(monkeypatch, tmp_path):
     monkeypatch.setattr(hub, "snapshot_download", lambda *_, **__: str(tmp_path))
     assert hub.list_files("user/repo", "SOURCE") == ["sub/a.safetensors"]
     monkeypatch.setattr(hub, "snapshot_download", fail(LocalEntryNotFoundError("")))
-    with pytest.raises(UserError, match="SOURCE: user/repo is not in the local cache .*no line"):
+    with pytest.raises(UserError, match="SOURCE: user/repo: not in the local cache, .*no line"):
         hub.list_files("user/repo", "SOURCE")
     missing = RepositoryNotFoundError.__new__(RepositoryNotFoundError)
     monkeypatch.setattr(hub.HfApi, "list_repo_files", fail(missing))
-    with pytest.raises(UserError, match="SOURCE: no repo user/repo on the Hub"):
+    with pytest.raises(UserError, match="SOURCE: user/repo: not found .404.: there is no"):
         hub.list_files("user/repo", "SOURCE")
 
 
@@ -289,5 +289,5 @@ def test_the_cache_is_enough_without_a_network(tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert find_lora("user/lora/sd15", "SOURCE") == file
-    with pytest.raises(UserError, match="SOURCE: user/other is not in the local cache"):
+    with pytest.raises(UserError, match="SOURCE: user/other: not in the local cache"):
         find_lora("user/other", "SOURCE")

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from spo.data import prompts
+from spo.data import prompts, web_files
 from spo.data.prompts import read_prompts
 from spo.errors import UserError
 from spo.method.position import epoch_order
@@ -310,7 +310,8 @@ def hub(tmp_path, monkeypatch) -> FakeHub:
     write_parquet(tmp_path / "hub" / "train.parquet", [f"prompt {i % 40}" for i in range(50)])
     fake = FakeHub(tmp_path / "hub", datasets.load_dataset)
     monkeypatch.setattr(datasets, "load_dataset", fake)
-    monkeypatch.setattr(prompts.constants, "HF_ASSETS_CACHE", tmp_path / "cache" / "assets")
+    monkeypatch.setattr(prompts, "tell_if_moved", lambda *_: None)
+    monkeypatch.setattr(web_files.constants, "HF_ASSETS_CACHE", tmp_path / "cache" / "assets")
     monkeypatch.chdir(tmp_path)
     return fake
 
@@ -435,8 +436,8 @@ def test_script_without_network(tmp_path):
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert (
-        done.stderr.startswith("error: prompts.source: ")
-        and "yuvalkirstain/pickapic_v1" in done.stderr
+        done.stderr.startswith("error: prompts.source: https://raw.githubusercontent.com/")
+        and done.stderr.count("not in the cache, and HF_HUB_OFFLINE is set; then https://") == 2
     )
     assert not (tmp_path / "p.json").exists()
 

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from spo.command_line.config_files import check_leaves, leaves, save_config
 from spo.command_line.values import Checked, fill, whole
-from spo.data.prompts import PromptSet, read_prompt_set
+from spo.data.prompts import PromptSet, read_prompts
 from spo.data.token_lengths import describe_lengths
 from spo.errors import Stopped, UserError
 from spo.evaluation.image_sets import DrawSettings, ImageSet, claim_images, claim_prompts, image_set
@@ -89,7 +89,7 @@ def plan_evaluation(config: ConfigDict, num_processes: int) -> EvaluationPlan:
         check_scorer(image_scorer(name, options))
         scorers.append(ScoreFolder(folder / "scores" / name.replace(":", "."), name, options))
         scorers[-1].info()  # raises if the folder has scores with other options
-    prompts = read_prompt_set(**config.prompts)
+    prompts = read_prompts(**config.prompts)
     images = tuple(image_set(folder, spec, prompts.prompts) for spec in models)
     return EvaluationPlan(settings, folder, models, images, prompts, tuple(scorers))
 

@@ -59,9 +59,9 @@ class PreferenceTrainer:
         self.recipe, self.plan = recipe, plan = checked.recipe, checked.plan
         self.session = Session(checked.run_dir, workers, checked.resume.checkpoint)
         self.share = Share(workers.rank, workers.count, plan.minibatch_size)
-        for rows in (checked.train, checked.validation):
-            if rows is not None:
-                self.session.say(rows.description)
+        rows = {"train": checked.train, "validation": checked.validation}
+        described = [found.description for found in rows.values() if found is not None]
+        self.session.say("\n".join([*checked.unavailable, *described]))
         self.session.say(plan.describe())
         with workers.together():
             self.rows = open_split(recipe.data, recipe.data.train_split)
@@ -82,9 +82,8 @@ class PreferenceTrainer:
             self.totals, self.left_out = Counter(state["totals"]), Counter(state["left_out"])
             self.line_is_due = state["line_is_due"]
             self.session.say("\n".join([*checked.resume.describe(), *checked.changes]))
-        splits = {"train": checked.train, "validation": checked.validation}
-        data = {name: rows and rows.description for name, rows in splits.items()}
-        start = {"plan": asdict(plan), "data": data}
+        data = {split: found and found.description for split, found in rows.items()}
+        start = {"plan": asdict(plan), "data": data | {"unavailable": checked.unavailable}}
         step = self.learner.step
         # A run that starts from the beginning writes the line of step 0 itself.
         last = step - self.line_is_due if step else -1
