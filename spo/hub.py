@@ -88,6 +88,8 @@ def why(error: Exception, repo: str) -> str:
             return f"refused ({status}): {page} says who may read it; log in by `hf auth login`"
         if isinstance(cause, HfHubHTTPError) and status:
             return f"the Hub answers with status {status}; try again later"
+        if "Consistency check failed" in str(cause):
+            return f"cut off or changed on its way ({in_one_line(cause, 120)}); try again"
         if type(cause).__name__ == "DatasetNotFoundError":
             return f"not found: there is no such public dataset at {page}, or it needs a login"
     if constants.HF_HUB_OFFLINE:

@@ -102,7 +102,7 @@ SPM_PAPER = {  # what both families share, and SD1.5
     "preference.backbone": "yuvalkirstain/PickScore_v1",
     "preference.processor": "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
     "preference.init_from": "",
-    "data.source": "yuvalkirstain/pickapic_v1",
+    "data.source": "pickapic-anonymous/pickapic_v1",
     "data.validation_split": "validation_unique",
     "data.image_size": 512,
     "labels.source": "data",

@@ -1,12 +1,14 @@
 """Downloads small files by their address, checks them, and keeps them in the Hub's cache."""
 
 import hashlib
-import http.client
 import re
-import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from http.client import HTTPException, HTTPResponse
 from pathlib import Path
 from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
 from filelock import FileLock
 from huggingface_hub import constants
@@ -55,14 +57,17 @@ def fetch(address: str) -> WebFile:
         with FileLock(f"{file}.lock"):
             if _is_kept(file, wanted):
                 return WebFile(file)
-            content, final = _get(url)
+            with open_address(url) as response:
+                content, final = response.read(_LARGEST + 1), response.url
+            if len(content) > _LARGEST:
+                raise Unavailable(f"{url}: more than {_LARGEST >> 20} MiB, no list of prompts")
             found = hashlib.sha256(content).hexdigest()
             if wanted and found != wanted:
                 raise Unavailable(
                     f"{url}: changed content (its sha256 is {found}, it should be {wanted})"
                 )
             write_file(file, content)
-    except OSError as error:  # _get's are Unavailable
+    except OSError as error:  # not of the network
         raise UserError(
             f"cannot keep {url} as {file} ({error.strerror or error}); set HF_HOME to another folder"
         ) from error
@@ -89,22 +94,19 @@ def _is_kept(file: Path, wanted: str) -> bool:
     return not wanted or hashlib.sha256(file.read_bytes()).hexdigest() == wanted
 
 
-def _get(url: str) -> tuple[bytes, str]:
-    """Returns the content, and the address that answered after redirects; raises Unavailable."""
+@contextmanager
+def open_address(request: str | Request) -> Iterator[HTTPResponse]:
+    """Yields the answer of a web server, after redirects; raises Unavailable that says why not."""
+    url = request if isinstance(request, str) else request.full_url
     try:
         # Proxies and certificates are those of the environment.
-        with urllib.request.urlopen(url, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT) as response:
-            content, final = response.read(_LARGEST + 1), response.url
+        with urlopen(request, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT) as response:
+            yield response
     except HTTPError as error:
         raise Unavailable(f"{url}: {_meaning(error.code)}") from error
-    except (OSError, http.client.HTTPException, ValueError) as error:
-        reason = getattr(error, "reason", error)
-        raise Unavailable(
-            f"{url}: no answer ({in_one_line(reason)}); is there a network?"
-        ) from error
-    if len(content) > _LARGEST:
-        raise Unavailable(f"{url}: more than {_LARGEST >> 20} MiB, no list of prompts")
-    return content, final
+    except (OSError, HTTPException, ValueError) as error:
+        reason = in_one_line(getattr(error, "reason", error))
+        raise Unavailable(f"{url}: no answer ({reason}); is there a network?") from error
 
 
 def _meaning(status: int) -> str:

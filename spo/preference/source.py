@@ -76,9 +76,8 @@ def open_split(data: PairData, split: str) -> Dataset | IterableDataset:
     except UserError as error:
         raise type(error)(f"data.source: {error}") from error
     except Exception as error:  # whatever the network, the file systems and the builders raise
-        # Else the disk (with an errno), or the name of the split, is at fault.
-        of_hub = isinstance(error, OSError) and error.errno is None
-        if is_hub_id(data.source) and (of_hub or isinstance(error, ConnectionError)):
+        # A ValueError is about the split or the content.
+        if is_hub_id(data.source) and not isinstance(error, ValueError):
             repo = f"datasets/{data.source}"
             raise Unavailable(f"data.source: {data.source}: {why(error, repo)}") from error
         raise UserError(

@@ -56,7 +56,7 @@ class ImageReward(ImageScorer):
         device: torch.device,
         section: str,
         *,
-        checkpoint: str = "hf://THUDM/ImageReward/ImageReward.pt",
+        checkpoint: str = "hf://zai-org/ImageReward/ImageReward.pt",
         tokenizer: str = "google-bert/bert-base-uncased",
         head_width: int = 64,
     ) -> None:
