@@ -75,7 +75,8 @@ PAPER = {  # what both families share, and SD1.5
     "mixed_precision": "fp16",
     "pretrained.model": "stable-diffusion-v1-5/stable-diffusion-v1-5",
     "lora.rank": 4,
-    "prompts.num": 4000,
+    "prompts.source": "official-4k",
+    "prompts.num": 0,
     "preference.checkpoint": SPM + "sd-v1-5_step-aware_preference_model.bin",
     "sample.num_steps": 20,
     "sample.eta": 1.0,
@@ -169,7 +170,14 @@ def test_every_overlay_is_tested():
     }
     overlays = set(DIFFERENCES) | set(SPM_DIFFERENCES)
     evaluations = {"eval_base", "eval_sdxl", "eval_tiny"}
-    assert found == overlays | evaluations | {"base", "tiny", "small", "spm_base", "spm_tiny"}
+    assert found == overlays | evaluations | {
+        "base",
+        "tiny",
+        "small",
+        "spm_base",
+        "spm_tiny",
+        "spm_hpdv3",
+    }
 
 
 @pytest.mark.parametrize("name", DIFFERENCES)

@@ -1,6 +1,7 @@
 """Labelled pairs: their sources, which are usable, each process's share, and their images."""
 
 import io
+import json
 import math
 from itertools import islice
 
@@ -10,7 +11,7 @@ import pytest
 from labelled_pairs import make_row, picture, write_rows, write_splits
 from PIL import Image
 
-from config import spm_base
+from config import spm_base, spm_hpdv3
 from spo.command_line.values import fill
 from spo.errors import RunError, UserError
 from spo.preference.batches import RawBatch, decode_batch, decode_image, decode_pair, decoded
@@ -133,6 +134,43 @@ def test_every_kind_of_source_gives_the_same_rows(tmp_path, kind, streaming):
     for row, want in zip(found, rows, strict=True):
         assert set(row) == set(COLUMNS) and fault_of(row) is None
         assert (decode_pair(row, 32)[0] == decode_image(want["jpg_0"], 32)).all()
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_other_columns_and_pictures_in_files(tmp_path, streaming):
+    """As HPDv3 has them: JSON rows that name pictures of the folder, the preferred one first."""
+    rows = []
+    for i in range(3):
+        names = [f"images/{i}_{n}.png" for n in (1, 2)]
+        for n, name in enumerate(names):
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).write_bytes(picture(10 * i + n))
+        rows.append({"prompt": f"prompt {i}", "path1": names[0], "path2": names[1], "model1": "x"})
+    (tmp_path / "train.json").write_text(json.dumps(rows))
+    data = spm_hpdv3.get_config().data.to_dict() | {"source": str(tmp_path)}
+    found = list(open_split(fill(PairData, data | {"streaming": streaming}), "train"))
+    assert [row["caption"] for row in found] == ["prompt 0", "prompt 1", "prompt 2"]
+    for i, row in enumerate(found):
+        assert set(row) == set(COLUMNS) and fault_of(row, need_has_label=True) is None
+        assert (row["label_0"], row["label_1"], row["num_example_per_prompt"]) == (1, 0, 1)
+        pair = decode_pair(row, 32)
+        assert (pair[0] == decode_image(picture(10 * i), 32)).all()
+        assert (pair[1] == decode_image(picture(10 * i + 1), 32)).all()
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"prompt": "caption"}, "data.columns: 'prompt' is none of caption, label_0"),
+        ({"caption": None}, "data.columns.caption: None is no column and no number"),
+        ({"caption": "text"}, "no column text .there: caption, .*data.columns says what"),
+    ],
+)
+def test_columns_that_do_not_fit(tmp_path, columns, message):
+    write_rows(tmp_path / "train.parquet", [make_row(0)])
+    values = spm_base.get_config().data.to_dict() | {"source": str(tmp_path), "columns": columns}
+    with pytest.raises(UserError, match=message):
+        open_split(fill(PairData, values), "train")
 
 
 @pytest.mark.parametrize(
