@@ -110,7 +110,7 @@ def _in_our_columns(
         kind = (rows.features or {}).get(name)
         if isinstance(kind, datasets.Image):
             rows = rows.cast_column(name, datasets.Image(decode=False))
-        elif isinstance(kind, datasets.Value) and kind.dtype.endswith("string"):
+        elif kind is None or getattr(kind, "dtype", "") in ("string", "large_string"):
             rows = rows.map(_under, fn_kwargs={"name": name, "folder": data.source})
     return rows
 
@@ -124,9 +124,10 @@ def _with_number(
     return rows.map(lambda row: {name: number})
 
 
-def _under(row: Mapping[str, str], name: str, folder: str) -> dict[str, str]:
-    """Returns the path of an image, relative to the folder of the source."""
-    return {name: os.path.join(folder, row[name])}
+def _under(row: Mapping[str, object], name: str, folder: str) -> dict[str, object]:
+    """Returns an image, with a path from the folder of the source if it is a path."""
+    image = row[name]
+    return {name: os.path.join(folder, image) if isinstance(image, str) else image}
 
 
 def _open(data: PairData, split: str) -> Dataset | IterableDataset:
