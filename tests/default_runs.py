@@ -19,7 +19,7 @@ import huggingface_hub
 import open_clip
 from huggingface_hub.utils import _http
 
-from scripts.prefetch import base_of
+from scripts.prefetch import base_of, prefetch
 from spo.command_line.config_files import load_config
 from spo.command_line.flags import exit_on_user_error
 from spo.data import prompt_sets
@@ -71,7 +71,10 @@ def run(case):
         evaluate if "models" in config else train_preference_model if "data" in config else train
     )
     with exit_on_user_error():
-        start(config)
+        if case.get("prefetch", False):
+            print(*prefetch(config), sep="\n")
+        else:
+            start(config)
 
 
 def main():

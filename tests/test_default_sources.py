@@ -161,6 +161,15 @@ def test_from_nothing_and_then_offline(run, config):
     assert status == 0, output
 
 
+@pytest.mark.parametrize("config", ["config/sdxl.py", "config/spm_sdxl.py", "config/eval_sdxl.py"])
+def test_prefetch_is_all_that_a_run_needs(run, config):
+    changes = HEAD if config in EVALUATIONS else {}
+    status, output, _ = run(config, changes=changes, prefetch=True)
+    assert status == 0, output
+    status, output, _ = run(config, changes=changes, fresh=False, offline=True)
+    assert status == 0, output
+
+
 # What is broken: config that reads it, part of the paths that break, key that errors name.
 WEIGHTS = {
     "base model": ("config/sd15.py", SD15, "pretrained.model"),
