@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from spo.data.token_lengths import readable
-from spo.method.ddim import DDIM, NoiseSchedule, make_sampler, noise_schedule
+from spo.method.ddim import DDIM, MODEL, NoiseSchedule, make_sampler, noise_schedule
 from spo.models.decoder import decode, load_decoder
 from spo.models.loading import ModelSource, load_pipeline
 from spo.types import Conditioning
@@ -66,7 +66,7 @@ class Backbone:
     def _load_decoder(self, name: str) -> nn.Module:
         return load_decoder(name, self.dtype)
 
-    def sampler(self, num_steps: int, eta: float, timesteps: str = "leading") -> DDIM:
+    def sampler(self, num_steps: int, eta: float, timesteps: str = MODEL) -> DDIM:
         """Returns the DDIM sampler made from this model's scheduler config."""
         config = dict(self._pipe.scheduler.config)
         return make_sampler(config, num_steps, eta, timesteps, self.device)
