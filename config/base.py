@@ -95,10 +95,9 @@ def get_config() -> ConfigDict:
     # ---- rollout -------------------------------------------------------------------------------
     config.sample = sample = ConfigDict()
     sample.num_steps = 20  # DDIM steps (paper, SPO)
-    # Their timesteps: "model" (by the timestep_spacing of the base model's scheduler config; SD1.5's and
-    # SDXL's is leading), "leading" (951, 901, ..., 1), "trailing" (999, 949, ..., 49), "linspace" (999,
-    # 946, ..., 0), or "module:function" of (num_steps, alphas_cumprod, steps_offset), see
-    # spo/method/ddim.py.
+    # Their timesteps: "model" (the spacing of the base model's scheduler; SD1.5's and SDXL's is leading),
+    # "leading" (951, 901, ..., 1), "trailing" (999, 949, ..., 49), "linspace" (999, 946, ..., 0), or
+    # "module:function" of (num_steps, alphas_cumprod, steps_offset), see spo/method/ddim.py.
     sample.timesteps = "model"
     sample.eta = 1.0  # 1: as random as DDPM (paper, SPO); 0 is deterministic and cannot train
     sample.guidance_scale = 5.0  # classifier-free guidance, also in the loss; 1 turns it off

@@ -181,8 +181,8 @@ def build_learner(
     first = sampler.timesteps[recipe.collect.rollout.branch_from]
     if not recipe.loss.shares_latents and sampler.alphas_cumprod[first] == 0:
         raise UserError(
-            f"sample.branch_from: at t = {first} nothing of the image is left in x_t (terminal SNR is 0) "
-            f"and {recipe.run.algorithm} has no likelihood; branch from 1 or later."
+            f"sample.branch_from: at t = {first}, where x_t is noise alone (terminal SNR 0), "
+            f"{recipe.run.algorithm} has no likelihood; branch from 1 or later."
         )
     return Learner(
         backbone=backbone,

@@ -157,33 +157,33 @@ class DDIM(NoiseSchedule):
         return transition_mean(prediction.x0, prediction.epsilon, abar_next, sigma), sigma
 
 
-def noise_schedule(
-    scheduler_config: Mapping[str, Any], device: torch.device | str = "cpu"
-) -> NoiseSchedule:
-    """Returns the noise schedule that a base model's own scheduler config describes.
+def ddim_scheduler(scheduler_config: Mapping[str, Any]) -> DDIMScheduler:
+    """Returns diffusers' DDIM made from a base model's own scheduler config.
 
-    Raises ValueError for a prediction or betas that DDIM does not know.
+    Raises ValueError for a prediction, betas or timesteps that DDIM does not know.
     """
     # A foreign config (PNDM, Euler, DPM-Solver) may lack DDIM's own `clip_sample`, whose default in
     # diffusers is to clamp x0 to [-1, 1]: right for pixels, ruin for latents.
     try:
         scheduler = DDIMScheduler.from_config({"clip_sample": False, **scheduler_config})
     except Exception as error:  # whatever the constructor raises for nonsense
-        raise ValueError(
-            f"its scheduler config has no noise schedule: {first_line(error)}"
-        ) from error
-    config, abar = scheduler.config, scheduler.alphas_cumprod.to(device, torch.float32)
-    if config.prediction_type not in ("epsilon", "v_prediction", "sample"):
-        raise ValueError(f"its scheduler's prediction_type is {config.prediction_type!r}")
-    if config.timestep_spacing not in TIMESTEPS:
-        raise ValueError(f"its scheduler's timestep_spacing is {config.timestep_spacing!r}")
-    if config.prediction_type == "epsilon" and config.rescale_betas_zero_snr:
-        raise ValueError(
-            "its scheduler has rescale_betas_zero_snr, but it predicts epsilon, which at the last "
-            "timestep says nothing of the image; prediction_type should be v_prediction"
-        )
+        raise ValueError(f"its scheduler has no noise schedule: {first_line(error)}") from error
+    prediction, spacing = scheduler.config.prediction_type, scheduler.config.timestep_spacing
+    if prediction not in ("epsilon", "v_prediction", "sample"):
+        raise ValueError(f"its scheduler's prediction_type is {prediction!r}")
+    if spacing not in TIMESTEPS:
+        raise ValueError(f"its scheduler's timestep_spacing is {spacing!r}")
+    return scheduler
+
+
+def noise_schedule(
+    scheduler_config: Mapping[str, Any], device: torch.device | str = "cpu"
+) -> NoiseSchedule:
+    """Returns the noise schedule that a base model's own scheduler config describes."""
+    scheduler = ddim_scheduler(scheduler_config)
+    config = scheduler.config
     return NoiseSchedule(
-        alphas_cumprod=abar,
+        alphas_cumprod=scheduler.alphas_cumprod.to(device, torch.float32),
         prediction_type=config.prediction_type,
         # Thresholding takes precedence over clipping, as in diffusers.
         clip_range=config.clip_sample_range if config.clip_sample else None,
@@ -208,10 +208,11 @@ def make_sampler(
     total = len(noise.alphas_cumprod)
     if not 1 <= num_steps <= total:
         raise UserError(f"sample.num_steps, eval.num_steps: {num_steps} is not from 1 to {total}.")
-    spacing = scheduler_config.get("timestep_spacing", "leading")
-    schedule = TIMESTEPS[spacing] if timesteps == MODEL else find(timesteps, TIMESTEPS, _KEY)
-    offset = scheduler_config.get("steps_offset", 0)
-    chosen = tuple(map(int, schedule(num_steps, noise.alphas_cumprod, offset)))
+    config = ddim_scheduler(scheduler_config).config
+    if timesteps == MODEL:
+        timesteps = config.timestep_spacing
+    schedule = find(timesteps, TIMESTEPS, _KEY)
+    chosen = tuple(map(int, schedule(num_steps, noise.alphas_cumprod, config.steps_offset)))
     if chosen and chosen[0] >= total:
         raise UserError(
             f"sample.num_steps, eval.num_steps: {num_steps} steps begin at t = {chosen[0]}, beyond the "
