@@ -95,7 +95,7 @@ def get_config() -> ConfigDict:
     # ---- rollout -------------------------------------------------------------------------------
     config.sample = sample = ConfigDict()
     sample.num_steps = 20  # DDIM steps (paper, SPO)
-    # Their timesteps: "model" (the spacing of the base model's scheduler; SD1.5's and SDXL's is leading),
+    # Their timesteps: "model" (that of the base model's scheduler; leading for SD1.5 and SDXL),
     # "leading" (951, 901, ..., 1), "trailing" (999, 949, ..., 49), "linspace" (999, 946, ..., 0), or
     # "module:function" of (num_steps, alphas_cumprod, steps_offset), see spo/method/ddim.py.
     sample.timesteps = "model"

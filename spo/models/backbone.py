@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from spo.data.token_lengths import readable
 from spo.method.ddim import DDIM, MODEL, NoiseSchedule, make_sampler, noise_schedule
-from spo.models.decoder import decode, load_decoder
+from spo.models.decoder import decode, load_decoder, normalisation
 from spo.models.loading import ModelSource, load_pipeline
 from spo.types import Conditioning
 
@@ -57,7 +57,8 @@ class Backbone:
         if source.decoder is not None:
             self.decoder = self._load_decoder(source.decoder).to(device)
         size = self.unet.config.sample_size
-        self.latent_shape: tuple[int, int, int] = (self.unet.config.in_channels, size, size)
+        height, width = (size, size) if isinstance(size, int) else size
+        self.latent_shape: tuple[int, int, int] = (self.unet.config.in_channels, height, width)
         self.vae_scale_factor: int = self._pipe.vae_scale_factor  # pixels per latent, along a side
 
     def _load(self, source: ModelSource) -> DiffusionPipeline:
@@ -210,6 +211,8 @@ class Backbone:
         """
         posterior = self.vae.encode(images.to(self.vae.dtype)).latent_dist
         latents = posterior.mean.float() + posterior.std.float() * noise
+        if normal := normalisation(self.vae):
+            latents = (latents - normal.mean) / normal.std
         return latents * self.vae.config.scaling_factor
 
     @torch.no_grad()
