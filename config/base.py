@@ -97,9 +97,10 @@ def get_config() -> ConfigDict:
     # ---- rollout -------------------------------------------------------------------------------
     config.sample = sample = ConfigDict()
     sample.num_steps = 20  # DDIM steps (paper, SPO)
-    # Their timesteps: "leading" (951, 901, ..., 1; official), "trailing" (999, 949, ..., 49), or
+    # Their timesteps: "model" (that of the base model's scheduler; leading for SD1.5 and SDXL),
+    # "leading" (951, 901, ..., 1), "trailing" (999, 949, ..., 49), "linspace" (999, 946, ..., 0), or
     # "module:function" of (num_steps, alphas_cumprod, steps_offset), see spo/method/ddim.py.
-    sample.timesteps = "leading"
+    sample.timesteps = "model"
     sample.eta = 1.0  # 1: as random as DDPM (paper, SPO); 0 is deterministic and cannot train
     sample.guidance_scale = 5.0  # classifier-free guidance, also in the loss; 1 turns it off
     sample.num_candidates = 4  # K: candidates drawn at each branching step (paper: 4)

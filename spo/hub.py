@@ -130,16 +130,16 @@ def check_file(spec: str, key: str) -> None:
         raise UserError(f"{key}: {spec!r} is not of the form hf://user/repo/file.")
 
 
-def list_files(repo: str, key: str) -> list[str]:
+def list_files(repo: str, key: str, revision: str | None = None) -> list[str]:
     """Returns the files of a Hub repo, or of its local cache if the Hub cannot be reached.
 
     Raises UserError that names the config `key` or flag.
     """
     try:
-        return HfApi().list_repo_files(repo)
+        return HfApi().list_repo_files(repo, revision=revision)
     except Exception as error:  # of whatever network library, as above
         try:
-            folder = Path(snapshot_download(repo, local_files_only=True))
+            folder = Path(snapshot_download(repo, revision=revision, local_files_only=True))
         except (LocalEntryNotFoundError, HFValidationError):
             raise UserError(f"{key}: {repo}: {why(error, repo)}") from error
         files = (path for path in folder.rglob("*") if path.is_file())
@@ -159,12 +159,12 @@ def model_file(model: str, name: str, key: str, revision: str | None = None) -> 
 
 
 def is_hub_id(name: str) -> bool:
-    """Returns whether `name` is a Hub id, user/name, and not a local folder."""
+    """Returns whether `name` is a Hub id, user/name, and not a local folder or file."""
     try:
         validate_repo_id(name)
     except HFValidationError:
         return False
-    return "/" in name and not Path(name).expanduser().is_dir()
+    return "/" in name and not Path(name).expanduser().exists()
 
 
 def public_name(spec: str) -> str:

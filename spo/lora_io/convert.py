@@ -5,17 +5,17 @@ from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from spo.atomic import new_output
-from spo.errors import UserError
-from spo.hub import model_file
+from spo.errors import LOAD_ERRORS, UserError
 from spo.lora_io.find import find_lora, layer_of
 from spo.lora_io.names import network_of
 from spo.lora_io.read import read_lora_file
 from spo.lora_io.write import WRITERS, LoraWeights
 from spo.models.loading import ModelSource, family_of, load_pipeline
+from spo.models.single_file import is_single_file, read_single_file
+from spo.models.weights import stored_dtype
 
 _DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, None: None}
 
@@ -67,8 +67,8 @@ def merged_pipeline(
 
 def _stored_dtype(base: str) -> torch.dtype:
     try:
-        path = model_file(base, "unet/diffusion_pytorch_model.safetensors", "--base")
-        with safe_open(path, framework="pt") as file:
-            return file.get_tensor(next(iter(file.keys()))).dtype
-    except (UserError, SafetensorError) as error:
+        if is_single_file(base):
+            return read_single_file(base, "--base").dtype
+        return stored_dtype(base, "unet", "--base")
+    except (UserError, *LOAD_ERRORS) as error:
         raise UserError(f"--dtype: say in which to store the model, as: {error}") from error
