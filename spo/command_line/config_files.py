@@ -27,37 +27,12 @@ EVAL_BASE = "config/eval_base.py"
 Base = str | Callable[[Collection[str]], str]
 
 
-def load_config(path: str, base: Base = BASE, said: Collection[str] = ()) -> ConfigDict:
-    """Returns `base` with the values of a .py or .json config file, as `recorded_config`.
-
-    Raises UserError, too, for a .json file that names code: it may be somebody else's, and reading it
-    must run nothing. `said` are the keys that the command line sets, and so the user.
-    """
-    config = recorded_config(path, base)
-    for key, value in leaves(config).items() if path.endswith(".json") else ():
-        code = next(filter(names_code, _texts(value)), None)
-        if code is not None and not any(f"{key}.".startswith(f"{name}.") for name in said):
-            raise UserError(
-                f"{key}: {code!r} in {path} may be code, which a .json file alone does not run; if you "
-                f"trust it, say it on the command line, too: --config.{key}={code}"
-            )
-    return config
-
-
-def _texts(value: object) -> Iterator[str]:
-    """Yields the texts in a value of a config, however deep."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, tuple | list | Mapping):
-        for item in value.values() if isinstance(value, Mapping) else value:
-            yield from _texts(item)
-
-
-def recorded_config(path: str, base: Base = BASE) -> ConfigDict:
-    """Returns `base` with the values of a .py or .json config file, to read and not to run.
+def load_config(path: str, base: Base = BASE, said: Collection[str] | None = None) -> ConfigDict:
+    """Returns `base` with the values of a .py or .json config file.
 
     `path` is relative to the current folder, else to the repository. Raises UserError for a
-    missing or broken file, and for keys and types that the base does not have.
+    missing or broken file, and for keys and types that the base does not have; with `said`, the keys
+    that a command line sets, also for a .json file that names code under another key.
     """
     # Config files import each other as `from config import base`, whatever the current folder.
     if str(REPO_ROOT) not in sys.path:
@@ -68,7 +43,31 @@ def recorded_config(path: str, base: Base = BASE) -> ConfigDict:
     base = base(values) if callable(base) else base
     config = _run_python(REPO_ROOT / base)
     _overlay(config, values, path, base)
+    if said is not None and path.endswith(".json"):
+        _refuse_code(config, path, said)
     return config
+
+
+def _refuse_code(config: ConfigDict, path: str, said: Collection[str]) -> None:
+    """Raises UserError if a key that is not in `said` names code: `path` may be somebody else's."""
+    for key, value in leaves(config).items():
+        code = next(filter(names_code, _texts(value)), None)
+        if code is not None and not any(f"{key}.".startswith(f"{name}.") for name in said):
+            every = value if isinstance(value, tuple | list) else [value]
+            again = " ".join(f"--config.{key}={item}" for item in every)
+            raise UserError(
+                f"{key}: {code!r} in {path} may be code, which a .json file alone does not run; if you "
+                f"trust it, say it on the command line, too: {again}"
+            )
+
+
+def _texts(value: object) -> Iterator[str]:
+    """Yields the texts in a value of a config, however deep."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, tuple | list | Mapping):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _texts(item)
 
 
 def save_config(values: Mapping[str, Any], path: Path) -> None:

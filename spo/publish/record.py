@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from safetensors import SafetensorError, safe_open
 
 from spo.atomic import whole_lines
-from spo.command_line.config_files import BASE, recorded_config
+from spo.command_line.config_files import BASE, load_config
 from spo.errors import UserError, first_line
 from spo.evaluation.results import Results, read_results
 from spo.hub import public_name
@@ -40,7 +40,7 @@ def read_config(run_dir: Path) -> ConfigDict:
     """Returns the config of a run; raises UserError if `run_dir` holds none."""
     if not (run_dir / CONFIG).is_file():
         raise UserError(f"{run_dir}: no {CONFIG} in it; name the directory of a run.")
-    return recorded_config(str(run_dir / CONFIG), BASE)
+    return load_config(str(run_dir / CONFIG), BASE)
 
 
 def read_record(run_dir: Path, weights: str, evaluation: Path | None = None) -> RunRecord:
