@@ -240,6 +240,22 @@ def test_broken_saved_configs_name_the_key(tmp_path, text, message):
     assert message in str(error.value) and "config.json" in str(error.value)
 
 
+def test_a_terminal_that_lacks_letters_gets_them_escaped(tmp_path):
+    (tmp_path / "fox.txt").write_text("a fox\nein Füchslein\n")
+    rows = tmp_path / "füchse 狐.txt"
+    (tmp_path / "fox.txt").rename(rows)
+    script, said = ROOT / "scripts" / "prepare_prompts.py", ["--num", "1", "--output", "o.json"]
+    result = subprocess.run(
+        [sys.executable, script, "--source", rows, *said],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    assert r"f\xfcchse \u72d0.txt" in result.stdout
+
+
 def test_exit_on_user_error(capsys):
     with pytest.raises(SystemExit) as exit_, exit_on_user_error():
         raise UserError("two\nlines")
