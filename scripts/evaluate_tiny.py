@@ -13,7 +13,7 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from spo.command_line.flags import exit_on_user_error
+from spo.command_line.flags import changed, exit_on_user_error, overridden
 
 PROMPTS = "assets/tiny/prompts/held_out.txt"
 
@@ -25,12 +25,13 @@ def main() -> None:
     parser.add_argument("run_dir", type=Path)
     parser.add_argument("--weights", choices=("policy", "ema"), default="policy")
     parser.add_argument("--num_images", type=int, default=200)
-    options = parser.parse_args()
+    # Code of the run, such as its loss, which its config.json alone does not run: --config.KEY=VALUE.
+    options, changes = parser.parse_known_args()
     with exit_on_user_error():
-        evaluate(options)
+        evaluate(options, changes)
 
 
-def evaluate(options: argparse.Namespace) -> None:
+def evaluate(options: argparse.Namespace, changes: list[str]) -> None:
     """Draws and judges the images, writes the files and prints the result."""
     from spo.command_line.config_files import load_config
     from spo.data.prompts import read_prompts
@@ -40,7 +41,10 @@ def evaluate(options: argparse.Namespace) -> None:
     from spo.tiny_world.evaluation import Bench, before_and_after, compare
 
     run_dir = options.run_dir
-    recipe = read_recipe(load_config(str(run_dir / CONFIG)))
+    config = load_config(str(run_dir / CONFIG), said=overridden(changes))
+    if changes:
+        config = changed(config, ",".join(text.removeprefix("--config.") for text in changes))
+    recipe = read_recipe(config)
     algorithm = recipe.run.algorithm
     name = "GradSPO" if algorithm == "gradspo" else algorithm.upper()
     prompts = read_prompts(PROMPTS).prompts[: options.num_images]

@@ -230,7 +230,7 @@ def test_two_processes_make_what_one_makes(config, tmp_path):
     file.write_text(two.to_json())
     subprocess.run(
         [sys.executable, "-m", "spo.launch", "scripts/evaluate.py", "--cpu", "--num_processes=2"]
-        + [f"--config={file}"],
+        + [f"--config={file}", *(f"--config.scorers={name}" for name in two.scorers)],
         check=True,
         cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},

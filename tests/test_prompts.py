@@ -79,6 +79,19 @@ def test_txt(tmp_path):
     assert counts(found) == (5, 1, 0, 1)
 
 
+def test_a_prompt_of_megabytes_never_meets_a_tokenizer(tmp_path):
+    fox, long = "a fox", "fox " * 500_000
+    found = read_prompts(write(tmp_path / "p.txt", f"{fox}\n{long}\n{'x' * 100_000}\n"))
+    assert found.prompts == (fox, "x" * 100_000)
+    assert found.left_out == {"of more than 100,000 characters": 1}
+    path = write(tmp_path / "one.json", dumps([long]))
+    with pytest.raises(UserError) as error:
+        read_prompts(path)
+    assert len(str(error.value)) < 500
+    assert "no usable prompts" in str(error.value)
+    assert "1 of more than 100,000 characters left out" in str(error.value)
+
+
 def test_a_txt_line_ends_only_at_a_line_break(tmp_path):
     prompt = "a\u2028b\x0bc\x85d"  # str.splitlines would make four prompts of it
     assert read_prompts(write(tmp_path / "p.txt", f"{prompt}\n")).prompts == (prompt,)

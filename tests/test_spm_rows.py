@@ -40,6 +40,7 @@ def data_source(source, streaming=False):
 
 FAULTY = {
     "no caption": [{"caption": None}, {"caption": " "}],
+    "caption too long": [{"caption": "fox " * 25_001}],
     "invalid label": [
         {"label_0": None},
         {"label_0": math.nan},
@@ -72,18 +73,18 @@ def counts_of(names):
     return {name: len(FAULTY[name]) for name in names}
 
 
-LABELS = ("no caption", "invalid label", "invalid num_example_per_prompt")
+LABELS = ("no caption", "caption too long", "invalid label", "invalid num_example_per_prompt")
 
 
 def test_unusable_rows_are_left_out_and_counted(tmp_path):
     rows = open_split(data_source(write_splits(tmp_path / "d", mixed_rows(), [])), "train")
     usable, faults = usable_rows(rows)
     assert faults == counts_of(LABELS)
-    assert usable == [*range(10), *range(20, 27)]
+    assert usable == [*range(10), *range(21, 28)]
     # Validation also needs has_label.
     usable, faults = usable_rows(rows, need_has_label=True)
     assert faults == counts_of(LABELS) | {"without has_label": 2}
-    assert usable == [*range(10), *range(20, 25)]
+    assert usable == [*range(10), *range(21, 26)]
 
 
 def test_damaged_images_weigh_nothing():

@@ -7,7 +7,7 @@ app.run(main, flags_parser=parse_flags)
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 
@@ -100,11 +100,17 @@ def parse_flags(argv: list[str]) -> list[str]:
         sys.exit(0)
     with exit_on_user_error():
         path, argv = _take_config_path(argv)
-        config = load_config(path or FLAGS["config"].default, FLAGS["config"].base)
+        said = overridden(argv)
+        config = load_config(path or FLAGS["config"].default, FLAGS["config"].base, said)
         program, *positional = _lay_over(config, argv, FLAGS)
         if positional:
             raise UserError(f"unexpected argument {positional[0]!r}: settings are --key=value")
     return [program]
+
+
+def overridden(argv: Iterable[str]) -> list[str]:
+    """Returns the keys that a command line sets by --config.key=value."""
+    return [match[1] for match in map(OVERRIDE.match, argv) if match]
 
 
 def changed(config: ConfigDict, changes: str) -> ConfigDict:
@@ -124,9 +130,9 @@ def changed(config: ConfigDict, changes: str) -> ConfigDict:
 def _lay_over(config: ConfigDict, argv: list[str], values: flags.FlagValues) -> list[str]:
     """Applies the overrides in `argv` to `config`; returns the arguments that are not flags."""
     known = list(leaves(config))
-    for match in filter(None, map(OVERRIDE.match, argv)):
-        if match[1] not in known:
-            raise UserError(f"config: unknown key {match[1]}{suggest(match[1], known)}")
+    for key in overridden(argv):
+        if key not in known:
+            raise UserError(f"config: unknown key {key}{suggest(key, known)}")
     try:
         # Replaces define_config's flag, and defines a flag for each override.
         config_flags.DEFINE_config_dict(

@@ -21,6 +21,7 @@ from spo.errors import Unavailable, UserError, in_one_line
 from spo.hub import is_hub_id, tell_if_moved, why
 
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # half an emoji: no tokenizer or file takes it
+LONGEST_PROMPT = 100_000  # characters; a tokenizer takes 200 bytes and 3 us for each
 
 logger = logging.getLogger(__name__)
 
@@ -113,6 +114,8 @@ def collect_prompts(source: str, rows: Iterable[object]) -> PromptSet:
             left_out["without text"] += 1
         elif not (prompt := row.strip()):
             left_out["empty"] += 1
+        elif len(prompt) > LONGEST_PROMPT:
+            left_out[f"of more than {LONGEST_PROMPT:,} characters"] += 1
         elif prompt in prompts:
             left_out["duplicates"] += 1
         else:

@@ -16,7 +16,7 @@ from spo.lora_io.model_spec import IMAGE_SUFFIXES, ModelSpec
 from spo.models.backbone import DTYPES
 from spo.models.plain_images import ImageSettings
 from spo.run.folder import file_digest
-from spo.run.pictures import write_png
+from spo.run.pictures import open_picture, read_picture, write_png
 
 
 @dataclass(frozen=True)
@@ -53,11 +53,11 @@ class ImageSet:
         """Returns an image in RGB; raises UserError if it is none, or is of another prompt."""
         path = self.files[index]
         try:
-            with Image.open(path) as image:
-                rgb, shown = image.convert("RGB"), image.info.get("prompt", prompt)
-        except (OSError, SyntaxError, ValueError) as error:
+            rgb = read_picture(path)
+        except ValueError as error:
             reason = f"{path} is missing or is no image ({error})"
             raise UserError(f"{reason}; delete it and run this again to draw it.") from error
+        shown = rgb.info.get("prompt", prompt)
         if shown != prompt:
             reason = f"{path} shows {shown!r}, but prompt {index} is {prompt!r}"
             raise UserError(f"{reason}: prompts.source does not match the images.")
@@ -82,6 +82,11 @@ def image_set(folder: Path, spec: ModelSpec, prompts: Sequence[str]) -> ImageSet
             f"models: {spec.images} has {len(paths)} images for {len(prompts)} prompts of "
             "prompts.source; it takes one for each, in the order of their names."
         )
+    for path in paths:
+        try:
+            open_picture(path).close()
+        except ValueError as error:
+            raise UserError(f"models: {path} cannot be scored as an image ({error}).") from error
     return ImageSet(spec.name, tuple(paths))
 
 

@@ -11,6 +11,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
 from spo.errors import UserError
+from spo.run.pictures import read_picture
 
 PIXELATED = 64  # images up to this side, in pixels, are shown as the pixels they are
 _PAGES = Environment(
@@ -34,9 +35,8 @@ def write_page(path: Path, template: str, **values: Any) -> Path:
 def embedded_image(path: Path, size: Sequence[int]) -> str:
     """Returns an image file as a data URI that fits `size` (width, height); UserError if unreadable."""
     try:
-        with Image.open(path) as image:
-            image = image.convert("RGB")
-    except OSError as error:
+        image = read_picture(path)
+    except ValueError as error:
         raise UserError(f"{path}: cannot be read as an image: {error}") from error
     image.thumbnail(size, Image.Resampling.LANCZOS)
     file = BytesIO()

@@ -184,6 +184,9 @@ def _bind(source: ScorerSource, device: torch.device) -> tuple[Callable, inspect
         bound = inspect.signature(factory).bind(**given, **options)
     except TypeError as error:
         raise UserError(f"{section}: {name} takes other options: {error}") from error
+    except ValueError as error:  # some builtins
+        reason = f"{name} does not tell its options; name a function or class in Python"
+        raise UserError(f"{source.key}: {reason}.") from error
     for option, value in options.items() if name in SCORERS else ():
         default = bound.signature.parameters[option].default
         if type(value) is not type(default):
