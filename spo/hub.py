@@ -1,5 +1,6 @@
 """Reads files by a path or hf://user/repo/file, and names repos of the Hugging Face Hub."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,10 @@ from huggingface_hub.utils import validate_repo_id
 from spo.errors import UserError, first_line
 
 _SCHEME = "hf://"
+# A path of this machine, alone or in a flag, in NAME=LORA:0.5+LORA, or in a sentence: up to the next.
+_START = r"(?:/|~[\w.-]*/|\.\./)(?=\S)"
+_BEFORE = r"[=+,\s\"'(\[{]"
+_PRIVATE = re.compile(rf"(?:^|(?<={_BEFORE})){_START}.+?(?=$|{_BEFORE}{_START})", re.DOTALL)
 PREFETCH = "python scripts/prefetch.py --config=..."
 
 
@@ -108,6 +113,5 @@ def is_hub_id(name: str) -> bool:
 
 
 def public_name(spec: str) -> str:
-    """Returns `spec` safe to publish: an absolute or home path is reduced to its last component."""
-    is_private = Path(spec).is_absolute() or spec.startswith(("~", ".."))
-    return Path(spec).name if is_private else spec
+    """Returns `spec` safe to publish: absolute and home paths in it lose all but the last component."""
+    return _PRIVATE.sub(lambda path: Path(path[0]).name, spec)

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from spo.command_line.values import require_choice, require_whole
 from spo.data.prompts import read_prompts
 from spo.errors import UserError
+from spo.hub import public_name
 from spo.lora_io.model_spec import ModelSpec, read_specs, use_loras
 from spo.models.backbone import DTYPES, SCHEDULERS, Backbone
 from spo.models.families import FAMILIES
@@ -131,9 +132,9 @@ def _png_text(spec: ModelSpec, prompt: str, seed: int, settings: SampleSettings)
     return {
         "prompt": prompt,
         "seed": str(seed),
-        "model": spec.text,
-        "base": spec.source.model,
-        "loras": ", ".join(f"{path}:{weight:g}" for path, weight in spec.loras),
+        "model": public_name(spec.text),
+        "base": public_name(spec.source.model),
+        "loras": ", ".join(f"{public_name(str(path))}:{weight:g}" for path, weight in spec.loras),
         "scheduler": settings.scheduler,
         "steps": str(settings.num_steps),
         "guidance": f"{settings.guidance_scale:g}",

@@ -19,7 +19,7 @@ from spo.hub import list_files, model_file
 from spo.lora_io.find import find_lora, layer_of
 from spo.lora_io.names import network_of
 from spo.lora_io.read import not_finite, read_lora_file
-from spo.lora_io.write import KOHYA_FILE, LORA_FILE, WRITERS, LoraWeights
+from spo.lora_io.write import KOHYA_FILE, WRITERS, LoraWeights
 from spo.models.families import FAMILIES
 from spo.models.loading import ModelSource, family_of, load_pipeline
 
@@ -49,11 +49,11 @@ def convert_lora(
         WRITERS[to](lora, path)
 
 
-def write_kohya_beside(folder: Path, family: str) -> None:
-    """Writes the LoRA of a run in `folder` once more, for programs that read kohya's names."""
-    lora = read_lora_file(folder / LORA_FILE, str(folder))
-    with replacing(folder / KOHYA_FILE) as path:
-        WRITERS["kohya"](replace(lora, family=family), path)
+def write_kohya_beside(file: Path, family: str) -> None:
+    """Writes the LoRA `file` of a run once more, for programs that read kohya's names."""
+    lora = replace(read_lora_file(file, "LoRA"), family=family)
+    with replacing(file.with_name(KOHYA_FILE)) as path:
+        WRITERS["kohya"](lora, path)
 
 
 def _family(lora: LoraWeights, base: str | None) -> str:
