@@ -12,6 +12,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import validate_repo_id
 
+from spo.command_line.values import expand
 from spo.errors import UserError, first_line
 
 _SCHEME = "hf://"
@@ -46,7 +47,7 @@ def resolve_file(spec: str, key: str, revision: str | None = None) -> Path:
     """
     check_file(spec, key)
     if not spec.startswith(_SCHEME):
-        return Path(spec).expanduser()
+        return Path(expand(spec))
     user, model, name = spec.removeprefix(_SCHEME).split("/", 2)
     repo = f"{user}/{model}"
     try:
@@ -62,7 +63,7 @@ def resolve_file(spec: str, key: str, revision: str | None = None) -> Path:
 def check_file(spec: str, key: str) -> None:
     """Raises UserError for a path without a file or a malformed hf://, without downloading."""
     if not spec.startswith(_SCHEME):
-        if not Path(spec).expanduser().is_file():
+        if not Path(expand(spec)).is_file():
             raise UserError(f"{key}: no file {spec!r}; name a file, or hf://user/repo/file.")
         return
     parts = spec.removeprefix(_SCHEME).split("/", 2)
@@ -109,7 +110,7 @@ def is_hub_id(name: str) -> bool:
         validate_repo_id(name)
     except HFValidationError:
         return False
-    return "/" in name and not Path(name).expanduser().is_dir()
+    return "/" in name and not Path(expand(name)).is_dir()
 
 
 def public_name(spec: str) -> str:

@@ -97,7 +97,7 @@ def _is_section(value: object) -> bool:
 
 def _find(path: str) -> Path:
     _check_text("config", path)
-    for file in (Path(path), REPO_ROOT / path):
+    for file in (Path(path).expanduser(), REPO_ROOT / path):
         if file.suffix in (".py", ".json") and file.is_file():
             return file.resolve()
     raise UserError(f"config: no such .py or .json file: {path}")

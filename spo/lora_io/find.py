@@ -6,6 +6,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from spo.command_line.values import expand
 from spo.errors import UserError
 from spo.hub import list_files, resolve_file
 from spo.lora_io.names import network_of
@@ -27,7 +28,7 @@ def find_lora(spec: str, key: str) -> Path:
     In a folder, of a run, a checkpoint or peft, it is pytorch_lora_weights.safetensors, or the only
     .safetensors file. Raises UserError that names `spec` and the config `key` or flag it came from.
     """
-    path = Path(spec).expanduser()
+    path = Path(expand(spec))
     if path.is_dir():
         names = [each.name for each in path.iterdir()]
         return resolve_file(str(path / _choose(names, spec, key)), key)
