@@ -122,7 +122,7 @@ def merged_pipeline(
         layer.weight.data += (module.alpha / module.rank * product).view_as(layer.weight)
     for name, part in parts.items():
         nn.Module.to(part, dtype)  # diffusers' own `to` warns of modules that no part has
-        fault = f"--dtype: {dtype} cannot hold the merged numbers of the {name}'s"
+        fault = f"--dtype: choose fp32, as {dtype} cannot hold the numbers of the merged {name}'s"
         _check_finite(part.state_dict(), fault)
     return pipe
 
