@@ -56,8 +56,8 @@ def get_config() -> ConfigDict:
     # t = 0), or "module:factory" (see spo/scorers/__init__.py), one by one on the command line;
     # --config.scorers="()" draws the images and leaves the scores to another call.
     config.scorers = ("pickscore", "hpsv2", "imagereward", "aesthetic")
-    # Options of a scorer's factory by its name: {"pickscore": {"backbone": "a/folder"}}.
-    config.scorer_options = ConfigDict()
+    # Options of a scorer's factory by its name: config.scorer_options["hpsv2.1"] = {"backbone": "x"}.
+    config.scorer_options = ConfigDict(allow_dotted_keys=True)
     config.score_batch_size = 16  # images scored at once on one GPU
 
     # ---- where the results go ------------------------------------------------------------------

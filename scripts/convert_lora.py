@@ -17,6 +17,7 @@ import argparse
 from pathlib import Path
 
 from spo.command_line.flags import exit_on_user_error
+from spo.command_line.values import expand, path
 from spo.errors import UserError
 
 FORMATS = ("diffusers", "kohya", "peft")
@@ -31,8 +32,10 @@ def parse_args() -> argparse.Namespace:
     task = parser.add_mutually_exclusive_group(required=True)
     task.add_argument("--to", choices=FORMATS, help="convert")
     task.add_argument("--merge", action="store_true", help="write base model + LoRA, for diffusers")
-    parser.add_argument("--base", help="base model, folder or Hub id; with --to: noted in the file")
-    parser.add_argument("--output", type=Path, required=True, help=".safetensors file, or folder")
+    parser.add_argument(
+        "--base", type=expand, help="base model, folder or Hub id; with --to: noted in the file"
+    )
+    parser.add_argument("--output", type=path, required=True, help=".safetensors file, or folder")
     parser.add_argument("--dtype", choices=DTYPES, help="dtype of the weights (default: unchanged)")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
     return parser.parse_args()

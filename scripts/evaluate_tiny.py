@@ -11,9 +11,9 @@ curves.png and tiny_world.json into the run directory.
 import argparse
 import json
 from dataclasses import asdict
-from pathlib import Path
 
 from spo.command_line.flags import changed, exit_on_user_error, overridden
+from spo.command_line.values import path
 
 PROMPTS = "assets/tiny/prompts/held_out.txt"
 
@@ -22,7 +22,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("run_dir", type=Path)
+    parser.add_argument("run_dir", type=path)
     parser.add_argument("--weights", choices=("policy", "ema"), default="policy")
     parser.add_argument("--num_images", type=int, default=200)
     # Code of the run, such as its loss, which its config.json alone does not run: --config.KEY=VALUE.

@@ -11,6 +11,7 @@ import argparse
 from pathlib import Path
 
 from spo.command_line.config_files import REPO_ROOT
+from spo.command_line.values import path
 from spo.tiny_world.make import install, make_world
 
 
@@ -18,7 +19,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, default=Path("runs/tiny_world"))
+    parser.add_argument("--out", type=path, default=Path("runs/tiny_world"))
     parser.add_argument("--install", action="store_true", help="copy the results to assets/tiny")
     parser.add_argument(
         "--shorten", type=int, default=1, help="divide all steps and data by this, to try it out"

@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 
 from spo.command_line.flags import exit_on_user_error
+from spo.command_line.values import path
 from spo.data.prompts import read_prompts
 from spo.errors import UserError
 
@@ -24,7 +25,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--column", default="caption", help="holds the prompt (%(default)s)")
     parser.add_argument("--num", type=int, default=0, help="0 takes all, in order (%(default)s)")
     parser.add_argument("--seed", type=int, default=42, help="seed of the draw (%(default)s)")
-    parser.add_argument("--output", type=Path, required=True, help="a .json or .txt file")
+    parser.add_argument("--output", type=path, required=True, help="a .json or .txt file")
     return parser.parse_args()
 
 

@@ -7,14 +7,14 @@ The default of each option is that of config.hub of the run. Several runs share 
 """
 
 import argparse
-from pathlib import Path
 
 from spo.command_line.flags import exit_on_user_error
+from spo.command_line.values import path
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("run_dir", type=Path, help="directory of the run")
+    parser.add_argument("run_dir", type=path, help="directory of the run")
     parser.add_argument("--repo_id", help="repo on the Hub, user/name; made if missing")
     parser.add_argument("--subfolder", help="folder in the repo, e.g. sd1_5 (the root)")
     parser.add_argument("--weights", choices=("policy", "ema"), help="which LoRA (policy)")
@@ -25,7 +25,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--message", default="", help="commit message (default: weights and epoch)")
     parser.add_argument(
-        "--results", type=Path, help="folder of an evaluation (every evaluation* of the run)"
+        "--results", type=path, help="folder of an evaluation (every evaluation* of the run)"
     )
     parser.add_argument(
         "--dry_run", action="store_true", help="write RUN_DIR/hub and print the card; no network"

@@ -10,15 +10,15 @@ exits with status 1 if one is past its tolerance.
 import argparse
 import json
 import sys
-from pathlib import Path
 
+from spo.command_line.values import path
 from spo.method.replay import replay_trace
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--trace", type=Path, required=True, help="folder with meta.json")
-    parser.add_argument("--models", type=Path, required=True, help="folder of the trace's models")
+    parser.add_argument("--trace", type=path, required=True, help="folder with meta.json")
+    parser.add_argument("--models", type=path, required=True, help="folder of the trace's models")
     options = parser.parse_args()
     report = replay_trace(options.trace, options.models)
     print(json.dumps(report))

@@ -10,6 +10,7 @@ import argparse
 from pathlib import Path
 
 from spo.command_line.flags import exit_on_user_error
+from spo.command_line.values import path
 from spo.errors import UserError
 from spo.run.folder import RESULTS
 
@@ -18,7 +19,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("dir", type=Path)
+    parser.add_argument("dir", type=path)
     parser.add_argument(
         "--max_prompts",
         type=int,

@@ -11,6 +11,7 @@ import argparse
 import os
 from pathlib import Path
 
+from spo.command_line.values import path
 from spo.tiny_world.reproduce import ARMS, QUICK, STUDENT, reproduce
 
 
@@ -18,7 +19,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, default=Path("runs/reproduce_tiny"))
+    parser.add_argument("--out", type=path, default=Path("runs/reproduce_tiny"))
     parser.add_argument("--quick", action="store_true", help=f"only {', '.join(QUICK)}")
     parser.add_argument("--arms", nargs="+", choices=ARMS, help="only these")
     parser.add_argument("--seeds", type=int, default=5, choices=STUDENT)

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 from spo.command_line.flags import exit_on_user_error
+from spo.command_line.values import expand, path
 
 
 def numbers(text: str) -> list[float]:
@@ -34,9 +35,11 @@ def main() -> None:
     )
     parser.add_argument("--models", nargs="+", default=["base"], help="columns of the grid")
     parser.add_argument(
-        "--base", help="base model (default: that of the run of the LoRA, or SD1.5)"
+        "--base", type=expand, help="base model (default: that of the run of the LoRA, or SD1.5)"
     )
-    parser.add_argument("--vae", help="Hub id or folder that replaces the base model's own VAE")
+    parser.add_argument(
+        "--vae", type=expand, help="Hub id or folder that replaces the base model's own VAE"
+    )
     parser.add_argument("--prompts", nargs="+", default=[], help="rows of the grid")
     parser.add_argument("--prompts_file", help="json, jsonl, txt, csv or parquet")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="each draws every prompt")
@@ -51,7 +54,7 @@ def main() -> None:
     )
     parser.add_argument("--mixed_precision", help="no, fp16 or bf16 (default: fp16 on a GPU)")
     parser.add_argument("--batch_size", type=int, default=1, help="images drawn at once")
-    parser.add_argument("--out", type=Path, help="folder (default: runs/samples_TIME)")
+    parser.add_argument("--out", type=path, help="folder (default: runs/samples_TIME)")
     options = parser.parse_args()
     with exit_on_user_error():
         sample(options)

@@ -88,9 +88,10 @@ def sync_folder(path: Path) -> None:
 def new_output(path: Path) -> Iterator[Path]:
     """Yields a temporary path that replaces the file or folder `path` on exit; errors remove it.
 
-    Raises UserError that names --output if writing fails.
+    Of a link, what it leads to is replaced. Raises UserError that names --output if writing fails.
     """
     try:
+        path = path.resolve()
         path.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(suffix=PARTIAL, dir=path.parent) as folder:
             partial = Path(folder) / path.name

@@ -1,6 +1,7 @@
 """Reads files by a path or hf://user/repo/file, and names repos of the Hugging Face Hub."""
 
 import logging
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -24,9 +25,14 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import validate_repo_id
 
+from spo.command_line.values import expand
 from spo.errors import UserError, in_one_line
 
 _SCHEME = "hf://"
+# A path of this machine, alone or in a flag, in NAME=LORA:0.5+LORA, or in a sentence: up to the next.
+_START = r"(?:/|~[\w.-]*/|\.\./)(?=\S)"
+_BEFORE = r"[=+,\s\"'(\[{]"
+_PRIVATE = re.compile(rf"(?:^|(?<={_BEFORE})){_START}.+?(?=$|{_BEFORE}{_START})", re.DOTALL)
 PREFETCH = "python scripts/prefetch.py --config=..."
 
 logger = logging.getLogger(__name__)
@@ -55,7 +61,7 @@ def resolve_file(spec: str, key: str, revision: str | None = None) -> Path:
     """
     check_file(spec, key)
     if not spec.startswith(_SCHEME):
-        return Path(spec).expanduser()
+        return Path(expand(spec))
     user, model, name = spec.removeprefix(_SCHEME).split("/", 2)
     repo = f"{user}/{model}"
     try:
@@ -122,7 +128,7 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 def check_file(spec: str, key: str) -> None:
     """Raises UserError for a path without a file or a malformed hf://, without downloading."""
     if not spec.startswith(_SCHEME):
-        if not Path(spec).expanduser().is_file():
+        if not Path(expand(spec)).is_file():
             raise UserError(f"{key}: no file {spec!r}; name a file, or hf://user/repo/file.")
         return
     parts = spec.removeprefix(_SCHEME).split("/", 2)
@@ -164,10 +170,9 @@ def is_hub_id(name: str) -> bool:
         validate_repo_id(name)
     except HFValidationError:
         return False
-    return "/" in name and not Path(name).expanduser().exists()
+    return "/" in name and not Path(expand(name)).exists()
 
 
 def public_name(spec: str) -> str:
-    """Returns `spec` safe to publish: an absolute or home path is reduced to its last component."""
-    is_private = Path(spec).is_absolute() or spec.startswith(("~", ".."))
-    return Path(spec).name if is_private else spec
+    """Returns `spec` safe to publish: absolute and home paths in it lose all but the last component."""
+    return _PRIVATE.sub(lambda path: Path(path[0]).name, spec)

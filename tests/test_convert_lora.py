@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from helpers import add_tiny_lora, model_folder, random_weights, unet_output
+from helpers import add_tiny_lora, load_backbone, model_folder, random_weights, unet_output
 from huggingface_hub import constants
 from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
 from safetensors.torch import load_file, save_file
@@ -19,6 +19,7 @@ from scripts.convert_lora import check_output
 from spo import hub
 from spo.atomic import new_output
 from spo.errors import UserError
+from spo.lora_io import convert as conversion
 from spo.lora_io import find
 from spo.lora_io.convert import merged_pipeline
 from spo.lora_io.find import find_lora
@@ -117,6 +118,90 @@ def test_a_merged_model_is_stored_as_its_base_or_as_asked(run, tmp_path, dtype):
     expected = (base[f"{name}.weight"].float() + 2 * b @ a).to(dtype or torch.float16)
     assert torch.equal(stored[f"{name}.weight"], expected)
     assert torch.equal(stored["conv_in.bias"], base["conv_in.bias"].to(dtype or torch.float16))
+
+
+@pytest.fixture(scope="module")
+def sdxl_lora(tmp_path_factory):
+    """A LoRA of the random tiny SDXL, in a file."""
+    path = tmp_path_factory.mktemp("sdxl") / "x.safetensors"
+    lora = add_tiny_lora(load_backbone("sdxl"))
+    save_lora(path, lora, random_weights(lora, seed=1), {})
+    return path
+
+
+def test_a_merged_folder_is_for_older_libraries_and_other_machines(sdxl_lora, tmp_path, convert):
+    base, merged = Path(model_folder("sdxl")), tmp_path / "merged"
+    convert(sdxl_lora, "--merge", "--base", base, "--output", merged)
+    files = {p.relative_to(base) for p in base.rglob("*") if p.is_file()}
+    assert files <= {p.relative_to(merged) for p in merged.rglob("*")}
+    for file in (file for file in files if file.parts[0].startswith("tokenizer")):
+        assert (merged / file).read_bytes() == (base / file).read_bytes()
+    texts = [path.read_text() for path in merged.rglob("*.json")]
+    assert len(texts) > 10
+    assert not any("name_or_path" in text or str(base.parent) in text for text in texts)
+    plain = tmp_path / "plain"
+    plain.touch()  # with the mode that the umask gives
+    modes = {path.stat().st_mode for path in merged.rglob("*") if path.is_file()}
+    assert modes == {plain.stat().st_mode}
+
+
+def test_a_base_without_the_vocabulary_of_older_libraries(run, tmp_path, convert):
+    convert(run[0], "--merge", "--base", TINY, "--output", tmp_path / "merged")
+    folder = tmp_path / "merged" / "tokenizer"
+    vocabulary = json.loads((folder / "vocab.json").read_text())
+    model = json.loads((Path(TINY) / "tokenizer" / "tokenizer.json").read_text())["model"]
+    assert vocabulary == model["vocab"]
+    merges = (folder / "merges.txt").read_text().splitlines()
+    assert merges[1:] == [" ".join(m) if isinstance(m, list) else m for m in model["merges"]]
+
+
+def test_numbers_that_are_not_finite_are_refused(run, tmp_path, convert, capsys):
+    def refused(*arguments):
+        with pytest.raises(SystemExit, match="2"):
+            convert(*arguments, "--output", tmp_path / "out")
+        assert {path.name for path in tmp_path.iterdir()} <= {"big.safetensors", "base"}
+        return capsys.readouterr().err.splitlines()[-1]
+
+    name = "mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
+    weights = load_file(run[0] / LORA_FILE)
+    weights[f"unet.{name}.lora_B.weight"] *= 1e7
+    save_file(weights, tmp_path / "big.safetensors")
+    line = refused(tmp_path / "big.safetensors", "--merge", "--base", TINY)
+    assert line.startswith("error: --dtype: choose fp32, as torch.float16 cannot hold")
+    assert line.endswith(f"merged unet's {name}.weight.")
+    line = refused(tmp_path / "big.safetensors", "--to", "peft", "--dtype", "fp16")
+    assert line == f"error: --dtype: fp16 cannot hold the numbers of unet.{name}.lora_B.weight."
+    shutil.copytree(TINY, tmp_path / "base")
+    file = tmp_path / "base" / "vae" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    broken = min(n for n, tensor in weights.items() if tensor.ndim == 1)
+    weights[broken][0] = torch.nan
+    save_file(weights, file, metadata={"format": "pt"})
+    line = refused(run[0], "--merge", "--base", tmp_path / "base")
+    assert line == f"error: --base: numbers are not finite in the vae's {broken}."
+
+
+def test_home_folders_and_links(run, tmp_path, convert, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "base").symlink_to(TINY)
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    (tmp_path / "real" / "model_index.json").write_text("old")
+    convert(run[0], "--merge", "--base=~/base", "--output=~/link", "--overwrite")
+    assert (tmp_path / "link").is_symlink()
+    assert "StableDiffusion" in (tmp_path / "real" / "model_index.json").read_text()
+    (tmp_path / "file.safetensors").symlink_to(tmp_path / "new" / "x.safetensors")
+    convert(run[0], "--to=kohya", "--output=~/file.safetensors")
+    assert (tmp_path / "new" / "x.safetensors").is_file()
+    with pytest.raises(UserError, match="SOURCE: no file '~nobody/x"):
+        find_lora("~nobody/x", "SOURCE")
+
+
+def test_the_work_begins_only_if_the_output_can_be_written(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(conversion, "merged_pipeline", None)
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="--output: cannot write"):
+        conversion.convert_lora(str(run[0]), None, TINY, None, tmp_path / "file" / "model")
 
 
 def test_merging_a_text_encoder():

@@ -14,16 +14,18 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from diffusers.utils import convert_state_dict_to_kohya, convert_unet_state_dict_to_peft
-from helpers import load_backbone, model_folder, unet_output
+from helpers import add_tiny_lora, load_backbone, model_folder, random_weights, unet_output
 from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from spo.errors import UserError
+from spo.lora_io.convert import convert_lora, merged_pipeline
+from spo.lora_io.find import read_folded, read_lora
 from spo.lora_io.names import from_kohya, is_module, to_kohya
 from spo.lora_io.read import read_lora_file
-from spo.lora_io.write import WRITERS, LoraModule, LoraWeights
+from spo.lora_io.write import WRITERS, LoraModule, LoraWeights, save_lora
 
 PIPELINES = {"sd15": StableDiffusionPipeline, "sdxl": StableDiffusionXLPipeline}
 KEYS = json.loads((Path(__file__).parent / "data" / "lora_keys.json").read_text())
@@ -423,6 +425,44 @@ BAD = {
     "alphas": (PAIR | {f"{FLAT}.alpha": A}, {}, "16 elements"),
     "rslora": (PAIR, {"unet.use_rslora": True}, "use_rslora"),
     "text for alpha": (PAIR, {"unet.lora_alpha": "x"}, "could not convert string to float: 'x'"),
+    "no rank": (
+        {f"{Q}.lora_A.weight": A[:0], f"{Q}.lora_B.weight": B[:, :0]},
+        {},
+        "not of one rank",
+    ),
+    "not finite": (
+        PAIR | {f"{Q}.lora_B.weight": torch.full((8, 2), torch.nan)},
+        {},
+        f"{Q}.lora_B.weight has numbers that are not finite",
+    ),
+    "too large for fp32": (
+        PAIR | {f"{Q}.lora_B.weight": torch.full((8, 2), 1e39, dtype=torch.float64)},
+        {},
+        f"{Q}.lora_B.weight has numbers that are not finite",
+    ),
+    "kohya's alpha": (
+        {f"{FLAT}.lora_down.weight": A, f"{FLAT}.lora_up.weight": B, f"{FLAT}.alpha": A[0, 0] / 0},
+        {},
+        f"{FLAT}.alpha has numbers that are not finite",
+    ),
+    "infinite alpha": (PAIR, {"unet.lora_alpha": 1e999}, f"alpha inf for {Q}, no number above 0"),
+    "alpha that is no number": (PAIR, {"unet.lora_alpha": float("nan")}, f"alpha nan for {Q}, no"),
+    "alpha below 0": (PAIR, {"unet.lora_alpha": -4}, f"alpha -4 for {Q}, no number above 0"),
+    "alpha beyond every float": (PAIR, {"unet.lora_alpha": 10**400}, "int too large"),
+    "alpha that overflows": (
+        PAIR | {f"{Q}.lora_B.weight": B + 100},
+        {"unet.lora_alpha": 1e38},
+        "that fp32 can use",
+    ),
+    "alpha of a pattern": (PAIR, {"unet.alpha_pattern": {"to_q": float("inf")}}, "alpha inf for"),
+    "list for patterns": (PAIR, {"unet.alpha_pattern": ["to_q"]}, "does not give alphas by names"),
+    "broken pattern": (PAIR, {"unet.alpha_pattern": {"(": 1}}, r"'\(', which is no name"),
+    "pattern without end": (
+        PAIR,
+        {"unet.alpha_pattern": {"([a-z_.0-9]+)+!": 1}},
+        "which is no name of a module",
+    ),
+    "deep nest": (PAIR, {"unet.x": "NEST"}, "maximum recursion depth"),
 }
 
 
@@ -431,9 +471,133 @@ def test_what_is_no_lora(tmp_path, case):
     tensors, adapter, message = BAD[case]
     path = tmp_path / "x.safetensors"
     tensors = {name: tensor.clone() for name, tensor in tensors.items()}
-    save_file(tensors, path, metadata={"lora_adapter_metadata": json.dumps(adapter)})
+    header = json.dumps(adapter).replace('"NEST"', "[" * 100_000)
+    save_file(tensors, path, metadata={"lora_adapter_metadata": header})
     with pytest.raises(UserError, match=f"^SOURCE: {path} .*{message}"):
         read_lora_file(path, "SOURCE")
+
+
+@pytest.mark.parametrize(
+    ("patterns", "alpha"),
+    [
+        ({"attn1.to_q": 3, "to_q": 5}, 3),  # the first that fits
+        ({"n1.to_q": 3, "attn1.to_k": 5}, 8),
+        ({"^mid_block.attentions.0.transformer_blocks.0.attn1.to_q": 3}, 3),  # the whole name
+        ({"^attn1.to_q": 3}, 8),
+        ({r"attn1\.to_q": 3}, 3),
+    ],
+)
+def test_alphas_by_the_names_of_modules(tmp_path, patterns, alpha):
+    path = tmp_path / "x.safetensors"
+    adapter = {"unet.lora_alpha": 8, "unet.alpha_pattern": patterns}
+    save_file(PAIR, path, metadata={"lora_adapter_metadata": json.dumps(adapter)})
+    assert read_lora_file(path, "SOURCE").modules[Q].alpha == alpha
+
+
+@pytest.mark.parametrize("targets", ["[" * 100_000, '["to_q", 1]', "no JSON"])
+def test_targets_that_are_no_names_are_not_kept(tmp_path, targets):
+    save_file(PAIR, tmp_path / "x.safetensors", metadata={"target_modules": targets})
+    assert read_lora_file(tmp_path / "x.safetensors", "SOURCE").targets == ()
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+def test_kernels_of_1_x_1_are_matrices_and_matrices_such_kernels(tmp_path, family):
+    lora = uneven_lora(load_pipe(family))
+
+    def turned(tensor, is_kernel):
+        return tensor.flatten(1) if is_kernel else tensor[..., None, None]
+
+    modules = {
+        name: replace(m, down=turned(m.down, m.down.ndim == 4), up=turned(m.up, m.down.ndim == 4))
+        for name, m in lora.modules.items()
+        if m.down.shape[2:] in ((), (1, 1))
+    }
+    assert {m.down.ndim for m in modules.values()} == {2, 4}
+    path = written(replace(lora, modules=lora.modules | modules), "kohya", tmp_path)
+    expected = added_by_hand(lora, family)
+    backbone = load_backbone(family)
+    backbone.use_loras([(read_folded(path, backbone, "models"), 1.0)])
+    torch.testing.assert_close(unet_output(backbone), expected, rtol=0, atol=1e-4)
+    pipe = merged_pipeline(read_lora_file(path, "SOURCE"), model_folder(family))
+    torch.testing.assert_close(output_of(pipe, family), expected, rtol=0, atol=1e-4)
+
+
+def test_training_goes_on_from_kernels_of_1_x_1(tmp_path):
+    lora = add_tiny_lora(load_backbone("sdxl"))
+    weights = random_weights(lora, seed=1)
+    save_lora(tmp_path / "x.safetensors", lora, weights, {})
+    kernels = {n: t[..., None, None] for n, t in load_file(tmp_path / "x.safetensors").items()}
+    save_file({n: t.contiguous() for n, t in kernels.items()}, tmp_path / "y.safetensors")
+    found = read_lora(tmp_path / "y.safetensors", lora, "lora.init_from")
+    assert found.keys() == weights.keys()
+    assert all(torch.equal(found[name], weights[name]) for name in weights)
+
+
+DEEP = "down_blocks.2.attentions.0.transformer_blocks.9.attn1.to_q"
+TOLD = {  # the LoRA's modules, its header, and the family
+    "depth": ({f"unet.{DEEP}"}, {}, "sdxl"),
+    "second text encoder": ({f"text_encoder_2.{_LAYER}.mlp.fc1"}, {}, "sdxl"),
+    "block of SDXL": ({"unet.up_blocks.0.attentions.0.proj_in"}, {}, "sdxl"),
+    "block of SD1.5": ({"unet.down_blocks.0.attentions.0.proj_in"}, {}, "sd15"),
+    "another block of SD1.5": ({"unet.up_blocks.3.resnets.0.conv1"}, {}, "sd15"),
+    "header of kohya": ({Q}, {"ss_base_model_version": "sdxl_base_v1-0"}, "sdxl"),
+    "architecture": ({Q}, {"modelspec.architecture": "stable-diffusion-v1/lora"}, "sd15"),
+    "base model": ({Q}, {"base_model": "stabilityai/stable-diffusion-xl-base-1.0"}, "sdxl"),
+    "base model in a folder": ({Q}, {"base_model": model_folder("sdxl")}, "sdxl"),
+    "names, not the header": ({f"unet.{DEEP}"}, {"ss_base_model_version": "sd_v1"}, "sdxl"),
+    "nothing": ({Q}, {}, None),
+    "no model": ({Q}, {"base_model": "./nowhere"}, None),
+    "both families": ({f"unet.{DEEP}", "unet.up_blocks.3.resnets.0.conv1"}, {}, None),
+}
+
+
+@pytest.mark.parametrize("case", TOLD)
+def test_the_family_by_all_that_tells(tmp_path, case):
+    modules, header, family = TOLD[case]
+    source, out = tmp_path / "x.safetensors", tmp_path / "out.safetensors"
+    tensors = {f"{n}.lora_{x}.weight": t.clone() for n in modules for x, t in (("A", A), ("B", B))}
+    save_file(tensors, source, metadata=header)
+    if family is None:
+        with pytest.raises(
+            UserError, match="^--base: name the base model, as the LoRA does not tell"
+        ):
+            convert_lora(str(source), "kohya", None, None, out)
+        for base, family in ((model_folder("sdxl"), "sdxl"), (model_folder("sd15"), "sd15")):
+            convert_lora(str(source), "kohya", base, None, out)
+            assert names_in(out) == {to_kohya(name, family == "sdxl") for name in modules}
+        return
+    convert_lora(str(source), "kohya", None, None, out)
+    assert names_in(out) == {to_kohya(name, family == "sdxl") for name in modules}
+    version = {"sd15": "sd_v1", "sdxl": "sdxl_base_v1-0"}[family]
+    assert metadata(out)["ss_base_model_version"] == version
+    convert_lora(str(out), "kohya", None, None, tmp_path / "again.safetensors")  # by its own header
+    assert names_in(tmp_path / "again.safetensors") == names_in(out)
+
+
+def names_in(path):
+    """Kohya's names of the modules in a file."""
+    return {name.partition(".")[0] for name in load_file(path)}
+
+
+def test_the_family_by_the_names_of_kohya(tmp_path):
+    encoder = f"lora_te1_{_LAYER}_mlp_fc1".replace(".", "_")
+    for name in (encoder, encoder.replace("te1", "te"), "lora_unet_input_blocks_4_1_proj_in"):
+        pair = {f"{name}.lora_down.weight": A, f"{name}.lora_up.weight": B}
+        save_file(pair, tmp_path / "x.safetensors")
+        out = tmp_path / f"{name}.safetensors"
+        convert_lora(str(tmp_path / "x.safetensors"), "kohya", None, None, out)
+        assert names_in(out) == {name}
+
+
+def test_folded():
+    lora = full_size("sd15", 4, 3)
+    folded = lora.folded()
+    for name, module in folded.modules.items():
+        assert module.alpha == module.rank == 4 and torch.equal(
+            module.down, lora.modules[name].down
+        )
+        assert torch.equal(module.up, 0.75 * lora.modules[name].up)
+    assert folded.header == lora.header | {"alpha": "4"}
 
 
 def test_files_that_cannot_be_read(tmp_path):

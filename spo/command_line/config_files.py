@@ -78,13 +78,14 @@ def save_config(values: Mapping[str, Any], path: Path) -> None:
 def leaves(config: ConfigDict, only_optional: bool = False) -> dict[str, object]:
     """Returns all settings, or only settings that may be None, by their dotted names.
 
-    An empty section counts as a setting.
+    An empty section counts as a setting. A key with dots stands in brackets: options["hpsv2.1"].model.
     """
     found = {}
     for name, value in config.items(preserve_field_references=True):
+        name = f'["{name}"]' if "." in name else name
         if _is_section(value):
             section = leaves(value, only_optional)
-            found |= {f"{name}.{key}": leaf for key, leaf in section.items()}
+            found |= {f"{name}.{key}".replace(".[", "["): v for key, v in section.items()}
         elif isinstance(value, FieldReference):
             found[name] = value.get()
         elif not only_optional:
@@ -123,7 +124,7 @@ def _is_section(value: object) -> bool:
 
 def _find(path: str) -> Path:
     _check_text("config", path)
-    for file in (Path(path), REPO_ROOT / path):
+    for file in (Path(path).expanduser(), REPO_ROOT / path):
         if file.suffix in (".py", ".json") and file.is_file():
             return file.resolve()
     raise UserError(f"config: no such .py or .json file: {path}")
@@ -173,7 +174,10 @@ def _overlay(config: ConfigDict, values: dict, source: str, base: str, prefix: s
             # ml_collections itself takes None anywhere, and true as a number.
             if (value is None and name not in optional) or (type(value) is bool is not expected):
                 raise TypeError
-            config[name] = value
+            if isinstance(config[name], ConfigDict) and isinstance(value, dict):
+                config[name].update(value)  # keeps whether its keys may have dots
+            else:
+                config[name] = value
         except (TypeError, ValueError, OverflowError) as error:
             message = f"{source}: {key} = {value!r}: expected {expected.__name__}"
             raise UserError(message) from error

@@ -130,6 +130,9 @@ def changed(config: ConfigDict, changes: str) -> ConfigDict:
 def _lay_over(config: ConfigDict, argv: list[str], values: flags.FlagValues) -> list[str]:
     """Applies the overrides in `argv` to `config`; returns the arguments that are not flags."""
     known = list(leaves(config))
+    # options.hpsv2.1.model, as errors write it, is options["hpsv2.1"].model.
+    dotted = {re.sub(r'\["(.+?)"\]', r".\1", key): key for key in known}
+    argv = [OVERRIDE.sub(lambda m: m[0].replace(m[1], dotted.get(m[1], m[1])), a) for a in argv]
     for key in overridden(argv):
         if key not in known:
             raise UserError(f"config: unknown key {key}{suggest(key, known)}")

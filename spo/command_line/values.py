@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import field, fields
 from functools import partial
+from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from spo.errors import UserError
@@ -84,3 +85,8 @@ def require_choice(key: str, value: str, choices: Iterable[str]) -> None:
 def expand(path: str | None) -> str | None:
     """Returns a path or Hub id with ~ replaced by the home folder; None stays None."""
     return None if path is None else os.path.expanduser(path)
+
+
+def path(text: str) -> Path:
+    """Returns the path in an argument of a command line, ~ replaced by the home folder."""
+    return Path(os.path.expanduser(text))

@@ -13,10 +13,11 @@ from accelerate import PartialState
 from PIL import Image
 from tqdm import tqdm
 
-from spo.command_line.values import require_choice, require_whole
+from spo.command_line.values import expand, require_choice, require_whole
 from spo.data.prompts import read_prompts
 from spo.errors import UserError
-from spo.lora_io.model_spec import ModelSpec, read_specs, use_loras
+from spo.hub import public_name
+from spo.lora_io.model_spec import ModelSpec, read_specs, split_spec, split_weight, use_loras
 from spo.models.backbone import DTYPES, SCHEDULERS, Backbone
 from spo.models.families import FAMILIES
 from spo.models.loading import ModelSource, check_source, family_of
@@ -55,7 +56,7 @@ def sample_prompts(prompts: Sequence[str], file: str | None) -> list[str]:
 def default_base(texts: Iterable[str]) -> str:
     """Returns the base model of the first run that has one of the LoRAs `texts`, or SD1.5."""
     for text in texts:
-        path = Path(text.rpartition("=")[2].partition("+")[0].partition(":")[0]).expanduser()
+        path = Path(expand(split_weight(split_spec(text)[1][0])[0]))
         for folder in (path, *path.parents[:3]) if path.exists() else ():
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
                 return json.loads((folder / CONFIG).read_text())["pretrained"]["model"]
@@ -131,9 +132,9 @@ def _png_text(spec: ModelSpec, prompt: str, seed: int, settings: SampleSettings)
     return {
         "prompt": prompt,
         "seed": str(seed),
-        "model": spec.text,
-        "base": spec.source.model,
-        "loras": ", ".join(f"{path}:{weight:g}" for path, weight in spec.loras),
+        "model": public_name(spec.text),
+        "base": public_name(spec.source.model),
+        "loras": ", ".join(f"{public_name(str(path))}:{weight:g}" for path, weight in spec.loras),
         "scheduler": settings.scheduler,
         "steps": str(settings.num_steps),
         "guidance": f"{settings.guidance_scale:g}",

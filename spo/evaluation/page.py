@@ -11,6 +11,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
 from spo.errors import UserError
+from spo.publish.record import public_values
 from spo.run.pictures import read_picture
 
 PIXELATED = 64  # images up to this side, in pixels, are shown as the pixels they are
@@ -49,6 +50,7 @@ def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, 
         if isinstance(value, Mapping) and value:
             yield from _leaves(value, f"{prefix}{name}.")
         else:
+            value = public_values(value)
             is_text = isinstance(value, str)
             yield prefix + name, value if is_text else json.dumps(value, ensure_ascii=False)
 

@@ -20,6 +20,7 @@ from spo.atomic import whole_lines
 from spo.errors import UserError
 from spo.evaluation import page
 from spo.evaluation.figures import COLOURS, INK, colour, panel_axes, style, to_svg
+from spo.publish.record import public_values
 from spo.run.folder import CONFIG, REPORT, STARTS, read_metrics
 
 Points = list[tuple[int, float]]  # updates and value
@@ -96,8 +97,8 @@ def write_run_report(run_dir: Path) -> Path:
         run_dir / REPORT,
         "run_report.html.j2",
         title=run_dir.resolve().name,
-        config=config,
-        starts=[start | {"command": shlex.join(start["command"])} for start in starts],
+        config=public_values(config),
+        starts=[s | {"command": shlex.join(public_values(s["command"]))} for s in starts],
         totals=_totals(lines),
         curves=svgs,
         slides={picture.stem: page.embedded_image(picture, _GRID) for picture in pictures},

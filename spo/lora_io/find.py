@@ -1,10 +1,12 @@
 """LoRA files of any format, found by a path or on the Hub, as the parameters that are trained."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor, nn
 
+from spo.command_line.values import expand
 from spo.errors import UserError
 from spo.hub import list_files, resolve_file
 from spo.lora_io.names import network_of
@@ -26,7 +28,7 @@ def find_lora(spec: str, key: str) -> Path:
     In a folder, of a run, a checkpoint or peft, it is pytorch_lora_weights.safetensors, or the only
     .safetensors file. Raises UserError that names `spec` and the config `key` or flag it came from.
     """
-    path = Path(spec).expanduser()
+    path = Path(expand(spec))
     if path.is_dir():
         names = [each.name for each in path.iterdir()]
         return resolve_file(str(path / _choose(names, spec, key)), key)
@@ -65,6 +67,9 @@ def read_lora(path: Path, lora: Lora, key: str) -> dict[str, Tensor]:
     if any(network_of(name) != "unet" for name in modules):
         raise UserError(f"{key}: {path} also changes the text encoder, which is not trained here.")
     found = parameter_names(_scaled(modules, lora.alpha))
+    for name, p in lora.parameters.items():
+        if name in found and _as_matrix(found[name].shape) == _as_matrix(p.shape):
+            found[name] = found[name].view_as(p)
     shapes = {name: tuple(tensor.shape) for name, tensor in found.items()}
     wanted = {name: tuple(parameter.shape) for name, parameter in lora.parameters.items()}
     if unlike := dict(shapes.items() ^ wanted.items()):
@@ -81,10 +86,13 @@ def read_folded(path: Path, backbone: Backbone, key: str) -> dict[str, Tensor]:
 
     Raises UserError if a tensor has no place in the UNet.
     """
-    modules = read_lora_file(path, key).modules
+    modules = dict(read_lora_file(path, key).modules)
     for name, module in modules.items():
         if network_of(name) == "unet":
-            layer_of(backbone.unet, name, module, f"{key}: {path}")
+            weight = layer_of(backbone.unet, name, module, f"{key}: {path}").weight
+            down = module.down.view(-1, *weight.shape[1:])
+            up = module.up.view(*module.up.shape[:2], *(1 for _ in weight.shape[2:]))
+            modules[name] = replace(module, down=down, up=up)
     return _scaled(modules)
 
 
@@ -112,7 +120,12 @@ def layer_of(network: nn.Module, name: str, module: LoraModule, where: str) -> n
         shape = tuple(layer.weight.shape)
     except AttributeError:
         shape = "missing"
-    if shape != wanted:
+    if _as_matrix(shape) != _as_matrix(wanted):
         what = f"the LoRA is of another model: {name} is {shape} here, but {wanted} there"
         raise UserError(f"{where}: {what}.")
     return layer
+
+
+def _as_matrix(shape: Sequence) -> Sequence:
+    """Returns the shape of a weight, that of a matrix for a kernel of 1 x 1."""
+    return tuple(shape[:2]) if tuple(shape[2:]) == (1, 1) else tuple(shape)

@@ -4,11 +4,13 @@
 folder or a Hub id, and a LORA a file too; [NAME=]FOLDER of images that have been drawn already.
 """
 
+import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from spo.command_line.values import expand
 from spo.errors import LOAD_ERRORS, UserError, first_line
 from spo.hub import is_hub_id, list_files
 from spo.lora_io.find import find_lora, read_folded
@@ -46,8 +48,8 @@ def read_specs(texts: Iterable[str], base: ModelSource, family: str, key: str) -
 
 
 def _read(text: str, base: ModelSource, family: str, key: str) -> ModelSpec:
-    head, equals, location = text.partition("=")
-    name, location = (head, location) if equals else ("", text)
+    name, parts = split_spec(text)
+    location = "+".join(parts)
     name = name or _default_name(location)
     if not re.fullmatch(r"\w[\w.-]*", name):
         raise UserError(
@@ -56,7 +58,7 @@ def _read(text: str, base: ModelSource, family: str, key: str) -> ModelSpec:
         )
     if location == "base":
         return ModelSpec(name, text, base)
-    folder = Path(location).expanduser()
+    folder = Path(expand(location))
     if folder.is_dir():
         where, found = str(folder), [*folder.glob("*"), *folder.glob("*/*")]
         files = [path.relative_to(folder).as_posix() for path in found if path.is_file()]
@@ -69,18 +71,47 @@ def _read(text: str, base: ModelSource, family: str, key: str) -> ModelSpec:
         return ModelSpec(name, text, source)
     if "unet/config.json" in files:  # as Diffusion-DPO is published
         return ModelSpec(name, text, replace(base, unet=where))
-    loras = tuple(_read_lora(part, key) for part in location.split("+"))
+    loras = tuple((find_lora(each, key), weight) for each, weight in map(split_weight, parts))
     if is_checkpoint(loras[0][0]) and len(loras) == 1:
         check_source(source := ModelSource(str(loras[0][0])), family, key)
         return ModelSpec(name, text, source)
     return ModelSpec(name, text, base, loras)
 
 
+def split_spec(text: str) -> tuple[str, list[str]]:
+    """Returns NAME, or "", and each LORA[:WEIGHT] of a model's text; a path that exists stays whole."""
+    parts = _split_parts(text)
+    name, equals, location = text.partition("=")
+    if not equals or _exists(parts[0]):
+        return "", parts
+    return name, _split_parts(location)
+
+
+def _split_parts(location: str) -> list[str]:
+    pieces = location.split("+")
+    for end in range(len(pieces), 0, -1):
+        part, rest = "+".join(pieces[:end]), pieces[end:]
+        if end == 1 or _exists(part):
+            return [part, *(_split_parts("+".join(rest)) if rest else [])]
+
+
+def split_weight(part: str) -> tuple[str, float]:
+    """Returns the place and the strength of LORA[:WEIGHT]."""
+    weighted = re.fullmatch(r"(.+):(-?\d*\.?\d+)", part)
+    if weighted is None or os.path.exists(expand(part)):
+        return part, 1
+    return weighted[1], float(weighted[2])
+
+
+def _exists(part: str) -> bool:
+    return os.path.exists(expand(split_weight(part)[0]))
+
+
 def _default_name(location: str) -> str:
     """Returns the last part of a path or Hub id; for a run's EMA, with the run before it."""
     parts = [part for part in location.partition(":")[0].split("/") if part]
     last = "_".join(parts[-2:]) if parts[-1:] == ["ema"] else "".join(parts[-1:])
-    return last.removesuffix(".safetensors")
+    return re.sub("[+=]", "_", last.removesuffix(".safetensors"))
 
 
 def _holds_images(files: Iterable[str]) -> bool:
@@ -89,12 +120,6 @@ def _holds_images(files: Iterable[str]) -> bool:
     is_model = any(name.endswith((".safetensors", ".bin")) for name in names)
     has_images = any(name.lower().endswith(IMAGE_SUFFIXES) for name in names)
     return has_images and not is_model and "model_index.json" not in names
-
-
-def _read_lora(part: str, key: str) -> tuple[Path, float]:
-    weighted = re.fullmatch(r"(.+):(-?\d*\.?\d+)", part)
-    location, weight = weighted.groups() if weighted else (part, 1)
-    return find_lora(location, key), float(weight)
 
 
 def use_loras(backbone: Backbone, spec: ModelSpec, key: str) -> None:

@@ -7,7 +7,7 @@ way back looks for the words of the U-Net; it needs no model.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 _IN_ATTENTION = (
     r"proj_in|proj_out|transformer_blocks\.\d+\."
@@ -30,6 +30,16 @@ _TEXT_ENCODER = re.compile(
     r"|text_projection"
 )
 _NETWORKS = {"unet": _UNET, "text_encoder": _TEXT_ENCODER, "text_encoder_2": _TEXT_ENCODER}
+# Modules that one family has and the other lacks.
+_OF_ONE_FAMILY = {
+    "sd15": re.compile(
+        r"unet\.(?:down_blocks\.0\.attentions|up_blocks\.[23]\.attentions|(?:down|up)_blocks\.3)\..+"
+    ),
+    "sdxl": re.compile(
+        r"text_encoder_2\..+"
+        r"|unet\.(?:add_embedding|up_blocks\.0\.attentions|.+\.transformer_blocks\.[1-9]\d*)\..+"
+    ),
+}
 # Words whose underscores do not stand for dots.
 _WORD = re.compile(
     "("
@@ -49,6 +59,13 @@ def is_module(name: str) -> bool:
     """Returns whether `name`, as "unet.mid_block....", is a module of an SD1.5 or SDXL pipeline."""
     network, _, module = name.partition(".")
     return network in _NETWORKS and _NETWORKS[network].fullmatch(module) is not None
+
+
+def family_of_names(modules: Iterable[str]) -> str | None:
+    """Returns the family whose pipeline alone has some of these modules; None if that is not one."""
+    names = list(modules)
+    found = [f for f, own in _OF_ONE_FAMILY.items() if any(map(own.fullmatch, names))]
+    return found[0] if len(found) == 1 else None
 
 
 def to_kohya(name: str, sdxl: bool) -> str:

@@ -16,11 +16,14 @@ from torch import Tensor
 
 from spo.atomic import write_file
 from spo.errors import UserError
-from spo.lora_io.names import network_of, to_kohya
+from spo.lora_io.names import family_of_names, network_of, to_kohya
 from spo.models.families import FAMILIES
 from spo.models.lora import Lora
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
+# The same LoRA for other programs. diffusers, which takes a file that ends in LORA_FILE first, and our
+# own finder pass it over.
+KOHYA_FILE = "kohya_lora.safetensors"
 _ADAPTER = ".default."  # peft puts the adapter's name into the name of each parameter
 ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 TARGETS = "target_modules"  # header entry of our kohya files, and key of an adapter's config
@@ -46,6 +49,18 @@ class LoraWeights:
     modules: Mapping[str, LoraModule]  # by diffusers' names: "unet.mid_block...", sorted
     header: Mapping[str, str]  # its origin, as its file states it
     targets: tuple[str, ...]  # endings of the names of the UNet's modules; (): not known
+    family: str | None = None  # as its file states it; None: not known
+
+    def shape_family(self) -> str | None:
+        """Returns the family by shapes and names; "" if it is neither's, None if they do not tell."""
+        widths = {
+            module.down.shape[1]
+            for name, module in self.modules.items()
+            if name.endswith((".attn2.to_k", ".attn2.to_v"))
+        }
+        if widths:
+            return next((n for n, f in FAMILIES.items() if widths == {f.prompt_embeds_width}), "")
+        return family_of_names(self.modules)
 
     def tensors(self) -> dict[str, Tensor]:
         """Returns A and B of each module under peft's names."""
@@ -59,6 +74,19 @@ class LoraWeights:
             for name, module in self.modules.items()
         }
         return replace(self, modules=modules)
+
+    def folded(self) -> "LoraWeights":
+        """Returns the LoRA with alpha / rank in B, for readers that take the rank for alpha."""
+        modules = {
+            name: module
+            if module.alpha == module.rank
+            else LoraModule(module.down, module.up * (module.alpha / module.rank), module.rank)
+            for name, module in self.modules.items()
+        }
+        header = dict(self.header)
+        if "alpha" in header:
+            header["alpha"] = header["rank"]
+        return replace(self, modules=modules, header=header)
 
 
 def save_lora(
@@ -98,17 +126,13 @@ def write_diffusers(lora: LoraWeights, path: Path) -> None:
 
 
 def write_kohya(lora: LoraWeights, path: Path) -> None:
-    """Writes a file for ComfyUI, A1111 and sd-scripts.
+    """Writes a file for ComfyUI, A1111, InvokeAI and sd-scripts.
 
-    sd-scripts knows SDXL only by SGM names, so these are written if the shapes are SDXL's; otherwise
+    sd-scripts knows SDXL only by SGM names, so these are written if the LoRA is SDXL's; otherwise
     diffusers' names with underscores.
     """
-    widths = {
-        module.down.shape[1]
-        for name, module in lora.modules.items()
-        if name.endswith((".attn2.to_k", ".attn2.to_v"))
-    }
-    family = next((n for n, f in FAMILIES.items() if widths == {f.prompt_embeds_width}), None)
+    family = lora.shape_family()
+    family = lora.family if family is None else family
     tensors = {}
     for name, module in lora.modules.items():
         flat = to_kohya(name, sdxl=family == "sdxl")
@@ -116,7 +140,7 @@ def write_kohya(lora: LoraWeights, path: Path) -> None:
         tensors[f"{flat}.lora_up.weight"] = module.up
         tensors[f"{flat}.alpha"] = torch.tensor(module.alpha, dtype=torch.float32)
     header = {"format": "pt"}
-    if family is not None:
+    if family:
         header["ss_base_model_version"] = FAMILIES[family].kohya_version
         header["modelspec.architecture"] = FAMILIES[family].architecture
     if lora.targets:

@@ -194,9 +194,14 @@ class Trainer:
             )
 
     def save_networks(self) -> None:
-        """Writes the current LoRAs into the run directory."""
+        """Writes the current LoRAs into the run directory, for diffusers and for other programs."""
+        from spo.lora_io.convert import write_kohya_beside
+
         with writing(self.ready.run_dir):
             save_networks(self.ready.run_dir, self.learner, self.recipe.lora_metadata())
+            ema = self.ready.run_dir.glob(f"ema/{LORA_FILE}")
+            for lora in (self.ready.run_dir / LORA_FILE, *ema):
+                write_kohya_beside(lora, self.backbone.family)
 
     def save_checkpoint(self) -> Path:
         """Saves everything that a resumed run needs, unless that is done; returns the folder."""

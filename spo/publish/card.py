@@ -15,17 +15,20 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from spo.command_line.config_files import BASE, REPO_ROOT, leaves, load_config
 from spo.command_line.values import fill
-from spo.evaluation.results import summary_table
+from spo.evaluation.results import Results, summary_table
 from spo.hub import Destination, is_hub_id
 from spo.launch.batch_plan import UpdatePlan
-from spo.lora_io.write import LORA_FILE
+from spo.lora_io.write import KOHYA_FILE, LORA_FILE
 from spo.models.families import FAMILIES
 from spo.plugins import algorithm_name
 from spo.publish.record import RunRecord
 from spo.run.folder import SAMPLES
 from spo.run.tables import markdown_table
 
-_SECTION = re.compile(r"<!-- spo:run (\{[^\n]*\}) -->\n.*?<!-- spo:end -->", re.DOTALL)
+# At the beginning of a line, where no text of a user stands.
+_SECTION = re.compile(
+    r"^<!-- spo:run (\{[^\n]*\}) -->\n.*?^<!-- spo:end -->", re.DOTALL | re.MULTILINE
+)
 _TITLES = {"gradspo": "GradSPO", "spo": "SPO"}
 # The settings that every card shows; further ones are shown if they differ from config/FAMILY.py.
 _SHOWN = {"lora.rank", "train.learning_rate", "train.beta", "sample.threshold"}
@@ -36,7 +39,8 @@ _SHOWN_OF_GRADSPO = {"train.grad_scale", "train.ema_decay"}
 def make_card(record: RunRecord, to: Destination) -> huggingface_hub.ModelCard:
     """Returns the card of a repo that holds only this run."""
     metadata = _metadata(record, to)
-    head = json.dumps(metadata).replace(">", "\\u003e")  # no end of a comment
+    # Without a beginning or end of a comment.
+    head = json.dumps(metadata).replace("<", "\\u003c").replace(">", "\\u003e")
     section = f"<!-- spo:run {head} -->\n{_section(record, to, metadata)}<!-- spo:end -->"
     name = to.repo_id.rpartition("/")[2]
     skeleton = f"---\nlibrary_name: diffusers\n---\n\n# {name}\n\n{section}\n"
@@ -50,7 +54,7 @@ def merge_cards(published: str, own: str) -> huggingface_hub.ModelCard:
     ValueError if its metadata cannot be read.
     """
     card = huggingface_hub.ModelCard(published)
-    section = _SECTION.search(own)
+    section = _SECTION.search(huggingface_hub.ModelCard(own).text)
     subfolder = json.loads(section[1])["subfolder"]
     for old in _SECTION.finditer(card.text):
         if json.loads(old[1])["subfolder"] == subfolder:
@@ -106,10 +110,9 @@ def _section(record: RunRecord, to: Destination, metadata: dict[str, Any]) -> st
         keep_trailing_newline=True,
         undefined=StrictUndefined,
     )
-    # A Python literal in double quotes.
-    environment.filters["quoted"] = lambda text: json.dumps(text, ensure_ascii=False)
-    environment.filters["summary_table"] = summary_table
+    environment.filters |= {"quoted": _quoted, "plain": _plain, "summary_table": _results_table}
     method = _TITLES.get(config.algorithm, algorithm_name(config.algorithm))
+    facts = [(name, _plain(value)) for name, value in training_facts(record).items()]
     return environment.get_template("section.md.j2").render(
         record=record,
         to=to,
@@ -119,8 +122,25 @@ def _section(record: RunRecord, to: Destination, metadata: dict[str, Any]) -> st
         metadata=metadata,
         pipeline=FAMILIES[config.family].pipeline,
         lora_file=LORA_FILE,
-        facts_table=markdown_table(("", ""), training_facts(record).items()),
+        kohya_file=KOHYA_FILE,
+        strength=1 if config.lora.alpha is None else config.lora.alpha / config.lora.rank,
+        facts_table=markdown_table(("", ""), facts),
     )
+
+
+def _quoted(text: str) -> str:
+    """Returns a Python literal in double quotes, without our own marks."""
+    return json.dumps(text, ensure_ascii=False).replace("<!-- spo:", "\\u003c!-- spo:")
+
+
+def _plain(text: object) -> str:
+    """Returns a text in one line, with nothing in it that Markdown or HTML would take for its own."""
+    special = r"(?<![^\W_])_|_(?![^\W_])|[\\`*<>|~$&\[\]]"  # an underscore within a word is none
+    return re.sub(special, r"\\\g<0>", " ".join(str(text).split()))
+
+
+def _results_table(results: Results) -> str:
+    return re.sub("[<>]", r"\\\g<0>", summary_table(results))
 
 
 def training_facts(record: RunRecord) -> dict[str, object]:

@@ -15,7 +15,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineMod
 from huggingface_hub.utils import disable_progress_bars, validate_repo_id
 from huggingface_hub.utils import logging as hub_logging
 
-from spo.command_line.values import fill
+from spo.command_line.values import fill, require_choice
 from spo.errors import RunError, UserError, first_line, in_one_line
 from spo.hub import Destination
 from spo.publish.card import merge_cards
@@ -54,6 +54,7 @@ def check_destination(to: Destination, keys: str) -> None:
         raise UserError(f"{keys}repo_id: {first_line(error)}") from error
     if "/" not in to.repo_id:
         raise UserError(f"{keys}repo_id: {to.repo_id!r} must be user/name.")
+    require_choice(f"{keys}weights", to.weights, ("policy", "ema"))
     if to.subfolder and not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)*", to.subfolder):
         raise UserError(f"{keys}subfolder: {to.subfolder!r} must be a folder, as sd1_5.")
 

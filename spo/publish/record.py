@@ -1,6 +1,7 @@
 """The record that a run left of itself, without the paths of the machine it ran on."""
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -106,4 +107,6 @@ def _samples(folder: Path, weights: str, epochs: int) -> dict[Path, str]:
     drawn = json.loads(index.read_text())
     if drawn["weights"] != weights or not 0 < drawn["epochs"] <= epochs:
         return {}
-    return {folder / name: prompt for name, prompt in islice(drawn["prompts"].items(), _SAMPLES)}
+    # Plain names alone: the index may have come with somebody's run.
+    own = {n: p for n, p in drawn["prompts"].items() if re.fullmatch(r"\w[\w.-]*", n)}
+    return {folder / name: prompt for name, prompt in islice(own.items(), _SAMPLES)}
