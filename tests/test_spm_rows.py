@@ -135,6 +135,22 @@ def test_every_kind_of_source_gives_the_same_rows(tmp_path, kind, streaming):
         assert (decode_pair(row, 32)[0] == decode_image(want["jpg_0"], 32)).all()
 
 
+@pytest.mark.parametrize("name", ["a [1] b", "a ? b", "a * b"])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_folder_that_exists_is_no_pattern(tmp_path, name, streaming):
+    write_splits(tmp_path / "a 1 b", [make_row(9)] * 5, [make_row(9)])
+    write_splits(tmp_path / name, [make_row(0), make_row(1)], [make_row(2)])
+    for source, split, seeds in (
+        (name, "train", (0, 1)),
+        (name, "validation_unique", (2,)),
+        ("a 1 b", "train", (9,) * 5),
+    ):
+        found = list(open_split(data_source(tmp_path / source, streaming), split))
+        assert [row["jpg_0"] for row in found] == [make_row(seed)["jpg_0"] for seed in seeds]
+    with pytest.raises(UserError, match="no parquet files of split '.'"):
+        open_split(data_source(tmp_path / name, streaming), "*")
+
+
 @pytest.mark.parametrize(
     ("source", "split", "message"),
     [

@@ -8,6 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from glob import escape, has_magic
 from pathlib import Path
 
 from huggingface_hub import constants, hf_hub_download
@@ -155,11 +156,17 @@ def _open_dataset(source: str, split: str, column: str):  # -> Dataset | Iterabl
     if saved is not None:
         check_column(source, column, saved.column_names)
         return saved.select_columns([column])
-    rows = datasets.load_dataset(source, split=split, streaming=True)
+    options = {"split": split, "streaming": True}
+    if Path(source).is_dir() and has_magic(folder := str(Path(source).resolve())):
+        # `datasets` takes the folder's name for a pattern, too.
+        found = datasets.data_files.get_data_patterns(escape(folder)).items()
+        files = {name: [f"{escape(folder)}/{each}" for each in each_of] for name, each_of in found}
+        options["data_files"] = files
+    rows = datasets.load_dataset(source, **options)
     names = rows.column_names or list(next(iter(rows), {}))  # some formats tell only by a row
     check_column(source, column, names)
     try:  # Parquet then fetches this column only, and so no images
-        return datasets.load_dataset(source, split=split, streaming=True, columns=[column])
+        return datasets.load_dataset(source, **options, columns=[column])
     except (TypeError, ValueError):  # other formats do not know `columns`
         return rows.select_columns([column])
 

@@ -1,6 +1,7 @@
 """Opening labelled pairs: rows with the columns of Pick-a-Pic, through `datasets`."""
 
 from dataclasses import dataclass
+from glob import escape
 from pathlib import Path
 
 import datasets
@@ -79,8 +80,10 @@ def _open(data: PairData, split: str) -> Dataset | IterableDataset:
 
 
 def _parquet_files(folder: Path, split: str) -> list[str]:
-    patterns = (f"{split}-*.parquet", f"{split}.parquet", f"{split}/*.parquet")
+    """Returns the files of a split, escaped, as `datasets` takes every name for a pattern."""
+    name = escape(split)
+    patterns = (f"{name}-*.parquet", f"{name}.parquet", f"{name}/*.parquet")
     found = [f for p in patterns for where in ("", "data/") for f in folder.glob(where + p)]
     if not found:
         raise UserError(f"{folder} holds no parquet files of split {split!r}.")
-    return sorted(map(str, found))
+    return [escape(file) for file in sorted(map(str, found))]
