@@ -9,11 +9,12 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from spo.atomic import write_lines
 from spo.command_line.config_files import check_leaves, leaves, save_config
 from spo.command_line.values import Checked, fill, whole
 from spo.data.prompts import PromptSet, read_prompt_set
 from spo.data.token_lengths import describe_lengths
-from spo.errors import Stopped, UserError
+from spo.errors import RunError, Stopped, UserError, WriteError
 from spo.evaluation.image_sets import DrawSettings, ImageSet, claim_images, claim_prompts, image_set
 from spo.evaluation.report import write_report
 from spo.evaluation.results import (
@@ -127,18 +128,23 @@ class Evaluation:
     def run(self) -> None:
         """Draws and scores missing images, and reports; raises Stopped after SIGTERM or SIGINT."""
         self.session.say(self.plan.prompts.describe())
+        again = f"the same command with --config.run_name={self.plan.folder.name} goes on."
         try:
             with self.session.signals:
                 self.draw_images()
                 for scores in self.plan.scorers:
                     self.score_images(scores)
+            if not self.plan.scorers:
+                self.session.say(f"images: {self.plan.folder / 'images'}")
+            elif self.workers.is_main:
+                self.report()
         except Stopped as stopped:
-            again = f"the same command with --config.run_name={self.plan.folder.name} goes on."
             raise Stopped(f"by a signal; every whole batch is kept: {again}") from stopped
-        if not self.plan.scorers:
-            self.session.say(f"images: {self.plan.folder / 'images'}")
-        elif self.workers.is_main:
-            self.report()
+        except WriteError as error:
+            failed = f"cannot write {error.filename}: {error.strerror}"
+            raise RunError(
+                f"{failed}; every whole batch is kept: mend that, then {again}"
+            ) from error
 
     def draw_images(self) -> None:
         """Draws the missing images; base models load one after the other, and LoRAs into them."""
@@ -199,7 +205,7 @@ class Evaluation:
         )
         table = summary_table(results)
         print(f"\n{table}\n\nresults: {write_results(results, folder)}")
-        (folder / TABLE).write_text(table + "\n")
+        write_lines(folder / TABLE, [table])
         print(f"report:  {write_report(folder, results)}")
 
     def _prompt_results(self) -> tuple[PromptResult, ...]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from PIL import Image
 
-from spo.atomic import write_file
+from spo.atomic import write_json
 from spo.command_line.values import require_choice, require_whole
 from spo.errors import UserError
 from spo.lora_io.model_spec import IMAGE_SUFFIXES, ModelSpec
@@ -110,9 +110,3 @@ def _first_written(file: Path, content: Any) -> Any:
     if not file.exists():
         write_json(file, content)
     return json.loads(file.read_text())
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Writes `content` into a file, and its folder if missing, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_file(path, (json.dumps(content, indent=1) + "\n").encode())

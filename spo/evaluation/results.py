@@ -7,6 +7,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from spo.atomic import write_json
 from spo.errors import UserError
 from spo.evaluation.statistics import Estimate, bootstrap_mean, paired_difference, win_rate
 from spo.run.folder import RESULTS
@@ -109,7 +110,7 @@ def write_results(results: Results, folder: Path) -> Path:
     """Writes results.json: settings, versions, the comparison, and each model's image per prompt."""
     summary = [asdict(row) | {"scorer": row.scorer.name} for row in summarize(results)]
     path = folder / RESULTS
-    path.write_text(json.dumps(asdict(results) | {"summary": summary}, indent=1) + "\n")
+    write_json(path, asdict(results) | {"summary": summary})
     return path
 
 

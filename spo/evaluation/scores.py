@@ -7,8 +7,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from spo.atomic import write_json
 from spo.errors import RunError, UserError
-from spo.evaluation.image_sets import ImageSet, batches, write_json
+from spo.evaluation.image_sets import ImageSet, batches
 from spo.evaluation.results import ScorerInfo
 from spo.run.folder import file_digest
 from spo.scorers import Scorer

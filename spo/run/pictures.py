@@ -8,7 +8,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
-from spo.atomic import write_file
+from spo.atomic import naming, write_file
 
 _MARGIN = 6  # pixels between cells
 _CAPTION_LINES = 2
@@ -23,12 +23,13 @@ class Cell:
     frame: str | None = None
 
 
-def write_png(path: Path, image: Image.Image, text: Mapping[str, str]) -> None:
-    """Saves a PNG with `text` in it, whole or not at all."""
+def write_png(path: Path, image: Image.Image, text: Mapping[str, str] = {}) -> None:
+    """Saves a PNG with `text` in it, whole or not at all, and its folder if missing."""
     chunks = PngImagePlugin.PngInfo()
     for key, value in text.items():
         chunks.add_itxt(key, value)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
     with io.BytesIO() as png:
         image.save(png, "png", pnginfo=chunks)
         write_file(path, png.getvalue())
