@@ -15,6 +15,7 @@ from spo.command_line.values import Checked, fill, whole
 from spo.data.prompts import PromptSet, read_prompt_set
 from spo.data.token_lengths import describe_lengths
 from spo.errors import RunError, Stopped, UserError, WriteError
+from spo.evaluation.contents import contents, source_contents
 from spo.evaluation.image_sets import DrawSettings, ImageSet, claim_images, claim_prompts, image_set
 from spo.evaluation.report import write_report
 from spo.evaluation.results import (
@@ -34,7 +35,7 @@ from spo.models.loading import check_source, model_source
 from spo.models.plain_images import sample_images
 from spo.run.folder import CONFIG, TABLE, run_folder, versions
 from spo.run.session import Session
-from spo.scorers import check_scorer, image_scorer, load_scorer
+from spo.scorers import check_scorer, image_scorer, load_scorer, named_files
 from spo.scorers.pixels import to_pil
 
 
@@ -87,9 +88,10 @@ def plan_evaluation(config: ConfigDict, num_processes: int) -> EvaluationPlan:
     scorers = []
     for name in dict.fromkeys(settings.scorers):
         options = settings.scorer_options.get(name, {})
-        check_scorer(image_scorer(name, options))
-        scorers.append(ScoreFolder(folder / "scores" / name.replace(":", "."), name, options))
-        scorers[-1].info()  # raises if the folder has scores with other options
+        check_scorer(source := image_scorer(name, options))
+        path = folder / "scores" / name.replace(":", ".")
+        scorers.append(ScoreFolder(path, name, options, contents(named_files(source))))
+        scorers[-1].info()  # raises if the folder has scores of another scorer
     prompts = read_prompt_set(**config.prompts)
     images = tuple(image_set(folder, spec, prompts.prompts) for spec in models)
     return EvaluationPlan(settings, folder, models, images, prompts, tuple(scorers))
@@ -110,9 +112,10 @@ def _open_folder(plan: EvaluationPlan, config: Mapping[str, Any]) -> None:
     """Makes the folder, with the config in it; raises UserError if it cannot be written."""
     try:
         claim_prompts(plan.folder, plan.prompts.prompts)
-        for spec in plan.models:
-            if spec.images is None:
-                claim_images(plan.folder, spec, plan.settings.draw)
+        drawing = [spec for spec in plan.models if spec.source is not None]
+        known = {source: source_contents(source) for source in {spec.source for spec in drawing}}
+        for spec in drawing:
+            claim_images(plan.folder, spec, known[spec.source], plan.settings.draw)
         save_config(config, plan.folder / CONFIG)
     except OSError as error:
         raise UserError(f"logdir: cannot write to {plan.folder} ({error.strerror}).") from error
