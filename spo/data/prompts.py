@@ -50,6 +50,10 @@ class PromptSet:
             notes.append(f"{len(self.prompts):,} drawn with seed {self.seed}")
         return f"{len(self.prompts):,} prompts from {self.source} ({'; '.join(notes)})"
 
+    def digest(self) -> str:
+        """Returns what tells these prompts from others: the SHA-256 of them and their order."""
+        return hashlib.sha256(json.dumps(list(self.prompts)).encode()).hexdigest()
+
 
 def read_prompts(
     source: str,

@@ -27,6 +27,7 @@ from spo.evaluation.results import (
     write_results,
 )
 from spo.evaluation.scores import ScoreFolder
+from spo.evaluation.seen import Training, training_of
 from spo.launch.workers import Workers
 from spo.lora_io.model_spec import ModelSpec, read_specs, use_loras
 from spo.method.health import check_images
@@ -69,6 +70,7 @@ class EvaluationPlan:
     images: tuple[ImageSet, ...]  # of each model
     prompts: PromptSet
     scorers: tuple[ScoreFolder, ...]
+    training: tuple[Training, ...]  # of each model
 
 
 def plan_evaluation(config: ConfigDict, num_processes: int) -> EvaluationPlan:
@@ -94,7 +96,8 @@ def plan_evaluation(config: ConfigDict, num_processes: int) -> EvaluationPlan:
         scorers[-1].info()  # raises if the folder has scores of another scorer
     prompts = read_prompt_set(**config.prompts)
     images = tuple(image_set(folder, spec, prompts.prompts) for spec in models)
-    return EvaluationPlan(settings, folder, models, images, prompts, tuple(scorers))
+    training = tuple(training_of(spec, base, prompts.prompts) for spec in models)
+    return EvaluationPlan(settings, folder, models, images, prompts, tuple(scorers), training)
 
 
 def evaluate(config: ConfigDict) -> None:
@@ -131,6 +134,9 @@ class Evaluation:
     def run(self) -> None:
         """Draws and scores missing images, and reports; raises Stopped after SIGTERM or SIGINT."""
         self.session.say(self.plan.prompts.describe())
+        for spec, training in zip(self.plan.models, self.plan.training, strict=True):
+            if training.fault:
+                self.session.say(f"training prompts of {spec.name}: unknown ({training.fault})")
         again = f"the same command with --config.run_name={self.plan.folder.name} goes on."
         try:
             with self.session.signals:
@@ -197,13 +203,17 @@ class Evaluation:
 
     def report(self) -> None:
         """Writes results.json, table.md and report.html, and prints the table."""
-        folder, models = self.plan.folder, self.plan.models
+        folder = self.plan.folder
+        models = zip(self.plan.models, self.plan.training, strict=True)
         results = Results(
             title=folder.name,
             settings=self.config,
             versions=versions() | {"open-clip-torch": version("open-clip-torch")},
             scorers=tuple(scores.info() for scores in self.plan.scorers),
-            models=tuple(ModelInfo(spec.name, spec.text) for spec in models),
+            models=tuple(
+                ModelInfo(spec.name, spec.text, training.sources, bool(training.fault))
+                for spec, training in models
+            ),
             prompts=self._prompt_results(),
         )
         table = summary_table(results)
@@ -222,7 +232,13 @@ class Evaluation:
                 path = file.relative_to(self.plan.folder) if inside else file.resolve()
                 own = {name: each[i] for name, each in scores.items()}
                 rows[i][images.name] = ScoredImage(str(path), own)
+        trained = {s.name: t for s, t in zip(self.plan.models, self.plan.training, strict=True)}
         return tuple(
-            PromptResult(prompt, seed_of(i) if drawn else None, rows[i])
+            PromptResult(
+                prompt,
+                seed_of(i) if drawn else None,
+                rows[i],
+                [name for name, training in trained.items() if prompt.strip() in training.seen],
+            )
             for i, prompt in enumerate(self.prompts)
         )
