@@ -8,6 +8,7 @@ import argparse
 import json
 from pathlib import Path
 
+from spo.atomic import check_output, write_file
 from spo.command_line.flags import exit_on_user_error
 from spo.command_line.values import path
 from spo.data.prompts import read_prompts
@@ -44,14 +45,14 @@ def write_prompts(prompts: tuple[str, ...], output: Path) -> None:
                 f"keep, the first {broken[0][:60]!r}; write a .json file"
             )
         text = "\n".join(prompts)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(text + "\n", encoding="utf-8")
+    write_file(output, f"{text}\n".encode())
 
 
 def main() -> None:
     args = parse_args()
     if args.output.suffix not in (".json", ".txt"):
         raise UserError(f"--output: {args.output} must end in .json or .txt")
+    check_output(args.output, "--output")
     found = read_prompts(
         args.source, split=args.split, column=args.column, num=args.num, seed=args.seed
     )

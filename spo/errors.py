@@ -31,6 +31,14 @@ class RunError(UserError):
     exit_status = FAILED
 
 
+class WriteError(RunError, OSError):
+    """A file that cannot be written: WriteError(errno, strerror, filename)."""
+
+    def __str__(self) -> str:
+        reason = f"cannot write {self.filename}: {self.strerror}"
+        return f"{reason}; mend that, then give the same command again."
+
+
 class Stopped(UserError):
     """A run that a signal stopped: not a fault, but told by one line and an exit status, too."""
 

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -293,6 +294,29 @@ def test_folder_of_save_to_disk(tmp_path):
         assert read_prompts(str(tmp_path / name)).prompts == UNIQUE
         assert "(there: 'caption', 'n')" in complaint(str(tmp_path / name), column="text")
     assert "no split 'test', only train" in complaint(str(tmp_path / "splits"), split="test")
+
+
+@pytest.mark.parametrize("name", ["a [1] b", "a ? b", "a * b", "a [!x] b", "a ** b"])
+def test_a_folder_that_exists_is_no_pattern(tmp_path, monkeypatch, name):
+    for decoy in ("a 1 b", "a z b"):
+        write_parquet(tmp_path / decoy / "train.parquet", ["of another folder"])
+        (tmp_path / decoy / "csv").mkdir()
+        write(tmp_path / decoy / "csv" / "train.csv", "caption\nof another folder\n")
+    folder = tmp_path / name
+    write_parquet(folder / "train-00000-of-00001.parquet", CAPTIONS)
+    write_parquet(folder / "test.parquet", ["a test"])
+    (folder / "csv").mkdir()
+    write(folder / "csv" / "train.csv", "caption\na fox\n")
+    datasets.Dataset.from_dict({"caption": CAPTIONS}).save_to_disk(folder / "disk")
+    monkeypatch.chdir(tmp_path)
+    for source in (str(folder / "csv"), f"{name}/csv"):
+        assert read_prompts(source).prompts == ("a fox",)
+    assert read_prompts(str(folder / "disk")).prompts == UNIQUE
+    for other in ("csv", "disk"):
+        shutil.rmtree(folder / other)
+    assert read_prompts(str(folder)).prompts == UNIQUE
+    assert read_prompts(str(folder), split="test").prompts == ("a test",)
+    assert "'train'" in complaint(str(folder), split="validation")
 
 
 def test_empty_folder(tmp_path):

@@ -174,6 +174,22 @@ def test_columns_that_do_not_fit(tmp_path, columns, message):
         open_split(fill(PairData, values), "train")
 
 
+@pytest.mark.parametrize("name", ["a [1] b", "a ? b", "a * b"])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_folder_that_exists_is_no_pattern(tmp_path, name, streaming):
+    write_splits(tmp_path / "a 1 b", [make_row(9)] * 5, [make_row(9)])
+    write_splits(tmp_path / name, [make_row(0), make_row(1)], [make_row(2)])
+    for source, split, seeds in (
+        (name, "train", (0, 1)),
+        (name, "validation_unique", (2,)),
+        ("a 1 b", "train", (9,) * 5),
+    ):
+        found = list(open_split(data_source(tmp_path / source, streaming), split))
+        assert [row["jpg_0"] for row in found] == [make_row(seed)["jpg_0"] for seed in seeds]
+    with pytest.raises(UserError, match="no files of split '.'"):
+        open_split(data_source(tmp_path / name, streaming), "*")
+
+
 @pytest.mark.parametrize(
     ("source", "split", "message"),
     [

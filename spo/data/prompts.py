@@ -8,7 +8,9 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from glob import escape, has_magic
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import hf_hub_download
 from tqdm import tqdm
@@ -45,6 +47,10 @@ class PromptSet:
             notes.append(f"{len(self.prompts):,} drawn with seed {self.seed}")
         notes += self.notes
         return f"{len(self.prompts):,} prompts from {self.source} ({'; '.join(notes)})"
+
+    def digest(self) -> str:
+        """Returns what tells these prompts from others: the SHA-256 of them and their order."""
+        return hashlib.sha256(json.dumps(list(self.prompts)).encode()).hexdigest()
 
 
 def read_prompts(
@@ -175,12 +181,17 @@ def _open_dataset(source: str, split: str, column: str, revision: str | None):
     if saved is not None:
         check_column(source, column, saved.column_names)
         return saved.select_columns([column])
-    options = {"split": split, "revision": revision, "streaming": True}
+    options: dict[str, Any] = {"split": split, "revision": revision, "streaming": True}
+    if Path(source).is_dir() and has_magic(folder := str(Path(source).resolve())):
+        # `datasets` takes the folder's name for a pattern, too.
+        found = datasets.data_files.get_data_patterns(escape(folder)).items()
+        files = {name: [f"{escape(folder)}/{each}" for each in each_of] for name, each_of in found}
+        options["data_files"] = files
     rows = datasets.load_dataset(source, **options)
     names = rows.column_names or list(next(iter(rows), {}))  # some formats tell only by a row
     check_column(source, column, names)
     try:  # Parquet then fetches this column only, and so no images
-        return datasets.load_dataset(source, columns=[column], **options)
+        return datasets.load_dataset(source, **options, columns=[column])
     except (TypeError, ValueError):  # other formats do not know `columns`
         return rows.select_columns([column])
 

@@ -10,6 +10,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
+from spo.atomic import write_file
 from spo.errors import UserError
 from spo.publish.record import public_values
 from spo.run.pictures import read_picture
@@ -29,7 +30,7 @@ def write_page(path: Path, template: str, **values: Any) -> Path:
     """Writes the page that `template` makes of `values`, with every text in them escaped."""
     html = _PAGES.get_template(template).render(values)
     # A command line may hold bytes that are no text: they become question marks.
-    path.write_text(html, encoding="utf-8", errors="replace")
+    write_file(path, html.encode(errors="replace"))
     return path
 
 

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from glob import escape
 from pathlib import Path
 
 import datasets
@@ -149,10 +150,14 @@ def _open(data: PairData, split: str) -> Dataset | IterableDataset:
 
 
 def _files(folder: Path, split: str) -> tuple[str, list[str]]:
-    """Returns the builder and the files of a split; raises UserError if there are none."""
+    """Returns the builder and the files of a split, escaped: `datasets` takes names for patterns.
+
+    Raises UserError if there are none.
+    """
+    name = escape(split)
     for suffix, kind in _KINDS.items():
-        patterns = (f"{split}-*{suffix}", f"{split}{suffix}", f"{split}/*{suffix}")
+        patterns = (f"{name}-*{suffix}", f"{name}{suffix}", f"{name}/*{suffix}")
         found = [f for p in patterns for where in ("", "data/") for f in folder.glob(where + p)]
         if found:
-            return kind, sorted(map(str, found))
+            return kind, [escape(file) for file in sorted(map(str, found))]
     raise UserError(f"{folder} holds no files of split {split!r}: {', '.join(_KINDS)}.")

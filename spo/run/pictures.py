@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 
-from spo.atomic import write_file
+from spo.atomic import naming, write_file
 from spo.errors import first_line
 
 # What a scorer keeps of a pixel takes up to 80 bytes: this is 2.7 GB, and 8K video has as many.
@@ -87,12 +87,13 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     return Image.fromarray((levels / 257).round().astype(np.uint8))
 
 
-def write_png(path: Path, image: Image.Image, text: Mapping[str, str]) -> None:
-    """Saves a PNG with `text` in it, whole or not at all."""
+def write_png(path: Path, image: Image.Image, text: Mapping[str, str] = {}) -> None:
+    """Saves a PNG with `text` in it, whole or not at all, and its folder if missing."""
     chunks = PngImagePlugin.PngInfo()
     for key, value in text.items():
         chunks.add_itxt(key, value)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
     with io.BytesIO() as png:
         image.save(png, "png", pnginfo=chunks)
         write_file(path, png.getvalue())
