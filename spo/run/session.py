@@ -9,6 +9,7 @@ from typing import Any
 from tqdm import tqdm
 
 from spo.command_line.config_files import save_config
+from spo.command_line.flags import is_orphan
 from spo.errors import Stopped, UserError
 from spo.hub import Destination
 from spo.launch.processes import StopSignals
@@ -126,8 +127,9 @@ class Session:
             except Stopped as stopped:
                 folder = save_checkpoint()
                 self.close()
+                why = "as the launcher was killed" if is_orphan() else "by a signal"
                 raise Stopped(
-                    f"by a signal; everything is in {folder}: the same command with "
+                    f"{why}; everything is in {folder}: the same command with "
                     f"--config.run_name={self.run_dir.name} --config.resume_from=auto goes on."
                 ) from stopped
 
