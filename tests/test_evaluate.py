@@ -28,6 +28,7 @@ from spo.lora_io.model_spec import read_specs
 from spo.lora_io.read import read_lora_file
 from spo.lora_io.write import save_lora, write_peft
 from spo.models.backbone import ModelSource
+from spo.run.folder import locked
 from spo.scorers import ImageScorer, image_scorer, named_files
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -367,6 +368,17 @@ def test_a_lora_of_another_base_is_one_line(config, tmp_path):
         evaluate(changed(config, models=("base", f"xl={lora}")))
     # What the base had drawn is there, and the next call takes it up.
     assert len(list(folder_of(config).rglob("base/*.png"))) == 6
+
+
+def test_an_evaluation_that_runs_is_left_alone(config):
+    evaluate(config)
+    before = contents(folder_of(config))
+    with (
+        locked(folder_of(config)),
+        pytest.raises(UserError, match="^run_name: .* is in use by pro"),
+    ):
+        evaluate(changed(config, models=("base",)))
+    assert contents(folder_of(config)) == before
 
 
 def test_an_evaluation_is_not_mixed_with_another(config, tmp_path):

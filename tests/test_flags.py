@@ -168,6 +168,32 @@ def test_other_texts_with_colons_are_no_code(tmp_path, text):
     assert parse(tmp_path, "--config=mine.json")["run_name"] == text
 
 
+GROUP = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}
+ADDRESS = {"MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+
+
+@pytest.mark.parametrize(
+    ("left", "message"),
+    [
+        ({"LOCAL_RANK": "3"}, "unknown key train.betta"),
+        ({"LOCAL_RANK": "x", "WORLD_SIZE": "4"}, "unknown key train.betta"),
+        ({"RANK": "1", "WORLD_SIZE": "2", **ADDRESS}, "unknown key train.betta"),
+        (GROUP, "several processes, but without a proper MASTER_ADDR, MASTER_PORT it"),
+        ({**GROUP, **ADDRESS, "RANK": "one"}, "but without a proper RANK it"),
+        ({**GROUP, **ADDRESS}, None),  # the first process of the machine says it
+        ({**GROUP, **ADDRESS, "LOCAL_RANK": "0"}, "unknown key train.betta"),
+    ],
+)
+def test_what_a_cluster_left_in_the_environment(tmp_path, monkeypatch, left, message):
+    for name in (*GROUP, *ADDRESS):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in left.items():
+        monkeypatch.setenv(name, value)
+    result = run(tmp_path, ROOT / "train_sd15.py", "--config.train.betta=5")
+    assert result.returncode == 2
+    assert result.stderr.count("\n") == (message is not None) and (message or "") in result.stderr
+
+
 def test_run_would_notice_torch(tmp_path):
     (tmp_path / "script.py").write_text("import torch\n")
     assert run(tmp_path, tmp_path / "script.py").returncode == 3

@@ -17,11 +17,17 @@ from ml_collections import ConfigDict, config_flags
 from spo.command_line.config_files import BASE, Base, leaves, load_config, suggest
 from spo.errors import FAILED, UserError, in_one_line
 
+# A line for every attempt to reach the Hub is too much; what fails in the end is an error of ours.
+os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+
 # absl lists a flag under the module that defines it: let that be the script, not this file.
 flags.disclaim_key_flags()
 
 FLAGS = flags.FLAGS
 LAUNCHER_VARIABLE = "SPO_LAUNCHER_PID"  # set by spo.launch for the processes that it starts
+# The process that started this one, if it was a launcher: spo.launch, torchrun or accelerate.
+_LAUNCHER = os.getppid() if os.environ.keys() & {LAUNCHER_VARIABLE, "TORCHELASTIC_RUN_ID"} else None
+NUMBERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE")  # of one of several processes, as torchrun sets them
 ERROR_LENGTH = 1500  # characters of a line on stderr
 OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]+)")
 
@@ -55,21 +61,41 @@ def exit_on_user_error() -> Iterator[None]:
     Of several processes that spo.launch started, it prints the error of the one that failed first.
     """
     try:
+        _join_the_others()
         yield
     except Exception as error:
         if not _left_to_launcher(error):
             if not isinstance(error, UserError):
                 raise
-            # LOCAL_RANK is set if several processes were started.
             if os.environ.get("LOCAL_RANK", "0") == "0":
                 print(f"{error.label}: {in_one_line(error, ERROR_LENGTH)}", file=sys.stderr)
         sys.exit(getattr(error, "exit_status", FAILED))
 
 
+def _join_the_others() -> None:
+    """Deletes what a cluster left of `NUMBERS`; raises UserError if a part of a group's is there."""
+    needed = (*NUMBERS, "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in needed if not os.environ.get(name)]
+    missing += [n for n in NUMBERS if n not in missing and not os.environ[n].isdecimal()]
+    if not missing:
+        return
+    found = [name for name in NUMBERS if os.environ.pop(name, None) is not None]
+    if {"RANK", "LOCAL_RANK"} <= {*found}:
+        raise UserError(
+            f"environment: {', '.join(found)} make this one of several processes, but without a proper "
+            f"{', '.join(missing)} it cannot find the others: unset them, or start by spo.launch."
+        )
+
+
+def is_orphan() -> bool:
+    """Tells if a launcher started this process and was killed."""
+    return _LAUNCHER not in (None, os.getppid())
+
+
 def _left_to_launcher(error: Exception) -> bool:
     """Writes `error` to the file that torch's launcher reads; False without spo.launch."""
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if file is None or LAUNCHER_VARIABLE not in os.environ:
+    if file is None or LAUNCHER_VARIABLE not in os.environ or is_orphan():
         return False
     if not os.path.exists(file):  # else spo.launch.workers has written it
         from torch.distributed.elastic.multiprocessing.errors import get_error_handler

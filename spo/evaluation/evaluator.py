@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -34,7 +35,7 @@ from spo.method.health import check_images
 from spo.models.backbone import Backbone
 from spo.models.loading import check_source, model_source
 from spo.models.plain_images import sample_images
-from spo.run.folder import CONFIG, TABLE, run_folder, versions
+from spo.run.folder import CONFIG, TABLE, locked, run_folder, versions
 from spo.run.session import Session
 from spo.scorers import check_scorer, image_scorer, load_scorer, named_files
 from spo.scorers.pixels import to_pil
@@ -102,11 +103,12 @@ def plan_evaluation(config: ConfigDict, num_processes: int) -> EvaluationPlan:
 
 def evaluate(config: ConfigDict) -> None:
     """Draws, scores, compares and reports; raises UserError, before models load if possible."""
-    with Workers(config.rank_timeout) as workers:
+    with Workers(config.rank_timeout) as workers, ExitStack() as held:
         plan = None
         with workers.together():
             if workers.is_main:
                 plan = plan_evaluation(config, workers.count)
+                held.enter_context(locked(plan.folder))
                 _open_folder(plan, json.loads(config.to_json()))
         Evaluation(workers.from_main(plan), config.to_dict(), workers).run()
 

@@ -16,7 +16,6 @@ from spo.evaluation.contents import lora_content
 from spo.lora_io.model_spec import IMAGE_SUFFIXES, ModelSpec
 from spo.models.backbone import DTYPES
 from spo.models.plain_images import ImageSettings
-from spo.run.folder import file_digest
 from spo.run.pictures import open_picture, read_picture, write_png
 
 

@@ -42,12 +42,13 @@ def train_preference_model(config: ConfigDict) -> None:
     Raises UserError for bad input before any model loads, RunError if a run cannot continue, and
     Stopped after a signal.
     """
-    with Workers(config.rank_timeout) as workers:
+    with Workers(config.rank_timeout) as workers, contextlib.ExitStack() as held:
         checked = None
         with workers.together():
             if workers.is_main:
                 checked = check_training(config, workers.count)
-                open_run_dir(checked.run_dir, checked.recipe.config, checked.resume.damaged)
+                run = open_run_dir(checked.run_dir, checked.recipe.config, checked.resume)
+                held.enter_context(run)
         PreferenceTrainer(workers.from_main(checked), workers).run()
 
 
