@@ -11,7 +11,6 @@ from huggingface_hub import (
     HfApi,
     constants,
     hf_hub_download,
-    snapshot_download,
     try_to_load_from_cache,
 )
 from huggingface_hub.errors import (
@@ -23,6 +22,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import validate_repo_id
 
 from spo.command_line.values import expand
@@ -144,12 +144,23 @@ def list_files(repo: str, key: str, revision: str | None = None) -> list[str]:
     try:
         return HfApi().list_repo_files(repo, revision=revision)
     except Exception as error:  # of whatever network library, as above
-        try:
-            folder = Path(snapshot_download(repo, revision=revision, local_files_only=True))
-        except (LocalEntryNotFoundError, HFValidationError):
+        folder = cached_snapshot(repo, revision)
+        if folder is None:
             raise UserError(f"{key}: {repo}: {why(error, repo)}") from error
         files = (path for path in folder.rglob("*") if path.is_file())
         return sorted(path.relative_to(folder).as_posix() for path in files)
+
+
+def cached_snapshot(repo: str, revision: str | None = None) -> Path | None:
+    """Returns the folder of the cached files of a repo, called by its commit; None if there is none.
+
+    `snapshot_download` would not do: it refuses a cache that does not hold all files of the repo.
+    """
+    revision = revision or "main"
+    folder = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=repo, repo_type="model"))
+    ref = folder / "refs" / revision
+    snapshot = folder / "snapshots" / (ref.read_text().strip() if ref.is_file() else revision)
+    return snapshot if snapshot.is_dir() else None
 
 
 def model_file(model: str, name: str, key: str, revision: str | None = None) -> Path:
