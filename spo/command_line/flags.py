@@ -130,9 +130,9 @@ def changed(config: ConfigDict, changes: str) -> ConfigDict:
 def _lay_over(config: ConfigDict, argv: list[str], values: flags.FlagValues) -> list[str]:
     """Applies the overrides in `argv` to `config`; returns the arguments that are not flags."""
     known = list(leaves(config))
-    for key in overridden(argv):
-        if key not in known:
-            raise UserError(f"config: unknown key {key}{suggest(key, known)}")
+    for match in filter(None, map(OVERRIDE.match, argv)):
+        if match[1] not in known:
+            raise UserError(f"config: unknown key {match[1]}{suggest(match[1], known)}")
     try:
         # Replaces define_config's flag, and defines a flag for each override.
         config_flags.DEFINE_config_dict(

@@ -14,8 +14,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 from spo.atomic import write_file
 from spo.errors import first_line
 
-# What a scorer keeps of a pixel takes up to 80 bytes: this is 2.7 GB, and 8K video has as many.
-MAX_PIXELS = 2**25
+MAX_PIXELS = 2**25  # as many as 8K video has; the memory of a scorer grows by 1.1 GB for them
 MAX_RATIO = 50  # longer side over the shorter one, which scorers resize to some hundred pixels
 # PIL warns of sizes that are refused here.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
