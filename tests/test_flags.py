@@ -122,18 +122,18 @@ def test_bad_command_lines_are_one_line_before_torch(tmp_path, arguments, messag
 CODE = [
     ("algorithm", "algorithm"),
     ("preference.scorer", "preference.scorer"),
-    ("preference.kwargs", "preference.kwargs.hooks"),
+    ("preference.kwargs", "preference.kwargs.hooks.y"),
     ("sample.pairing", "sample.pairing"),
     ("sample.timesteps", "sample.timesteps"),
     ("run_name", "run_name"),  # whatever the key: nobody has to remember a new one
-    ("train.loss_kwargs", "train.loss_kwargs.hooks"),
+    ("train.loss_kwargs", "train.loss_kwargs.hooks.y"),
 ]
 
 
 @pytest.mark.parametrize(("key", "named"), CODE)
 def test_a_json_file_alone_names_no_code(tmp_path, key, named):
     (tmp_path / "trap.py").write_text("raise SystemExit('sprung')\n")
-    value = {"hooks": ["x", {"y": "trap:make"}]} if named.endswith("hooks") else "trap:make"
+    value = {"hooks": ["x", {"y": "trap:make"}]} if named.endswith("hooks.y") else "trap:make"
     section, _, name = key.rpartition(".")
     values = {section: {name: value}} if section else {name: value}
     (tmp_path / "mine.json").write_text(json.dumps(values))

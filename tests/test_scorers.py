@@ -107,13 +107,16 @@ def test_the_processors_sizes(processor_with, size, crop, resized):
 @pytest.mark.parametrize(
     ("file", "changes", "message"),
     [
-        ("preprocessor_config.json", {"size": {"longest_edge": 32}}, "cut no square"),
-        ("preprocessor_config.json", {"size": {"height": 32, "width": 16}}, "cut no square"),
-        ("preprocessor_config.json", {"do_center_crop": False}, "cut no square"),
-        ("preprocessor_config.json", {"size": 24}, "cut no square"),
+        ("preprocessor_config.json", {"size": {"longest_edge": 32}}, "cannot be loaded"),
+        ("preprocessor_config.json", {"size": {"height": 32, "width": 16}}, "cuts no square"),
+        ("preprocessor_config.json", {"do_center_crop": False}, "cuts no square"),
+        ("preprocessor_config.json", {"size": 24}, "cuts no square"),
         ("preprocessor_config.json", {"crop_size": {"height": 32, "width": 16}}, "no square"),
         ("preprocessor_config.json", {"crop_size": 16}, "16 x 16 pixels .* takes 32 x 32 pixels"),
+        ("preprocessor_config.json", {"image_std": [0, 0, 0]}, "cuts no square"),
+        ("preprocessor_config.json", {"image_mean": 0.5}, "not iterable"),
         ("tokenizer_config.json", {"model_max_length": None}, "has no model_max_length"),
+        ("tokenizer_config.json", {"model_max_length": "77"}, "cannot be loaded"),
         ("tokenizer_config.json", {"model_max_length": 78}, "78 tokens, but .* 77 tokens"),
     ],
 )

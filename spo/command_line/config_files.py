@@ -44,30 +44,27 @@ def load_config(path: str, base: Base = BASE, said: Collection[str] | None = Non
     config = _run_python(REPO_ROOT / base)
     _overlay(config, values, path, base)
     if said is not None and path.endswith(".json"):
-        _refuse_code(config, path, said)
+        _refuse_code(values, path, said)
     return config
 
 
-def _refuse_code(config: ConfigDict, path: str, said: Collection[str]) -> None:
+def _refuse_code(values: dict, path: str, said: Collection[str]) -> None:
     """Raises UserError if a key that is not in `said` names code: `path` may be somebody else's."""
-    for key, value in leaves(config).items():
-        code = next(filter(names_code, _texts(value)), None)
-        if code is not None and not any(f"{key}.".startswith(f"{name}.") for name in said):
-            every = value if isinstance(value, tuple | list) else [value]
-            again = " ".join(f"--config.{key}={item}" for item in every)
+    for key, text in _texts(values):
+        if names_code(text) and not any(f"{key}.".startswith(f"{name}.") for name in said):
             raise UserError(
-                f"{key}: {code!r} in {path} may be code, which a .json file alone does not run; if you "
-                f"trust it, say it on the command line, too: {again}"
+                f"{key}: {text!r} in {path} may be code, which a .json file alone does not run; if you "
+                f"trust it, say it on the command line, too: --config.{key}={text}"
             )
 
 
-def _texts(value: object) -> Iterator[str]:
-    """Yields the texts in a value of a config, however deep."""
+def _texts(value: object, key: str = "") -> Iterator[tuple[str, str]]:
+    """Yields every text in a value of a .json file, with its dotted key."""
     if isinstance(value, str):
-        yield value
-    elif isinstance(value, tuple | list | Mapping):
-        for item in value.values() if isinstance(value, Mapping) else value:
-            yield from _texts(item)
+        yield key, value
+    elif isinstance(value, dict | list):
+        for name, item in value.items() if isinstance(value, dict) else (("", v) for v in value):
+            yield from _texts(item, ".".join(filter(None, (key, name))))
 
 
 def save_config(values: Mapping[str, Any], path: Path) -> None:

@@ -159,9 +159,9 @@ def _lay_over(config: ConfigDict, argv: list[str], values: flags.FlagValues) -> 
     # options.hpsv2.1.model, as errors write it, is options["hpsv2.1"].model.
     dotted = {re.sub(r'\["(.+?)"\]', r".\1", key): key for key in known}
     argv = [OVERRIDE.sub(lambda m: m[0].replace(m[1], dotted.get(m[1], m[1])), a) for a in argv]
-    for key in overridden(argv):
-        if key not in known:
-            raise UserError(f"config: unknown key {key}{suggest(key, known)}")
+    for match in filter(None, map(OVERRIDE.match, argv)):
+        if match[1] not in known:
+            raise UserError(f"config: unknown key {match[1]}{suggest(match[1], known)}")
     try:
         # Replaces define_config's flag, and defines a flag for each override.
         config_flags.DEFINE_config_dict(

@@ -84,7 +84,8 @@ def image_set(folder: Path, spec: ModelSpec, prompts: Sequence[str]) -> ImageSet
         )
     for path in paths:
         try:
-            open_picture(path).close()
+            with open_picture(path):
+                pass
         except ValueError as error:
             raise UserError(f"models: {path} cannot be scored as an image ({error}).") from error
     return ImageSet(spec.name, tuple(paths))

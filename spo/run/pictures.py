@@ -4,7 +4,7 @@ import contextlib
 import io
 import textwrap
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,8 +14,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 from spo.atomic import naming, write_file
 from spo.errors import first_line
 
-# What a scorer keeps of a pixel takes up to 80 bytes: this is 2.7 GB, and 8K video has as many.
-MAX_PIXELS = 2**25
+MAX_PIXELS = 2**25  # as many as 8K video has; the memory of a scorer grows by 1.1 GB for them
 MAX_RATIO = 50  # longer side over the shorter one, which scorers resize to some hundred pixels
 # PIL warns of sizes that are refused here.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
@@ -32,37 +31,35 @@ class Cell:
     frame: str | None = None
 
 
-def open_picture(file: Path | str | bytes) -> Image.Image:
-    """Opens the image in a file or in encoded bytes; raises ValueError if it is none or is too large.
+@contextlib.contextmanager
+def open_picture(file: Path | str | bytes) -> Iterator[Image.Image]:
+    """Opens the image in a file or in encoded bytes, not decoded yet.
 
-    Its size is looked at before its pixels: a small file may hold more than fits into memory.
+    Its size is looked at before its pixels: a small file may hold more than fits into memory. Raises
+    ValueError if it is too large or no image, and for whatever fails while it is open.
     """
     try:
-        image = Image.open(io.BytesIO(file) if isinstance(file, bytes) else file)
+        with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
+            short, long = sorted(image.size)
+            if short * long > MAX_PIXELS or long > MAX_RATIO * short:
+                limit = f"at most {MAX_PIXELS:,} pixels, and {MAX_RATIO} times as long as wide"
+                raise ValueError(f"{image.width} x {image.height} pixels, where {limit} are read")
+            yield image
     except Exception as error:  # which one depends on the format, and on where the damage is
         raise ValueError(first_line(error)) from error
-    width, height = image.size
-    if width * height > MAX_PIXELS or max(width, height) > MAX_RATIO * min(width, height):
-        image.close()
-        limit = f"at most {MAX_PIXELS:,} pixels, and {MAX_RATIO} times as long as wide, are read"
-        raise ValueError(f"{width} x {height} pixels; {limit}")
-    return image
 
 
 def read_picture(file: Path | str | bytes) -> Image.Image:
     """Returns an image in RGB as a person sees it: upright, over white, of whatever mode and depth.
 
-    Raises ValueError for what `open_picture` refuses, for damage, and for numbers without a white.
+    Raises ValueError as `open_picture`, and for numbers that do not tell which of them is white.
     """
     with open_picture(file) as image:
-        try:
-            seen, info = _eight_bits(image), image.info
-            if seen.has_transparency_data:
-                seen = seen.convert("RGBA")
-                seen = Image.alpha_composite(Image.new("RGBA", seen.size, "white"), seen)
-            seen = seen.convert("RGB")
-        except Exception as error:  # as above
-            raise ValueError(first_line(error)) from error
+        seen, info = _eight_bits(image), image.info
+        if seen.has_transparency_data:
+            seen = seen.convert("RGBA")
+            seen = Image.alpha_composite(Image.new("RGBA", seen.size, "white"), seen)
+        seen = seen.convert("RGB")
     seen.info = {name: value for name, value in info.items() if name != "transparency"}
     with contextlib.suppress(Exception):  # a damaged EXIF block turns nothing
         ImageOps.exif_transpose(seen, in_place=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 from transformers import AutoTokenizer, CLIPConfig, CLIPModel
 
@@ -20,7 +21,7 @@ from transformers.tokenization_utils_base import LARGE_INTEGER
 
 from spo.command_line.values import require_choice
 from spo.data.token_lengths import readable
-from spo.errors import LOAD_ERRORS, UserError, first_line
+from spo.errors import UserError, first_line
 from spo.hub import PREFETCH, model_file
 from spo.models.weights import load_network
 from spo.scorers.state_dicts import check_packed
@@ -77,6 +78,7 @@ class CLIPInputs:
             self.prepare = _preparation(self.image_processor)
             if self.tokenizer.model_max_length >= LARGE_INTEGER:
                 raise ValueError("its tokenizer_config.json has no model_max_length; 77 in CLIPs")
+            self.tokenize([""])
 
     def tokenize(self, prompts: Sequence[str]) -> Tensor:
         """Returns token ids (B, L), padded and truncated to the tokenizer's own length L."""
@@ -86,17 +88,19 @@ class CLIPInputs:
 
 
 def _preparation(processor: CLIPImageProcessorPil) -> ImagePreparation:
-    """Returns the same preparation for tensors; raises ValueError for sizes that no CLIP takes."""
-    size, crop = dict(processor.size or {}), dict(processor.crop_size or {})
-    cut = crop if processor.do_center_crop else size
-    squares = {cut.get("height"), cut.get("width")}
-    if size.keys() not in ({"shortest_edge"}, {"height", "width"}) or (
-        len(squares) > 1 or not 0 < (max(squares) or 0) <= min(size.values())
+    """Returns the same preparation for tensors; raises ValueError if it makes no squares."""
+    found = processor(images=Image.new("RGB", (3, 2)), return_tensors="pt").pixel_values[0]
+    square, size = found.shape[-1], dict(processor.size)
+    if (
+        size.keys() not in ({"shortest_edge"}, {"height", "width"})
+        or found.shape != (3, square, square)
+        or not found.isfinite().all()
+        or square > min(size.values())
     ):
-        raise ValueError(f"size {size} and crop_size {crop} cut no square out of every image")
-    resized = size.get("shortest_edge") or (size["height"], size["width"])
+        raise ValueError(f"it cuts no square out of every image (size {size})")
     mean, std = tuple(processor.image_mean), tuple(processor.image_std)
-    return ImagePreparation(max(squares), mean, std, resized)
+    resized = size.get("shortest_edge") or (size["height"], size["width"])
+    return ImagePreparation(square, mean, std, resized)
 
 
 @contextlib.contextmanager
@@ -104,7 +108,7 @@ def loading(model: str, key: str) -> Iterator[None]:
     """Raises UserError that names `model` and the config `key` if transformers cannot load it."""
     try:
         yield
-    except LOAD_ERRORS as error:
+    except Exception as error:  # which one depends on what is odd in the files
         reason = f"{model!r} cannot be loaded ({first_line(error)})"
         raise UserError(f"{key}: {reason}; to download it: {PREFETCH}") from error
 

@@ -145,8 +145,6 @@ def _sizes(weights: Mapping[str, Tensor], mlp: str, head_width: int) -> dict[str
     numbers = [re.search(r"encoder\.layers?\.(\d+)\.", name) for name in weights]
     depth = 1 + max((int(number[1]) for number in numbers if number), default=-1)
     shapes = [weight.shape for name, weight in weights.items() if name.endswith(mlp)]
-    if not shapes:
-        raise LookupError(f"every {mlp.strip('.')} is missing")
     inner, width = shapes[0]
     # Nothing but its width tells that a tower lacks its last layers.
     if depth != _DEPTHS.get(width, depth):
