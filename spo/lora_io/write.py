@@ -80,7 +80,9 @@ class LoraWeights:
         modules = {
             name: module
             if module.alpha == module.rank
-            else LoraModule(module.down, module.up * (module.alpha / module.rank), module.rank)
+            else LoraModule(
+                module.down, module.up * (module.alpha / module.rank), float(module.rank)
+            )
             for name, module in self.modules.items()
         }
         header = dict(self.header)

@@ -7,6 +7,7 @@ that a card can be updated without the files of the other runs.
 import json
 import re
 from collections.abc import Iterable, Iterator
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -135,12 +136,12 @@ def _quoted(text: str) -> str:
 
 def _plain(text: object) -> str:
     """Returns a text in one line, with nothing in it that Markdown or HTML would take for its own."""
-    special = r"(?<![^\W_])_|_(?![^\W_])|[\\`*<>|~$&\[\]]"  # an underscore within a word is none
-    return re.sub(special, r"\\\g<0>", " ".join(str(text).split()))
+    special = r"(?<![^\W_])_|_(?![^\W_])|[\\`*|~$\[\]]"  # an underscore within a word is none
+    return re.sub(special, r"\\\g<0>", escape(" ".join(str(text).split()), quote=False))
 
 
 def _results_table(results: Results) -> str:
-    return re.sub("[<>]", r"\\\g<0>", summary_table(results))
+    return escape(summary_table(results), quote=False)
 
 
 def training_facts(record: RunRecord) -> dict[str, object]:
