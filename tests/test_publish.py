@@ -33,8 +33,8 @@ from spo.evaluation.results import (
     write_results,
 )
 from spo.hub import Destination, is_hub_id, public_name
+from spo.lora_io import find
 from spo.lora_io.convert import convert_lora
-from spo.lora_io.find import find_lora
 from spo.lora_io.read import read_lora_file
 from spo.lora_io.write import KOHYA_FILE, save_lora
 from spo.method.build import read_recipe
@@ -185,7 +185,8 @@ def test_the_lora_for_other_programs_beside_that_for_diffusers(hub, run_dir, tmp
     monkeypatch.setattr(lora_base, "model_info", huggingface_hub.HfApi().model_info)
     assert lora_base._best_guess_weight_name("user/name") == LORA
     assert lora_base._best_guess_weight_name(str(folder)) == LORA
-    assert find_lora("user/name", "SOURCE").name == find_lora(str(folder), "SOURCE").name == LORA
+    assert find._choose(sorted(hub.files("user/name")), "user/name", "SOURCE") == LORA
+    assert find.find_lora(str(folder), "SOURCE").name == LORA
 
 
 def test_alpha_is_a_part_of_the_published_weights(run_dir):
