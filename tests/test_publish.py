@@ -259,10 +259,14 @@ def test_files_that_a_run_from_elsewhere_names_are_not_published(run_dir, tmp_pa
     folder, _ = lay_out(run_dir, Destination("user/name"))
     assert [p.name for p in (folder / "samples").iterdir()] == ["00.png"]
     config = load_config(str(run_dir / "config.json"))
-    config.hub.weights = "../other"
-    save_config(json.loads(config.to_json()), run_dir / "config.json")
-    with pytest.raises(UserError, match="weights: '../other' is none of policy, ema"):
-        publish.publish_run(run_dir, {"repo_id": "user/name"}, None, "", dry_run=True)
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    for key, value in (("hub.weights", "../other"), ("family", str(tmp_path / "evil"))):
+        other = config.copy_and_resolve_references()
+        other.update_from_flattened_dict({key: value})
+        save_config(json.loads(other.to_json()), run_dir / "config.json")
+        with pytest.raises(UserError, match=f"{key.rpartition('.')[2]}: '{value}' is none of"):
+            publish.publish_run(run_dir, {"repo_id": "user/name"}, None, "", dry_run=True)
+    assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize(

@@ -86,7 +86,7 @@ class LoraWeights:
             for name, module in self.modules.items()
         }
         header = dict(self.header)
-        if "alpha" in header:
+        if {"rank", "alpha"} <= header.keys():
             header["alpha"] = header["rank"]
         return replace(self, modules=modules, header=header)
 
