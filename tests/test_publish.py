@@ -179,8 +179,8 @@ def test_the_lora_for_other_programs_beside_that_for_diffusers(hub, run_dir, tmp
     converted = tmp_path / "x.safetensors"
     convert_lora(str(run_dir), "kohya", None, None, converted)
     assert (folder / KOHYA_FILE).read_bytes() == converted.read_bytes()
-    assert f"`{LORA}` is for diffusers; `{KOHYA_FILE}` is for ComfyUI, A1111, InvokeAI" in card
-    assert "alpha / rank" not in card  # is 1 here
+    assert f"\n- `{LORA}` for diffusers\n- `{KOHYA_FILE}` for ComfyUI, A1111, InvokeAI" in card
+    assert "Alpha / rank" not in card  # is 1 here
     # Whoever names no file gets diffusers' one: from the repo, from a folder, and by our own finder.
     monkeypatch.setattr(lora_base, "model_info", huggingface_hub.HfApi().model_info)
     assert lora_base._best_guess_weight_name("user/name") == LORA
@@ -211,7 +211,7 @@ def test_alpha_is_a_part_of_the_published_weights(run_dir):
         found = read_lora_file(folder / name, "SOURCE")
         assert {module.alpha for module in found.modules.values()} == {4.0}
         assert found.header["alpha"] == found.header["rank"] == "4"
-    assert "In both, alpha / rank = 0.75 of the training" in (folder / "README.md").read_text()
+    assert "Alpha / rank of the training, 0.75, is a part of" in (folder / "README.md").read_text()
     assert (run_dir / LORA).read_bytes() == before
 
 
