@@ -11,7 +11,7 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 # macOS, which tells no affinity, has two cores or more.
 cores='import os; print(min(2, len(getattr(os, "sched_getaffinity", lambda _: "12")(0))))'
 processes=$("$PYTHON" -c "$cores")
-logdir=runs run_name=tiny_$(date +%Y%m%d_%H%M%S)
+logdir=runs run_name=tiny_$(date +%Y%m%d_%H%M%S)_$RANDOM
 for argument in "$@"; do
     case $argument in
     --config.logdir=*) logdir=${argument#*=} ;;

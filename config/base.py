@@ -67,11 +67,13 @@ def get_config() -> ConfigDict:
 
     # ---- prompts to train on -------------------------------------------------------------------
     config.prompts = prompts = ConfigDict()
-    # A .json, .jsonl, .txt, .csv or .parquet file, or the Hub id of a dataset.
-    prompts.source = "yuvalkirstain/pickapic_v1"
-    prompts.split = "train"  # split of a Hub dataset
-    prompts.column = "caption"  # column (or JSON key) that holds the prompt
-    prompts.num = 4000  # unique prompts drawn from the source; 0 takes all (paper: 4,000)
+    # "official-4k" (the 4,000 of SPO and GradSPO), "pickapic-sfw" or another name in
+    # spo/data/prompt_sets.py; a .json, .jsonl, .txt, .csv or .parquet file; an https address of one,
+    # with #sha256=... behind it if its content must not change; a Hub dataset, user/name[@revision].
+    prompts.source = "official-4k"
+    prompts.split = "train"  # split of a dataset without a name of its own
+    prompts.column = "caption"  # likewise its column; or the JSON key that holds the prompt
+    prompts.num = 0  # unique prompts drawn from the source; 0 takes all, in order
     prompts.seed = 42  # seed of that draw, apart from the run's own
 
     # ---- preference model ----------------------------------------------------------------------
@@ -95,9 +97,10 @@ def get_config() -> ConfigDict:
     # ---- rollout -------------------------------------------------------------------------------
     config.sample = sample = ConfigDict()
     sample.num_steps = 20  # DDIM steps (paper, SPO)
-    # Their timesteps: "leading" (951, 901, ..., 1; official), "trailing" (999, 949, ..., 49), or
+    # Their timesteps: "model" (that of the base model's scheduler; leading for SD1.5 and SDXL),
+    # "leading" (951, 901, ..., 1), "trailing" (999, 949, ..., 49), "linspace" (999, 946, ..., 0), or
     # "module:function" of (num_steps, alphas_cumprod, steps_offset), see spo/method/ddim.py.
-    sample.timesteps = "leading"
+    sample.timesteps = "model"
     sample.eta = 1.0  # 1: as random as DDPM (paper, SPO); 0 is deterministic and cannot train
     sample.guidance_scale = 5.0  # classifier-free guidance, also in the loss; 1 turns it off
     sample.num_candidates = 4  # K: candidates drawn at each branching step (paper: 4)

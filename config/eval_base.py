@@ -33,10 +33,10 @@ def get_config() -> ConfigDict:
 
     # ---- the prompts ---------------------------------------------------------------------------
     config.prompts = prompts = ConfigDict()
-    # "pickapic_v2" (its test split: 500 prompts), "hpdv2" (3,200), "partiprompts" (1,632), or a file
+    # "pickapic_v2" (its test prompts, 487), "hpdv2" (3,200), "partiprompts" (1,632), or a file, address
     # or dataset as in config/base.py.
     prompts.source = "pickapic_v2"
-    prompts.split = "train"  # of a Hub dataset; the named ones know their own
+    prompts.split = "train"  # of a dataset; the named sets know their own
     prompts.column = "caption"  # likewise
     prompts.num = 0  # so many, drawn with prompts.seed; 0 takes all, in order
     prompts.seed = 42

@@ -48,10 +48,13 @@ def get_config() -> ConfigDict:
 
     # ---- labelled pairs of images --------------------------------------------------------------
     config.data = data = ConfigDict()
-    # Rows with the columns of Pick-a-Pic: the Hub id of a dataset, a folder of `save_to_disk`, or a
-    # folder of parquet files named by split (train-00000-of-00001.parquet).
-    data.source = "yuvalkirstain/pickapic_v1"
+    # The Hub id of a dataset, a folder of `save_to_disk`, or a folder of .parquet, .json, .jsonl or
+    # .csv files named by split (train-00000-of-00001.parquet, train.json).
+    data.source = "pickapic-anonymous/pickapic_v1"
     data.revision = placeholder(str)  # branch, tag or commit of the Hub dataset
+    # The source's names of Pick-a-Pic's columns where they differ, or a number for all rows:
+    # {"caption": "prompt", "label_0": 1}; config/spm_hpdv3.py is an example.
+    data.columns = ConfigDict()
     data.train_split = "train"  # every row with a valid label is used (SPO)
     data.validation_split = "validation_unique"  # rows with has_label are used; empty: none
     data.streaming = False  # read while training instead of keeping a copy on disk

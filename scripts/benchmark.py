@@ -10,12 +10,12 @@ same code on shapes only: FLOPs, memory, what fits on a card, hours of a whole r
 docs/performance.md explains the figures.
 """
 
-import json
 from functools import partial
 from pathlib import Path
 
 from absl import app, flags
 
+from spo.atomic import check_output, write_json
 from spo.command_line.flags import changed, define_config, exit_on_user_error, parse_flags
 from spo.errors import UserError
 
@@ -59,7 +59,7 @@ def main(_) -> None:
             figures = benchmark.print_times(loaders, rounds, REPEATS.value)
             figures = {"variants": figures} if COMPARE.value else figures["baseline"]
         if JSON.value:
-            Path(JSON.value).write_text(json.dumps(figures, indent=2) + "\n")
+            write_json(Path(JSON.value), figures)
 
 
 def check_flags() -> None:
@@ -70,6 +70,8 @@ def check_flags() -> None:
     folder = Path(JSON.value).absolute().parent
     if JSON.value and not folder.is_dir():
         raise UserError(f"--json: there is no folder {folder}; make it first.")
+    if JSON.value:
+        check_output(Path(JSON.value), "--json")
     if META.value and COMPARE.value:
         raise UserError("--meta, --compare: give one of them.")
 

@@ -9,10 +9,9 @@ curves.png and tiny_world.json into the run directory.
 """
 
 import argparse
-import json
 from dataclasses import asdict
 
-from spo.command_line.flags import exit_on_user_error
+from spo.command_line.flags import changed, exit_on_user_error, overridden
 from spo.command_line.values import path
 
 PROMPTS = "assets/tiny/prompts/held_out.txt"
@@ -25,22 +24,29 @@ def main() -> None:
     parser.add_argument("run_dir", type=path)
     parser.add_argument("--weights", choices=("policy", "ema"), default="policy")
     parser.add_argument("--num_images", type=int, default=200)
-    options = parser.parse_args()
+    # Code of the run, such as its loss, which its config.json alone does not run: --config.KEY=VALUE.
+    options, changes = parser.parse_known_args()
     with exit_on_user_error():
-        evaluate(options)
+        evaluate(options, changes)
 
 
-def evaluate(options: argparse.Namespace) -> None:
+def evaluate(options: argparse.Namespace, changes: list[str]) -> None:
     """Draws and judges the images, writes the files and prints the result."""
+    from spo.atomic import check_output, write_json
     from spo.command_line.config_files import load_config
     from spo.data.prompts import read_prompts
     from spo.evaluation.run_report import draw_curves
     from spo.method.build import read_recipe
     from spo.run.folder import CONFIG
+    from spo.run.pictures import write_png
     from spo.tiny_world.evaluation import Bench, before_and_after, compare
 
     run_dir = options.run_dir
-    recipe = read_recipe(load_config(str(run_dir / CONFIG)))
+    config = load_config(str(run_dir / CONFIG), said=overridden(changes))
+    if changes:
+        config = changed(config, ",".join(text.removeprefix("--config.") for text in changes))
+    recipe = read_recipe(config)
+    check_output(run_dir / "tiny_world.json", "RUN_DIR")
     algorithm = recipe.run.algorithm
     name = "GradSPO" if algorithm == "gradspo" else algorithm.upper()
     prompts = read_prompts(PROMPTS).prompts[: options.num_images]
@@ -48,8 +54,8 @@ def evaluate(options: argparse.Namespace) -> None:
     trained = bench.score(run_dir / "ema" if options.weights == "ema" else run_dir)
     verdict = compare(bench.base, trained)
     picture = run_dir / "tiny_world.png"
-    before_and_after(bench.base, trained, prompts, name).save(picture)
-    (run_dir / "tiny_world.json").write_text(json.dumps(asdict(verdict), indent=1) + "\n")
+    write_png(picture, before_and_after(bench.base, trained, prompts, name))
+    write_json(run_dir / "tiny_world.json", asdict(verdict))
     print(verdict.describe(name))
     print(f"pictures      {picture}, {draw_curves(run_dir)}")
 

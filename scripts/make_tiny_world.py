@@ -10,7 +10,9 @@ from to assets/tiny.
 import argparse
 from pathlib import Path
 
+from spo.atomic import naming
 from spo.command_line.config_files import REPO_ROOT
+from spo.command_line.flags import exit_on_user_error
 from spo.command_line.values import path
 from spo.tiny_world.make import install, make_world
 
@@ -25,10 +27,11 @@ def main() -> None:
         "--shorten", type=int, default=1, help="divide all steps and data by this, to try it out"
     )
     options = parser.parse_args()
-    options.out.mkdir(parents=True, exist_ok=True)
-    make_world(options.out, options.shorten)
-    if options.install:
-        install(options.out, REPO_ROOT / "assets" / "tiny")
+    with exit_on_user_error(), naming(options.out):
+        options.out.mkdir(parents=True, exist_ok=True)
+        make_world(options.out, options.shorten)
+        if options.install:
+            install(options.out, REPO_ROOT / "assets" / "tiny")
 
 
 if __name__ == "__main__":

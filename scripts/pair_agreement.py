@@ -8,11 +8,11 @@ on their scores. Each `--compare=KEY=VALUE` (decoder, threshold, preference mode
 the config itself. `--config.lora.init_from=RUN` draws them with what a run has learned.
 """
 
-import json
 from pathlib import Path
 
 from absl import app, flags
 
+from spo.atomic import check_output, write_json
 from spo.command_line.flags import changed, define_config, exit_on_user_error, parse_flags
 from spo.errors import UserError
 
@@ -34,7 +34,7 @@ def main(_) -> None:
         recipes = {name: read_recipe(config) for name, config in configs.items()}
         figures = compare_judges(recipes, ROLLOUTS.value)
         if JSON.value:
-            Path(JSON.value).write_text(json.dumps(figures, indent=2) + "\n")
+            write_json(Path(JSON.value), figures)
 
 
 def check_flags() -> None:
@@ -47,6 +47,8 @@ def check_flags() -> None:
         raise UserError(f"--rollouts: {ROLLOUTS.value} must be 1 or more.")
     if JSON.value and not Path(JSON.value).absolute().parent.is_dir():
         raise UserError(f"--json: there is no folder {Path(JSON.value).parent}; make it first.")
+    if JSON.value:
+        check_output(Path(JSON.value), "--json")
 
 
 if __name__ == "__main__":

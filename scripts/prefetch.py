@@ -1,6 +1,8 @@
-"""Downloads everything that a config needs, and checks it by loading it.
+"""Lists all downloads of the configs in config/, or makes and checks those of one config.
 
-    python scripts/prefetch.py --config=config/sdxl.py
+    python scripts/prefetch.py                            sizes, licences, cached or not
+    python scripts/prefetch.py --check                    and whether each answers
+    python scripts/prefetch.py --config=config/sdxl.py    downloads what it needs, and loads it once
     python scripts/prefetch.py --config=config/spm_sdxl.py
     python scripts/prefetch.py --config=config/eval_sdxl.py
 
@@ -9,10 +11,11 @@ Afterwards the run works offline (HF_HUB_OFFLINE=1).
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING
 
-from absl import app
+from absl import app, flags
 
 from spo.command_line.config_files import BASE, EVAL_BASE, SPM_BASE
 from spo.command_line.flags import define_config, exit_on_user_error, parse_flags
@@ -29,6 +32,14 @@ def base_of(keys: Collection[str]) -> str:
 
 
 def main(_) -> None:
+    if not NAMES_CONFIG:
+        from spo.costs.downloads import describe
+
+        print(describe(CHECK.value))
+        print(
+            "To download what one config needs: python scripts/prefetch.py --config=config/NAME.py"
+        )
+        return
     with exit_on_user_error():
         for line in prefetch(CONFIG.value):
             print(line)
@@ -113,4 +124,6 @@ def load_base_model(source: ModelSource, config: ConfigDict) -> str:
 
 if __name__ == "__main__":
     CONFIG = define_config("config/sd15.py", base=base_of)
+    CHECK = flags.DEFINE_bool("check", False, "Ask the Hub and the web for each, download nothing.")
+    NAMES_CONFIG = any(argument.lstrip("-").startswith("config") for argument in sys.argv[1:])
     app.run(main, flags_parser=parse_flags)

@@ -1,6 +1,6 @@
 """Draws unique prompts with a seed, and writes them to a file that `prompts.source` can name.
 
-python scripts/prepare_prompts.py --num=4000 --output=prompts.json
+python scripts/prepare_prompts.py --source=pickapic-sfw --num=4000 --output=prompts.json
 python scripts/prepare_prompts.py --source=captions.csv --column=text --num=500 --output=eval.txt
 """
 
@@ -8,6 +8,7 @@ import argparse
 import json
 from pathlib import Path
 
+from spo.atomic import check_output, write_file
 from spo.command_line.flags import exit_on_user_error
 from spo.command_line.values import path
 from spo.data.prompts import read_prompts
@@ -18,12 +19,12 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--source",
-        default="yuvalkirstain/pickapic_v1",
-        help="file, folder of a dataset, or Hub id of one, as config.prompts.source (%(default)s)",
+        default="official-4k",
+        help="name, file, folder, https address or Hub id, as config.prompts.source (%(default)s)",
     )
     parser.add_argument("--split", default="train", help="split of a dataset (%(default)s)")
     parser.add_argument("--column", default="caption", help="holds the prompt (%(default)s)")
-    parser.add_argument("--num", type=int, default=4000, help="0 takes all (%(default)s)")
+    parser.add_argument("--num", type=int, default=0, help="0 takes all, in order (%(default)s)")
     parser.add_argument("--seed", type=int, default=42, help="seed of the draw (%(default)s)")
     parser.add_argument("--output", type=path, required=True, help="a .json or .txt file")
     return parser.parse_args()
@@ -44,14 +45,14 @@ def write_prompts(prompts: tuple[str, ...], output: Path) -> None:
                 f"keep, the first {broken[0][:60]!r}; write a .json file"
             )
         text = "\n".join(prompts)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(text + "\n", encoding="utf-8")
+    write_file(output, f"{text}\n".encode())
 
 
 def main() -> None:
     args = parse_args()
     if args.output.suffix not in (".json", ".txt"):
         raise UserError(f"--output: {args.output} must end in .json or .txt")
+    check_output(args.output, "--output")
     found = read_prompts(
         args.source, split=args.split, column=args.column, num=args.num, seed=args.seed
     )

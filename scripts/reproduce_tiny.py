@@ -11,6 +11,7 @@ import argparse
 import os
 from pathlib import Path
 
+from spo.command_line.flags import exit_on_user_error
 from spo.command_line.values import path
 from spo.tiny_world.reproduce import ARMS, QUICK, STUDENT, reproduce
 
@@ -26,7 +27,8 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     options = parser.parse_args()
     arms = options.arms or (QUICK if options.quick else tuple(ARMS))
-    print(reproduce(arms, options.seeds, options.out, options.processes))
+    with exit_on_user_error():
+        print(reproduce(arms, options.seeds, options.out, options.processes))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from absl import app, flags
 
+from spo.atomic import check_output
 from spo.command_line.flags import define_config, exit_on_user_error, parse_flags
 from spo.errors import UserError
 
@@ -26,13 +27,14 @@ def main(_) -> None:
         out = Path(OUT.value)
         if out.suffix != ".png":
             raise UserError(f"--out: {out} must end in .png")
-        out.parent.mkdir(parents=True, exist_ok=True)
+        check_output(out, "--out")
 
         from spo.evaluation.rollout_picture import draw_rollout  # torch takes seconds to load
         from spo.method.build import read_recipe
+        from spo.run.pictures import write_png
 
         recipe = read_recipe(CONFIG.value)
-        draw_rollout(recipe, PROMPT.value, LORA.value, SEED.value).save(out)
+        write_png(out, draw_rollout(recipe, PROMPT.value, LORA.value, SEED.value))
         print(f"picture: {out}")
 
 

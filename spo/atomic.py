@@ -2,15 +2,17 @@
 
 import contextlib
 import errno
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, TemporaryFile
+from typing import Any
 
 from safetensors import SafetensorError
 
-from spo.errors import RunError, UserError
+from spo.errors import RunError, UserError, WriteError, first_line
 
 PARTIAL = ".partial"  # ends the names of incomplete files and folders
 
@@ -29,22 +31,43 @@ def writing(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Yields a temporary path that atomically replaces the file `path` on exit."""
-    partial = path.with_name(path.name + PARTIAL)
+def naming(path: Path) -> Iterator[None]:
+    """Turns an OSError within the context into a WriteError that names `path`."""
     try:
-        yield partial
-        sync_file(partial)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-    sync_folder(path.parent)
+        yield
+    except WriteError:
+        raise
+    except OSError as error:
+        raise WriteError(error.errno, error.strerror or first_line(error), str(path)) from error
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yields a temporary path that atomically replaces the file `path` on exit; or WriteError."""
+    partial = path.with_name(path.name + PARTIAL)
+    with naming(path):
+        try:
+            yield partial
+            sync_file(partial)
+            partial.replace(path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                partial.unlink(missing_ok=True)
+            raise
+        sync_folder(path.parent)
 
 
 def write_file(path: Path, data: bytes) -> None:
     """Writes `data` as the file `path`, atomically."""
     with replacing(path) as partial:
         partial.write_bytes(data)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes `content` as the JSON file `path`, atomically, and its folder if missing."""
+    with naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    write_file(path, (json.dumps(content, indent=1) + "\n").encode())
 
 
 def append_line(path: Path, line: str) -> None:
@@ -82,6 +105,18 @@ def sync_folder(path: Path) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+def check_output(path: Path, key: str) -> None:
+    """Makes the folder of `path`; raises UserError that names `key` if it takes no file `path`."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        with TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise UserError(f"{key}: cannot write {path} ({error.strerror}).") from error
 
 
 @contextlib.contextmanager

@@ -21,10 +21,22 @@ class UserError(Exception):
     label = "error"  # begins the line
 
 
+class Unavailable(UserError):
+    """A repo, file or address that does not answer as it should; another source may."""
+
+
 class RunError(UserError):
     """A run that cannot continue, for a reason that no check of its input could find."""
 
     exit_status = FAILED
+
+
+class WriteError(RunError, OSError):
+    """A file that cannot be written: WriteError(errno, strerror, filename)."""
+
+    def __str__(self) -> str:
+        reason = f"cannot write {self.filename}: {self.strerror}"
+        return f"{reason}; mend that, then give the same command again."
 
 
 class Stopped(UserError):

@@ -1,19 +1,32 @@
 """Reads files by a path or hf://user/repo/file, and names repos of the Hugging Face Hub."""
 
+import logging
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
-from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+from huggingface_hub import (
+    HfApi,
+    constants,
+    hf_hub_download,
+    try_to_load_from_cache,
+)
 from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
     HFValidationError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
+    RevisionNotFoundError,
 )
+from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import validate_repo_id
 
 from spo.command_line.values import expand
-from spo.errors import UserError, first_line
+from spo.errors import UserError, in_one_line
 
 _SCHEME = "hf://"
 # A path of this machine, alone or in a flag, in NAME=LORA:0.5+LORA, or in a sentence: up to the next.
@@ -21,6 +34,8 @@ _START = r"(?:/|~[\w.-]*/|\.\./)(?=\S)"
 _BEFORE = r"[=+,\s\"'(\[{]"
 _PRIVATE = re.compile(rf"(?:^|(?<={_BEFORE})){_START}.+?(?=$|{_BEFORE}{_START})", re.DOTALL)
 PREFETCH = "python scripts/prefetch.py --config=..."
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -42,8 +57,7 @@ class Destination:
 def resolve_file(spec: str, key: str, revision: str | None = None) -> Path:
     """Returns the local path of `spec`, a path or hf://user/repo/file, downloaded if necessary.
 
-    Raises UserError that names the config `key` and, for the Hub, the repo, the file and the command
-    that downloads it.
+    Raises UserError that names the config `key` and, for the Hub, the repo, the file and the reason.
     """
     check_file(spec, key)
     if not spec.startswith(_SCHEME):
@@ -51,13 +65,64 @@ def resolve_file(spec: str, key: str, revision: str | None = None) -> Path:
     user, model, name = spec.removeprefix(_SCHEME).split("/", 2)
     repo = f"{user}/{model}"
     try:
+        if try_to_load_from_cache(repo, name, revision=revision) is None:
+            tell_if_moved(repo)
         return Path(hf_hub_download(repo, name, revision=revision))
     except Exception as error:
         # The Hub's client changes its network library, and so the errors of a broken connection.
-        reason = "is not in the local cache and the Hub cannot be reached"
-        if not isinstance(error, LocalEntryNotFoundError):
-            reason = f"cannot be downloaded ({first_line(error)}; check the name and your access)"
-        raise UserError(f"{key}: {name} of {repo} {reason}; fetch it first: {PREFETCH}") from error
+        raise UserError(f"{key}: {name} of {repo}: {why(error, repo)}") from error
+
+
+def why(error: Exception, repo: str) -> str:
+    """Returns why the Hub did not give a file of `repo` ("datasets/user/name"), and what to do."""
+    page, chain = f"{constants.ENDPOINT}/{repo}", list(_causes(error))
+    gated = any(isinstance(cause, GatedRepoError) or "is a gated" in str(cause) for cause in chain)
+    if gated:
+        return f"gated: accept the terms at {page}, then log in by `hf auth login`"
+    for cause in chain:
+        if isinstance(cause, RevisionNotFoundError):
+            return f"no such revision; {page} lists them"
+        if isinstance(cause, EntryNotFoundError) and not isinstance(cause, LocalEntryNotFoundError):
+            return f"no such file; {page}/tree/main lists them"
+        status = getattr(getattr(cause, "response", None), "status_code", None)
+        if isinstance(cause, RepositoryNotFoundError) or status == 404:
+            return (
+                f"not found ({status or 404}): there is no such public repo at {page}; check the "
+                "name, or log in by `hf auth login` if it is private"
+            )
+        if status in (401, 403):
+            return f"refused ({status}): {page} says who may read it; log in by `hf auth login`"
+        if isinstance(cause, HfHubHTTPError) and status:
+            return f"the Hub answers with status {status}; try again later"
+        if "Consistency check failed" in str(cause):
+            return f"cut off or changed on its way ({in_one_line(cause, 120)}); try again"
+        if type(cause).__name__ == "DatasetNotFoundError":
+            return f"not found: there is no such public dataset at {page}, or it needs a login"
+    if constants.HF_HUB_OFFLINE:
+        return (
+            f"not in the local cache, and HF_HUB_OFFLINE is set; fetch it while online: {PREFETCH}"
+        )
+    reason = in_one_line(chain[-1])
+    return f"not in the local cache, and no answer from the Hub ({reason}); fetch it: {PREFETCH}"
+
+
+@cache
+def tell_if_moved(repo: str, kind: str = "model") -> None:
+    """Warns if `repo` has another name on the Hub by now, to which the Hub redirects for a while."""
+    try:
+        found = (
+            HfApi().repo_info(repo, repo_type=kind, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT).id
+        )
+    except Exception:  # whoever needs the repo learns why it does not answer
+        return
+    if found != repo:
+        logger.warning("%s has moved to %s on the Hub; name that instead", repo, found)
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 def check_file(spec: str, key: str) -> None:
@@ -71,25 +136,31 @@ def check_file(spec: str, key: str) -> None:
         raise UserError(f"{key}: {spec!r} is not of the form hf://user/repo/file.")
 
 
-def list_files(repo: str, key: str) -> list[str]:
+def list_files(repo: str, key: str, revision: str | None = None) -> list[str]:
     """Returns the files of a Hub repo, or of its local cache if the Hub cannot be reached.
 
     Raises UserError that names the config `key` or flag.
     """
     try:
-        return HfApi().list_repo_files(repo)
-    except (RepositoryNotFoundError, HFValidationError) as error:
-        raise UserError(f"{key}: no repo {repo} on the Hub ({first_line(error)}).") from error
+        return HfApi().list_repo_files(repo, revision=revision)
     except Exception as error:  # of whatever network library, as above
-        try:
-            folder = Path(snapshot_download(repo, local_files_only=True))
-        except LocalEntryNotFoundError:
-            raise UserError(
-                f"{key}: {repo} is not in the local cache and the Hub cannot be reached "
-                f"({first_line(error)}); download it first: {PREFETCH}"
-            ) from error
+        folder = cached_snapshot(repo, revision)
+        if folder is None:
+            raise UserError(f"{key}: {repo}: {why(error, repo)}") from error
         files = (path for path in folder.rglob("*") if path.is_file())
         return sorted(path.relative_to(folder).as_posix() for path in files)
+
+
+def cached_snapshot(repo: str, revision: str | None = None) -> Path | None:
+    """Returns the folder of the cached files of a repo, called by its commit; None if there is none.
+
+    `snapshot_download` would not do: it refuses a cache that does not hold all files of the repo.
+    """
+    revision = revision or "main"
+    folder = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=repo, repo_type="model"))
+    ref = folder / "refs" / revision
+    snapshot = folder / "snapshots" / (ref.read_text().strip() if ref.is_file() else revision)
+    return snapshot if snapshot.is_dir() else None
 
 
 def model_file(model: str, name: str, key: str, revision: str | None = None) -> Path:
@@ -105,12 +176,12 @@ def model_file(model: str, name: str, key: str, revision: str | None = None) -> 
 
 
 def is_hub_id(name: str) -> bool:
-    """Returns whether `name` is a Hub id, user/name, and not a local folder."""
+    """Returns whether `name` is a Hub id, user/name, and not a local folder or file."""
     try:
         validate_repo_id(name)
     except HFValidationError:
         return False
-    return "/" in name and not Path(expand(name)).is_dir()
+    return "/" in name and not Path(expand(name)).exists()
 
 
 def public_name(spec: str) -> str:

@@ -9,14 +9,20 @@ from spo.errors import UserError
 _GENERIC = ("objective", "loss", "make")  # attributes that do not say which algorithm they hold
 
 
+def names_code(text: str) -> bool:
+    """Returns whether `text` has the form module:name, which is all that `find` imports."""
+    module, colon, name = text.partition(":")
+    return bool(colon) and all(part.isidentifier() for part in (*module.split("."), name))
+
+
 def find(name: str, table: Mapping[str, Any], key: str) -> Any:
     """Returns `table[name]` or the object "module:name"; raises UserError that names config `key`."""
     if name in table:
         return table[name]
-    known = ", ".join(table)
-    module_name, colon, attribute = name.partition(":")
-    if not colon:
+    if not names_code(name):
+        known = ", ".join(table)
         raise UserError(f"{key}: {name!r} is none of {known}, nor a dotted path module:name.")
+    module_name, _, attribute = name.partition(":")
     try:
         return getattr(importlib.import_module(module_name), attribute)
     except (ImportError, AttributeError, ValueError) as error:

@@ -1,14 +1,15 @@
-"""A Hugging Face Hub of one process: what huggingface_hub asks for when a model is pushed and read."""
+"""A Hugging Face Hub and a web server in one process: what huggingface_hub and datasets ask for."""
 
 import hashlib
 import json
 import re
 import threading
+import time
 from base64 import b64decode
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
 
@@ -17,7 +18,10 @@ TOKEN = "hf_secretofthetests"
 
 
 class FakeHub:
-    """Its repos, and what it was asked; `faults` are statuses that the next requests get instead."""
+    """Its repos, and what it was asked; `faults` are statuses that the next requests get instead.
+
+    Datasets are repos by the name datasets/user/name; `web` has other files, by their path.
+    """
 
     def __init__(self):
         self.repos = {}  # id -> namespace with private and branches: {name: [commits]}
@@ -27,6 +31,9 @@ class FakeHub:
         self.token = TOKEN
         self.asked = []  # "METHOD path"
         self.faults = []  # (part of the path, status) of requests to come
+        # Part of the path -> what is wrong with it: a status, "timeout", "changed" or "moved".
+        self.broken = {}
+        self.web = {}  # path -> content
         self.dies_after = None  # commits after which nothing is answered any more
 
     def files(self, repo_id, branch="main"):
@@ -85,6 +92,11 @@ def oid(path, content):
     return hashlib.sha1(f"blob {len(content)}\0".encode() + content).hexdigest()
 
 
+def described(path, content):
+    """One file of a repo's tree."""
+    return {"type": "file", "path": path, "size": len(content), "oid": oid(path, content)}
+
+
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
@@ -92,6 +104,7 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
     def handle_any(self):
+        self.cut = False
         self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         path = unquote(urlsplit(self.path).path)
         if path == "/api/agent-harnesses":  # asked by the client's start, in some environments
@@ -104,6 +117,33 @@ class _Handler(BaseHTTPRequestHandler):
             if part in path:
                 del self.hub.faults[i]
                 return self.answer({"error": "as the test wants it"}, status)
+        for part, fault in self.hub.broken.items():
+            if part in path:
+                return self.break_off(part, fault, path)
+        return self.dispatch(path)
+
+    def break_off(self, part, fault, path):
+        """Answers a request for something that is broken."""
+        if fault == "timeout":
+            time.sleep(2)
+            self.close_connection = True
+            return None
+        if fault == "moved":
+            if part in self.hub.repos or f"datasets/{part}" in self.hub.repos:
+                kind = "datasets/" if f"datasets/{part}" in self.hub.repos else ""
+                self.hub.repos[f"{kind}moved/repo"] = self.hub.repos[kind + part]
+            if path in self.hub.web:
+                self.hub.web[path.replace(part, "moved/repo")] = self.hub.web[path]
+            return self.answer({}, 307, Location=self.path.replace(part, "moved/repo"))
+        if fault == "changed":
+            self.cut = self.command == "GET"  # what is answered lacks its last bytes
+            return self.dispatch(path)
+        code = {404: "RepoNotFound", 403: "GatedRepo"}.get(fault, "")
+        return self.answer({"error": "as the test wants it"}, fault, X_Error_Code=code)
+
+    def dispatch(self, path):
+        if path in self.hub.web:
+            return self.answer(self.hub.web[path])
         for method, pattern, action in _ROUTES:
             match = re.fullmatch(pattern, path)
             if match and method in (self.command, "ANY"):
@@ -114,6 +154,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def answer(self, content, status=200, **headers):
         data = content if isinstance(content, bytes) else json.dumps(content).encode()
+        data = data[:-7] if self.cut and isinstance(content, bytes) else data
         self.send_response(status)
         for name, value in {"Content-Length": len(data), **headers}.items():
             self.send_header(name.replace("_", "-"), str(value))
@@ -163,10 +204,40 @@ class _Handler(BaseHTTPRequestHandler):
         if repo_id not in self.hub.repos:
             return self.missing()
         commit = self.hub.tip(repo_id, revision or "main")
-        siblings = [{"rfilename": name} for name in commit.files]
+        siblings = [{"rfilename": name, "size": len(data)} for name, data in commit.files.items()]
         private = self.hub.repos[repo_id].private
-        info = {"id": repo_id, "sha": commit.sha, "private": private, "siblings": siblings}
+        name = repo_id.removeprefix("datasets/")
+        info = {"id": name, "sha": commit.sha, "private": private, "siblings": siblings}
         return self.answer(info)
+
+    def tree(self, repo_id, revision, folder):
+        """All files below a folder; the client asks for them level by level, too."""
+        if repo_id not in self.hub.repos:
+            return self.missing()
+        query = parse_qs(urlsplit(self.path).query)
+        deep = query.get("recursive", ["false"])[0].lower() == "true"
+        entries, prefix = {}, f"{folder}/" if folder else ""
+        for path, data in self.hub.tip(repo_id, revision).files.items():
+            if not path.startswith(prefix):
+                continue
+            here, slash, _ = path.removeprefix(prefix).partition("/")
+            if slash and not deep:
+                entries[here] = {"type": "directory", "path": prefix + here, "oid": "0" * 40}
+            else:
+                entries[path] = described(path, data)
+        if not entries:
+            return self.missing("Entry")
+        return self.answer(list(entries.values()))
+
+    def paths_info(self, repo_id, revision):
+        if repo_id not in self.hub.repos:
+            return self.missing()
+        files = self.hub.tip(repo_id, revision).files
+        wanted = parse_qs(self.body.decode()).get("paths", [])
+        found = [described(path, files[path]) for path in wanted if path in files]
+        folders = {w for w in wanted for path in files if path.startswith(f"{w}/")}
+        found += [{"type": "directory", "path": w, "oid": "0" * 40} for w in folders]
+        return self.answer(found)
 
     def validate_yaml(self):
         content = json.loads(self.body)["content"]
@@ -226,6 +297,8 @@ class _Handler(BaseHTTPRequestHandler):
         return self.answer({"commitUrl": url, "commitOid": sha})
 
     def resolve(self, repo_id, revision, path):
+        if repo_id not in self.hub.repos:
+            return self.missing()
         commit = self.hub.tip(repo_id, revision)
         if path not in commit.files:
             return self.missing("Entry")
@@ -235,16 +308,19 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 _REPO = r"(\w[\w.-]*/\w[\w.-]*?)"
+_ANY = r"((?:datasets/)?\w[\w.-]*/\w[\w.-]*?)"
 _ROUTES = (
     ("GET", "/api/whoami-v2", _Handler.whoami),
     ("POST", "/api/repos/create", _Handler.create_repo),
     ("POST", "/api/validate-yaml", _Handler.validate_yaml),
-    ("GET", f"/api/models/{_REPO}(?:/revision/(.+))?", _Handler.model_info),
+    ("GET", f"/api/(?:models/)?{_ANY}(?:/revision/(.+))?", _Handler.model_info),
+    ("GET", f"/api/(?:models/)?{_ANY}/tree/([^/]+)/?(.*)", _Handler.tree),
+    ("POST", f"/api/(?:models/)?{_ANY}/paths-info/(.+)", _Handler.paths_info),
     ("POST", f"/api/models/{_REPO}/branch/(.+)", _Handler.create_branch),
     ("POST", f"/api/models/{_REPO}/preupload/(.+)", _Handler.preupload),
     ("POST", f"/api/models/{_REPO}/commit/(.+)", _Handler.commit),
     ("POST", rf"/{_REPO}\.git/info/lfs/objects/batch", _Handler.lfs_batch),
     ("PUT", "/lfs/(.+)", _Handler.lfs_upload),
     ("POST", "/lfs-verify", _Handler.lfs_verify),
-    ("ANY", f"/{_REPO}/resolve/([^/]+)/(.+)", _Handler.resolve),
+    ("ANY", f"/{_ANY}/resolve/([^/]+)/(.+)", _Handler.resolve),
 )

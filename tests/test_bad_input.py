@@ -1,6 +1,5 @@
 """Bad input: one line that names the key or file, before any model is loaded."""
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -128,7 +127,9 @@ def test_bad_input_is_told_before_any_model_loads(name, tmp_path, monkeypatch):
     with config.unlocked():  # train.loss_kwargs takes any name
         config.update_from_flattened_dict(changes)
     with pytest.raises(UserError, match=message):
-        open_run_dir(preflight(config, num_processes).run_dir, json.loads(config.to_json()))
+        ready = preflight(config, num_processes)
+        with open_run_dir(ready.run_dir, ready.recipe.config, ready.resume):
+            pass
     assert not (tmp_path / "runs").exists()
 
 
@@ -138,8 +139,8 @@ def test_what_a_run_computed_is_not_written_over(tmp_path, monkeypatch):
     config.logdir, config.run_name = str(tmp_path), "run"
     ready = preflight(config, 1)
     run_dir = ready.run_dir
-    open_run_dir(run_dir, json.loads(config.to_json()))
-    preflight(config, 1)  # nothing was computed yet
+    with open_run_dir(run_dir, ready.recipe.config, ready.resume):
+        preflight(config, 1)  # nothing was computed yet
     for epoch in (1, 2):
         with new_checkpoint(run_dir, f"epoch_{epoch:04d}", limit=0) as folder:
             write_state(folder, STATE | ready.facts())

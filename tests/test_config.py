@@ -75,7 +75,8 @@ PAPER = {  # what both families share, and SD1.5
     "mixed_precision": "fp16",
     "pretrained.model": "stable-diffusion-v1-5/stable-diffusion-v1-5",
     "lora.rank": 4,
-    "prompts.num": 4000,
+    "prompts.source": "official-4k",
+    "prompts.num": 0,
     "preference.checkpoint": SPM + "sd-v1-5_step-aware_preference_model.bin",
     "sample.num_steps": 20,
     "sample.eta": 1.0,
@@ -102,7 +103,7 @@ SPM_PAPER = {  # what both families share, and SD1.5
     "preference.backbone": "yuvalkirstain/PickScore_v1",
     "preference.processor": "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
     "preference.init_from": "",
-    "data.source": "yuvalkirstain/pickapic_v1",
+    "data.source": "pickapic-anonymous/pickapic_v1",
     "data.validation_split": "validation_unique",
     "data.image_size": 512,
     "labels.source": "data",
@@ -169,7 +170,14 @@ def test_every_overlay_is_tested():
     }
     overlays = set(DIFFERENCES) | set(SPM_DIFFERENCES)
     evaluations = {"eval_base", "eval_sdxl", "eval_tiny"}
-    assert found == overlays | evaluations | {"base", "tiny", "small", "spm_base", "spm_tiny"}
+    assert found == overlays | evaluations | {
+        "base",
+        "tiny",
+        "small",
+        "spm_base",
+        "spm_tiny",
+        "spm_hpdv3",
+    }
 
 
 @pytest.mark.parametrize("name", DIFFERENCES)

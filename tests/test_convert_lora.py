@@ -12,7 +12,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from helpers import add_tiny_lora, load_backbone, model_folder, random_weights, unet_output
 from huggingface_hub import constants
-from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import RepositoryNotFoundError
 from safetensors.torch import load_file, save_file
 
 from scripts.convert_lora import check_output
@@ -350,17 +350,21 @@ def test_listing_a_repo(monkeypatch, tmp_path):
 
         return raise_it
 
-    (tmp_path / "sub").mkdir()
-    (tmp_path / "sub" / "a.safetensors").touch()
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    commit = tmp_path / "models--user--repo" / "snapshots" / ("0" * 40)
+    (commit / "sub").mkdir(parents=True)
+    (commit / "sub" / "a.safetensors").touch()
     monkeypatch.setattr(hub.HfApi, "list_repo_files", fail(ConnectionError("no line")))
-    monkeypatch.setattr(hub, "snapshot_download", lambda *_, **__: str(tmp_path))
+    assert hub.list_files("user/repo", "SOURCE", commit.name) == ["sub/a.safetensors"]
+    (commit.parents[1] / "refs").mkdir()
+    (commit.parents[1] / "refs" / "main").write_text(commit.name)
     assert hub.list_files("user/repo", "SOURCE") == ["sub/a.safetensors"]
-    monkeypatch.setattr(hub, "snapshot_download", fail(LocalEntryNotFoundError("")))
-    with pytest.raises(UserError, match="SOURCE: user/repo is not in the local cache .*no line"):
+    shutil.rmtree(commit)
+    with pytest.raises(UserError, match="SOURCE: user/repo: not in the local cache, .*no line"):
         hub.list_files("user/repo", "SOURCE")
     missing = RepositoryNotFoundError.__new__(RepositoryNotFoundError)
     monkeypatch.setattr(hub.HfApi, "list_repo_files", fail(missing))
-    with pytest.raises(UserError, match="SOURCE: no repo user/repo on the Hub"):
+    with pytest.raises(UserError, match="SOURCE: user/repo: not found .404.: there is no"):
         hub.list_files("user/repo", "SOURCE")
 
 
@@ -374,5 +378,5 @@ def test_the_cache_is_enough_without_a_network(tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert find_lora("user/lora/sd15", "SOURCE") == file
-    with pytest.raises(UserError, match="SOURCE: user/other is not in the local cache"):
+    with pytest.raises(UserError, match="SOURCE: user/other: not in the local cache"):
         find_lora("user/other", "SOURCE")

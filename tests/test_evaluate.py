@@ -3,29 +3,35 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from absl.flags import FlagValues
 from helpers import GOLDEN, add_tiny_lora, load_backbone, model_folder, random_weights
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from spo.command_line import flags
 from spo.command_line.config_files import EVAL_BASE, load_config
 from spo.errors import RunError, Stopped, UserError
+from spo.evaluation import contents as contents_of
 from spo.evaluation.evaluator import evaluate, plan_evaluation
 from spo.evaluation.image_sets import ImageSet
 from spo.evaluation.results import read_results
 from spo.evaluation.scores import ScoreFolder
 from spo.lora_io.model_spec import read_specs
-from spo.lora_io.write import save_lora
+from spo.lora_io.read import read_lora_file
+from spo.lora_io.write import save_lora, write_peft
 from spo.models.backbone import ModelSource
-from spo.scorers import ImageScorer
+from spo.run.folder import locked
+from spo.scorers import ImageScorer, image_scorer, named_files
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPTS = [f"a fox number {i} reading a map" for i in range(6)]
@@ -253,7 +259,7 @@ def test_two_processes_make_what_one_makes(config, tmp_path):
     file.write_text(two.to_json())
     subprocess.run(
         [sys.executable, "-m", "spo.launch", "scripts/evaluate.py", "--cpu", "--num_processes=2"]
-        + [f"--config={file}"],
+        + [f"--config={file}", *(f"--config.scorers={name}" for name in two.scorers)],
         check=True,
         cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
@@ -403,6 +409,17 @@ def test_options_of_a_scorer_whose_name_has_a_dot(config, tmp_path):
             plan_evaluation(other, 1)
 
 
+def test_an_evaluation_that_runs_is_left_alone(config):
+    evaluate(config)
+    before = contents(folder_of(config))
+    with (
+        locked(folder_of(config)),
+        pytest.raises(UserError, match="^run_name: .* is in use by pro"),
+    ):
+        evaluate(changed(config, models=("base",)))
+    assert contents(folder_of(config)) == before
+
+
 def test_an_evaluation_is_not_mixed_with_another(config, tmp_path):
     evaluate(config)
     before = contents(folder_of(config))
@@ -419,3 +436,167 @@ def test_an_evaluation_is_not_mixed_with_another(config, tmp_path):
     after = contents(folder_of(config))
     assert all(after[name] == before[name] for name in before if name.startswith("images"))
     assert len(read_results(folder_of(config)).models) == 3
+
+
+# ---- another model or scorer under the same name ------------------------------------------------
+
+
+def scale_weights(file, factor=1.5):
+    tensors = {name: factor * tensor for name, tensor in load_file(file).items()}
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def own_model(config, folder):
+    """The config with a copy of its base model that a test may change."""
+    shutil.copytree(config.pretrained.model, folder)
+    return changed(config, models=("base",), **{"pretrained.model": str(folder)})
+
+
+@pytest.mark.parametrize("digested", [2**30, 0])
+@pytest.mark.parametrize(
+    "file", ["unet/diffusion_pytorch_model.safetensors", "scheduler/scheduler_config.json"]
+)
+def test_images_of_a_model_that_changed_are_not_taken(
+    config, tmp_path, monkeypatch, file, digested
+):
+    monkeypatch.setattr(contents_of, "_DIGESTED", digested)
+    config = own_model(config, tmp_path / "model")
+    evaluate(config)
+    before = contents(folder_of(config))
+    evaluate(config)
+    assert contents(folder_of(config)) == before
+    path = tmp_path / "model" / file
+    if path.suffix == ".json":
+        path.write_text(path.read_text().replace("0.012", "0.02"))
+    else:
+        scale_weights(path)
+    with pytest.raises(UserError, match="base holds images of another content of model; choose"):
+        evaluate(config)
+    assert contents(folder_of(config)) == before
+    anew = changed(config, run_name="anew")
+    evaluate(anew)
+    scores = [all_scores(read_results(folder_of(each))) for each in (config, anew)]
+    assert scores[0] != scores[1]
+
+
+def test_a_model_written_again_is_the_same(config, tmp_path):
+    config = own_model(config, tmp_path / "model")
+    evaluate(changed(config, scorers=()))
+    for path in (tmp_path / "model").rglob("*.safetensors"):
+        path.write_bytes(path.read_bytes())  # of another time
+    (tmp_path / "model" / "README.md").write_text("which no model is made of")
+    evaluate(config)
+
+
+@pytest.mark.parametrize("part", ["vae", "unet"])
+def test_images_by_a_part_that_changed_are_not_taken(config, tmp_path, part):
+    folder = tmp_path / "part"
+    if part == "vae":
+        shutil.copytree(Path(config.pretrained.model) / "vae", folder)
+        config = changed(config, models=("base",), **{"pretrained.vae": str(folder)})
+    else:
+        shutil.copytree(Path(config.pretrained.model) / "unet", folder / "unet")
+        config = changed(config, models=(f"other={folder}",))
+    evaluate(config)
+    scale_weights(next(folder.rglob("*.safetensors")))
+    with pytest.raises(UserError, match=f"images of another content of {part};"):
+        evaluate(config)
+
+
+def test_images_by_a_peft_lora_of_another_alpha_are_not_taken(config, tmp_path):
+    lora = read_lora_file(Path(config.models[1].removeprefix("lora=")), "models")
+    write_peft(lora, folder := tmp_path / "peft")
+    config = changed(config, models=(f"lora={folder}",))
+    evaluate(config)
+    file = folder / "adapter_config.json"
+    file.write_text(file.read_text().replace('"lora_alpha": 4', '"lora_alpha": 1'))
+    with pytest.raises(UserError, match="images of another loras;"):
+        evaluate(config)
+
+
+class Weighted(ImageScorer):
+    """Brightness times the number in a file."""
+
+    title = "Weighted"
+
+    def __init__(self, file):
+        self.weight = float(Path(file).read_text())
+
+    def score_images(self, images, prompts):
+        values = [float(image.getpixel((0, 0))[0]) for image in images]
+        return self.weight * torch.tensor(values)
+
+
+def weighted(device, *, files):
+    return Weighted(files[0])
+
+
+def test_scores_by_a_scorer_that_changed_are_not_taken(config, tmp_path):
+    (tmp_path / "weight").write_text("1")
+    name = "test_evaluate:weighted"
+    options = {name: {"files": [str(tmp_path / "weight"), "some text"]}}
+    config = changed(config, models=("base",), scorers=(name,), scorer_options=options)
+    evaluate(config)
+    evaluate(config)
+    (tmp_path / "weight").write_text("2")
+    with pytest.raises(UserError, match="scorers: .* scores of another content of files.0; choose"):
+        evaluate(config)
+    shutil.rmtree(folder_of(config) / "scores")
+    first = all_scores(read_results(folder_of(config)))[0]
+    evaluate(config)
+    assert all_scores(read_results(folder_of(config)))[0] == tuple(2 * score for score in first)
+
+
+def test_scores_by_published_models_that_changed_are_not_taken(config, tmp_path):
+    shutil.copy(GOLDEN / "models" / "tiny-spm.bin", tmp_path / "spm.bin")
+    shutil.copytree(GOLDEN / "models" / "tiny-clip", tmp_path / "clip")
+    own = {name: str(tmp_path / "clip") for name in ("backbone", "processor")}
+    options = {"step_aware_clip": own | {"checkpoint": str(tmp_path / "spm.bin")}, "pickscore": own}
+    config = changed(config, models=("base",), scorers=tuple(options), scorer_options=options)
+    evaluate(config)
+    weights = torch.load(tmp_path / "spm.bin", weights_only=True)
+    torch.save({name: 1.5 * tensor for name, tensor in weights.items()}, tmp_path / "spm.bin")
+    with pytest.raises(UserError, match="step_aware_clip holds scores of another content of check"):
+        evaluate(config)
+    scale_weights(tmp_path / "clip" / "model.safetensors")
+    found = changed(config, scorers=("pickscore",), scorer_options={"pickscore": own})
+    with pytest.raises(UserError, match="pickscore holds .* another content of backbone, content"):
+        evaluate(found)
+
+
+def test_a_scorer_whose_code_changed_is_another(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "my_scorer.py").write_text("def load(device): ...")
+    source = image_scorer("my_scorer:load", {})
+    before = contents_of.contents(named_files(source))
+    (tmp_path / "my_scorer.py").write_text("def load(device): return 1")
+    assert before.keys() == {"content of code"}
+    assert contents_of.contents(named_files(source)) != before
+
+
+def test_a_repo_of_the_hub_is_told_by_its_commit(monkeypatch):
+    commits = {("user/clip", None): "aaa", ("user/clip", "old"): "bbb", ("timm/vit", None): "ccc"}
+
+    class Hub:
+        def model_info(self, repo, revision, timeout):
+            return SimpleNamespace(sha=commits[repo, revision])
+
+    monkeypatch.setattr(contents_of, "HfApi", Hub)
+    source = ModelSource("user/clip", revision="old", vae="user/clip")
+    found = contents_of.source_contents(source)
+    assert found == {"content of model": "bbb", "content of vae": "aaa"}
+    names = {"checkpoint": "hf://timm/vit/open_clip_model.safetensors", "none": "no/repo"}
+    assert contents_of.contents(names) == {"content of checkpoint": "ccc"}
+    named = named_files(image_scorer("aesthetic", {}))
+    assert named["checkpoint"].startswith("hf://timm/") and named["head"].startswith("hf://trl-lib")
+
+
+def test_damaged_records_are_one_line(config):
+    evaluate(config)
+    for name in ("prompts.json", "images/base/model.json"):
+        file = folder_of(config) / name
+        whole = file.read_bytes()
+        file.write_bytes(whole[: len(whole) // 2])
+        with pytest.raises(UserError, match=f"{name} is damaged"):
+            evaluate(config)
+        file.write_bytes(whole)

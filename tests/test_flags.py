@@ -119,6 +119,81 @@ def test_bad_command_lines_are_one_line_before_torch(tmp_path, arguments, messag
     assert message in result.stderr
 
 
+CODE = [
+    ("algorithm", "algorithm"),
+    ("preference.scorer", "preference.scorer"),
+    ("preference.kwargs", "preference.kwargs.hooks"),
+    ("sample.pairing", "sample.pairing"),
+    ("sample.timesteps", "sample.timesteps"),
+    ("run_name", "run_name"),  # whatever the key: nobody has to remember a new one
+    ("train.loss_kwargs", "train.loss_kwargs.hooks"),
+]
+
+
+@pytest.mark.parametrize(("key", "named"), CODE)
+def test_a_json_file_alone_names_no_code(tmp_path, key, named):
+    (tmp_path / "trap.py").write_text("raise SystemExit('sprung')\n")
+    value = {"hooks": ["x", {"y": "trap:make"}]} if named.endswith("hooks") else "trap:make"
+    section, _, name = key.rpartition(".")
+    values = {section: {name: value}} if section else {name: value}
+    (tmp_path / "mine.json").write_text(json.dumps(values))
+    result = run(tmp_path, ROOT / "train_sd15.py", "--config=mine.json")
+    assert result.returncode == 2 and result.stdout == ""
+    assert result.stderr.count("\n") == 1 and "sprung" not in result.stderr
+    assert result.stderr.startswith(f"error: {named}: 'trap:make' in mine.json may be code")
+    # A link is what its name says: its target does not run as a config in Python either.
+    (tmp_path / "link.json").symlink_to(tmp_path / "trap.py")
+    result = run(tmp_path, ROOT / "train_sd15.py", "--config=link.json")
+    assert "not a JSON file" in result.stderr and "sprung" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("said", "algorithm"),
+    [
+        (["--config.algorithm=trap:make"], "trap:make"),
+        (["--config.algorithm", "trap:make"], "trap:make"),
+        (["--config.algorithm=spo"], "spo"),  # takes the place of the file's
+    ],
+)
+def test_code_in_a_json_file_counts_where_the_command_line_says_it(tmp_path, said, algorithm):
+    (tmp_path / "mine.json").write_text('{"algorithm": "trap:make"}')
+    assert parse(tmp_path, "--config=mine.json", *said)["algorithm"] == algorithm
+
+
+@pytest.mark.parametrize(
+    "text", ["hf://user/repo/file.bin", "x=runs/a:0.5", "a b:c", "http://x.y", "12:30", "a:"]
+)
+def test_other_texts_with_colons_are_no_code(tmp_path, text):
+    (tmp_path / "mine.json").write_text(json.dumps({"run_name": text}))
+    assert parse(tmp_path, "--config=mine.json")["run_name"] == text
+
+
+GROUP = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}
+ADDRESS = {"MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+
+
+@pytest.mark.parametrize(
+    ("left", "message"),
+    [
+        ({"LOCAL_RANK": "3"}, "unknown key train.betta"),
+        ({"LOCAL_RANK": "x", "WORLD_SIZE": "4"}, "unknown key train.betta"),
+        ({"RANK": "1", "WORLD_SIZE": "2", **ADDRESS}, "unknown key train.betta"),
+        (GROUP, "several processes, but without a proper MASTER_ADDR, MASTER_PORT it"),
+        ({**GROUP, **ADDRESS, "RANK": "one"}, "but without a proper RANK it"),
+        ({**GROUP, **ADDRESS}, None),  # the first process of the machine says it
+        ({**GROUP, **ADDRESS, "LOCAL_RANK": "0"}, "unknown key train.betta"),
+    ],
+)
+def test_what_a_cluster_left_in_the_environment(tmp_path, monkeypatch, left, message):
+    for name in (*GROUP, *ADDRESS):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in left.items():
+        monkeypatch.setenv(name, value)
+    result = run(tmp_path, ROOT / "train_sd15.py", "--config.train.betta=5")
+    assert result.returncode == 2
+    assert result.stderr.count("\n") == (message is not None) and (message or "") in result.stderr
+
+
 def test_run_would_notice_torch(tmp_path):
     (tmp_path / "script.py").write_text("import torch\n")
     assert run(tmp_path, tmp_path / "script.py").returncode == 3
@@ -189,6 +264,22 @@ def test_broken_saved_configs_name_the_key(tmp_path, text, message):
     with pytest.raises(UserError) as error:
         load_config(str(tmp_path / "config.json"))
     assert message in str(error.value) and "config.json" in str(error.value)
+
+
+def test_a_terminal_that_lacks_letters_gets_them_escaped(tmp_path):
+    (tmp_path / "fox.txt").write_text("a fox\nein Füchslein\n")
+    rows = tmp_path / "füchse 狐.txt"
+    (tmp_path / "fox.txt").rename(rows)
+    script, said = ROOT / "scripts" / "prepare_prompts.py", ["--num", "1", "--output", "o.json"]
+    result = subprocess.run(
+        [sys.executable, script, "--source", rows, *said],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    assert r"f\xfcchse \u72d0.txt" in result.stdout
 
 
 def test_exit_on_user_error(capsys):

@@ -11,8 +11,9 @@ import pytest
 import torch
 from finished_images import CPU, PROMPTS, check, load, pictures, score, tiny_open_clip
 from helpers import randn
+from PIL import Image
 from scorers_for_tests import ImageBrightness
-from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel
+from transformers import AutoTokenizer, CLIPModel
 
 import spo
 from spo.errors import UserError
@@ -61,19 +62,30 @@ def options(tmp_path_factory):
     }
 
 
+def clip_pixels(image, size=32):
+    """A CLIP's pixels of an image, as OpenAI's code computes them: PIL resizes, the centre is kept."""
+    short, (width, height) = min(image.size), image.size
+    image = image.resize((size * width // short, size * height // short), Image.Resampling.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    unit = np.asarray(image.crop((left, top, left + size, top + size)), dtype=np.float64) / 255
+    mean, std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+    return torch.tensor((unit - mean) / std, dtype=torch.float32).permute(2, 0, 1)
+
+
 def test_pickscore(options):
     images = pictures()
     clip = CLIPModel.from_pretrained(CLIP).eval()
     tokenizer = AutoTokenizer.from_pretrained(CLIP)
     tokens = tokenizer(list(PROMPTS), padding="max_length", truncation=True, return_tensors="pt")
     assert tokens.input_ids.shape == (3, 16)
-    prepare = CLIPImageProcessor.from_pretrained(CLIP)
-    pixels = torch.cat([prepare(images=i, return_tensors="pt").pixel_values for i in images])
+    pixels = torch.stack([clip_pixels(image) for image in images])
     with torch.no_grad():
         expected = clip(input_ids=tokens.input_ids, pixel_values=pixels).logits_per_image.diag()
     scorer = load("pickscore", options["pickscore"])
     found = scorer.score_images(images, PROMPTS)
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    prepared = scorer.inputs.image_processor(images=images, return_tensors="pt").pixel_values
+    torch.testing.assert_close(prepared, pixels, rtol=0, atol=1e-6)  # a grey level is 0.015
     assert (scorer.title, scorer.scale) == ("PickScore", 1)
 
 

@@ -9,6 +9,7 @@ from finished_images import check, load
 from PIL import Image
 
 from spo.errors import UserError
+from spo.scorers.imagereward import _sizes
 
 RECORDED = Path(__file__).parent / "data" / "imagereward"
 OPTIONS = {
@@ -47,7 +48,8 @@ def test_the_official_scores():
         ("blip.text_encoder.pooler.dense.bias", (48,), "pooler"),
         ("blip.visual_encoder.no_such", (1,), "no_such"),
         ("mlp.layers.0.weight", (32, 47), r"\(32, 47\) after features of 48"),
-        ("mlp.layers.7.bias", None, "not those of linear layers"),
+        ("mlp.layers.7.bias", None, "not those of linear layers: layers.7.bias is missing"),
+        ("mlp.layers.2.scale", (1,), "not those of linear layers: layers.2.scale is unknown"),
     ],
 )
 def test_every_tensor_has_its_place(tmp_path, weights, name, tensor, message):
@@ -56,6 +58,25 @@ def test_every_tensor_has_its_place(tmp_path, weights, name, tensor, message):
     said = rf"scorer_options\.imagereward\.checkpoint: .*changed\.pt is not ImageReward.*{message}"
     with pytest.raises(UserError, match=said):
         load("imagereward", OPTIONS | {"checkpoint": str(tmp_path / "changed.pt")})
+
+
+def test_no_tensor_may_be_missing(tmp_path, weights):
+    unused = ("_proj.", "position_ids", "itm_head")
+    for missing in [name for name in weights if not any(part in name for part in unused)]:
+        path = tmp_path / "rest.pt"
+        torch.save({name: tensor for name, tensor in weights.items() if name != missing}, path)
+        with pytest.raises(UserError, match="is not ImageReward"):
+            load("imagereward", OPTIONS | {"checkpoint": str(path)})
+
+
+def test_the_last_layers_of_a_tower_may_not_be_missing():
+    def tower(depth):
+        names = [f"encoder.layers.{i}.mlp.fc1.weight" for i in range(depth)]
+        return {name: torch.empty(3072, 768, device="meta") for name in names}
+
+    assert _sizes(tower(12), ".mlp.fc1.weight", 64)["num_hidden_layers"] == 12
+    with pytest.raises(ValueError, match="lacks layers from 11 on"):
+        _sizes(tower(11), ".mlp.fc1.weight", 64)
 
 
 def test_what_the_reward_does_not_use_may_be_missing(tmp_path, weights):

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from zipfile import ZIP_DEFLATED, ZipFile
 
 import pytest
 import torch
@@ -92,3 +93,28 @@ def test_clip(trap, tmp_path, name):
     trap(folder / name)
     with pytest.raises(UserError, match=r"preference\.backbone: .* cannot be loaded"):
         load_scorer(scorer_source("pickscore", backbone=str(folder)), CPU)
+
+
+def test_small_files_that_grow(tmp_path):
+    tensors, compressed = {"w": torch.zeros(5_000_000)}, tmp_path / "compressed.bin"
+    torch.save(tensors, tmp_path / "plain.bin")
+    with ZipFile(tmp_path / "plain.bin") as plain, ZipFile(compressed, "w", ZIP_DEFLATED) as zipped:
+        for entry in plain.infolist():
+            zipped.writestr(entry.filename, plain.read(entry))
+    assert compressed.stat().st_size < 100_000
+    assert torch.load(compressed, weights_only=True)["w"].shape == (5_000_000,)
+    with pytest.raises(UserError, match=r"any\.key: .*compressed, .* would grow to 20,000,"):
+        read_state_dict(compressed, "any.key")
+    torch.save({"w": torch.zeros(1).expand(10**9)}, tmp_path / "expanded.bin")
+    with pytest.raises(UserError, match=r"fewer numbers than its w \(1000000000,\) needs"):
+        read_state_dict(tmp_path / "expanded.bin", "any.key")
+    shared = torch.arange(6.0)
+    sound = {"a": shared, "b": shared, "c": shared[2:4], "d": shared.view(2, 3).t()}
+    torch.save(sound, tmp_path / "sound.bin")
+    found = read_state_dict(tmp_path / "sound.bin", "any.key")
+    assert all(torch.equal(found[name], tensor) for name, tensor in sound.items())
+    clip = shutil.copytree(CLIP, tmp_path / "clip")
+    (clip / "model.safetensors").unlink()
+    compressed.rename(clip / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"preference\.backbone: .*pytorch_model.bin is compressed"):
+        load_scorer(scorer_source("pickscore", backbone=str(clip)), CPU)

@@ -123,11 +123,11 @@ def test_two_processes_see_every_prompt_once_and_lose_what_one_loses(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dead", [0, 1])
-def test_a_killed_rank_ends_the_other_with_a_line(tmp_path, dead):
+@pytest.mark.parametrize(("count", "dead"), [(2, 0), (2, 1), (3, 1), (3, 2)])
+def test_a_killed_rank_ends_the_other_with_a_line(tmp_path, count, dead):
     scorer = {"event": "kill", "rank": dead, "at": 8}  # in the second rollout
-    status, err = launch(2, *arguments(tmp_path, scorer, prompts__num=4))
-    assert status == 1 and "Traceback" not in err
+    status, err = launch(count, *arguments(tmp_path, scorer, prompts__num=2 * count))
+    assert status == 1 and "Traceback" not in err and "Warning" not in err
     (error,) = [line for line in err.splitlines() if line.startswith("error:")]
     assert error.startswith(f"error: rank {dead} ({os.uname().nodename}, pid ")
     assert " was killed by SIGKILL; this run stops" in error

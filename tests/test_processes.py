@@ -177,6 +177,20 @@ def test_a_process_that_is_killed_is_told(launch, processes):
     assert gone(process.training, timeout=5)
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_launcher_that_is_killed_lets_the_training_save(launch, processes, tmp_path, monkeypatch):
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
+    process = launch(processes, "train")
+    process.kill()
+    assert gone(process.training, timeout=20)
+    out, _ = process.communicate()
+    assert out.splitlines() == ["saved"] * processes
+    # What it left is deleted by the next one.
+    launch(processes, "end").communicate(timeout=60)
+    assert list((tmp_path / "temporary").glob("spo_*")) == []
+
+
 @pytest.mark.slow
 def test_another_status_is_kept(launch):
     process = launch(2, "status")

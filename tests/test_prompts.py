@@ -4,6 +4,7 @@ import json
 import os
 import random
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from spo.data import prompts
+from spo.data import prompts, web_files
 from spo.data.prompts import read_prompts
 from spo.errors import UserError
 from spo.method.position import epoch_order
@@ -77,6 +78,19 @@ def test_txt(tmp_path):
     found = read_prompts(write(tmp_path / "p.txt", "\ufeffa fox\r\n\r\n  a bear \na fox\nan owl"))
     assert found.prompts == ("a fox", "a bear", "an owl")
     assert counts(found) == (5, 1, 0, 1)
+
+
+def test_a_prompt_of_megabytes_never_meets_a_tokenizer(tmp_path):
+    fox, long = "a fox", "fox " * 500_000
+    found = read_prompts(write(tmp_path / "p.txt", f"{fox}\n{long}\n{'x' * 100_000}\n"))
+    assert found.prompts == (fox, "x" * 100_000)
+    assert found.left_out == {"of more than 100,000 characters": 1}
+    path = write(tmp_path / "one.json", dumps([long]))
+    with pytest.raises(UserError) as error:
+        read_prompts(path)
+    assert len(str(error.value)) < 500
+    assert "no usable prompts" in str(error.value)
+    assert "1 of more than 100,000 characters left out" in str(error.value)
 
 
 def test_a_txt_line_ends_only_at_a_line_break(tmp_path):
@@ -282,6 +296,29 @@ def test_folder_of_save_to_disk(tmp_path):
     assert "no split 'test', only train" in complaint(str(tmp_path / "splits"), split="test")
 
 
+@pytest.mark.parametrize("name", ["a [1] b", "a ? b", "a * b", "a [!x] b", "a ** b"])
+def test_a_folder_that_exists_is_no_pattern(tmp_path, monkeypatch, name):
+    for decoy in ("a 1 b", "a z b"):
+        write_parquet(tmp_path / decoy / "train.parquet", ["of another folder"])
+        (tmp_path / decoy / "csv").mkdir()
+        write(tmp_path / decoy / "csv" / "train.csv", "caption\nof another folder\n")
+    folder = tmp_path / name
+    write_parquet(folder / "train-00000-of-00001.parquet", CAPTIONS)
+    write_parquet(folder / "test.parquet", ["a test"])
+    (folder / "csv").mkdir()
+    write(folder / "csv" / "train.csv", "caption\na fox\n")
+    datasets.Dataset.from_dict({"caption": CAPTIONS}).save_to_disk(folder / "disk")
+    monkeypatch.chdir(tmp_path)
+    for source in (str(folder / "csv"), f"{name}/csv"):
+        assert read_prompts(source).prompts == ("a fox",)
+    assert read_prompts(str(folder / "disk")).prompts == UNIQUE
+    for other in ("csv", "disk"):
+        shutil.rmtree(folder / other)
+    assert read_prompts(str(folder)).prompts == UNIQUE
+    assert read_prompts(str(folder), split="test").prompts == ("a test",)
+    assert "'train'" in complaint(str(folder), split="validation")
+
+
 def test_empty_folder(tmp_path):
     assert str(tmp_path) in complaint(str(tmp_path))
 
@@ -310,7 +347,8 @@ def hub(tmp_path, monkeypatch) -> FakeHub:
     write_parquet(tmp_path / "hub" / "train.parquet", [f"prompt {i % 40}" for i in range(50)])
     fake = FakeHub(tmp_path / "hub", datasets.load_dataset)
     monkeypatch.setattr(datasets, "load_dataset", fake)
-    monkeypatch.setattr(prompts.constants, "HF_ASSETS_CACHE", tmp_path / "cache" / "assets")
+    monkeypatch.setattr(prompts, "tell_if_moved", lambda *_: None)
+    monkeypatch.setattr(web_files.constants, "HF_ASSETS_CACHE", tmp_path / "cache" / "assets")
     monkeypatch.chdir(tmp_path)
     return fake
 
@@ -435,8 +473,8 @@ def test_script_without_network(tmp_path):
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert (
-        done.stderr.startswith("error: prompts.source: ")
-        and "yuvalkirstain/pickapic_v1" in done.stderr
+        done.stderr.startswith("error: prompts.source: https://raw.githubusercontent.com/")
+        and done.stderr.count("not in the cache, and HF_HUB_OFFLINE is set; then https://") == 2
     )
     assert not (tmp_path / "p.json").exists()
 

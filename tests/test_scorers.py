@@ -1,6 +1,7 @@
 """Scorers of candidates: image preparation by hand, CLIP's own scores, and scorers by name."""
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -8,16 +9,33 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import MODELS, PROMPTS, randn, scorer_source
+from safetensors.torch import load_file, save_file
 from transformers import CLIPModel
 
 from spo.errors import UserError
 from spo.scorers import Scorer, check_scorer, load_scorer
 from spo.scorers.clip import ImagePreparation
+from spo.scorers.pixels import to_pil
 
 CPU = torch.device("cpu")
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 PREPARE = ImagePreparation(32, MEAN, STD)
+
+
+@pytest.fixture
+def processor_with(tmp_path):
+    """A function that makes the tiny CLIP's folder with changes of one of its files; None deletes."""
+
+    def make(file, **changes):
+        folder = tmp_path / "processor"
+        shutil.copytree(MODELS / "tiny-clip", folder, dirs_exist_ok=True)
+        values = json.loads((folder / file).read_text()) | changes
+        kept = {name: value for name, value in values.items() if value is not None}
+        (folder / file).write_text(json.dumps(kept))
+        return str(folder)
+
+    return make
 
 
 def normalised(images):
@@ -43,6 +61,69 @@ def test_preparation_at_half_the_size(height, width, rows, columns):
     np.testing.assert_allclose(PREPARE(images).numpy(), expected, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("height", "width", "rows", "columns"),
+    [
+        # Official offsets, int(round(margin / 2.0)): of 299 - 224, 327 - 224, 297 - 224.
+        (384, 512, 0, 38),
+        (512, 384, 38, 0),
+        (832, 1216, 0, 52),
+        (1216, 832, 52, 0),
+        (224, 297, 0, 36),
+        (512, 512, 0, 0),
+    ],
+)
+def test_the_centre_where_the_margin_is_odd(height, width, rows, columns):
+    images, size = randn(1, 3, height, width, seed=0), 224
+    short = min(height, width)
+    shape = (round(size * height / short), round(size * width / short))
+    resized = F.interpolate(images, shape, mode="bicubic", align_corners=False)
+    expected = normalised(resized[..., rows : rows + size, columns : columns + size])
+    found = ImagePreparation(size, MEAN, STD)(images)
+    np.testing.assert_allclose(found.numpy(), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("size", "crop", "resized"),
+    [
+        (32, 32, (32, 64)),
+        ({"height": 32, "width": 32}, {"height": 32, "width": 32}, (32, 32)),
+        ({"height": 40, "width": 48}, 32, (40, 48)),
+        ({"shortest_edge": 48}, {"height": 32, "width": 32}, (48, 96)),
+    ],
+)
+def test_the_processors_sizes(processor_with, size, crop, resized):
+    folder = processor_with("preprocessor_config.json", size=size, crop_size=crop)
+    images = randn(2, 3, 48, 96, seed=0).clamp(-1, 1)
+    whole = F.interpolate(images, resized, mode="bicubic", align_corners=False)
+    top, left = (resized[0] - 32) // 2, (resized[1] - 32) // 2
+    expected = normalised(whole[..., top : top + 32, left : left + 32])
+    scorer = load_scorer(scorer_source("pickscore", processor=folder), CPU)
+    np.testing.assert_allclose(scorer.inputs.prepare(images).numpy(), expected, atol=1e-5)
+    finished = scorer.score_images(to_pil(images), PROMPTS[:2])  # prepared by the processor itself
+    assert finished.shape == (2,) and finished.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "message"),
+    [
+        ("preprocessor_config.json", {"size": {"longest_edge": 32}}, "cut no square"),
+        ("preprocessor_config.json", {"size": {"height": 32, "width": 16}}, "cut no square"),
+        ("preprocessor_config.json", {"do_center_crop": False}, "cut no square"),
+        ("preprocessor_config.json", {"size": 24}, "cut no square"),
+        ("preprocessor_config.json", {"crop_size": {"height": 32, "width": 16}}, "no square"),
+        ("preprocessor_config.json", {"crop_size": 16}, "16 x 16 pixels .* takes 32 x 32 pixels"),
+        ("tokenizer_config.json", {"model_max_length": None}, "has no model_max_length"),
+        ("tokenizer_config.json", {"model_max_length": 78}, "78 tokens, but .* 77 tokens"),
+    ],
+)
+def test_a_processor_that_does_not_fit_the_clip(processor_with, file, changes, message):
+    folder = processor_with(file, **changes)
+    for scorer in ("step_aware_clip", "pickscore"):
+        with pytest.raises(UserError, match=rf"preference\.processor: .*{message}"):
+            check_scorer(scorer_source(scorer, processor=folder))
+
+
 def test_preparation_at_full_size_and_of_one_colour():
     images = randn(2, 3, 32, 32, seed=0)
     np.testing.assert_allclose(PREPARE(images).numpy(), normalised(images), atol=1e-5)
@@ -60,6 +141,28 @@ def test_preparation_passes_gradients_on():
     images = (0.5 * randn(1, 3, 64, 64, seed=0)).requires_grad_()
     PREPARE(images).square().sum().backward()
     assert images.grad.abs().sum() > 0
+
+
+def test_a_clip_without_one_of_its_tensors(tmp_path):
+    """Whichever it is, no number is drawn in its place."""
+    shutil.copytree(MODELS / "tiny-clip", tmp_path / "clip")
+    file = tmp_path / "clip" / "model.safetensors"
+    weights, said = load_file(file), r"preference\.backbone: .*CLIP: its weights lack "
+    for missing in list(weights)[::5] + ["visual_projection.weight", "logit_scale"]:
+        rest = {name: tensor for name, tensor in weights.items() if name != missing}
+        save_file(rest, file, {"format": "pt"})
+        with pytest.raises(UserError, match=said + re.escape(missing)):
+            load_scorer(scorer_source("pickscore", backbone=str(tmp_path / "clip")), CPU)
+
+
+def test_a_preference_model_without_one_of_its_tensors(tmp_path):
+    weights = torch.load(MODELS / "tiny-spm.bin", weights_only=True)
+    for missing in list(weights)[::9]:
+        rest = {name: tensor for name, tensor in weights.items() if name != missing}
+        torch.save(rest, tmp_path / "spm.bin")
+        with pytest.raises(UserError, match=rf"preference\.checkpoint: .*{re.escape(missing)}"):
+            source = scorer_source("step_aware_clip", checkpoint=str(tmp_path / "spm.bin"))
+            load_scorer(source, CPU)
 
 
 @pytest.fixture(scope="module")
@@ -161,6 +264,9 @@ def test_a_scorer_by_its_dotted_path():
         ({"scorer": "no_such_module:factory"}, r"preference\.scorer: .*no_such_module"),
         ({"scorer": f"{__name__}:no_such"}, r"preference\.scorer: .*no_such"),
         ({"scorer": f"{__name__}:Constant", "kwargs": {"no_such": 1}}, r"preference\.kwargs: "),
+        ({"scorer": "functools:partial"}, r"preference\.scorer: functools:partial does not tell"),
+        ({"scorer": "builtins:dict"}, r"preference\.scorer: builtins:dict does not tell"),
+        ({"scorer": "math:pi"}, r"preference\.kwargs: math:pi takes other options"),
         ({"checkpoint": "no/such.bin"}, r"preference\.checkpoint: no file 'no/such\.bin'"),
         ({"backbone": "./no_such"}, r"preference\.backbone: '\./no_such'"),
         ({"scorer": "pickscore", "backbone": "./no_such"}, r"preference\.backbone: '\./no_such'"),

@@ -1,6 +1,7 @@
 """Labelled pairs: their sources, which are usable, each process's share, and their images."""
 
 import io
+import json
 import math
 from itertools import islice
 
@@ -10,7 +11,7 @@ import pytest
 from labelled_pairs import make_row, picture, write_rows, write_splits
 from PIL import Image
 
-from config import spm_base
+from config import spm_base, spm_hpdv3
 from spo.command_line.values import fill
 from spo.errors import RunError, UserError
 from spo.preference.batches import RawBatch, decode_batch, decode_image, decode_pair, decoded
@@ -39,6 +40,7 @@ def data_source(source, streaming=False):
 
 FAULTY = {
     "no caption": [{"caption": None}, {"caption": " "}],
+    "caption too long": [{"caption": "fox " * 25_001}],
     "invalid label": [
         {"label_0": None},
         {"label_0": math.nan},
@@ -71,18 +73,18 @@ def counts_of(names):
     return {name: len(FAULTY[name]) for name in names}
 
 
-LABELS = ("no caption", "invalid label", "invalid num_example_per_prompt")
+LABELS = ("no caption", "caption too long", "invalid label", "invalid num_example_per_prompt")
 
 
 def test_unusable_rows_are_left_out_and_counted(tmp_path):
     rows = open_split(data_source(write_splits(tmp_path / "d", mixed_rows(), [])), "train")
     usable, faults = usable_rows(rows)
     assert faults == counts_of(LABELS)
-    assert usable == [*range(10), *range(20, 27)]
+    assert usable == [*range(10), *range(21, 28)]
     # Validation also needs has_label.
     usable, faults = usable_rows(rows, need_has_label=True)
     assert faults == counts_of(LABELS) | {"without has_label": 2}
-    assert usable == [*range(10), *range(20, 25)]
+    assert usable == [*range(10), *range(21, 26)]
 
 
 def test_damaged_images_weigh_nothing():
@@ -135,14 +137,71 @@ def test_every_kind_of_source_gives_the_same_rows(tmp_path, kind, streaming):
         assert (decode_pair(row, 32)[0] == decode_image(want["jpg_0"], 32)).all()
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_other_columns_and_pictures_in_files(tmp_path, streaming):
+    """As HPDv3 has them: JSON rows that name pictures of the folder, the preferred one first."""
+    rows = []
+    for i in range(3):
+        names = [f"images/{i}_{n}.png" for n in (1, 2)]
+        for n, name in enumerate(names):
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).write_bytes(picture(10 * i + n))
+        rows.append({"prompt": f"prompt {i}", "path1": names[0], "path2": names[1], "model1": "x"})
+    (tmp_path / "train.json").write_text(json.dumps(rows))
+    data = spm_hpdv3.get_config().data.to_dict() | {"source": str(tmp_path)}
+    found = list(open_split(fill(PairData, data | {"streaming": streaming}), "train"))
+    assert [row["caption"] for row in found] == ["prompt 0", "prompt 1", "prompt 2"]
+    for i, row in enumerate(found):
+        assert set(row) == set(COLUMNS) and fault_of(row, need_has_label=True) is None
+        assert (row["label_0"], row["label_1"], row["num_example_per_prompt"]) == (1, 0, 1)
+        pair = decode_pair(row, 32)
+        assert (pair[0] == decode_image(picture(10 * i), 32)).all()
+        assert (pair[1] == decode_image(picture(10 * i + 1), 32)).all()
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"prompt": "caption"}, "data.columns: 'prompt' is none of caption, label_0"),
+        ({"caption": None}, "data.columns.caption: None is no column and no number"),
+        ({"caption": "text"}, "no column text .there: caption, .*data.columns says what"),
+    ],
+)
+def test_columns_that_do_not_fit(tmp_path, columns, message):
+    write_rows(tmp_path / "train.parquet", [make_row(0)])
+    values = spm_base.get_config().data.to_dict() | {"source": str(tmp_path), "columns": columns}
+    with pytest.raises(UserError, match=message):
+        open_split(fill(PairData, values), "train")
+
+
+@pytest.mark.parametrize("name", ["a [1] b", "a ? b", "a * b"])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_folder_that_exists_is_no_pattern(tmp_path, name, streaming):
+    write_splits(tmp_path / "a 1 b", [make_row(9)] * 5, [make_row(9)])
+    write_splits(tmp_path / name, [make_row(0), make_row(1)], [make_row(2)])
+    for source, split, seeds in (
+        (name, "train", (0, 1)),
+        (name, "validation_unique", (2,)),
+        ("a 1 b", "train", (9,) * 5),
+    ):
+        found = list(open_split(data_source(tmp_path / source, streaming), split))
+        assert [row["jpg_0"] for row in found] == [make_row(seed)["jpg_0"] for seed in seeds]
+    with pytest.raises(UserError, match="no files of split '.'"):
+        open_split(data_source(tmp_path / name, streaming), "*")
+
+
 @pytest.mark.parametrize(
     ("source", "split", "message"),
     [
         ("none.parquet", "train", "data.source: no folder 'none.parquet', and no id of a Hub"),
-        ("d", "test", "data.source: .* no parquet files of split 'test'"),
+        ("d", "test", "data.source: .* no files of split 'test'"),
         ("disk", "test", "data.source: .* no split 'test', only train"),
         ("single", "validation_unique", "no split 'validation_unique', only train"),
-        ("bare", "train", "has no column label_1, jpg_1; a labelled pair needs caption"),
+        (
+            "bare",
+            "train",
+            "no column label_1, jpg_1 .there: caption, .*; a labelled pair needs caption",
+        ),
         ("broken", "train", "data.source: cannot read"),
         ("no/such/folder", "train", "no folder .*, and no id of a Hub dataset"),
     ],

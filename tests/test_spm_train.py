@@ -26,6 +26,7 @@ from spo.preference.preparation import Preparation
 from spo.preference.spm_recipe import FIXED_KEYS, check_training
 from spo.preference.spm_trainer import train_preference_model
 from spo.run.checkpoint_folder import _seal, checkpoints, read_state
+from spo.run.folder import locked
 from spo.scorers import load_scorer
 from spo.scorers.clip import clip_config
 from spo.scorers.step_aware_clip import load_step_aware_clip
@@ -99,6 +100,13 @@ def read_metrics(run_dir):
     """Returns the lines of metrics.jsonl without timing and memory."""
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if k not in TIMING} for line in lines]
+
+
+def test_a_run_that_lives_is_left_alone(config):
+    folder = Path(config.logdir) / config.run_name
+    with locked(folder), pytest.raises(UserError, match="^run_name: .* is in use by process"):
+        run(config)
+    assert [path.name for path in folder.iterdir()] == [".lock"]
 
 
 def equal_weights(one, other):

@@ -8,7 +8,7 @@ import importlib.util
 import json
 import sys
 import traceback
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from ml_collections import ConfigDict, FieldReference
 
 from spo.atomic import write_file
 from spo.errors import UserError
+from spo.plugins import names_code
 
 REPO_ROOT = Path(__file__).resolve().parents[2]
 BASE = "config/base.py"
@@ -26,21 +27,47 @@ EVAL_BASE = "config/eval_base.py"
 Base = str | Callable[[Collection[str]], str]
 
 
-def load_config(path: str, base: Base = BASE) -> ConfigDict:
+def load_config(path: str, base: Base = BASE, said: Collection[str] | None = None) -> ConfigDict:
     """Returns `base` with the values of a .py or .json config file.
 
     `path` is relative to the current folder, else to the repository. Raises UserError for a
-    missing or broken file, and for keys and types that the base does not have.
+    missing or broken file, and for keys and types that the base does not have; with `said`, the keys
+    that a command line sets, also for a .json file that names code under another key.
     """
     # Config files import each other as `from config import base`, whatever the current folder.
     if str(REPO_ROOT) not in sys.path:
         sys.path.insert(0, str(REPO_ROOT))
     file = _find(path)
-    values = _read_json(file) if file.suffix == ".json" else _run_python(file).to_dict()
+    # By the name that the user gave: a link's target may have another suffix.
+    values = _read_json(file) if path.endswith(".json") else _run_python(file).to_dict()
     base = base(values) if callable(base) else base
     config = _run_python(REPO_ROOT / base)
     _overlay(config, values, path, base)
+    if said is not None and path.endswith(".json"):
+        _refuse_code(config, path, said)
     return config
+
+
+def _refuse_code(config: ConfigDict, path: str, said: Collection[str]) -> None:
+    """Raises UserError if a key that is not in `said` names code: `path` may be somebody else's."""
+    for key, value in leaves(config).items():
+        code = next(filter(names_code, _texts(value)), None)
+        if code is not None and not any(f"{key}.".startswith(f"{name}.") for name in said):
+            every = value if isinstance(value, tuple | list) else [value]
+            again = " ".join(f"--config.{key}={item}" for item in every)
+            raise UserError(
+                f"{key}: {code!r} in {path} may be code, which a .json file alone does not run; if you "
+                f"trust it, say it on the command line, too: {again}"
+            )
+
+
+def _texts(value: object) -> Iterator[str]:
+    """Yields the texts in a value of a config, however deep."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, tuple | list | Mapping):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _texts(item)
 
 
 def save_config(values: Mapping[str, Any], path: Path) -> None:

@@ -7,7 +7,7 @@ app.run(main, flags_parser=parse_flags)
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 
@@ -17,11 +17,17 @@ from ml_collections import ConfigDict, config_flags
 from spo.command_line.config_files import BASE, Base, leaves, load_config, suggest
 from spo.errors import FAILED, UserError, in_one_line
 
+# A line for every attempt to reach the Hub is too much; what fails in the end is an error of ours.
+os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+
 # absl lists a flag under the module that defines it: let that be the script, not this file.
 flags.disclaim_key_flags()
 
 FLAGS = flags.FLAGS
 LAUNCHER_VARIABLE = "SPO_LAUNCHER_PID"  # set by spo.launch for the processes that it starts
+# The process that started this one, if it was a launcher: spo.launch, torchrun or accelerate.
+_LAUNCHER = os.getppid() if os.environ.keys() & {LAUNCHER_VARIABLE, "TORCHELASTIC_RUN_ID"} else None
+NUMBERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE")  # of one of several processes, as torchrun sets them
 ERROR_LENGTH = 1500  # characters of a line on stderr
 OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]+)")
 
@@ -55,21 +61,41 @@ def exit_on_user_error() -> Iterator[None]:
     Of several processes that spo.launch started, it prints the error of the one that failed first.
     """
     try:
+        _join_the_others()
         yield
     except Exception as error:
         if not _left_to_launcher(error):
             if not isinstance(error, UserError):
                 raise
-            # LOCAL_RANK is set if several processes were started.
             if os.environ.get("LOCAL_RANK", "0") == "0":
                 print(f"{error.label}: {in_one_line(error, ERROR_LENGTH)}", file=sys.stderr)
         sys.exit(getattr(error, "exit_status", FAILED))
 
 
+def _join_the_others() -> None:
+    """Deletes what a cluster left of `NUMBERS`; raises UserError if a part of a group's is there."""
+    needed = (*NUMBERS, "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in needed if not os.environ.get(name)]
+    missing += [n for n in NUMBERS if n not in missing and not os.environ[n].isdecimal()]
+    if not missing:
+        return
+    found = [name for name in NUMBERS if os.environ.pop(name, None) is not None]
+    if {"RANK", "LOCAL_RANK"} <= {*found}:
+        raise UserError(
+            f"environment: {', '.join(found)} make this one of several processes, but without a proper "
+            f"{', '.join(missing)} it cannot find the others: unset them, or start by spo.launch."
+        )
+
+
+def is_orphan() -> bool:
+    """Tells if a launcher started this process and was killed."""
+    return _LAUNCHER not in (None, os.getppid())
+
+
 def _left_to_launcher(error: Exception) -> bool:
     """Writes `error` to the file that torch's launcher reads; False without spo.launch."""
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if file is None or LAUNCHER_VARIABLE not in os.environ:
+    if file is None or LAUNCHER_VARIABLE not in os.environ or is_orphan():
         return False
     if not os.path.exists(file):  # else spo.launch.workers has written it
         from torch.distributed.elastic.multiprocessing.errors import get_error_handler
@@ -100,11 +126,17 @@ def parse_flags(argv: list[str]) -> list[str]:
         sys.exit(0)
     with exit_on_user_error():
         path, argv = _take_config_path(argv)
-        config = load_config(path or FLAGS["config"].default, FLAGS["config"].base)
+        said = overridden(argv)
+        config = load_config(path or FLAGS["config"].default, FLAGS["config"].base, said)
         program, *positional = _lay_over(config, argv, FLAGS)
         if positional:
             raise UserError(f"unexpected argument {positional[0]!r}: settings are --key=value")
     return [program]
+
+
+def overridden(argv: Iterable[str]) -> list[str]:
+    """Returns the keys that a command line sets by --config.key=value."""
+    return [match[1] for match in map(OVERRIDE.match, argv) if match]
 
 
 def changed(config: ConfigDict, changes: str) -> ConfigDict:
@@ -127,9 +159,9 @@ def _lay_over(config: ConfigDict, argv: list[str], values: flags.FlagValues) -> 
     # options.hpsv2.1.model, as errors write it, is options["hpsv2.1"].model.
     dotted = {re.sub(r'\["(.+?)"\]', r".\1", key): key for key in known}
     argv = [OVERRIDE.sub(lambda m: m[0].replace(m[1], dotted.get(m[1], m[1])), a) for a in argv]
-    for match in filter(None, map(OVERRIDE.match, argv)):
-        if match[1] not in known:
-            raise UserError(f"config: unknown key {match[1]}{suggest(match[1], known)}")
+    for key in overridden(argv):
+        if key not in known:
+            raise UserError(f"config: unknown key {key}{suggest(key, known)}")
     try:
         # Replaces define_config's flag, and defines a flag for each override.
         config_flags.DEFINE_config_dict(

@@ -31,6 +31,7 @@ from spo.method.losses import SPO, GradSPO
 from spo.models.backbone import Backbone
 from spo.models.device import set_up_device, speed_up
 from spo.models.loading import ModelSource, check_source, freeze
+from spo.models.single_file import is_single_file, read_single_file
 from spo.scorers import Scorer, ScorerSource, check_scorer, load_scorer
 from spo.scorers.clip import CLIPInputs, clip_config, weight_dtype
 from spo.scorers.pickscore import PickScore
@@ -99,9 +100,11 @@ def load_models(recipe: Recipe, device: torch.device, random: bool = False) -> M
 
 
 def _folder(name: str, published: str, key: str) -> str:
-    """Returns a local folder, or that of the published architecture in place of a Hub id."""
+    """Returns a local folder, that of a file's architecture, or the published one for a Hub id."""
     if Path(name).is_dir():
         return name
+    if is_single_file(name):
+        return str(read_single_file(name, key).configs)
     if not is_hub_id(name):
         raise UserError(f"{key}: {name!r} is neither a folder nor a Hub id user/name.")
     return str(ARCHITECTURES / published)

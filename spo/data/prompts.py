@@ -8,25 +8,22 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from glob import escape, has_magic
 from pathlib import Path
+from typing import Any
 
-from huggingface_hub import constants, hf_hub_download
+from huggingface_hub import hf_hub_download
 from tqdm import tqdm
 
 from spo.atomic import write_file
 from spo.data.prompt_files import READERS, check_column, file_rows
-from spo.errors import UserError, first_line, in_one_line
-from spo.hub import PREFETCH, is_hub_id
+from spo.data.prompt_sets import PROMPT_SETS, Place
+from spo.data.web_files import assets, fetch, is_address
+from spo.errors import Unavailable, UserError, in_one_line
+from spo.hub import is_hub_id, tell_if_moved, why
 
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # half an emoji: no tokenizer or file takes it
-
-# Prompt sets that papers evaluate on: name -> dataset, split, column.
-_DATASETS = {
-    "pickapic_v2": ("yuvalkirstain/pickapic_v2", "test_unique", "caption"),
-    "partiprompts": ("nateraw/parti-prompts", "train", "Prompt"),
-}
-_HPDV2 = "zhwang/HPDv2"
-_HPDV2_FILES = ("anime", "concept-art", "paintings", "photo")  # 800 prompts each
+LONGEST_PROMPT = 100_000  # characters; a tokenizer takes 200 bytes and 3 us for each
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +37,7 @@ class PromptSet:
     rows: int
     left_out: Counter  # rows, by the reason
     seed: int | None = None  # of the draw; None: all unique prompts
+    notes: tuple[str, ...] = ()  # places that did not answer, addresses that have moved
 
     def describe(self) -> str:
         """Returns one line for the log."""
@@ -47,7 +45,12 @@ class PromptSet:
         notes = [f"{self.rows:,} rows", *([f"{counts} left out"] if counts else [])]
         if self.seed is not None:
             notes.append(f"{len(self.prompts):,} drawn with seed {self.seed}")
+        notes += self.notes
         return f"{len(self.prompts):,} prompts from {self.source} ({'; '.join(notes)})"
+
+    def digest(self) -> str:
+        """Returns what tells these prompts from others: the SHA-256 of them and their order."""
+        return hashlib.sha256(json.dumps(list(self.prompts)).encode()).hexdigest()
 
 
 def read_prompts(
@@ -59,43 +62,53 @@ def read_prompts(
     seed: int = 42,
     key: str = "prompts.source",
 ) -> PromptSet:
-    """Returns `num` unique prompts drawn from a file or dataset (0: all, in order).
+    """Returns `num` unique prompts drawn from `source` (0: all, in order).
 
-    Raises UserError, with the config `key` in front, for a missing or unfit source.
+    `source` is a name in `PROMPT_SETS`, whose places are tried one after the other, a file, a folder
+    of a dataset, an https address, or a Hub dataset user/name[@revision]. `split` and `column` are
+    those of a source without a name. Raises UserError, with the config `key` in front, for a missing
+    or unfit source.
     """
-    try:
-        path = Path(source).expanduser()
-        if path.is_dir() and source:
-            rows = _dataset_rows(str(path), split, column)
-        elif path.suffix.lower() in READERS or path.is_file():
-            rows = file_rows(path, column)
-        elif is_hub_id(source):
-            return _read_hub(source, split, column, num, seed)
-        else:
-            raise UserError(f"no file or folder {source!r}, and no id of a Hub dataset either")
-        return draw_prompts(collect_prompts(source, rows), num, seed)
-    except UserError as error:
-        raise UserError(f"{key}: {error}") from error
-
-
-def read_prompt_set(source: str, split: str, column: str, num: int, seed: int) -> PromptSet:
-    """Returns the prompts of a named set, or of any source that `read_prompts` takes."""
-    if source == "hpdv2":
-        return draw_prompts(collect_prompts(_HPDV2, _hpdv2_rows()), num, seed)
-    source, split, column = _DATASETS.get(source, (source, split, column))
-    return read_prompts(source, split=split, column=column, num=num, seed=seed)
-
-
-def _hpdv2_rows() -> Iterator[object]:
-    """Yields the benchmark prompts of HPDv2 (Wu et al., arXiv 2306.09341), style by style."""
-    for style in _HPDV2_FILES:
-        name = f"benchmark/{style}.json"
+    named = PROMPT_SETS.get(source)
+    failed: list[str] = []
+    for place in named.places if named else (Place(source, split, column),):
         try:
-            path = hf_hub_download(_HPDV2, name, repo_type="dataset")
-        except Exception as error:  # of whatever network library the Hub's client uses
-            reason = f"cannot download {name} of {_HPDV2} ({first_line(error)})"
-            raise UserError(f"prompts.source: {reason}.") from error
-        yield from file_rows(Path(path), "prompt")
+            found = _read(place, num, seed)
+        except Unavailable as error:
+            failed.append(str(error))
+        except UserError as error:
+            raise UserError(f"{key}: {error}") from error
+        else:
+            tried = tuple(f"tried before: {reason}" for reason in failed)
+            name = f"{source}, {found.source}" if named else found.source
+            return replace(found, source=name, notes=(*found.notes, *tried))
+    others = ", ".join(name for name in PROMPT_SETS if name != source)
+    raise UserError(
+        f"{key}: {'; then '.join(failed)}; name another source: a file, an https address, a Hub "
+        f"dataset, or one of {others}"
+    )
+
+
+def _read(place: Place, num: int, seed: int) -> PromptSet:
+    """Returns the prompts of one place; raises Unavailable if it does not answer."""
+    source, column = place.source, place.column
+    path, notes = Path(source).expanduser(), ()
+    if path.is_dir() and source:
+        rows = _dataset_rows(Place(str(path), place.split, column))
+    elif is_address(source):
+        file = fetch(source)
+        notes = (f"moved to {file.moved_to}",) if file.moved_to else ()
+        rows = file_rows(file.path, column)
+    elif path.suffix.lower() in READERS or path.is_file():
+        rows = file_rows(path, column)
+    elif is_hub_id(source.partition("@")[0]):
+        return _read_hub(place, num, seed)
+    else:
+        raise UserError(
+            f"no file or folder {source!r}, no id of a Hub dataset, and none of the prompt sets "
+            f"{', '.join(PROMPT_SETS)}"
+        )
+    return replace(draw_prompts(collect_prompts(source, rows), num, seed), notes=notes)
 
 
 def collect_prompts(source: str, rows: Iterable[object]) -> PromptSet:
@@ -107,6 +120,8 @@ def collect_prompts(source: str, rows: Iterable[object]) -> PromptSet:
             left_out["without text"] += 1
         elif not (prompt := row.strip()):
             left_out["empty"] += 1
+        elif len(prompt) > LONGEST_PROMPT:
+            left_out[f"of more than {LONGEST_PROMPT:,} characters"] += 1
         elif prompt in prompts:
             left_out["duplicates"] += 1
         else:
@@ -131,35 +146,52 @@ def draw_prompts(found: PromptSet, num: int, seed: int) -> PromptSet:
     return replace(found, prompts=tuple(found.prompts[i] for i in drawn), seed=seed)
 
 
-def _dataset_rows(source: str, split: str, column: str) -> Iterator[object]:
+def _dataset_rows(place: Place) -> Iterator[object]:
+    """Yields the prompts of a folder, or of a dataset on the Hub."""
+    is_local = Path(place.source).is_dir()
+    repo, _, revision = (place.source, "", "") if is_local else place.source.partition("@")
     try:
-        rows = _open_dataset(source, split, column)
-        for batch in tqdm(rows.iter(batch_size=1000), desc=source, unit=" thousand rows"):
-            yield from batch[column]
+        if not is_local:
+            tell_if_moved(repo, "dataset")
+        if place.files:
+            for name in place.files:
+                path = hf_hub_download(repo, name, repo_type="dataset", revision=revision or None)
+                yield from file_rows(Path(path), place.column)
+            return
+        rows = _open_dataset(repo, place.split, place.column, revision or None)
+        for batch in tqdm(rows.iter(batch_size=1000), desc=repo, unit=" thousand rows"):
+            yield from batch[place.column]
     except UserError:
         raise
     except Exception as error:  # of the network, the file systems or the builders
+        if not is_local:
+            raise Unavailable(f"{place.source}: {why(error, f'datasets/{repo}')}") from error
         reason = f"{type(error).__name__}: {in_one_line(error)}"
-        advice = "check prompts.source and prompts.split"
-        if not Path(source).is_dir():
-            advice += f", or fetch it while online: `{PREFETCH}`"
         raise UserError(
-            f"cannot read dataset {source!r}, split {split!r} ({reason}); {advice}"
+            f"cannot read dataset {repo!r}, split {place.split!r} ({reason}); check prompts.source "
+            "and prompts.split"
         ) from error
 
 
-def _open_dataset(source: str, split: str, column: str):  # -> Dataset | IterableDataset
+def _open_dataset(source: str, split: str, column: str, revision: str | None):
+    """Returns the one column of a split, a Dataset or an IterableDataset."""
     import datasets  # takes seconds, and a file of prompts does not need it
 
     saved = saved_split(source, split, alone=split)
     if saved is not None:
         check_column(source, column, saved.column_names)
         return saved.select_columns([column])
-    rows = datasets.load_dataset(source, split=split, streaming=True)
+    options: dict[str, Any] = {"split": split, "revision": revision, "streaming": True}
+    if Path(source).is_dir() and has_magic(folder := str(Path(source).resolve())):
+        # `datasets` takes the folder's name for a pattern, too.
+        found = datasets.data_files.get_data_patterns(escape(folder)).items()
+        files = {name: [f"{escape(folder)}/{each}" for each in each_of] for name, each_of in found}
+        options["data_files"] = files
+    rows = datasets.load_dataset(source, **options)
     names = rows.column_names or list(next(iter(rows), {}))  # some formats tell only by a row
     check_column(source, column, names)
     try:  # Parquet then fetches this column only, and so no images
-        return datasets.load_dataset(source, split=split, streaming=True, columns=[column])
+        return datasets.load_dataset(source, **options, columns=[column])
     except (TypeError, ValueError):  # other formats do not know `columns`
         return rows.select_columns([column])
 
@@ -180,15 +212,16 @@ def saved_split(source: str, split: str, alone: str):  # -> Dataset | None
     return splits[split]
 
 
-def _read_hub(source: str, split: str, column: str, num: int, seed: int) -> PromptSet:
+def _read_hub(place: Place, num: int, seed: int) -> PromptSet:
     """Returns a draw from the Hub, kept on disk so that the next run needs no time or network."""
-    parts = (source, split, column, num or "all", f"seed{seed}")
+    parts = (place.source, place.split, place.column, num or "all", f"seed{seed}")
     readable = re.sub(r"[^\w.-]+", "_", "-".join(map(str, parts)))[:120]
     digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:8]
-    file = Path(constants.HF_ASSETS_CACHE, "spo", "prompts", "default", f"{readable}-{digest}.json")
+    file = assets("default") / f"{readable}-{digest}.json"
     if file.exists():
-        return collect_prompts(f"{source}, as drawn before in {file}", file_rows(file, "caption"))
-    drawn = draw_prompts(collect_prompts(source, _dataset_rows(source, split, column)), num, seed)
+        name = f"{place.source}, as drawn before in {file}"
+        return collect_prompts(name, file_rows(file, "caption"))
+    drawn = draw_prompts(collect_prompts(place.source, _dataset_rows(place)), num, seed)
     rows = [{"caption": prompt} for prompt in drawn.prompts]
     try:
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -9,11 +10,13 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from spo.atomic import write_lines
 from spo.command_line.config_files import check_leaves, leaves, save_config
 from spo.command_line.values import Checked, fill, whole
-from spo.data.prompts import PromptSet, read_prompt_set
+from spo.data.prompts import PromptSet, read_prompts
 from spo.data.token_lengths import describe_lengths
-from spo.errors import Stopped, UserError
+from spo.errors import RunError, Stopped, UserError, WriteError
+from spo.evaluation.contents import contents, source_contents
 from spo.evaluation.image_sets import DrawSettings, ImageSet, claim_images, claim_prompts, image_set
 from spo.evaluation.report import write_report
 from spo.evaluation.results import (
@@ -25,15 +28,16 @@ from spo.evaluation.results import (
     write_results,
 )
 from spo.evaluation.scores import ScoreFolder
+from spo.evaluation.seen import Training, training_of
 from spo.launch.workers import Workers
 from spo.lora_io.model_spec import ModelSpec, read_specs, use_loras
 from spo.method.health import check_images
 from spo.models.backbone import Backbone
 from spo.models.loading import check_source, model_source
 from spo.models.plain_images import sample_images
-from spo.run.folder import CONFIG, TABLE, run_folder, versions
+from spo.run.folder import CONFIG, TABLE, locked, run_folder, versions
 from spo.run.session import Session
-from spo.scorers import check_scorer, image_scorer, load_scorer
+from spo.scorers import check_scorer, image_scorer, load_scorer, named_files
 from spo.scorers.pixels import to_pil
 
 
@@ -67,6 +71,7 @@ class EvaluationPlan:
     images: tuple[ImageSet, ...]  # of each model
     prompts: PromptSet
     scorers: tuple[ScoreFolder, ...]
+    training: tuple[Training, ...]  # of each model
 
 
 def plan_evaluation(config: ConfigDict, num_processes: int) -> EvaluationPlan:
@@ -86,21 +91,24 @@ def plan_evaluation(config: ConfigDict, num_processes: int) -> EvaluationPlan:
     scorers = []
     for name in dict.fromkeys(settings.scorers):
         options = settings.scorer_options.get(name, {})
-        check_scorer(image_scorer(name, options))
-        scorers.append(ScoreFolder(folder / "scores" / name.replace(":", "."), name, options))
-        scorers[-1].info()  # raises if the folder has scores with other options
-    prompts = read_prompt_set(**config.prompts)
+        check_scorer(source := image_scorer(name, options))
+        path = folder / "scores" / name.replace(":", ".")
+        scorers.append(ScoreFolder(path, name, options, contents(named_files(source))))
+        scorers[-1].info()  # raises if the folder has scores of another scorer
+    prompts = read_prompts(**config.prompts)
     images = tuple(image_set(folder, spec, prompts.prompts) for spec in models)
-    return EvaluationPlan(settings, folder, models, images, prompts, tuple(scorers))
+    training = tuple(training_of(spec, base, prompts.prompts) for spec in models)
+    return EvaluationPlan(settings, folder, models, images, prompts, tuple(scorers), training)
 
 
 def evaluate(config: ConfigDict) -> None:
     """Draws, scores, compares and reports; raises UserError, before models load if possible."""
-    with Workers(config.rank_timeout) as workers:
+    with Workers(config.rank_timeout) as workers, ExitStack() as held:
         plan = None
         with workers.together():
             if workers.is_main:
                 plan = plan_evaluation(config, workers.count)
+                held.enter_context(locked(plan.folder))
                 _open_folder(plan, json.loads(config.to_json()))
         Evaluation(workers.from_main(plan), config.to_dict(), workers).run()
 
@@ -109,9 +117,10 @@ def _open_folder(plan: EvaluationPlan, config: Mapping[str, Any]) -> None:
     """Makes the folder, with the config in it; raises UserError if it cannot be written."""
     try:
         claim_prompts(plan.folder, plan.prompts.prompts)
-        for spec in plan.models:
-            if spec.images is None:
-                claim_images(plan.folder, spec, plan.settings.draw)
+        drawing = [spec for spec in plan.models if spec.source is not None]
+        known = {source: source_contents(source) for source in {spec.source for spec in drawing}}
+        for spec in drawing:
+            claim_images(plan.folder, spec, known[spec.source], plan.settings.draw)
         save_config(config, plan.folder / CONFIG)
     except OSError as error:
         raise UserError(f"logdir: cannot write to {plan.folder} ({error.strerror}).") from error
@@ -127,18 +136,26 @@ class Evaluation:
     def run(self) -> None:
         """Draws and scores missing images, and reports; raises Stopped after SIGTERM or SIGINT."""
         self.session.say(self.plan.prompts.describe())
+        for spec, training in zip(self.plan.models, self.plan.training, strict=True):
+            if training.fault:
+                self.session.say(f"training prompts of {spec.name}: unknown ({training.fault})")
+        again = f"the same command with --config.run_name={self.plan.folder.name} goes on."
         try:
             with self.session.signals:
                 self.draw_images()
                 for scores in self.plan.scorers:
                     self.score_images(scores)
+            if not self.plan.scorers:
+                self.session.say(f"images: {self.plan.folder / 'images'}")
+            elif self.workers.is_main:
+                self.report()
         except Stopped as stopped:
-            again = f"the same command with --config.run_name={self.plan.folder.name} goes on."
             raise Stopped(f"by a signal; every whole batch is kept: {again}") from stopped
-        if not self.plan.scorers:
-            self.session.say(f"images: {self.plan.folder / 'images'}")
-        elif self.workers.is_main:
-            self.report()
+        except WriteError as error:
+            failed = f"cannot write {error.filename}: {error.strerror}"
+            raise RunError(
+                f"{failed}; every whole batch is kept: mend that, then {again}"
+            ) from error
 
     def draw_images(self) -> None:
         """Draws the missing images; base models load one after the other, and LoRAs into them."""
@@ -188,18 +205,22 @@ class Evaluation:
 
     def report(self) -> None:
         """Writes results.json, table.md and report.html, and prints the table."""
-        folder, models = self.plan.folder, self.plan.models
+        folder = self.plan.folder
+        models = zip(self.plan.models, self.plan.training, strict=True)
         results = Results(
             title=folder.name,
             settings=self.config,
             versions=versions() | {"open-clip-torch": version("open-clip-torch")},
             scorers=tuple(scores.info() for scores in self.plan.scorers),
-            models=tuple(ModelInfo(spec.name, spec.text) for spec in models),
+            models=tuple(
+                ModelInfo(spec.name, spec.text, training.sources, bool(training.fault))
+                for spec, training in models
+            ),
             prompts=self._prompt_results(),
         )
         table = summary_table(results)
         print(f"\n{table}\n\nresults: {write_results(results, folder)}")
-        (folder / TABLE).write_text(table + "\n")
+        write_lines(folder / TABLE, [table])
         print(f"report:  {write_report(folder, results)}")
 
     def _prompt_results(self) -> tuple[PromptResult, ...]:
@@ -213,7 +234,13 @@ class Evaluation:
                 path = file.relative_to(self.plan.folder) if inside else file.resolve()
                 own = {name: each[i] for name, each in scores.items()}
                 rows[i][images.name] = ScoredImage(str(path), own)
+        trained = {s.name: t for s, t in zip(self.plan.models, self.plan.training, strict=True)}
         return tuple(
-            PromptResult(prompt, seed_of(i) if drawn else None, rows[i])
+            PromptResult(
+                prompt,
+                seed_of(i) if drawn else None,
+                rows[i],
+                [name for name, training in trained.items() if prompt.strip() in training.seen],
+            )
             for i, prompt in enumerate(self.prompts)
         )

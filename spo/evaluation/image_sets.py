@@ -2,21 +2,21 @@
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from spo.atomic import write_file
+from spo.atomic import write_json
 from spo.command_line.values import require_choice, require_whole
 from spo.errors import UserError
+from spo.evaluation.contents import lora_content
 from spo.lora_io.model_spec import IMAGE_SUFFIXES, ModelSpec
 from spo.models.backbone import DTYPES
 from spo.models.plain_images import ImageSettings
-from spo.run.folder import file_digest
-from spo.run.pictures import write_png
+from spo.run.pictures import open_picture, read_picture, write_png
 
 
 @dataclass(frozen=True)
@@ -53,11 +53,11 @@ class ImageSet:
         """Returns an image in RGB; raises UserError if it is none, or is of another prompt."""
         path = self.files[index]
         try:
-            with Image.open(path) as image:
-                rgb, shown = image.convert("RGB"), image.info.get("prompt", prompt)
-        except (OSError, SyntaxError, ValueError) as error:
+            rgb = read_picture(path)
+        except ValueError as error:
             reason = f"{path} is missing or is no image ({error})"
             raise UserError(f"{reason}; delete it and run this again to draw it.") from error
+        shown = rgb.info.get("prompt", prompt)
         if shown != prompt:
             reason = f"{path} shows {shown!r}, but prompt {index} is {prompt!r}"
             raise UserError(f"{reason}: prompts.source does not match the images.")
@@ -82,6 +82,11 @@ def image_set(folder: Path, spec: ModelSpec, prompts: Sequence[str]) -> ImageSet
             f"models: {spec.images} has {len(paths)} images for {len(prompts)} prompts of "
             "prompts.source; it takes one for each, in the order of their names."
         )
+    for path in paths:
+        try:
+            open_picture(path).close()
+        except ValueError as error:
+            raise UserError(f"models: {path} cannot be scored as an image ({error}).") from error
     return ImageSet(spec.name, tuple(paths))
 
 
@@ -91,10 +96,14 @@ def claim_prompts(folder: Path, prompts: Sequence[str]) -> None:
         raise UserError(f"run_name: {folder} is an evaluation of other prompts; choose another.")
 
 
-def claim_images(folder: Path, spec: ModelSpec, settings: DrawSettings) -> None:
+def claim_images(
+    folder: Path, spec: ModelSpec, contents: Mapping[str, str], settings: DrawSettings
+) -> None:
     """Writes what the images of `spec` depend on; raises UserError if the folder has others."""
-    loras = [{"sha256": file_digest(path), "weight": weight} for path, weight in spec.loras]
-    wanted = {**asdict(spec.source), "loras": loras, **asdict(settings)}
+    loras = [{"sha256": lora_content(path), "weight": weight} for path, weight in spec.loras]
+    wanted = {**asdict(spec.source), **contents, "loras": loras, **asdict(settings)}
+    if contents:
+        del wanted["revision"]  # whether a commit was named, or was the newest then
     images = folder / "images" / spec.name
     found = _first_written(images / "model.json", wanted)
     changed = [key for key in wanted if wanted[key] != found.get(key)]
@@ -109,10 +118,14 @@ def _first_written(file: Path, content: Any) -> Any:
     """Returns what `file` holds; if it is missing, writes `content` into it first."""
     if not file.exists():
         write_json(file, content)
-    return json.loads(file.read_text())
+    return read_json(file)
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Writes `content` into a file, and its folder if missing, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_file(path, (json.dumps(content, indent=1) + "\n").encode())
+def read_json(file: Path) -> Any:
+    """Returns the content of a JSON file of ours; raises UserError if it is damaged."""
+    try:
+        return json.loads(file.read_bytes())
+    except ValueError as error:
+        raise UserError(
+            f"{file} is damaged ({error}); delete it, or choose another run_name."
+        ) from error

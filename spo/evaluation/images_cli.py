@@ -13,6 +13,7 @@ from accelerate import PartialState
 from PIL import Image
 from tqdm import tqdm
 
+from spo.atomic import check_output
 from spo.command_line.values import expand, require_choice, require_whole
 from spo.data.prompts import read_prompts
 from spo.errors import UserError
@@ -94,7 +95,8 @@ def draw_samples(
     precision = settings.mixed_precision or ("fp16" if device.type == "cuda" else "no")
     jobs = list(product(prompts, settings.seeds))
     rows: list[list[Cell]] = [[] for _ in jobs]
-    backbone, loaded = None, None
+    backbone, loaded, path = None, None, out / "grid.png"
+    check_output(path, "--out")
     for spec in models:
         if loaded != spec.source:
             backbone = None  # frees the last one before the next one loads
@@ -104,14 +106,14 @@ def draw_samples(
         for start in tqdm(range(0, len(jobs), settings.batch_size), desc=spec.name):
             part = jobs[start : start + settings.batch_size]
             for i, image in enumerate(_draw(backbone, part, settings), start):
-                path = f"{i // len(settings.seeds):05d}_seed{jobs[i][1]}.png"
+                name = f"{i // len(settings.seeds):05d}_seed{jobs[i][1]}.png"
                 text = _png_text(spec, *jobs[i], settings)
-                write_png(out / spec.name / path, image, text)
+                write_png(out / spec.name / name, image, text)
                 rows[i].append(Cell(image, spec.name))
     labels = ["\n".join([*textwrap.wrap(prompt, 24)[:6], f"seed {seed}"]) for prompt, seed in jobs]
     guidance = f"guidance {settings.guidance_scale:g}"
-    path = out / "grid.png"
-    grid(rows, f"{settings.scheduler}, {settings.num_steps} steps, {guidance}", labels).save(path)
+    title = f"{settings.scheduler}, {settings.num_steps} steps, {guidance}"
+    write_png(path, grid(rows, title, labels))
     return path
 
 

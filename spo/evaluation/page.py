@@ -10,8 +10,10 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
+from spo.atomic import write_file
 from spo.errors import UserError
 from spo.publish.record import public_values
+from spo.run.pictures import read_picture
 
 PIXELATED = 64  # images up to this side, in pixels, are shown as the pixels they are
 _PAGES = Environment(
@@ -28,16 +30,15 @@ def write_page(path: Path, template: str, **values: Any) -> Path:
     """Writes the page that `template` makes of `values`, with every text in them escaped."""
     html = _PAGES.get_template(template).render(values)
     # A command line may hold bytes that are no text: they become question marks.
-    path.write_text(html, encoding="utf-8", errors="replace")
+    write_file(path, html.encode(errors="replace"))
     return path
 
 
 def embedded_image(path: Path, size: Sequence[int]) -> str:
     """Returns an image file as a data URI that fits `size` (width, height); UserError if unreadable."""
     try:
-        with Image.open(path) as image:
-            image = image.convert("RGB")
-    except OSError as error:
+        image = read_picture(path)
+    except ValueError as error:
         raise UserError(f"{path}: cannot be read as an image: {error}") from error
     image.thumbnail(size, Image.Resampling.LANCZOS)
     file = BytesIO()

@@ -12,6 +12,7 @@ from tqdm import tqdm
 from spo.evaluation import page
 from spo.evaluation.figures import INK, colour, panel_axes, style, to_svg
 from spo.evaluation.results import Results, ScorerInfo, SummaryRow, summarize
+from spo.evaluation.statistics import percent
 from spo.run.folder import REPORT
 
 _THUMBNAIL = (256, 256)  # pixels
@@ -21,13 +22,17 @@ _BINS = 25  # odd: the middle one is centred at no difference
 def write_report(folder: Path, results: Results, max_prompts: int = 500) -> Path:
     """Writes report.html: figures of all prompts, images of `max_prompts`; UserError if unreadable."""
     shown = chosen_prompts(results, max_prompts)
-    groups = [list(rows) for _, rows in groupby(summarize(results), lambda row: row.scorer)]
+    parts = groupby(summarize(results), lambda row: (row.scorer, row.prompts))
+    groups = [list(rows) for _, rows in parts]
+    whole = [rows for rows in groups if rows[0].prompts == "all"]
     return page.write_page(
         folder / REPORT,
         "report.html.j2",
         title=results.title,
         results=results,
-        groups=[{"rows": rows, "figures": _figures(results, rows)} for rows in groups],
+        groups=groups,
+        figures=[(rows[0].scorer, _figures(results, rows)) for rows in whole],
+        percent=percent,
         gallery=_gallery(folder, results, shown),
         specs={model.name: model.spec for model in results.models},
         colour=colour,
@@ -106,6 +111,7 @@ def _gallery(folder: Path, results: Results, shown: Sequence[int]) -> dict[str, 
             "prompt": row.prompt,
             # As text: numbers of 63 bits are rounded in JavaScript.
             "seed": None if row.seed is None else str(row.seed),
+            "seen": ", ".join(row.seen),
             "images": [page.embedded_image(folder / each.file, _THUMBNAIL) for each in images],
             "scores": [[each.scores[s.name] for s in results.scorers] for each in images],
         }

@@ -1,12 +1,13 @@
 """The results of an evaluation: every score, and the comparison with the first model."""
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
 
+from spo.atomic import write_json
 from spo.errors import UserError
 from spo.evaluation.statistics import Estimate, bootstrap_mean, paired_difference, win_rate
 from spo.run.folder import RESULTS
@@ -28,6 +29,8 @@ class ModelInfo:
 
     name: str
     spec: str  # as the user wrote it, e.g. "runs/NAME"
+    trained_on: Sequence[str] = ()  # sources of its training prompts, as far as known
+    unknown_training: bool = False  # not all of them are known
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,7 @@ class PromptResult:
     prompt: str
     seed: int | None  # None if all images came as files
     images: Mapping[str, ScoredImage]  # by model
+    seen: Sequence[str] = ()  # the models that were trained on it, as far as known
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,35 @@ class Results:
         """Returns the scores of a model's images, in the order of the prompts."""
         return tuple(row.images[model.name].scores[scorer.name] for row in self.prompts)
 
+    def parts(self) -> dict[str, "Results"]:
+        """Returns all prompts and, if any model has seen any, those unseen and those seen."""
+        unseen = "unknown" if any(model.unknown_training for model in self.models) else "unseen"
+        parts = {unseen: [], "seen": []}
+        for row in self.prompts:
+            parts["seen" if row.seen else unseen].append(row)
+        apart = {name: replace(self, prompts=tuple(rows)) for name, rows in parts.items() if rows}
+        return {"all": self} | (apart if parts["seen"] else {})
+
+    def training_notes(self) -> list[str]:
+        """Returns a line on the prompts that were trained on, and one on the unknown ones."""
+        lines, known = [], [model for model in self.models if model.trained_on]
+        unknown = [model.name for model in self.models if model.unknown_training]
+        if known:
+            seen = sum(bool(row.seen) for row in self.prompts)
+            by = [
+                f"{sum(model.name in row.seen for row in self.prompts)} by {model.name} "
+                f"({' + '.join(model.trained_on)})"
+                for model in known
+            ]
+            count = f"{'At least ' if unknown else ''}{seen} of {len(self.prompts)} prompts"
+            lines.append(f"{count} were trained on, word for word: {', '.join(by)}.")
+        if unknown:
+            lines.append(
+                f"Training prompts that could not be read: those of {', '.join(unknown)}; which of "
+                "these prompts were among them is unknown."
+            )
+        return lines
+
 
 @dataclass(frozen=True)
 class SummaryRow:
@@ -74,27 +107,32 @@ class SummaryRow:
     win_rate: Estimate | None  # share of prompts with a higher score; a tie counts half
     ties: int | None
     n: int
+    prompts: str  # "all", "unseen" in training ("unknown" if a model's are not known), or "seen"
 
 
 def summarize(results: Results) -> list[SummaryRow]:
-    """Returns a row for every model by every scorer, in their order."""
-    rows = []
-    for scorer, model in product(results.scorers, results.models):
-        first, scores = (results.scores(each, scorer) for each in (results.models[0], model))
+    """Returns a row for every model by every scorer on each part of the prompts, in their order."""
+    rows, parts = [], results.parts().items()
+    for scorer, (prompts, part), model in product(results.scorers, parts, results.models):
+        first, scores = (part.scores(each, scorer) for each in (results.models[0], model))
         paired = (None, None, None)
         if model is not results.models[0]:
             ties = sum(a == b for a, b in zip(first, scores, strict=True))
             paired = (paired_difference(first, scores), win_rate(first, scores), ties)
         mean = bootstrap_mean(scores)
-        rows.append(SummaryRow(scorer, model.name, mean, *paired, n=len(scores)))
+        rows.append(SummaryRow(scorer, model.name, mean, *paired, len(scores), prompts))
     return rows
 
 
 def summary_table(results: Results) -> str:
-    """Returns the comparison as a Markdown table, with intervals of 95 % in brackets."""
-    first = results.models[0].name
+    """Returns the comparison in Markdown: a table with intervals of 95 % in brackets, and notes."""
+    first, rows = results.models[0].name, summarize(results)
     header = ("scorer", "model", "mean", f"difference to {first}", "win rate", "ties", "n")
-    return markdown_table(header, map(_cells, summarize(results)))
+    cells = [_cells(row) for row in rows]
+    if any(row.prompts != "all" for row in rows):
+        header = ("scorer", "prompts", *header[1:])
+        cells = [(c[0], row.prompts, *c[1:]) for c, row in zip(cells, rows, strict=True)]
+    return "\n\n".join([markdown_table(header, cells), *results.training_notes()])
 
 
 def _cells(row: SummaryRow) -> tuple[object, ...]:
@@ -109,7 +147,7 @@ def write_results(results: Results, folder: Path) -> Path:
     """Writes results.json: settings, versions, the comparison, and each model's image per prompt."""
     summary = [asdict(row) | {"scorer": row.scorer.name} for row in summarize(results)]
     path = folder / RESULTS
-    path.write_text(json.dumps(asdict(results) | {"summary": summary}, indent=1) + "\n")
+    write_json(path, asdict(results) | {"summary": summary})
     return path
 
 

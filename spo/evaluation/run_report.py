@@ -16,7 +16,7 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from spo.atomic import whole_lines
+from spo.atomic import replacing, whole_lines
 from spo.errors import UserError
 from spo.evaluation import page
 from spo.evaluation.figures import COLOURS, INK, colour, panel_axes, style, to_svg
@@ -74,7 +74,8 @@ def draw_curves(run_dir: Path) -> Path:
         figure = Figure(figsize=(3.7 * columns, 2.8 * rows), layout="constrained")
         for place, panel in enumerate(panels, start=1):
             _draw_panel(figure.add_subplot(rows, columns, place), lines, panel)
-        figure.savefig(path, dpi=110)
+        with replacing(path) as partial:
+            figure.savefig(partial, dpi=110, format="png")
     return path
 
 

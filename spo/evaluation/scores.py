@@ -1,14 +1,14 @@
 """Scores of images, kept batch by batch as they are computed."""
 
-import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from spo.atomic import write_json
 from spo.errors import RunError, UserError
-from spo.evaluation.image_sets import ImageSet, batches, write_json
+from spo.evaluation.image_sets import ImageSet, batches, read_json
 from spo.evaluation.results import ScorerInfo
 from spo.run.folder import file_digest
 from spo.scorers import Scorer
@@ -23,24 +23,33 @@ class ScoreFolder:
     path: Path
     name: str
     options: Mapping[str, Any]
+    contents: Mapping[str, str] = field(default_factory=dict)  # of the scorer's files
 
     def info(self) -> ScorerInfo | None:
-        """Returns the scorer, None if it never loaded; raises UserError for scores of other options."""
+        """Returns the scorer, None if it never loaded; raises UserError for scores of another one."""
         file = self.path / _SCORER
         if not file.exists():
             return None
-        found = json.loads(file.read_text())
+        found = read_json(file)
         if found["options"] != dict(self.options):
             raise UserError(
                 f"scorer_options.{self.name}: {self.path} holds scores of {found['options']}, not "
                 f"{dict(self.options)}; choose another run_name, or delete that folder."
+            )
+        before = found.get("contents", {})
+        changed = sorted(k for k, v in self.contents.items() if v != before.get(k))
+        if changed:
+            raise UserError(
+                f"scorers: {self.path} holds scores of another {', '.join(changed)}; choose another "
+                "run_name, or delete that folder."
             )
         return ScorerInfo(**found["scorer"])
 
     def claim(self, scorer: Scorer) -> None:
         """Writes the scorer's name, title, scale and options into the folder."""
         info = asdict(ScorerInfo(self.name, scorer.title, scorer.scale))
-        write_json(self.path / _SCORER, {"scorer": info, "options": dict(self.options)})
+        own = {"options": dict(self.options), "contents": dict(self.contents)}
+        write_json(self.path / _SCORER, {"scorer": info, **own})
 
     def missing(self, images: ImageSet, batch_size: int) -> list[range]:
         """Returns the batches that have no scores yet, or scores of other images."""
@@ -70,6 +79,6 @@ class ScoreFolder:
         file = self._file(images, batch)
         if not file.exists():
             return None
-        content = json.loads(file.read_text())
+        content = read_json(file)
         same = content["images"] == [file_digest(images.files[i]) for i in batch]
         return content["scores"] if same else None

@@ -21,7 +21,14 @@ class Estimate:
 
     def percent(self) -> str:
         """Returns the mean as a share of all: "86 % [80, 91]"."""
-        return f"{100 * self.mean:.0f} % [{100 * self.low:.0f}, {100 * self.high:.0f}]"
+        return f"{percent(self.mean)} % [{percent(self.low)}, {percent(self.high)}]"
+
+
+def percent(share: float, digits: int = 0) -> str:
+    """Returns a share in percent, with more digits where 0 or 100 would be wrong: 99.5."""
+    text = f"{100 * share:.{digits}f}"
+    is_rounded = float(text) in (0, 100) and share not in (0, 1)
+    return percent(share, digits + 1) if is_rounded and digits < 9 else text
 
 
 def bootstrap_mean(values: ArrayLike) -> Estimate:

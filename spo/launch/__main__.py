@@ -18,7 +18,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from spo.command_line.config_files import BASE, EVAL_BASE, SPM_BASE
-from spo.command_line.flags import define_config, exit_on_user_error, parse_flags
+from spo.command_line.flags import NUMBERS, define_config, exit_on_user_error, parse_flags
 from spo.errors import UserError
 from spo.launch.batch_plan import UpdatePlan, plan_batches, plan_updates
 from spo.launch.processes import World, run_processes
@@ -50,6 +50,8 @@ SCRIPTS = {
 
 def main() -> None:
     """Checks the command line, prints the plan and runs the script; bad input is one line, status 2."""
+    for name in NUMBERS:  # a cluster's; the processes that this starts get their own
+        os.environ.pop(name, None)
     with exit_on_user_error():
         options, script_args = parse_options(sys.argv[1:])
         script = SCRIPTS.get(Path(options.script).name, Script())
@@ -57,8 +59,12 @@ def main() -> None:
         world = plan_world(options)
         if script.plan is not None:
             plan = script.plan(config, world.processes)
-            print(plan.describe())
+            print(plan.describe(), flush=True)
         if world.processes > 1:
+            print(
+                "checking config, models and data: loads diffusers, and what the Hub has",
+                flush=True,
+            )
             # Downloads may take longer than processes wait for each other: they find them in the cache.
             find(script.preflight, {}, "preflight")(config, world.processes)
         if script.plan is plan_batches and config.estimate_costs:
@@ -127,13 +133,15 @@ def plan_world(options: argparse.Namespace) -> World:
     Raises UserError if GPUs are missing, if machines lack an address and if they cannot share the
     processes equally.
     """
+    if sys.stdout.isatty():
+        print("loading torch", flush=True)
     import torch  # slow, and not needed to find a mistake on the command line
 
     machines = options.num_machines
     per_machine = 1 if options.cpu else torch.cuda.device_count()
     if not per_machine:
         raise UserError(
-            "no GPU found; without one, `bash launch_tiny.sh` trains a tiny model, and --cpu runs this"
+            "no GPU found, and this needs one; `bash launch_tiny.sh` trains a tiny model without"
         )
     processes = per_machine * machines if options.num_processes is None else options.num_processes
     if min(processes, machines) < 1 or processes % machines:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -13,16 +14,22 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psutil
+from filelock import FileLock
 
-from spo.command_line.flags import ERROR_LENGTH, LAUNCHER_VARIABLE
+from spo.command_line.flags import ERROR_LENGTH, LAUNCHER_VARIABLE, is_orphan
 from spo.errors import FAILED, STOPPED, RunError, Stopped, UserError, in_one_line
 
 if TYPE_CHECKING:  # torch takes seconds to load, and one process does not need it here
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
+_TEMPORARY, _LOCK = (
+    "spo_launch_",
+    ".lock",
+)  # a folder, and a file in it that its launcher has locked
 _KINDS = {kind.__name__: kind for kind in (UserError, RunError, Stopped)}
 
 
@@ -99,7 +106,7 @@ def _run_many(command: list[str], world: World, relay: _Relay) -> int:
     meeting = {"rdzv_backend": "c10d", "local_addr": "localhost"}
     if world.machines > 1:
         meeting = {"rdzv_backend": "static", "rdzv_configs": {"rank": world.machine_rank}}
-    with tempfile.TemporaryDirectory(prefix="spo_") as folder:
+    with _temporary_folder() as folder:
         config = LaunchConfig(
             min_nodes=world.machines,
             max_nodes=world.machines,
@@ -116,6 +123,16 @@ def _run_many(command: list[str], world: World, relay: _Relay) -> int:
         except ChildFailedError as error:
             return _tell(error.failures, bool(relay.received))
     return 0
+
+
+@contextlib.contextmanager
+def _temporary_folder() -> Iterator[str]:
+    """Yields a folder for torch, and deletes those of launchers that were killed."""
+    for left in Path(tempfile.gettempdir()).glob(f"{_TEMPORARY}*/{_LOCK}"):
+        with contextlib.suppress(OSError), FileLock(left).acquire(timeout=0):
+            shutil.rmtree(left.parent)
+    with tempfile.TemporaryDirectory(prefix=_TEMPORARY) as folder, FileLock(f"{folder}/{_LOCK}"):
+        yield folder
 
 
 def _tell(failures: dict[int, ProcessFailure], stopping: bool) -> int:
@@ -159,12 +176,17 @@ def _order(failure: ProcessFailure) -> tuple[bool, float]:
 class StopSignals:
     """A context in which SIGTERM and SIGINT only ask a process of the run to stop.
 
-    A second SIGINT kills at once. Each process gets its own signals, so the processes of a run must
-    agree before they stop.
+    A second SIGINT kills at once. The death of the launcher asks, too. Each process gets its own
+    signals, so the processes of a run must agree before they stop.
     """
 
     def __init__(self) -> None:
-        self.requested = False
+        self._signalled = False
+
+    @property
+    def requested(self) -> bool:
+        """True if a stop was asked for."""
+        return self._signalled or is_orphan()
 
     def __enter__(self) -> StopSignals:
         both = signal.SIGTERM, signal.SIGINT
@@ -176,7 +198,7 @@ class StopSignals:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: object) -> None:
-        self.requested = True
+        self._signalled = True
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
 

@@ -5,6 +5,7 @@ In a single process each does its local part only.
 
 import contextlib
 import os
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
@@ -22,6 +23,7 @@ from accelerate.utils import (
 from torch import Tensor, nn
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
+from spo.command_line.flags import is_orphan
 from spo.errors import RunError, UserError
 from spo.types import PreferencePairs
 
@@ -53,14 +55,17 @@ class Workers(contextlib.AbstractContextManager):
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
         """Leaves the process group."""
-        if isinstance(error, Exception):
+        if isinstance(error, Exception) and not is_orphan():
             # Before the connections close: errors that follow from this one must be later.
             get_error_handler().record_exception(error)
         self.accelerator.end_training()
 
     def wrap(self, unet: nn.Module) -> nn.Module:
         """Returns the UNet for the pass with gradients: its DDP wrapper, or itself in one process."""
-        return self.accelerator.prepare_model(unet, device_placement=False)
+        with warnings.catch_warnings():
+            # Its new name means something else, and is unknown to accelerate.
+            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+            return self.accelerator.prepare_model(unet, device_placement=False)
 
     def from_main(self, value: Any) -> Any:
         """Returns the main process's `value` on every process."""

@@ -10,11 +10,10 @@ from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from spo.atomic import new_output, replacing
-from spo.errors import UserError
+from spo.errors import LOAD_ERRORS, UserError
 from spo.hub import list_files, model_file
 from spo.lora_io.find import find_lora, layer_of
 from spo.lora_io.names import network_of
@@ -22,6 +21,8 @@ from spo.lora_io.read import not_finite, read_lora_file
 from spo.lora_io.write import KOHYA_FILE, WRITERS, LoraWeights
 from spo.models.families import FAMILIES
 from spo.models.loading import ModelSource, family_of, load_pipeline
+from spo.models.single_file import is_single_file, read_single_file
+from spo.models.weights import stored_dtype
 
 _DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, None: None}
 
@@ -79,8 +80,10 @@ def _save(pipe: DiffusionPipeline, base: str, folder: Path) -> None:
     """Saves `pipe` as `base` may be stored itself: for older libraries, and without local paths."""
     pipe.save_pretrained(folder, max_shard_size="20GB")  # one file each, as base models have
     # A LoRA leaves tokenizers as they are, and transformers 5 saves them in a form of its own.
-    files = [p.relative_to(base).as_posix() for p in Path(base).glob("*/*")]
-    for name in files or list_files(base, "--base"):
+    files = [path.relative_to(base).as_posix() for path in Path(base).glob("*/*")]
+    if not (files or is_single_file(base)):
+        files = list_files(base, "--base")
+    for name in files:
         if re.fullmatch(r"tokenizer(_2)?/[^/]+", name):
             shutil.copyfile(model_file(base, name, "--base"), folder / name)
     for tokenizer in folder.glob("tokenizer*"):
@@ -125,8 +128,8 @@ def merged_pipeline(
 
 def _stored_dtype(base: str) -> torch.dtype:
     try:
-        path = model_file(base, "unet/diffusion_pytorch_model.safetensors", "--base")
-        with safe_open(path, framework="pt") as file:
-            return file.get_tensor(next(iter(file.keys()))).dtype
-    except (UserError, SafetensorError) as error:
+        if is_single_file(base):
+            return read_single_file(base, "--base").dtype
+        return stored_dtype(base, "unet", "--base")
+    except (UserError, *LOAD_ERRORS) as error:
         raise UserError(f"--dtype: say in which to store the model, as: {error}") from error

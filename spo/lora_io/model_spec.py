@@ -16,6 +16,7 @@ from spo.hub import is_hub_id, list_files
 from spo.lora_io.find import find_lora, read_folded
 from spo.models.backbone import Backbone
 from spo.models.loading import ModelSource, check_source
+from spo.models.single_file import is_checkpoint
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
@@ -71,6 +72,9 @@ def _read(text: str, base: ModelSource, family: str, key: str) -> ModelSpec:
     if "unet/config.json" in files:  # as Diffusion-DPO is published
         return ModelSpec(name, text, replace(base, unet=where))
     loras = tuple((find_lora(each, key), weight) for each, weight in map(split_weight, parts))
+    if is_checkpoint(loras[0][0]) and len(loras) == 1:
+        check_source(source := ModelSource(str(loras[0][0])), family, key)
+        return ModelSpec(name, text, source)
     return ModelSpec(name, text, base, loras)
 
 

@@ -108,7 +108,7 @@ class Recipe:
 
 
 _YOUNGER = (
-    ("sample", "timesteps", "leading"),
+    ("sample", "timesteps", "model"),
     ("sample", "pairing", "best_worst"),
     ("train", "loss_kwargs", {}),
 )
@@ -175,7 +175,14 @@ def build_learner(
     if not recipe.loss.shares_latents and sampler.timesteps[-1] == 0:
         raise UserError(
             f"pretrained.model: the scheduler of {recipe.model.model} ends at t = 0, where "
-            f"{recipe.run.algorithm} has no likelihood (sigma is 0); set its steps_offset to 1."
+            f"{recipe.run.algorithm} has no likelihood (sigma is 0); set sample.timesteps=trailing, or "
+            "in scheduler_config.json timestep_spacing to trailing, or to leading with steps_offset 1."
+        )
+    first = sampler.timesteps[recipe.collect.rollout.branch_from]
+    if not recipe.loss.shares_latents and sampler.alphas_cumprod[first] == 0:
+        raise UserError(
+            f"sample.branch_from: at t = {first}, where x_t is noise alone (terminal SNR 0), "
+            f"{recipe.run.algorithm} has no likelihood; branch from 1 or later."
         )
     return Learner(
         backbone=backbone,

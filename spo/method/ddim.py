@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import DDIMScheduler
 from torch import Tensor
 
 from spo.command_line.values import Checked, number
-from spo.errors import UserError
+from spo.errors import UserError, first_line
 from spo.plugins import find
 from spo.types import Prediction
 
@@ -35,8 +36,15 @@ def trailing(num_steps: int, alphas_cumprod: Tensor, steps_offset: int) -> list[
     return [round(total - step * total / num_steps) - 1 for step in range(num_steps)]
 
 
+def linspace(num_steps: int, alphas_cumprod: Tensor, steps_offset: int) -> list[int]:
+    """From T - 1 to 0 at equal distances: 999, 946, ..., 0 for 20 steps."""
+    return np.linspace(0, len(alphas_cumprod) - 1, num_steps).round().astype(int)[::-1].tolist()
+
+
 NUM_STEPS = "a whole number from 1 to 1000, the timesteps that models are trained with"
-TIMESTEPS: dict[str, Timesteps] = {"leading": leading, "trailing": trailing}
+TIMESTEPS: dict[str, Timesteps] = {"leading": leading, "trailing": trailing, "linspace": linspace}
+_KEY = "sample.timesteps"
+MODEL = "model"  # the `timestep_spacing` of the base model's scheduler config
 
 
 @dataclass(frozen=True)
@@ -51,7 +59,8 @@ class SamplerSettings(Checked, section="sample"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        find(self.timesteps, TIMESTEPS, "sample.timesteps")
+        if self.timesteps != MODEL:
+            find(self.timesteps, TIMESTEPS, _KEY)
 
 
 @dataclass(frozen=True)
@@ -148,13 +157,30 @@ class DDIM(NoiseSchedule):
         return transition_mean(prediction.x0, prediction.epsilon, abar_next, sigma), sigma
 
 
+def ddim_scheduler(scheduler_config: Mapping[str, Any]) -> DDIMScheduler:
+    """Returns diffusers' DDIM made from a base model's own scheduler config.
+
+    Raises ValueError for a prediction, betas or timesteps that DDIM does not know.
+    """
+    # A foreign config (PNDM, Euler, DPM-Solver) may lack DDIM's own `clip_sample`, whose default in
+    # diffusers is to clamp x0 to [-1, 1]: right for pixels, ruin for latents.
+    try:
+        scheduler = DDIMScheduler.from_config({"clip_sample": False, **scheduler_config})
+    except Exception as error:  # whatever the constructor raises for nonsense
+        raise ValueError(f"its scheduler has no noise schedule: {first_line(error)}") from error
+    prediction, spacing = scheduler.config.prediction_type, scheduler.config.timestep_spacing
+    if prediction not in ("epsilon", "v_prediction", "sample"):
+        raise ValueError(f"its scheduler's prediction_type is {prediction!r}")
+    if spacing not in TIMESTEPS:
+        raise ValueError(f"its scheduler's timestep_spacing is {spacing!r}")
+    return scheduler
+
+
 def noise_schedule(
     scheduler_config: Mapping[str, Any], device: torch.device | str = "cpu"
 ) -> NoiseSchedule:
     """Returns the noise schedule that a base model's own scheduler config describes."""
-    # A foreign config (PNDM, Euler, DPM-Solver) may lack DDIM's own `clip_sample`, whose default in
-    # diffusers is to clamp x0 to [-1, 1]: right for pixels, ruin for latents.
-    scheduler = DDIMScheduler.from_config({"clip_sample": False, **scheduler_config})
+    scheduler = ddim_scheduler(scheduler_config)
     config = scheduler.config
     return NoiseSchedule(
         alphas_cumprod=scheduler.alphas_cumprod.to(device, torch.float32),
@@ -170,21 +196,23 @@ def make_sampler(
     scheduler_config: Mapping[str, Any],
     num_steps: int,
     eta: float,
-    timesteps: str = "leading",
+    timesteps: str = MODEL,
     device: torch.device | str = "cpu",
 ) -> DDIM:
     """Returns the DDIM sampler of `num_steps` steps made from a base model's own scheduler config.
 
-    `timesteps` is an entry of TIMESTEPS or "module:name". Raises UserError if the steps do not fit
-    the model's training timesteps.
+    `timesteps` is MODEL, an entry of TIMESTEPS or "module:name". Raises UserError if the steps do not
+    fit the model's training timesteps.
     """
     noise = noise_schedule(scheduler_config)
     total = len(noise.alphas_cumprod)
     if not 1 <= num_steps <= total:
         raise UserError(f"sample.num_steps, eval.num_steps: {num_steps} is not from 1 to {total}.")
-    schedule = find(timesteps, TIMESTEPS, "sample.timesteps")
-    offset = scheduler_config.get("steps_offset", 0)
-    chosen = tuple(map(int, schedule(num_steps, noise.alphas_cumprod, offset)))
+    config = ddim_scheduler(scheduler_config).config
+    if timesteps == MODEL:
+        timesteps = config.timestep_spacing
+    schedule = find(timesteps, TIMESTEPS, _KEY)
+    chosen = tuple(map(int, schedule(num_steps, noise.alphas_cumprod, config.steps_offset)))
     if chosen and chosen[0] >= total:
         raise UserError(
             f"sample.num_steps, eval.num_steps: {num_steps} steps begin at t = {chosen[0]}, beyond the "
@@ -192,7 +220,7 @@ def make_sampler(
         )
     if len(chosen) != num_steps or chosen[-1] < 0 or list(chosen) != sorted(set(chosen))[::-1]:
         raise UserError(
-            f"sample.timesteps: {timesteps} gave {list(chosen)}; {num_steps} different timesteps from "
+            f"{_KEY}: {timesteps} gave {list(chosen)}; {num_steps} different timesteps from "
             f"0 to {total - 1} are needed, in descending order."
         )
     values = vars(noise) | {"alphas_cumprod": noise.alphas_cumprod.to(device)}

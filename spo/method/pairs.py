@@ -72,6 +72,9 @@ def choose(scores: Tensor, settings: PairSettings, generator: torch.Generator) -
 
 def differ_enough(candidates: Candidates, gaps: Tensor, settings: PairSettings) -> Tensor:
     """Returns which of n chosen pairs are kept, (n,) bool, by their gaps (n,)."""
+    noises_of = candidates.window[-1 if settings.final_direction == "last" else 0]
+    if noises_of.timestep == 0:  # leads to itself: sigma is 0, and the noises changed nothing
+        return torch.zeros_like(gaps, dtype=torch.bool)
     if candidates.is_final and settings.keep_all_final:
         return torch.ones_like(gaps, dtype=torch.bool)
     return gaps > settings.threshold

@@ -1,7 +1,5 @@
 """Every check of config and files that is possible before a model loads."""
 
-import hashlib
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -36,8 +34,8 @@ class Preflight:
 
     def facts(self) -> dict[str, Any]:
         """Returns the entries of a checkpoint that a resumed run compares itself with."""
-        digest = hashlib.sha256(json.dumps(list(self.prompts.prompts)).encode()).hexdigest()
-        return checkpoint_facts(self.recipe.config, self.plan) | {"prompts_sha256": digest}
+        own = {"prompts_sha256": self.prompts.digest()}
+        return checkpoint_facts(self.recipe.config, self.plan) | own
 
 
 def preflight(config: ConfigDict, num_processes: int) -> Preflight:

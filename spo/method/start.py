@@ -1,5 +1,6 @@
 """The start of a training run: config -> processes, models, session -> the loop."""
 
+from contextlib import ExitStack
 from dataclasses import asdict
 
 from ml_collections import ConfigDict
@@ -23,13 +24,14 @@ def train(config: ConfigDict) -> None:
     Raises UserError for bad input before any model loads, RunError if a run cannot continue, and
     Stopped after a signal.
     """
-    with Workers(config.rank_timeout) as workers:
+    with Workers(config.rank_timeout) as workers, ExitStack() as held:
         ready = None
         with workers.together():
             if workers.is_main:
                 ready = preflight(config, workers.count)
                 check_optimizer(config.train.optimizer, workers.device)
-                open_run_dir(ready.run_dir, ready.recipe.config, ready.resume.damaged)
+                run = open_run_dir(ready.run_dir, ready.recipe.config, ready.resume)
+                held.enter_context(run)
         make_trainer(workers.from_main(ready), workers).run()
 
 

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from spo.data.token_lengths import readable
-from spo.method.ddim import DDIM, NoiseSchedule, make_sampler, noise_schedule
-from spo.models.decoder import decode, load_decoder
+from spo.method.ddim import DDIM, MODEL, NoiseSchedule, make_sampler, noise_schedule
+from spo.models.decoder import decode, load_decoder, normalisation
 from spo.models.loading import ModelSource, load_pipeline
 from spo.types import Conditioning
 
@@ -57,7 +57,8 @@ class Backbone:
         if source.decoder is not None:
             self.decoder = self._load_decoder(source.decoder).to(device)
         size = self.unet.config.sample_size
-        self.latent_shape: tuple[int, int, int] = (self.unet.config.in_channels, size, size)
+        height, width = (size, size) if isinstance(size, int) else size
+        self.latent_shape: tuple[int, int, int] = (self.unet.config.in_channels, height, width)
         self.vae_scale_factor: int = self._pipe.vae_scale_factor  # pixels per latent, along a side
 
     def _load(self, source: ModelSource) -> DiffusionPipeline:
@@ -66,7 +67,7 @@ class Backbone:
     def _load_decoder(self, name: str) -> nn.Module:
         return load_decoder(name, self.dtype)
 
-    def sampler(self, num_steps: int, eta: float, timesteps: str = "leading") -> DDIM:
+    def sampler(self, num_steps: int, eta: float, timesteps: str = MODEL) -> DDIM:
         """Returns the DDIM sampler made from this model's scheduler config."""
         config = dict(self._pipe.scheduler.config)
         return make_sampler(config, num_steps, eta, timesteps, self.device)
@@ -210,6 +211,8 @@ class Backbone:
         """
         posterior = self.vae.encode(images.to(self.vae.dtype)).latent_dist
         latents = posterior.mean.float() + posterior.std.float() * noise
+        if normal := normalisation(self.vae):
+            latents = (latents - normal.mean) / normal.std
         return latents * self.vae.config.scaling_factor
 
     @torch.no_grad()

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from spo.errors import LOAD_ERRORS, UserError, first_line
 from spo.hub import PREFETCH, model_file
+from spo.models.weights import load_part
 
 _KEY = "sample.decoder"
 # AutoencoderTiny saves a value that it does not load.
@@ -22,14 +23,35 @@ logging.getLogger("diffusers.configuration_utils").addFilter(
 def decode(autoencoder: AutoencoderKL | AutoencoderTiny, latents: Tensor) -> Tensor:
     """Returns images (n, 3, H, W) of the UNet's latents (n, C, h, w): fp32, not clamped."""
     # 0.18215 for SD1.5's VAE; 1 for TAESD, which takes the UNet's latents.
-    scaled = latents.to(autoencoder.dtype) / autoencoder.config.scaling_factor
+    scaled, factor = latents.to(autoencoder.dtype), autoencoder.config.scaling_factor
+    if normal := normalisation(autoencoder):
+        scaled = scaled * normal.std / factor + normal.mean
+    else:
+        scaled = scaled / factor
     return autoencoder.decode(scaled, return_dict=False)[0].float()
+
+
+@dataclass(frozen=True)
+class Normalisation:
+    """Mean and standard deviation of a VAE's latents, (C, 1, 1), which the UNet's do not have."""
+
+    mean: Tensor
+    std: Tensor
+
+
+def normalisation(autoencoder: AutoencoderKL | AutoencoderTiny) -> Normalisation | None:
+    """Returns the normalisation of latents by a VAE's config, if it has one."""
+    values = [autoencoder.config.get(name) for name in ("latents_mean", "latents_std")]
+    if None in values:
+        return None
+    like = {"dtype": autoencoder.dtype, "device": autoencoder.device}
+    return Normalisation(*(torch.tensor(value, **like).view(-1, 1, 1) for value in values))
 
 
 def load_decoder(name: str, dtype: torch.dtype) -> AutoencoderTiny:
     """Loads the AutoencoderTiny of a folder or Hub id, on the CPU, frozen; UserError if it cannot."""
     try:
-        tiny = AutoencoderTiny.from_pretrained(name, dtype=dtype)
+        tiny = load_part(AutoencoderTiny, name, "", dtype, _KEY)
     except LOAD_ERRORS as error:
         raise UserError(
             f"{_KEY}: {name!r} cannot be loaded ({first_line(error)}); to download and check it: "

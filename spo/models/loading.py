@@ -3,9 +3,12 @@
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import diffusers
 import torch
+import transformers
 from diffusers import (
     AutoencoderKL,
     DiffusionPipeline,
@@ -13,6 +16,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from diffusers.schedulers.scheduling_utils import SCHEDULER_CONFIG_NAME as SCHEDULER
 from torch import nn
 
 from spo.command_line.values import expand
@@ -20,6 +24,9 @@ from spo.errors import LOAD_ERRORS, UserError, first_line
 from spo.hub import PREFETCH, model_file
 from spo.models.decoder import check_decoder
 from spo.models.families import FAMILIES
+from spo.models.kind import check_kind
+from spo.models.single_file import is_single_file, read_single_file
+from spo.models.weights import load_part
 
 _PIPELINES = {name: getattr(diffusers, family.pipeline) for name, family in FAMILIES.items()}
 
@@ -43,8 +50,10 @@ def model_source(pretrained: Mapping[str, str | None], decoder: str | None = Non
 
 
 def family_of(model: str, key: str) -> str:
-    """Returns the family of a folder or Hub id; UserError that names `key` if it has none."""
-    found = _class_name(model, key)
+    """Returns the family of a folder, Hub id or file; UserError that names `key` if it has none."""
+    if is_single_file(model):
+        return read_single_file(model, key).family
+    found = _read_json(model_file(model, "model_index.json", key), key).get("_class_name")
     for family, pipeline in _PIPELINES.items():
         if pipeline.__name__ == found:
             return family
@@ -52,33 +61,62 @@ def family_of(model: str, key: str) -> str:
 
 
 def check_source(source: ModelSource, family: str, key: str = "pretrained.model") -> None:
-    """Raises UserError that names `key` unless `source` is a pipeline of `family`.
+    """Raises UserError that names `key` unless `source` is a text-to-image model of `family`.
 
-    Reads only small json files.
+    Reads only small json files, and the header of a single file.
     """
     if family not in _PIPELINES:
         raise UserError(f"family: {family!r} is none of {', '.join(_PIPELINES)}.")
-    vae = None
-    if source.vae is not None:
-        vae = model_file(source.vae, "config.json", "pretrained.vae")
-    found = _class_name(source.model, key, source.revision)
-    wanted = _PIPELINES[family].__name__
+    model, file = source.model, None
+    if is_single_file(model):
+        file = read_single_file(model, key, source.revision)
+        model = str(file.configs)
+    index = _read_json(model_file(model, "model_index.json", key, source.revision), key)
+    found, wanted = index.get("_class_name"), _PIPELINES[family].__name__
+    if file and file.family != family:
+        found = _PIPELINES[file.family].__name__
     if found != wanted:
         raise UserError(
             f"{key}: {source.model!r} is a {found}, but family={family!r} needs a {wanted}; change "
             "the model or family."
         )
+    paths = {"scheduler": model_file(model, f"scheduler/{SCHEDULER}", key, source.revision)}
+    for name in _networks(index):
+        paths[name] = model_file(model, f"{name}/config.json", key, source.revision)
+    if source.vae is not None:
+        paths["vae"] = model_file(source.vae, "config.json", "pretrained.vae")
+    if source.unet is not None:
+        paths["unet"] = model_file(source.unet, "unet/config.json", key)
+    configs = {name: _read_json(path, key) for name, path in paths.items()}
+    if file is not None:
+        configs["scheduler"] |= file.schedule
+        configs["unet"]["in_channels"] = file.channels
     if source.decoder is not None:
-        own = vae or model_file(source.model, "vae/config.json", key, source.revision)
-        check_decoder(source.decoder, own)
-
-
-def _class_name(model: str, key: str, revision: str | None = None) -> str | None:
-    file = model_file(model, "model_index.json", key, revision)
+        check_decoder(source.decoder, paths["vae"])
     try:
-        return json.loads(file.read_text()).get("_class_name")
+        check_kind(family, configs)
+    except ValueError as error:
+        raise UserError(f"{key}: {source.model!r} cannot be used: {error}.") from error
+
+
+def _read_json(file: Path, key: str) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text())
     except ValueError as error:
         raise UserError(f"{key}: {file} is not a JSON file: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{key}: {file} is not an object of JSON.")
+    return content
+
+
+def _networks(index: Mapping[str, Any]) -> dict[str, type]:
+    """Returns the classes of the networks that a model_index.json names, without a safety checker."""
+    classes = {}
+    for name in ("unet", "vae", "text_encoder", "text_encoder_2"):
+        library, kind = index.get(name) or (None, None)
+        if library in ("diffusers", "transformers"):
+            classes[name] = getattr({"diffusers": diffusers}.get(library, transformers), kind)
+    return classes
 
 
 def load_pipeline(
@@ -88,27 +126,41 @@ def load_pipeline(
 
     Raises UserError if weights are missing or malformed.
     """
-    options = {"dtype": dtype, "revision": source.revision, "variant": source.variant}
-    if family == "sd15":
-        options |= {
-            "safety_checker": None,
-            "feature_extractor": None,
-            "requires_safety_checker": False,
-        }
     try:
-        if source.vae is not None:
-            options["vae"] = AutoencoderKL.from_pretrained(source.vae, dtype=dtype)
-        if source.unet is not None:
-            options["unet"] = UNet2DConditionModel.from_pretrained(
-                source.unet, subfolder="unet", dtype=dtype
-            )
-        pipe = _PIPELINES[family].from_pretrained(source.model, **options)
+        pipe = _load(source, family, dtype)
     except LOAD_ERRORS as error:
         raise UserError(
             f"pretrained: {source.model!r} (vae {source.vae!r}, unet {source.unet!r}) cannot be loaded "
             f"({first_line(error)}); to download and check it: {PREFETCH}"
         ) from error
+    for name in ("tokenizer", "tokenizer_2"):
+        if tokenizer := pipe.components.get(name):
+            encoder = pipe.components[name.replace("tokenizer", "text_encoder")]
+            # Without a limit of its own, a tokenizer would pad a prompt to 10^30 tokens.
+            limit = encoder.config.max_position_embeddings
+            tokenizer.model_max_length = min(tokenizer.model_max_length, limit)
     return freeze(pipe, family, dtype)
+
+
+def _load(source: ModelSource, family: str, dtype: torch.dtype) -> DiffusionPipeline:
+    key, parts = "pretrained.model", {}
+    if source.vae is not None:
+        parts["vae"] = load_part(AutoencoderKL, source.vae, "", dtype, "pretrained.vae")
+    if source.unet is not None:
+        parts["unet"] = load_part(UNet2DConditionModel, source.unet, "unet", dtype, key)
+    if family == "sd15":
+        parts |= {"safety_checker": None, "feature_extractor": None}
+        parts["requires_safety_checker"] = False
+    if is_single_file(source.model):
+        return read_single_file(source.model, key, source.revision).load(dtype, **parts)
+    index = _read_json(model_file(source.model, "model_index.json", key, source.revision), key)
+    for name, kind in _networks(index).items():
+        if name not in parts:
+            where = (source.variant, source.revision)
+            parts[name] = load_part(kind, source.model, name, dtype, key, *where)
+    return _PIPELINES[family].from_pretrained(
+        source.model, revision=source.revision, trust_remote_code=False, **parts
+    )
 
 
 def freeze(pipe: DiffusionPipeline, family: str, dtype: torch.dtype) -> DiffusionPipeline:

@@ -1,6 +1,5 @@
 """From rows to tensors: decoding images, in background threads if configured."""
 
-import io
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -14,11 +13,10 @@ from torch import Tensor
 
 from spo.errors import RunError, UserError, first_line
 from spo.preference.source import IMAGE_COLUMNS
+from spo.run.pictures import read_picture
 
 DAMAGED_IMAGE = "damaged image"
 _AHEAD = 3  # minibatches that are decoded while the device is busy
-# Longer side over the shorter one: damaged bytes may claim a size that exceeds the memory.
-_LONGEST = 50
 
 Row = dict[str, Any]  # of the columns of Pick-a-Pic, as the user's files have them
 
@@ -44,21 +42,18 @@ class PairBatch:
 
 
 def decode_image(data: object, size: int) -> np.ndarray:
-    """Returns a square RGB picture (size, size, 3) uint8 of encoded bytes.
+    """Returns a square RGB picture (size, size, 3) uint8 of encoded bytes; ValueError if unreadable.
 
     `data` may also be a dict with "bytes" or "path". PIL's bilinear filter, which is antialiased,
     resizes the shorter side; the centre is cut out, as by torchvision's Resize and CenterCrop.
     """
     if isinstance(data, dict):
         data = data.get("bytes") or data.get("path")
-    with Image.open(io.BytesIO(data) if isinstance(data, bytes) else data) as file:
-        image = file.convert("RGB")
+    image = read_picture(data)
     width, height = image.size
     short = min(width, height)
     if short != size:
         width, height = int(size * width / short), int(size * height / short)
-        if max(width, height) > _LONGEST * size:
-            raise ValueError(f"{image.width} x {image.height} is no picture")
         image = image.resize((width, height), Image.Resampling.BILINEAR)
     left, top = round((width - size) / 2), round((height - size) / 2)
     return np.asarray(image)[top : top + size, left : left + size]
@@ -68,7 +63,7 @@ def decode_pair(row: Row, size: int) -> np.ndarray | None:
     """Returns both images of a row, (2, size, size, 3) uint8; None if one is missing or damaged."""
     try:
         return np.stack([decode_image(row[name], size) for name in IMAGE_COLUMNS])
-    except Exception:  # which one depends on the format, and on where the damage is
+    except ValueError:
         return None
 
 

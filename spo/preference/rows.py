@@ -10,6 +10,7 @@ from itertools import count, islice
 from datasets import Dataset, IterableDataset
 from datasets.distributed import split_dataset_by_node
 
+from spo.data.prompts import LONGEST_PROMPT
 from spo.errors import UserError
 from spo.method.position import epoch_order
 from spo.preference.batches import DAMAGED_IMAGE, RawBatch, Row, decode_pair
@@ -25,6 +26,8 @@ def fault_of(row: Row, need_has_label: bool = False) -> str | None:
     caption = row["caption"]
     if not isinstance(caption, str) or not caption.strip():
         return "no caption"
+    if len(caption) > LONGEST_PROMPT:
+        return "caption too long"
     if (_number(row["label_0"]), _number(row["label_1"])) not in _VALID:
         return "invalid label"
     examples = _number(row["num_example_per_prompt"])

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from spo.models.loading import ModelSource, check_source, model_source
 from spo.models.optimizers import ADAMW, OptimizerSettings
 from spo.preference.preparation import LabelSource, Preparation
 from spo.preference.rows import UsableRows, find_usable_rows
-from spo.preference.source import PairData
+from spo.preference.source import PairData, find_source
 from spo.preference.spm_learner import TrainSettings
 from spo.run.checkpoint_folder import read_state, reading
 from spo.run.folder import run_folder
@@ -98,6 +98,7 @@ class CheckedTraining:
     run_dir: Path
     resume: Resume
     changes: tuple[str, ...]  # since the checkpoint to resume from, a line each
+    unavailable: tuple[str, ...]  # sources of the rows that did not answer, a line each
 
 
 def check_training(config: ConfigDict, num_processes: int) -> CheckedTraining:
@@ -118,11 +119,13 @@ def check_training(config: ConfigDict, num_processes: int) -> CheckedTraining:
         resolve_file(spm.init_from, "preference.init_from")
     if labels.source == "pickscore":
         check_clip(labels.backbone, labels.processor, "labels")
+    data, unavailable = find_source(data)
     rows = find_usable_rows(data, data.train_split)
     validation = None
     if recipe.validates:
         validation = find_usable_rows(data, data.validation_split, need_has_label=True)
-    return CheckedTraining(recipe, plan, rows, validation, run_dir, resume, told)
+    recipe = replace(recipe, data=data)
+    return CheckedTraining(recipe, plan, rows, validation, run_dir, resume, told, unavailable)
 
 
 # Keys that a resumed run may not change, with the reason. The run says every other change.

@@ -42,12 +42,13 @@ def train_preference_model(config: ConfigDict) -> None:
     Raises UserError for bad input before any model loads, RunError if a run cannot continue, and
     Stopped after a signal.
     """
-    with Workers(config.rank_timeout) as workers:
+    with Workers(config.rank_timeout) as workers, contextlib.ExitStack() as held:
         checked = None
         with workers.together():
             if workers.is_main:
                 checked = check_training(config, workers.count)
-                open_run_dir(checked.run_dir, checked.recipe.config, checked.resume.damaged)
+                run = open_run_dir(checked.run_dir, checked.recipe.config, checked.resume)
+                held.enter_context(run)
         PreferenceTrainer(workers.from_main(checked), workers).run()
 
 
@@ -59,9 +60,9 @@ class PreferenceTrainer:
         self.recipe, self.plan = recipe, plan = checked.recipe, checked.plan
         self.session = Session(checked.run_dir, workers, checked.resume.checkpoint)
         self.share = Share(workers.rank, workers.count, plan.minibatch_size)
-        for rows in (checked.train, checked.validation):
-            if rows is not None:
-                self.session.say(rows.description)
+        rows = {"train": checked.train, "validation": checked.validation}
+        described = [found.description for found in rows.values() if found is not None]
+        self.session.say("\n".join([*checked.unavailable, *described]))
         self.session.say(plan.describe())
         with workers.together():
             self.rows = open_split(recipe.data, recipe.data.train_split)
@@ -82,9 +83,8 @@ class PreferenceTrainer:
             self.totals, self.left_out = Counter(state["totals"]), Counter(state["left_out"])
             self.line_is_due = state["line_is_due"]
             self.session.say("\n".join([*checked.resume.describe(), *checked.changes]))
-        splits = {"train": checked.train, "validation": checked.validation}
-        data = {name: rows and rows.description for name, rows in splits.items()}
-        start = {"plan": asdict(plan), "data": data}
+        data = {split: found and found.description for split, found in rows.items()}
+        start = {"plan": asdict(plan), "data": data | {"unavailable": checked.unavailable}}
         step = self.learner.step
         # A run that starts from the beginning writes the line of step 0 itself.
         last = step - self.line_is_due if step else -1

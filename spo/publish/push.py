@@ -15,6 +15,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineMod
 from huggingface_hub.utils import disable_progress_bars, validate_repo_id
 from huggingface_hub.utils import logging as hub_logging
 
+from spo.atomic import naming
 from spo.command_line.values import fill, require_choice
 from spo.errors import RunError, UserError, first_line, in_one_line
 from spo.hub import Destination
@@ -39,7 +40,8 @@ def publish_run(
     check_destination(to, "--")
     if not dry_run:
         check_token("--")
-    folder, summary = lay_out(run_dir, to, evaluation)
+    with naming(run_dir / "hub"):
+        folder, summary = lay_out(run_dir, to, evaluation)
     if dry_run:
         card = (folder / CARD).read_text(encoding="utf-8")
         return f"{card}\nwritten, and not pushed: {folder}"

@@ -2,15 +2,20 @@
 
 import contextlib
 import json
+import os
 import platform
+import secrets
+import socket
 import sys
 import time
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 
+from filelock import FileLock, Timeout
 from huggingface_hub.utils.sha import sha_fileobj
 
-from spo.atomic import whole_lines, write_lines, writing
+from spo.atomic import whole_lines, write_file, write_lines, writing
 from spo.errors import UserError
 
 # The files and folders of a run, and of an evaluation.
@@ -22,13 +27,52 @@ SAMPLES, SAMPLES_INDEX = "samples", "samples.json"  # the newest validation imag
 SPM_FILE = "step_aware_preference_model.safetensors"
 REPORT, RESULTS, TABLE = "report.html", "results.json", "table.md"
 
+_LOCK, _HOLDER = ".lock", ".lock_holder"
+_LONGEST_NAME = 200  # bytes; file systems take 255
 _PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft")
 
 
 def run_folder(logdir: str, run_name: str, method: str, family: str) -> Path:
-    """Returns the run directory: `run_name` in `logdir`, by default method, family and start time."""
-    default = f"{method}_{family}_{time.strftime('%Y%m%d_%H%M%S')}"
-    return Path(logdir).expanduser() / (run_name or default)
+    """Returns the run directory: `run_name` in `logdir`, by default method, family and start time.
+
+    Raises UserError unless the name is that of one folder. A default name is new at every call.
+    """
+    default = f"{method}_{family}_{time.strftime('%Y%m%d_%H%M%S')}_{secrets.token_hex(2)}"
+    name = run_name or default
+    plain = name.isprintable() and not set(name) & {"/", "\\"} and name == name.strip()
+    if not plain or name[0] in ".-" or len(name.encode()) > _LONGEST_NAME:
+        raise UserError(
+            f"run_name: {name!r} is not a plain name: a folder's name alone, without / and \\, of at "
+            f"most {_LONGEST_NAME} bytes, that begins with neither . nor -; logdir says where it is."
+        )
+    return Path(logdir).expanduser() / name
+
+
+@contextlib.contextmanager
+def locked(run_dir: Path) -> Iterator[None]:
+    """Makes a run directory that no other process writes to within the context.
+
+    Raises UserError that names the holder's process and host if there is one. The lock is flock's:
+    the kernel ends it with the process, even after SIGKILL, and on a shared file system it holds
+    between machines, as far as that passes locks on. A file that marks a lock by being there would
+    outlive a process that was killed, and bar its resume.
+    """
+    holder = run_dir / _HOLDER
+    with contextlib.ExitStack() as held:
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            held.enter_context(FileLock(run_dir / _LOCK).acquire(timeout=0))
+            held.callback(holder.unlink, missing_ok=True)
+            write_file(holder, f"process {os.getpid()} on {socket.gethostname()}".encode())
+        except Timeout as error:
+            name = holder.read_text(errors="replace") if holder.exists() else "another process"
+            raise UserError(
+                f"run_name: {run_dir} is in use by {name}; wait until that has ended, or choose "
+                "another run_name."
+            ) from error
+        except OSError as error:
+            raise UserError(f"logdir: cannot write to {run_dir} ({error.strerror}).") from error
+        yield
 
 
 def versions() -> dict[str, str]:

@@ -1,15 +1,24 @@
-"""Pictures to look at: labelled grids of images."""
+"""Pictures: read from files as a person sees them, written, and in labelled grids."""
 
+import contextlib
 import io
 import textwrap
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 
-from spo.atomic import write_file
+from spo.atomic import naming, write_file
+from spo.errors import first_line
 
+# What a scorer keeps of a pixel takes up to 80 bytes: this is 2.7 GB, and 8K video has as many.
+MAX_PIXELS = 2**25
+MAX_RATIO = 50  # longer side over the shorter one, which scorers resize to some hundred pixels
+# PIL warns of sizes that are refused here.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 _MARGIN = 6  # pixels between cells
 _CAPTION_LINES = 2
 
@@ -23,12 +32,68 @@ class Cell:
     frame: str | None = None
 
 
-def write_png(path: Path, image: Image.Image, text: Mapping[str, str]) -> None:
-    """Saves a PNG with `text` in it, whole or not at all."""
+def open_picture(file: Path | str | bytes) -> Image.Image:
+    """Opens the image in a file or in encoded bytes; raises ValueError if it is none or is too large.
+
+    Its size is looked at before its pixels: a small file may hold more than fits into memory.
+    """
+    try:
+        image = Image.open(io.BytesIO(file) if isinstance(file, bytes) else file)
+    except Exception as error:  # which one depends on the format, and on where the damage is
+        raise ValueError(first_line(error)) from error
+    width, height = image.size
+    if width * height > MAX_PIXELS or max(width, height) > MAX_RATIO * min(width, height):
+        image.close()
+        limit = f"at most {MAX_PIXELS:,} pixels, and {MAX_RATIO} times as long as wide, are read"
+        raise ValueError(f"{width} x {height} pixels; {limit}")
+    return image
+
+
+def read_picture(file: Path | str | bytes) -> Image.Image:
+    """Returns an image in RGB as a person sees it: upright, over white, of whatever mode and depth.
+
+    Raises ValueError for what `open_picture` refuses, for damage, and for numbers without a white.
+    """
+    with open_picture(file) as image:
+        try:
+            seen, info = _eight_bits(image), image.info
+            if seen.has_transparency_data:
+                seen = seen.convert("RGBA")
+                seen = Image.alpha_composite(Image.new("RGBA", seen.size, "white"), seen)
+            seen = seen.convert("RGB")
+        except Exception as error:  # as above
+            raise ValueError(first_line(error)) from error
+    seen.info = {name: value for name, value in info.items() if name != "transparency"}
+    with contextlib.suppress(Exception):  # a damaged EXIF block turns nothing
+        ImageOps.exif_transpose(seen, in_place=True)
+    return seen
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Returns an image whose white PIL knows, decoded: of numbers above 255 it clips all to white."""
+    image.load()
+    key = image.info.get("transparency")
+    if isinstance(key, tuple) and max(key) > 255:
+        image.info["transparency"] = tuple(value >> 8 for value in key)  # as PIL reads the pixels
+    if image.mode not in ("I", "F") and not image.mode.startswith("I;16"):
+        return image
+    if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):
+        raise ValueError(f"its numbers, of mode {image.mode}, do not say which of them is white")
+    levels = np.asarray(image)
+    if getattr(image, "tag_v2", {}).get(262) == 0:  # TIFF: "white is zero"
+        levels = 65535 - levels
+    if key is not None:
+        levels = np.where(levels == key, 65535, levels)
+    return Image.fromarray((levels / 257).round().astype(np.uint8))
+
+
+def write_png(path: Path, image: Image.Image, text: Mapping[str, str] = {}) -> None:
+    """Saves a PNG with `text` in it, whole or not at all, and its folder if missing."""
     chunks = PngImagePlugin.PngInfo()
     for key, value in text.items():
         chunks.add_itxt(key, value)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
     with io.BytesIO() as png:
         image.save(png, "png", pnginfo=chunks)
         write_file(path, png.getvalue())

@@ -1,6 +1,6 @@
 """Resuming a run: finding the checkpoint, and listing the changes since it was saved."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,10 @@ class Resume:
 
     checkpoint: Path | None  # None: a new run
     damaged: Mapping[Path, str] = field(default_factory=dict)  # newer checkpoints, and their faults
+
+    def is_newest(self, own: Sequence[Path]) -> bool:
+        """Tells if the run's `own` checkpoints are still those that this one was chosen from."""
+        return [each for each in own if each not in self.damaged][-1:] in ([], [self.checkpoint])
 
     def describe(self) -> list[str]:
         """Returns lines that name the checkpoint and each damaged newer one."""

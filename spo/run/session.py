@@ -1,35 +1,43 @@
 """The life of a long job: what it says, logs and draws, and how it stops without losing anything."""
 
+import contextlib
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from spo.command_line.config_files import save_config
+from spo.command_line.flags import is_orphan
 from spo.errors import Stopped, UserError
 from spo.hub import Destination
 from spo.launch.processes import StopSignals
 from spo.launch.workers import Workers
-from spo.run.folder import CHECKPOINTS, CONFIG, drop_metrics_after, record_start
+from spo.run.checkpoint_folder import checkpoints
+from spo.run.folder import CHECKPOINTS, CONFIG, drop_metrics_after, locked, record_start
+from spo.run.resume import Resume
 from spo.run.tracking import TrackerSettings, Tracking
 
 
-def open_run_dir(run_dir: Path, config: Mapping[str, Any], damaged: Iterable[Path] = ()) -> None:
-    """Makes the directory, saves the resolved config in it, and renames `damaged` checkpoints.
+@contextlib.contextmanager
+def open_run_dir(run_dir: Path, config: Mapping[str, Any], resume: Resume) -> Iterator[None]:
+    """Locks the directory within the context, saves the config in it, and renames damaged checkpoints.
 
-    Raises UserError if the directory cannot be written.
+    Raises UserError if that cannot be, or if another run was there since `resume` was found.
     """
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        save_config(config, run_dir / CONFIG)
-        for folder in damaged:  # the run can save another in its place
-            aside = folder.with_suffix(".damaged")
-            shutil.rmtree(aside, ignore_errors=True)
-            folder.rename(aside)
-    except OSError as error:
-        raise UserError(f"logdir: cannot write to {run_dir} ({error.strerror}).") from error
+    with locked(run_dir):
+        if not resume.is_newest(checkpoints(run_dir)):
+            raise UserError(f"run_name: another run has just used {run_dir}; start this again.")
+        try:
+            save_config(config, run_dir / CONFIG)
+            for folder in resume.damaged:  # the run can save another in its place
+                aside = folder.with_suffix(".damaged")
+                shutil.rmtree(aside, ignore_errors=True)
+                folder.rename(aside)
+        except OSError as error:
+            raise UserError(f"logdir: cannot write to {run_dir} ({error.strerror}).") from error
+        yield
 
 
 class Session:
@@ -119,8 +127,9 @@ class Session:
             except Stopped as stopped:
                 folder = save_checkpoint()
                 self.close()
+                why = "as the launcher was killed" if is_orphan() else "by a signal"
                 raise Stopped(
-                    f"by a signal; everything is in {folder}: the same command with "
+                    f"{why}; everything is in {folder}: the same command with "
                     f"--config.run_name={self.run_dir.name} --config.resume_from=auto goes on."
                 ) from stopped
 

@@ -81,7 +81,7 @@ class Tracking:
         path = self._run_dir / f"{name}.png"
         with writing(path):
             path.parent.mkdir(exist_ok=True)
-            write_png(path, image, {})
+            write_png(path, image)
         images, options = [image], {}
         if isinstance(self._tracker, TensorBoardTracker):
             images, options = np.asarray(image)[None], {"dataformats": "NHWC"}

@@ -1,18 +1,18 @@
 """Validation images: fixed prompts and seeds, drawn again and again while the LoRA changes."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import itemgetter
 from pathlib import Path
 
+from spo.atomic import naming, write_json, writing
 from spo.command_line.values import Checked, choice, not_negative, number, whole
 from spo.data.prompts import read_prompts
 from spo.method.ddim import NUM_STEPS
 from spo.models.backbone import Backbone
 from spo.models.plain_images import ImageSettings, sample_images
 from spo.run.folder import SAMPLES, SAMPLES_INDEX
-from spo.run.pictures import Cell, grid
+from spo.run.pictures import Cell, grid, write_png
 from spo.run.session import Session
 from spo.scorers.pixels import to_pil
 
@@ -61,19 +61,20 @@ def draw_validation_images(
         rows = [cells[start : start + _COLUMNS] for start in range(0, len(cells), _COLUMNS)]
         picture = grid(rows, f"{settings.weights} LoRA after epoch {epochs}")
         session.tracking.picture(name, picture, step)
-        save_samples(session.run_dir, cells, settings.weights, epochs)
+        with writing(session.run_dir / SAMPLES):
+            save_samples(session.run_dir, cells, settings.weights, epochs)
 
     session.on_main(show)
 
 
 def save_samples(run_dir: Path, cells: Sequence[Cell], weights: str, epochs: int) -> None:
     """Writes the images one by one with their prompts, in place of an earlier epoch's."""
-    folder = run_dir / SAMPLES
-    folder.mkdir(exist_ok=True)
-    prompts = {}
+    folder, prompts = run_dir / SAMPLES, {}
+    with naming(folder / SAMPLES_INDEX):
+        (folder / SAMPLES_INDEX).unlink(missing_ok=True)  # until all images are of one epoch
     for i, cell in enumerate(cells):
         name = f"{i:02d}.png"
-        cell.image.save(folder / name)
+        write_png(folder / name, cell.image)
         prompts[name] = cell.caption
     index = {"weights": weights, "epochs": epochs, "prompts": prompts}
-    (folder / SAMPLES_INDEX).write_text(json.dumps(index, indent=1) + "\n")
+    write_json(folder / SAMPLES_INDEX, index)

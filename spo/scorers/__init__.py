@@ -9,7 +9,8 @@ or the dotted path "module:factory" of a callable that takes `device` and the op
 
 import inspect
 import os
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -144,6 +145,11 @@ def load_scorer(source: ScorerSource, device: torch.device) -> Scorer:
     return scorer
 
 
+def options_of(source: ScorerSource) -> dict[str, Any]:
+    """Returns all options of a scorer, defaults included; UserError for a wrong name or option."""
+    return _bind(source, torch.device("cpu"))[1].arguments
+
+
 def check_scorer(source: ScorerSource) -> None:
     """Raises UserError for a wrong name or option, as far as small files tell.
 
@@ -170,6 +176,32 @@ def check_scorer(source: ScorerSource) -> None:
         model_file(values["tokenizer"], "tokenizer_config.json", f"{section}.tokenizer")
 
 
+def named_files(source: ScorerSource) -> dict[str, str]:
+    """Returns the texts among a scorer's options, defaults included, as they may name its files.
+
+    With the file of an open_clip tag in its place, and the code of a scorer that is not of `SCORERS`.
+    """
+    values = _bind(source, torch.device("cpu"))[1].arguments
+    found = dict(_texts({k: v for k, v in values.items() if k not in ("device", "section")}))
+    if source.name not in SCORERS:
+        code = getattr(sys.modules.get(source.name.partition(":")[0]), "__file__", None)
+        return found | {"code": code or ""}
+    if "model" in found:
+        from spo.scorers.open_clip import find_open_clip
+
+        *_, found["checkpoint"] = find_open_clip(found["model"], found["checkpoint"], "")
+    return found
+
+
+def _texts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Yields each text in nested options, with its place."""
+    if isinstance(value, str):
+        yield key, value
+    elif isinstance(value, Mapping | list | tuple):
+        for name, each in value.items() if isinstance(value, Mapping) else enumerate(value):
+            yield from _texts(each, f"{key}.{name}" if key else str(name))
+
+
 def _bind(source: ScorerSource, device: torch.device) -> tuple[Callable, inspect.BoundArguments]:
     """Returns the factory and all of its arguments, defaults included."""
     name, section, options = source.name, source.section, source.options
@@ -179,6 +211,9 @@ def _bind(source: ScorerSource, device: torch.device) -> tuple[Callable, inspect
         bound = inspect.signature(factory).bind(**given, **options)
     except TypeError as error:
         raise UserError(f"{section}: {name} takes other options: {error}") from error
+    except ValueError as error:  # some builtins
+        reason = f"{name} does not tell its options; name a function or class in Python"
+        raise UserError(f"{source.key}: {reason}.") from error
     for option, value in options.items() if name in SCORERS else ():
         default = bound.signature.parameters[option].default
         if type(value) is not type(default):

@@ -4,33 +4,47 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AutoTokenizer, CLIPConfig, CLIPImageProcessor, CLIPModel
+from transformers import AutoTokenizer, CLIPConfig, CLIPModel
+
+# PIL resizes, as in transformers 4 and so in what papers report; torchvision is a grey level off.
+try:
+    from transformers import CLIPImageProcessorPil
+except ImportError:  # the first versions of transformers 5
+    from transformers import CLIPImageProcessor as CLIPImageProcessorPil
+from transformers.tokenization_utils_base import LARGE_INTEGER
 
 from spo.command_line.values import require_choice
 from spo.data.token_lengths import readable
 from spo.errors import LOAD_ERRORS, UserError, first_line
 from spo.hub import PREFETCH, model_file
+from spo.models.weights import load_network
+from spo.scorers.state_dicts import check_packed
 
 
 @dataclass(frozen=True)
 class ImagePreparation:
     """From images in [-1, 1] to a CLIP's pixels, in differentiable fp32 operations."""
 
-    size: int  # of the shorter side, and of the square that is cut out
+    size: int  # of the square that is cut out
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    resized: int | tuple[int, int] | None = None  # shorter side before, or both sides; None: size
 
     def __call__(self, images: Tensor) -> Tensor:
         """(n, 3, H, W) -> (n, 3, size, size): resize, centre crop, to [0, 1], clamp, normalise."""
         height, width = images.shape[-2:]
-        ratio = self.size / min(height, width)
-        shape = (round(height * ratio), round(width * ratio))
+        shape = self.resized or self.size
+        if isinstance(shape, int):
+            ratio = shape / min(height, width)
+            shape = (round(height * ratio), round(width * ratio))
         images = F.interpolate(images.float(), shape, mode="bicubic", align_corners=False)
-        top, left = (shape[0] - self.size) // 2, (shape[1] - self.size) // 2
+        # Halves are rounded to even numbers, as by torchvision.
+        top, left = round((shape[0] - self.size) / 2), round((shape[1] - self.size) / 2)
         images = images[..., top : top + self.size, left : left + self.size]
         return self.normalise((images / 2 + 0.5).clamp(0, 1))
 
@@ -58,19 +72,31 @@ class CLIPInputs:
 
     def __init__(self, processor: str, section: str = "preference") -> None:
         with loading(processor, f"{section}.processor"):
-            self.tokenizer = AutoTokenizer.from_pretrained(processor)
-            self.image_processor = CLIPImageProcessor.from_pretrained(processor)
-        self.prepare = ImagePreparation(
-            self.image_processor.size["shortest_edge"],
-            tuple(self.image_processor.image_mean),
-            tuple(self.image_processor.image_std),
-        )
+            self.tokenizer = AutoTokenizer.from_pretrained(processor, trust_remote_code=False)
+            self.image_processor = CLIPImageProcessorPil.from_pretrained(processor)
+            self.prepare = _preparation(self.image_processor)
+            if self.tokenizer.model_max_length >= LARGE_INTEGER:
+                raise ValueError("its tokenizer_config.json has no model_max_length; 77 in CLIPs")
 
     def tokenize(self, prompts: Sequence[str]) -> Tensor:
         """Returns token ids (B, L), padded and truncated to the tokenizer's own length L."""
         return self.tokenizer(
             readable(prompts), padding="max_length", truncation=True, return_tensors="pt"
         ).input_ids
+
+
+def _preparation(processor: CLIPImageProcessorPil) -> ImagePreparation:
+    """Returns the same preparation for tensors; raises ValueError for sizes that no CLIP takes."""
+    size, crop = dict(processor.size or {}), dict(processor.crop_size or {})
+    cut = crop if processor.do_center_crop else size
+    squares = {cut.get("height"), cut.get("width")}
+    if size.keys() not in ({"shortest_edge"}, {"height", "width"}) or (
+        len(squares) > 1 or not 0 < (max(squares) or 0) <= min(size.values())
+    ):
+        raise ValueError(f"size {size} and crop_size {crop} cut no square out of every image")
+    resized = size.get("shortest_edge") or (size["height"], size["width"])
+    mean, std = tuple(processor.image_mean), tuple(processor.image_std)
+    return ImagePreparation(max(squares), mean, std, resized)
 
 
 @contextlib.contextmanager
@@ -92,7 +118,9 @@ def text_features(clip: CLIPModel, input_ids: Tensor) -> Tensor:
 def load_clip(backbone: str, section: str = "preference") -> CLIPModel:
     """Returns a CLIP with its weights, in fp32 on the CPU; raises UserError if it cannot be loaded."""
     with loading(backbone, f"{section}.backbone"):
-        return CLIPModel.from_pretrained(backbone, dtype=torch.float32)
+        for path in Path(backbone).glob("*.bin"):
+            check_packed(path)
+        return load_network(CLIPModel, backbone, "CLIP", dtype=torch.float32)
 
 
 def clip_config(backbone: str, section: str = "preference") -> CLIPConfig:
@@ -105,8 +133,13 @@ def check_clip(backbone: str, processor: str, section: str = "preference") -> No
     """Raises UserError for a bad CLIP or processor of config `section`, by their small files."""
     model_file(backbone, "config.json", f"{section}.backbone")
     model_file(processor, "preprocessor_config.json", f"{section}.processor")
-    clip_config(backbone, section)
-    CLIPInputs(processor, section)
+    config, inputs = clip_config(backbone, section), CLIPInputs(processor, section)
+    made = (inputs.prepare.size, inputs.tokenizer.model_max_length)
+    taken = (config.vision_config.image_size, config.text_config.max_position_embeddings)
+    if made[0] != taken[0] or made[1] > taken[1]:
+        each = "{0} x {0} pixels and {1} tokens".format
+        reason = f"{processor!r} makes {each(*made)}, but {backbone!r} takes {each(*taken)}"
+        raise UserError(f"{section}.processor: {reason}.")
 
 
 def weight_dtype(name: str, section: str = "preference") -> torch.dtype:

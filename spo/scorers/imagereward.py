@@ -28,6 +28,7 @@ from spo.scorers.state_dicts import linear_head, read_state_dict
 
 # Mean and standard deviation of the rewards, and the length of a text, from the published code.
 _MEAN, _STD, _TOKENS = 0.16717362830052426, 1.0333394966054072, 35
+_DEPTHS = {768: 12, 1024: 24}  # layers of a BERT-base or ViT-B, of a ViT-L
 # timm's names -> transformers'.
 _VISION = (
     (r"cls_token$", "embeddings.class_embedding"),
@@ -56,7 +57,7 @@ class ImageReward(ImageScorer):
         device: torch.device,
         section: str,
         *,
-        checkpoint: str = "hf://THUDM/ImageReward/ImageReward.pt",
+        checkpoint: str = "hf://zai-org/ImageReward/ImageReward.pt",
         tokenizer: str = "google-bert/bert-base-uncased",
         head_width: int = 64,
     ) -> None:
@@ -67,11 +68,11 @@ class ImageReward(ImageScorer):
         try:
             networks = _networks(weights, head_width)
         except (LookupError, ValueError, RuntimeError) as error:
-            reason = f"{checkpoint} is not ImageReward: {in_one_line(error)}"
-            raise UserError(f"{key}: {reason}") from error
+            fault = f"it lacks {error}" if isinstance(error, KeyError) else in_one_line(error)
+            raise UserError(f"{key}: {checkpoint} is not ImageReward: {fault}") from error
         self._networks, self._device = networks.requires_grad_(False).eval().to(device), device
         with loading(tokenizer, f"{section}.tokenizer"):
-            self._tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+            self._tokenizer = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
         # Resize, centre crop and normalisation are those of OpenAI's CLIP.
         preprocess = PreprocessCfg(size=networks[0].config.image_size)
         self._transform = image_transform_v2(preprocess, is_train=False)
@@ -141,13 +142,20 @@ def _configs(
 
 def _sizes(weights: Mapping[str, Tensor], mlp: str, head_width: int) -> dict[str, int]:
     """Returns the sizes of a tower; `mlp` ends the name of the first MLP weight of each layer."""
+    numbers = [re.search(r"encoder\.layers?\.(\d+)\.", name) for name in weights]
+    depth = 1 + max((int(number[1]) for number in numbers if number), default=-1)
     shapes = [weight.shape for name, weight in weights.items() if name.endswith(mlp)]
+    if not shapes:
+        raise LookupError(f"every {mlp.strip('.')} is missing")
     inner, width = shapes[0]
+    # Nothing but its width tells that a tower lacks its last layers.
+    if depth != _DEPTHS.get(width, depth):
+        raise ValueError(f"a tower of width {width} lacks layers from {depth} on")
     if head_width < 1 or width % head_width:
         raise ValueError(f"head_width {head_width} does not divide its width of {width}")
     return {
         "hidden_size": width,
         "intermediate_size": inner,
-        "num_hidden_layers": len(shapes),
+        "num_hidden_layers": depth,
         "num_attention_heads": width // head_width,
     }

@@ -1,5 +1,6 @@
 """State dicts, read from files without running their pickles, and the linear heads in some."""
 
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from spo.errors import UserError, first_line
+from spo.errors import UserError, in_one_line
 from spo.hub import resolve_file
 
 
@@ -20,16 +21,32 @@ def read_state_dict(file: Path | str, key: str) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
+        check_packed(path)
         weights = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         # The exception depends on where a file is damaged or malicious.
-        reason = f"{path} cannot be read as a state dict: {first_line(error)}"
+        reason = f"{path} cannot be read as a state dict: {in_one_line(error)}"
         raise UserError(f"{key}: {reason}") from error
     if isinstance(weights, dict):
         weights = weights.get("state_dict", weights)
     if not isinstance(weights, dict) or not all(isinstance(v, Tensor) for v in weights.values()):
         raise UserError(f"{key}: {path} is not a state dict of tensors.")
+    for name, tensor in weights.items():
+        if tensor.layout != torch.strided or tensor.nbytes > tensor.untyped_storage().nbytes():
+            shape = tuple(tensor.shape)
+            raise UserError(f"{key}: {path} has fewer numbers than its {name} {shape} needs.")
     return weights
+
+
+def check_packed(path: Path) -> None:
+    """Raises ValueError for a compressed torch.save: a few megabytes of it may fill the memory."""
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as file:
+        unpacked, packed = sum(e.file_size for e in file.infolist()), path.stat().st_size
+    if unpacked > packed:
+        sizes = f"{packed:,} bytes would grow to {unpacked:,}"
+        raise ValueError(f"{path.name} is compressed, as torch.save never does ({sizes})")
 
 
 def linear_head(weights: Mapping[str, Tensor], width: int) -> nn.Sequential:
@@ -39,9 +56,13 @@ def linear_head(weights: Mapping[str, Tensor], width: int) -> nn.Sequential:
     their activations commented out. `weights`: "layers.0.weight", "layers.0.bias", "layers.2.weight",
     ..., or only "weight" and "bias". Raises ValueError for other names, and for shapes that do not fit.
     """
-    names = sorted(name.removesuffix("weight") for name in weights if name.endswith("weight"))
-    if weights.keys() != {f"{name}{part}" for name in names for part in ("weight", "bias")}:
-        raise ValueError("its weights are not those of linear layers")
+    ends = ("weight", "bias")
+    names = sorted({name.removesuffix(e) for e in ends for name in weights if name.endswith(e)})
+    wanted = {f"{name}{part}" for name in names for part in ends}
+    if weights.keys() != wanted:
+        odd = min(weights.keys() ^ wanted)
+        what = "unknown" if odd in weights else "missing"
+        raise ValueError(f"its weights are not those of linear layers: {odd} is {what}")
     layers = nn.Sequential()
     for name in names:
         weight, bias = weights[f"{name}weight"].float(), weights[f"{name}bias"].float()

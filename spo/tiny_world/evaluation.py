@@ -10,7 +10,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from spo.errors import UserError
-from spo.evaluation.statistics import Estimate, paired_difference, win_rate
+from spo.evaluation.statistics import Estimate, paired_difference, percent, win_rate
 from spo.lora_io.find import find_lora, read_lora
 from spo.method.build import Recipe
 from spo.models.plain_images import ImageSettings, sample_images
@@ -46,13 +46,13 @@ class Verdict:
     def describe(self, name: str) -> str:
         """Returns the verdict on the model `name` in four lines."""
         base, trained = self.quality.values()
-        before, after = (100 * share for share in self.faithful.values())
+        before, after = (percent(share, digits=1) for share in self.faithful.values())
         low, high = 100 * self.faithfulness.low, 100 * self.faithfulness.high
         return (
             f"quality       base {base:.2f}, {name} {trained:.2f} of 10\n"
             f"difference    {self.difference:+.2f}\n"
             f"win rate      {self.win_rate.percent()} of {self.num_images} held-out prompts\n"
-            f"faithful      base {before:.1f} %, {name} {after:.1f} % "
+            f"faithful      base {before} %, {name} {after} % "
             f"(difference [{low:+.1f}, {high:+.1f}])"
         )
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
+from spo.atomic import write_json
 from spo.command_line.config_files import leaves, load_config
 from spo.data.prompts import read_prompts
 from spo.method.build import read_recipe
@@ -53,7 +54,7 @@ def reproduce(arms: Sequence[str], seeds: int, out: Path, processes: int) -> str
         found = pool.map(run, *zip(*jobs, strict=True), repeat(out))
         results = dict(zip(jobs, tqdm(found, total=len(jobs), desc="runs"), strict=True))
     rows = {arm: summarise([results[arm, seed] for seed in range(seeds)]) for arm in arms}
-    (out / "results.json").write_text(json.dumps(rows, indent=1) + "\n")
+    write_json(out / "results.json", rows)
     return as_table(rows)
 
 
@@ -70,7 +71,7 @@ def run(arm: str, seed: int, out: Path) -> dict:
             "faithful": verdict.faithfulness.mean,
             "updates": json.loads((folder / METRICS).read_text().splitlines()[-1])["step"],
         }
-        result.write_text(json.dumps(measures) + "\n")
+        write_json(result, measures)
     return json.loads(result.read_text())
 
 

@@ -29,7 +29,7 @@
 
   function number(value, signed) {
     const size = Math.abs(value);
-    const text = size.toFixed(size < 10 ? 3 : size < 100 ? 2 : 1);
+    const text = size.toFixed(size < 10 ? 3 : size < 100 ? 2 : size < 1000 ? 1 : 0);
     const sign = Number(text) === 0 ? "" : value < 0 ? "\u2212" : "+";
     return (signed ? sign : sign.replace("+", "")) + text;
   }
@@ -100,10 +100,11 @@
 
   function card(row) {
     const seed = row.seed === null ? "" : ` · seed ${row.seed}`;
+    const seen = row.seen ? ` · trained on by ${row.seen}` : "";
     const heading = element(
       "p",
       { className: "prompt" },
-      element("span", { className: "quiet" }, `${row.number}${seed}`),
+      element("span", { className: "quiet" }, `${row.number}${seed}${seen}`),
       element("bdi", {}, row.prompt),
     );
     const figures = data.models.map((_, model) => {
