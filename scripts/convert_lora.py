@@ -7,8 +7,9 @@
 
 The format of the source is recognised. To convert to:
     diffusers   a file for pipe.load_lora_weights, as training writes it
-    kohya       a file for ComfyUI, A1111 and sd-scripts; a LoRA of SDXL, recognised by its shapes, gets
-                the block names that sd-scripts has for SDXL (input_blocks_4_1_...), others diffusers'
+    kohya       a file for ComfyUI, A1111, InvokeAI and sd-scripts; a LoRA of SDXL gets the block names
+                that sd-scripts has for SDXL (input_blocks_4_1_...), others diffusers'. Where neither
+                names, shapes nor header tell which it is, --base does
     peft        a folder for peft.PeftModel.from_pretrained(unet, folder)
 Weights, ranks and alphas stay as they are, bit for bit, unless --dtype rounds the weights.
 """

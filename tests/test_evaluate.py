@@ -13,10 +13,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from absl.flags import FlagValues
 from helpers import GOLDEN, add_tiny_lora, load_backbone, model_folder, random_weights
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from spo.command_line import flags
 from spo.command_line.config_files import EVAL_BASE, load_config
 from spo.errors import RunError, Stopped, UserError
 from spo.evaluation import contents as contents_of
@@ -118,6 +120,27 @@ def test_texts_name_models(tmp_path):
     assert full.source == ModelSource(model_folder("sd15")) and not full.loras
     assert dpo.source == ModelSource(BASE.model, unet=str(unet.parent))
     assert there.source is None and there.images == images
+
+
+def test_what_exists_is_no_name_and_no_sum(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    names = ("runs/a+b", "runs/a", "runs/lr=1e-4", "x=y", "runs/a:2")
+    files = {name: write_lora(Path(name) / "pytorch_lora_weights.safetensors") for name in names}
+    for text, name, loras in (
+        ("runs/a+b", "a_b", [("runs/a+b", 1)]),
+        ("runs/a+b:0.5+runs/a", "a_b", [("runs/a+b", 0.5), ("runs/a", 1)]),
+        ("sum=runs/a+runs/a+b", "sum", [("runs/a", 1), ("runs/a+b", 1)]),
+        ("runs/lr=1e-4", "lr_1e-4", [("runs/lr=1e-4", 1)]),
+        ("new=runs/lr=1e-4:-2", "new", [("runs/lr=1e-4", -2)]),
+        ("x=y", "x_y", [("x=y", 1)]),
+        ("x=runs/a", "x", [("runs/a", 1)]),
+        ("x=~/runs/a:2", "x", [("runs/a:2", 1)]),
+    ):
+        (spec,) = read_specs([text], BASE, "sd15", "models")
+        assert spec.name == name
+        found = [(path.resolve(), weight) for path, weight in spec.loras]
+        assert found == [(tmp_path / files[p], weight) for p, weight in loras]
 
 
 @pytest.mark.parametrize(
@@ -253,6 +276,7 @@ KILLED = """
 import os, sys
 import torch
 torch.set_num_threads(1)
+from spo.command_line import flags
 from spo.command_line.config_files import EVAL_BASE, load_config
 from spo.evaluation import evaluator
 config = load_config(sys.argv[1], EVAL_BASE)
@@ -368,6 +392,21 @@ def test_a_lora_of_another_base_is_one_line(config, tmp_path):
         evaluate(changed(config, models=("base", f"xl={lora}")))
     # What the base had drawn is there, and the next call takes it up.
     assert len(list(folder_of(config).rglob("base/*.png"))) == 6
+
+
+def test_options_of_a_scorer_whose_name_has_a_dot(config, tmp_path):
+    name = "tests.scorers_for_tests:brightness"
+    config = changed(config, scorers=(name,), models=("base",))
+    config.scorer_options[name] = {"sign": 2}
+    evaluate(config)
+    again = load_config(str(folder_of(config) / "config.json"), EVAL_BASE)
+    assert again.scorer_options[name].sign == 2
+    assert plan_evaluation(again, 1).settings.scorer_options == {name: {"sign": 2}}
+    for key in (f"scorer_options.{name}.sign", f'scorer_options["{name}"].sign'):
+        other = load_config(str(folder_of(config) / "config.json"), EVAL_BASE)
+        flags._lay_over(other, ["", f"--config.{key}=3"], FlagValues())
+        with pytest.raises(UserError, match="scores of {'sign': 2}, not {'sign': 3}"):
+            plan_evaluation(other, 1)
 
 
 def test_an_evaluation_that_runs_is_left_alone(config):

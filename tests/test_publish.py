@@ -1,5 +1,6 @@
 """Publishing: what is uploaded, the model card, errors, and pushes while a run trains."""
 
+import ast
 import json
 import os
 import re
@@ -13,9 +14,11 @@ import huggingface_hub
 import pytest
 import torch
 import yaml
+from diffusers.loaders import lora_base
 from fake_hub import TOKEN, serve
-from helpers import ATTENTION, random_weights
+from helpers import ATTENTION, random_weights, unet_output
 from PIL import Image
+from safetensors.torch import load_file
 
 from config import tiny
 from scripts import push_to_hub
@@ -29,8 +32,11 @@ from spo.evaluation.results import (
     ScorerInfo,
     write_results,
 )
-from spo.hub import Destination, is_hub_id
-from spo.lora_io.write import save_lora
+from spo.hub import Destination, is_hub_id, public_name
+from spo.lora_io import find
+from spo.lora_io.convert import convert_lora
+from spo.lora_io.read import read_lora_file
+from spo.lora_io.write import KOHYA_FILE, save_lora
 from spo.method.build import read_recipe
 from spo.models.backbone import Backbone, ModelSource
 from spo.models.lora import add_lora
@@ -50,6 +56,7 @@ UPLOADED = {
     "config.json",
     "metrics.jsonl",
     LORA,
+    KOHYA_FILE,
     *(f"samples/{i:02d}.png" for i in range(4)),
 }
 
@@ -125,7 +132,7 @@ def metadata(card):
     return yaml.safe_load(card.split("---\n")[1])
 
 
-def add_evaluation(folder):
+def add_evaluation(folder, title="500 prompts of a test set"):
     """Results of two models by one scorer on three prompts."""
     scores = {"base": (20.0, 21.0, 22.0), "GradSPO": (21.0, 23.0, 22.0)}
     specs = {"base": f"{HOME}/models/base", "GradSPO": f"{HOME}/runs/run"}
@@ -134,7 +141,7 @@ def add_evaluation(folder):
         for i in range(3)
     ]
     results = Results(
-        title="500 prompts of a test set",
+        title=title,
         settings={"prompts": f"{HOME}/prompts.txt", "steps": 20},
         versions={"torch": "2"},
         scorers=(ScorerInfo("pickscore", "PickScore", 100.0),),
@@ -166,6 +173,122 @@ def test_what_is_uploaded_is_what_the_run_holds(hub, run_dir, capsys):
     assert all(HOME.encode() not in content for content in files.values())
 
 
+def test_the_lora_for_other_programs_beside_that_for_diffusers(hub, run_dir, tmp_path, monkeypatch):
+    push(run_dir)
+    folder, card = run_dir / "hub", hub.files("user/name")["README.md"].decode()
+    converted = tmp_path / "x.safetensors"
+    convert_lora(str(run_dir), "kohya", None, None, converted)
+    assert (folder / KOHYA_FILE).read_bytes() == converted.read_bytes()
+    assert f"\n- `{LORA}` for diffusers\n- `{KOHYA_FILE}` for ComfyUI, A1111, InvokeAI" in card
+    assert "Alpha / rank" not in card  # is 1 here
+    # Whoever names no file gets diffusers' one: from the repo, from a folder, and by our own finder.
+    monkeypatch.setattr(lora_base, "model_info", huggingface_hub.HfApi().model_info)
+    assert lora_base._best_guess_weight_name("user/name") == LORA
+    assert lora_base._best_guess_weight_name(str(folder)) == LORA
+    assert find._choose(sorted(hub.files("user/name")), "user/name", "SOURCE") == LORA
+    assert find.find_lora(str(folder), "SOURCE").name == LORA
+
+
+def test_alpha_is_a_part_of_the_published_weights(run_dir):
+    """Readers that take the rank for alpha make the network that was trained, at strength 1."""
+    source = ModelSource(str(ROOT / "assets" / "tiny" / "sd15"))
+    backbone = Backbone(source, "sd15", "no", torch.device("cpu"))
+    lora = add_lora(backbone.unet, 4, 3, ATTENTION, seed=0)
+    weights = random_weights(lora, 1)
+    save_lora(run_dir / LORA, lora, weights, {"step": "30"})
+    before = (run_dir / LORA).read_bytes()
+    config = load_config(str(run_dir / "config.json"))
+    config.lora.rank, config.lora.alpha = 4, 3
+    save_config(json.loads(config.to_json()), run_dir / "config.json")
+    folder, _ = lay_out(run_dir, Destination("user/name"))
+    lora.assign(weights)
+    expected = unet_output(backbone)
+    plain = load_file(folder / LORA)  # as old versions of diffusers read it, without its header
+    reader = Backbone(source, "sd15", "no", torch.device("cpu"))
+    reader.use_loras([(plain, 1.0)])
+    torch.testing.assert_close(unet_output(reader), expected, rtol=0, atol=1e-5)
+    for name in (LORA, KOHYA_FILE):
+        found = read_lora_file(folder / name, "SOURCE")
+        assert {module.alpha for module in found.modules.values()} == {4.0}
+        assert found.header["alpha"] == found.header["rank"] == "4"
+    assert "Alpha / rank of the training, 0.75, is a part of" in (folder / "README.md").read_text()
+    assert (run_dir / LORA).read_bytes() == before
+
+
+MARKS = "<!-- spo:end -->", '<!-- spo:run {"subfolder": ""} -->\n<!-- spo:end -->'
+
+
+def test_no_text_of_a_user_is_a_mark_of_the_card(hub, run_dir):
+    cells = [Cell(Image.new("RGB", (8, 8)), f"{mark} {i}") for i, mark in enumerate(MARKS * 2)]
+    save_samples(run_dir, cells, "policy", 2)
+    add_evaluation(run_dir / "evaluation", title=f"{MARKS[0]} | <b>_x_\n{MARKS[1]}")
+    config = load_config(str(run_dir / "config.json"))
+    config.pretrained.model = f"{HOME}/{MARKS[0]} `*my_model*` [x](y)"
+    config.pretrained.vae = config.preference.checkpoint = MARKS[1]
+    config.algorithm = f"my_loss:{MARKS[0]}"
+    save_config(json.loads(config.to_json()), run_dir / "config.json")
+    hub.create("user/name", files={"README.md": b"# Mine\n\nBy hand.\n"})
+    cards = []
+    for license in ("mit", MARKS[0], "mit"):
+        for subfolder in ("one", "two"):
+            push(run_dir, f"--subfolder={subfolder}", f"--license={license}")
+        cards.append(hub.files("user/name")["README.md"].decode())
+    text = huggingface_hub.ModelCard(cards[0]).text
+    assert text.count("<!-- spo:run {") == text.count("<!-- spo:end -->") == 2
+    assert cards[2] == cards[0] != cards[1]
+    assert text.count("### Use") == text.count("### Results") == 2 and "By hand." in text
+    code = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
+    strings = [n.value for n in ast.walk(ast.parse(code)) if isinstance(n, ast.Constant)]
+    assert {f"{MARKS[0]} 0", MARKS[1], f"{MARKS[0]} `*my_model*` [x](y)"} <= set(strings)
+    assert [each["text"] for each in metadata(cards[0])["widget"][:2]] == [
+        f"{m} {i}" for i, m in enumerate(MARKS)
+    ]
+    title = re.search("^## one: .*", text, re.MULTILINE)[0]
+    assert title.endswith(r" on &lt;!-- spo:end --&gt; \`\*my_model\*\` \[x\](y)")
+    assert r"### Results: &lt;!-- spo:end --&gt; \| &lt;b&gt;\_x\_ &lt;!-- spo:run" in text
+
+
+def test_files_that_a_run_from_elsewhere_names_are_not_published(run_dir, tmp_path):
+    secret = tmp_path / "secret.png"
+    secret.write_bytes(b"secret")
+    (run_dir / "samples" / "samples.json").write_text(
+        json.dumps(
+            {"weights": "policy", "epochs": 2, "prompts": {"../../secret.png": "x", "00.png": "y"}}
+        )
+    )
+    folder, _ = lay_out(run_dir, Destination("user/name"))
+    assert [p.name for p in (folder / "samples").iterdir()] == ["00.png"]
+    config = load_config(str(run_dir / "config.json"))
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    for key, value in (("hub.weights", "../other"), ("family", str(tmp_path / "evil"))):
+        other = config.copy_and_resolve_references()
+        other.update_from_flattened_dict({key: value})
+        save_config(json.loads(other.to_json()), run_dir / "config.json")
+        with pytest.raises(UserError, match=f"{key.rpartition('.')[2]}: '{value}' is none of"):
+            publish.publish_run(run_dir, {"repo_id": "user/name"}, None, "", dry_run=True)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "public"),
+    [
+        ("/home/me/runs/x", "x"),
+        ("~/runs/x", "x"),
+        ("~me/runs/x", "x"),
+        ("../x/y", "y"),
+        ("fox=/home/me/runs/x:0.5", "fox=x:0.5"),
+        ("fox=~/a:0.5+/home/me/b:2", "fox=a:0.5+b:2"),
+        ("--config.logdir=/home/me/my runs/lr=1", "--config.logdir=lr=1"),
+        ("4 prompts from /home/me/p.txt (4 rows)", "4 prompts from p.txt (4 rows)"),
+        ("{'head': '/home/me/head.pth', 'scale': 2}", "{'head': 'head.pth', 'scale': 2}"),
+        *((text, text) for text in ("runs/x", "user/name", "hf://user/name/file", "https://a.b/c")),
+        *((text, text) for text in ("a fox / a bear", "~", "..", "/", "1/2")),
+    ],
+)
+def test_private_paths_lose_their_folders(text, public):
+    assert public_name(text) == public
+
+
 def test_ema_branch_and_private(hub, run_dir):
     push(run_dir, "--weights=ema", "--branch=try", "--private", "--subfolder=sd1_5")
     files = hub.files("user/name", "try")
@@ -179,7 +302,7 @@ def test_ema_branch_and_private(hub, run_dir):
 
 def test_a_second_push_uploads_what_changed_and_commits_nothing_for_nothing(hub, run_dir, capsys):
     push(run_dir)
-    assert len([line for line in hub.asked if line.startswith("PUT")]) == 5  # LoRA and images
+    assert len([line for line in hub.asked if line.startswith("PUT")]) == 6  # LoRAs and images
     hub.asked.clear()
     push(run_dir)
     assert capsys.readouterr().out.splitlines()[-1] == f"nothing new for {hub.url}/user/name"

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from html.parser import HTMLParser
 from io import BytesIO
 from pathlib import Path
@@ -326,6 +327,27 @@ def test_the_report_of_a_run(run_dir):
     titles = page.all("text")
     assert "Pairs by timestep" in titles and "Mean score of the candidates" in titles
     assert "Loss" not in titles  # nothing was trained, so there is nothing to draw
+
+
+def test_a_report_that_is_sent_round_names_no_home(run_dir, tmp_path):
+    home = "/home/some body"
+    paths = {"model": f"{home}/model", "vae": "~/secret/vae"}
+    config = {"pretrained": paths, "logdir": f"{home}/runs", "lists": [f"{home}/a", 1]}
+    (run_dir / "config.json").write_text(json.dumps(config))
+    start = {"time": "now", "command": [f"{home}/train.py", f"--config.logdir={home}/runs"]}
+    start |= {"prompts": f"4 prompts from {home}/p.txt (4 rows)", "resumed_from": f"{home}/x/y"}
+    (run_dir / "starts.jsonl").write_text(json.dumps(start) + "\n")
+    text = write_run_report(run_dir).read_text()
+    assert "some body" not in text and "secret" not in text
+    for kept in ("on model", "train.py --config.logdir=runs", "4 prompts from p.txt (4 rows)"):
+        assert kept in text
+    results = three_models(tmp_path)
+    settings = {"models": [f"x={home}/a:0.5+~/secret/b"], **config}
+    models = [replace(model, spec=f"x={home}/runs/{i}") for i, model in enumerate(results.models)]
+    text = write_report(
+        tmp_path, replace(results, models=tuple(models), settings=settings)
+    ).read_text()
+    assert "some body" not in text and "secret" not in text and "x=a:0.5+b" in text
 
 
 def test_a_run_being_written_ends_at_its_last_whole_line(run_dir):

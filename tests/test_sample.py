@@ -73,7 +73,8 @@ def test_strengths_seeds_and_what_an_image_says(lora, tmp_path):
     assert abs(pixels(base) - pixels(off)).max() <= 1
     assert abs(pixels(base) - pixels(half)).max() > 5
     assert half.text["prompt"] == PROMPTS[1] and half.text["seed"] == "1"
-    assert half.text["loras"] == f"{lora}:1" and half.text["base"] == model_folder("sd15")
+    assert half.text["loras"] == "fox.safetensors:1" and half.text["base"] == "tiny-sd15"
+    assert half.text["model"] == "fox=fox.safetensors:2"  # whoever sees the image learns no folder
     assert (half.text["scheduler"], half.text["steps"], half.text["guidance"]) == ("ddim", "2", "2")
     with Image.open(grid) as sheet:  # three columns, four rows
         assert sheet.width > 3 * 256 and sheet.height > 4 * 256
@@ -99,7 +100,8 @@ def test_the_base_is_what_the_run_of_the_lora_was_trained_on(lora, tmp_path):
     assert images_cli.default_base([str(lora)]) == FAMILIES["sd15"].base_model
     (tmp_path / "ema").mkdir()
     (tmp_path / "config.json").write_text('{"pretrained": {"model": "of/the-run"}}')
-    for text in (f"fox={tmp_path}:0.5", str(tmp_path / "ema")):
+    (tmp_path / "a+b=c").mkdir()
+    for text in (f"fox={tmp_path}:0.5", str(tmp_path / "ema"), f"{tmp_path}/a+b=c:2+user/repo"):
         assert images_cli.default_base(["base", text]) == "of/the-run"
 
 

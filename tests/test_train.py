@@ -15,6 +15,8 @@ from safetensors.torch import load_file
 
 from spo.command_line.config_files import load_config
 from spo.errors import RunError
+from spo.lora_io.read import read_lora_file
+from spo.lora_io.write import KOHYA_FILE
 from spo.method.losses import LOSSES, GradSPO
 from spo.method.preflight import preflight
 from spo.method.start import train
@@ -121,6 +123,10 @@ def test_runs_repeat_bit_for_bit_wherever_they_write(config, tmp_path):
     train(again)
     for name in (LORA, f"ema/{LORA}", f"checkpoints/epoch_0001/{LORA}"):
         assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+    for file in (tmp_path / "run" / LORA, tmp_path / "run" / "ema" / LORA):  # for other programs
+        ours, theirs = (read_lora_file(f, "") for f in (file, file.with_name(KOHYA_FILE)))
+        assert ours.modules.keys() == theirs.modules.keys()
+        assert all(torch.equal(m.up, theirs.modules[n].up) for n, m in ours.modules.items())
     other = config.copy_and_resolve_references()
     other.run_name, other.seed = "other", 43
     train(other)

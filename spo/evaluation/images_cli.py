@@ -60,7 +60,7 @@ def default_base(texts: Iterable[str]) -> str:
         path = Path(expand(split_weight(split_spec(text)[1][0])[0]))
         for folder in (path, *path.parents[:3]) if path.exists() else ():
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-                return json.loads((folder / CONFIG).read_text())["pretrained"]["model"]
+                return expand(json.loads((folder / CONFIG).read_text())["pretrained"]["model"])
     return FAMILIES["sd15"].base_model
 
 

@@ -59,19 +59,16 @@ def write_kohya_beside(file: Path, family: str) -> None:
 
 def _family(lora: LoraWeights, base: str | None) -> str:
     """Returns the family that `base`, or the file's header, states; UserError if neither does."""
-    if base:
-        return _family_of_model(base, "--base")
+    model = base or lora.header.get("base_model", "")
+    known = {family.base_model: name for name, family in FAMILIES.items()}
+    if stated := known.get(model) or (lora.family if base is None else family_of(base, "--base")):
+        return stated
     with contextlib.suppress(UserError):
-        return lora.family or _family_of_model(lora.header.get("base_model", ""), "")
+        return family_of(model, "--base")
     raise UserError(
         "--base: name the base model, as the LoRA does not tell whether it is of SD1.5 or SDXL, "
         "which have other names in kohya's format."
     )
-
-
-def _family_of_model(model: str, key: str) -> str:
-    known = (name for name, family in FAMILIES.items() if family.base_model == model)
-    return next(known, None) or family_of(model, key)
 
 
 def _check_finite(tensors: Mapping[str, Tensor], fault: str) -> None:
@@ -83,20 +80,19 @@ def _save(pipe: DiffusionPipeline, base: str, folder: Path) -> None:
     """Saves `pipe` as `base` may be stored itself: for older libraries, and without local paths."""
     pipe.save_pretrained(folder, max_shard_size="20GB")  # one file each, as base models have
     # A LoRA leaves tokenizers as they are, and transformers 5 saves them in a form of its own.
-    own = re.compile(r"tokenizer(_2)?/[^/]+")
-    if Path(base).is_dir():
-        files = [path.relative_to(base).as_posix() for path in Path(base).glob("*/*")]
-    else:
-        files = [] if is_single_file(base) else list_files(base, "--base")
-    for name in filter(own.fullmatch, files):
-        shutil.copyfile(model_file(base, name, "--base"), folder / name)
-    for vocabulary in folder.glob("tokenizer*"):
-        if not (vocabulary / "vocab.json").exists():
-            getattr(pipe, vocabulary.name).backend_tokenizer.model.save(str(vocabulary))
+    files = [path.relative_to(base).as_posix() for path in Path(base).glob("*/*")]
+    if not (files or is_single_file(base)):
+        files = list_files(base, "--base")
+    for name in files:
+        if re.fullmatch(r"tokenizer(_2)?/[^/]+", name):
+            shutil.copyfile(model_file(base, name, "--base"), folder / name)
+    for tokenizer in folder.glob("tokenizer*"):
+        if not (tokenizer / "vocab.json").exists():
+            getattr(pipe, tokenizer.name).backend_tokenizer.model.save(str(tokenizer))
     for config in (folder / "model_index.json", *folder.glob("*/*config.json")):
         values = json.loads(config.read_text())
-        if values.keys() & (names := {"_name_or_path", "name_or_path"}):
-            public = {key: value for key, value in values.items() if key not in names}
+        public = {k: value for k, value in values.items() if not k.endswith("name_or_path")}
+        if public != values:
             config.write_text(json.dumps(public, indent=2) + "\n")
     for weights in folder.glob("*/*.safetensors"):  # the library makes them readable for one user
         shutil.copymode(folder / "model_index.json", weights)

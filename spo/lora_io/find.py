@@ -67,9 +67,6 @@ def read_lora(path: Path, lora: Lora, key: str) -> dict[str, Tensor]:
     if any(network_of(name) != "unet" for name in modules):
         raise UserError(f"{key}: {path} also changes the text encoder, which is not trained here.")
     found = parameter_names(_scaled(modules, lora.alpha))
-    for name, p in lora.parameters.items():
-        if name in found and _as_matrix(found[name].shape) == _as_matrix(p.shape):
-            found[name] = found[name].view_as(p)
     shapes = {name: tuple(tensor.shape) for name, tensor in found.items()}
     wanted = {name: tuple(parameter.shape) for name, parameter in lora.parameters.items()}
     if unlike := dict(shapes.items() ^ wanted.items()):

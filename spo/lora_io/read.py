@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
-from spo.errors import UserError, first_line
+from spo.errors import LOAD_ERRORS, UserError, first_line
 from spo.lora_io.names import from_kohya, is_module, network_of
 from spo.lora_io.write import ADAPTER_CONFIG, ADAPTER_WEIGHTS, TARGETS, LoraModule, LoraWeights
 from spo.models.families import FAMILIES
@@ -31,10 +31,7 @@ _DOTTED_KEY = re.compile(
     r"(?:base_model\.model\.)?(.+?)(?:\.lora_|[._]lora\.|\.lora_linear_layer\.)(A|B|down|up)\.weight"
 )
 
-
-# Raised by reading a damaged or hostile file.
-_READ_ERRORS = (OSError, SafetensorError, ValueError, RuntimeError, TypeError, AttributeError)
-_READ_ERRORS += (OverflowError,)  # of a whole number beyond every float
+_READ_ERRORS = (*LOAD_ERRORS, TypeError, AttributeError, OverflowError)  # of a hostile file, too
 
 
 def read_lora_file(path: Path, key: str) -> LoraWeights:
@@ -69,9 +66,9 @@ def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
 
 
 def _stated_family(header: Mapping[str, str], keys: Iterable[str]) -> str | None:
+    stated = {header.get("ss_base_model_version"), header.get("modelspec.architecture")}
     for name, family in FAMILIES.items():
-        stated = header.get("ss_base_model_version"), header.get("modelspec.architecture")
-        if family.kohya_version in stated or family.architecture in stated:
+        if stated & {family.kohya_version, family.architecture}:
             return name
     return next((n for n, own in _KOHYA_OF.items() if any(k.startswith(own) for k in keys)), None)
 
@@ -178,7 +175,6 @@ def _targets(
     names = [f".{name}" for name in modules if network_of(name) == "unet"]
     if not names or not isinstance(targets, list):  # peft also has regular expressions
         return ()
-    if not all(isinstance(target, str) for target in targets):
-        return ()
-    fit = all(name.endswith(tuple(f".{t}" for t in targets)) for name in names)
+    endings = tuple(f".{target}" for target in targets if isinstance(target, str))
+    fit = len(endings) == len(targets) and all(name.endswith(endings) for name in names)
     return tuple(sorted(targets)) if fit else ()

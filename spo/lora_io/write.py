@@ -80,11 +80,13 @@ class LoraWeights:
         modules = {
             name: module
             if module.alpha == module.rank
-            else LoraModule(module.down, module.up * (module.alpha / module.rank), module.rank)
+            else LoraModule(
+                module.down, module.up * (module.alpha / module.rank), float(module.rank)
+            )
             for name, module in self.modules.items()
         }
         header = dict(self.header)
-        if "alpha" in header:
+        if {"rank", "alpha"} <= header.keys():
             header["alpha"] = header["rank"]
         return replace(self, modules=modules, header=header)
 

@@ -7,6 +7,7 @@ that a card can be updated without the files of the other runs.
 import json
 import re
 from collections.abc import Iterable, Iterator
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from spo.command_line.config_files import BASE, REPO_ROOT, leaves, load_config
 from spo.command_line.values import fill
-from spo.evaluation.results import Results, summary_table
+from spo.evaluation.results import summary_table
 from spo.hub import Destination, is_hub_id
 from spo.launch.batch_plan import UpdatePlan
 from spo.lora_io.write import KOHYA_FILE, LORA_FILE
@@ -110,7 +111,8 @@ def _section(record: RunRecord, to: Destination, metadata: dict[str, Any]) -> st
         keep_trailing_newline=True,
         undefined=StrictUndefined,
     )
-    environment.filters |= {"quoted": _quoted, "plain": _plain, "summary_table": _results_table}
+    environment.filters |= {"quoted": _quoted, "plain": _plain}
+    environment.filters["summary_table"] = lambda each: escape(summary_table(each), quote=False)
     method = _TITLES.get(config.algorithm, algorithm_name(config.algorithm))
     facts = [(name, _plain(value)) for name, value in training_facts(record).items()]
     return environment.get_template("section.md.j2").render(
@@ -135,12 +137,8 @@ def _quoted(text: str) -> str:
 
 def _plain(text: object) -> str:
     """Returns a text in one line, with nothing in it that Markdown or HTML would take for its own."""
-    special = r"(?<![^\W_])_|_(?![^\W_])|[\\`*<>|~$&\[\]]"  # an underscore within a word is none
-    return re.sub(special, r"\\\g<0>", " ".join(str(text).split()))
-
-
-def _results_table(results: Results) -> str:
-    return re.sub("[<>]", r"\\\g<0>", summary_table(results))
+    special = r"(?<![^\W_])_|_(?![^\W_])|[\\`*|~$\[\]]"  # an underscore within a word is none
+    return re.sub(special, r"\\\g<0>", escape(" ".join(str(text).split()), quote=False))
 
 
 def training_facts(record: RunRecord) -> dict[str, object]:

@@ -13,10 +13,12 @@ from safetensors import SafetensorError, safe_open
 
 from spo.atomic import whole_lines
 from spo.command_line.config_files import BASE, load_config
+from spo.command_line.values import require_choice
 from spo.errors import UserError, first_line
 from spo.evaluation.results import Results, read_results
 from spo.hub import public_name
 from spo.lora_io.write import LORA_FILE
+from spo.models.families import FAMILIES
 from spo.run.folder import CONFIG, METRICS, RESULTS, SAMPLES, SAMPLES_INDEX, STARTS
 
 _SAMPLES = 4  # images that are published one by one
@@ -41,7 +43,9 @@ def read_config(run_dir: Path) -> ConfigDict:
     """Returns the config of a run; raises UserError if `run_dir` holds none."""
     if not (run_dir / CONFIG).is_file():
         raise UserError(f"{run_dir}: no {CONFIG} in it; name the directory of a run.")
-    return load_config(str(run_dir / CONFIG), BASE)
+    config = load_config(str(run_dir / CONFIG), BASE)
+    require_choice(f"{run_dir / CONFIG}: family", config.family, FAMILIES)  # it names a .py file
+    return config
 
 
 def read_record(run_dir: Path, weights: str, evaluation: Path | None = None) -> RunRecord:
