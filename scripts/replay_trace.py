@@ -3,8 +3,8 @@
     cd tests/data/golden
     python ../../../scripts/replay_trace.py --trace gradspo_sd15 --models models
 
-Prints one JSON object with the largest absolute deviation of every quantity in every rollout, and
-exits with status 1 if one is past its tolerance.
+Prints the largest absolute deviation of every quantity in every rollout, and exits with status 1 if one
+is past its tolerance: a table on a terminal; one JSON object into a file or pipe, or with --json.
 """
 
 import argparse
@@ -13,16 +13,32 @@ import sys
 from pathlib import Path
 
 from spo.method.replay import replay_trace
+from spo.run.tables import markdown_table
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--trace", type=Path, required=True, help="folder with meta.json")
     parser.add_argument("--models", type=Path, required=True, help="folder of the trace's models")
+    parser.add_argument("--json", action="store_true", help="one JSON object, on a terminal too")
     options = parser.parse_args()
     report = replay_trace(options.trace, options.models)
-    print(json.dumps(report))
+    as_json = options.json or not sys.stdout.isatty()
+    print(json.dumps(report) if as_json else table(report))
     return 1 if report["failures"] else 0
+
+
+def table(report: dict) -> str:
+    """Returns the report of `replay_trace` as a table, a row for each quantity."""
+    rollouts = report["rollouts"]
+    numbers = [f"rollout {index}" for index in range(len(rollouts))]
+    rows = []
+    for name in rollouts[0]:
+        limit, found = report["tolerances"][name], [rollout[name] for rollout in rollouts]
+        passes = all(value is not None and value <= limit for value in found)
+        shown = ["unlike" if value is None else f"{value:.1e}" for value in found]
+        rows.append((name, *shown, f"{limit:g}", "pass" if passes else "FAIL"))
+    return markdown_table((report["trace"], *numbers, "allowed", ""), rows)
 
 
 if __name__ == "__main__":

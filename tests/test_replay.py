@@ -1,6 +1,7 @@
 """The official code's traces replay, and a replay of a broken algorithm does not."""
 
 import json
+import runpy
 import shutil
 import subprocess
 import sys
@@ -149,6 +150,33 @@ def first_rollout(trace, folder):
     meta = json.loads(path.read_text())
     path.write_text(json.dumps(meta | {"rollouts": meta["rollouts"][:1]}))
     return folder
+
+
+def test_a_person_gets_a_table(monkeypatch, capsys):
+    report = {
+        "trace": "one",
+        "rollouts": [{"losses": 1e-6, "ema": 3e-4}, {"losses": None, "ema": 1e-4}],
+        "tolerances": {"losses": 2e-5, "ema": 2e-4},
+        "failures": ["..."],
+    }
+    script = runpy.run_path(str(SCRIPT))
+    monkeypatch.setitem(script["main"].__globals__, "replay_trace", lambda *_: report)
+    monkeypatch.setattr(sys, "argv", ["replay_trace.py", "--trace=one", "--models=models"])
+    assert script["main"]() == 1  # into a pipe
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert script["main"]() == 1
+    sys.argv.append("--json")
+    assert script["main"]() == 1
+    first, *table, last = capsys.readouterr().out.splitlines()
+    assert json.loads(first) == json.loads(last) == report
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table]
+    assert cells[0] == ["one", "rollout 0", "rollout 1", "allowed", ""]
+    assert cells[2:] == [
+        ["losses", "1.0e-06", "unlike", "2e-05", "FAIL"],
+        ["ema", "3.0e-04", "1.0e-04", "0.0002", "FAIL"],
+    ]
+    report["rollouts"] = report["rollouts"][:1]
+    assert "| 2e-05   | pass |" in script["table"](report)
 
 
 def run_script(trace):
