@@ -165,14 +165,9 @@ def worst(deviations: dict[str, float], name: str, value: float) -> None:
     deviations[name] = max(deviations.get(name, 0.0), value)
 
 
-def tolerances(algorithm: str) -> dict[str, float]:
-    """Returns the largest deviation that each quantity may have."""
-    return TOLERANCES | ({"terms": SPO_TERMS} if algorithm == "spo" else {})
-
-
 def failures(rollouts: list[dict[str, float]], algorithm: str) -> list[str]:
     """Returns a line for every quantity past its tolerance: "rollout 1: losses 3.0e-03 > 2e-05"."""
-    limits = tolerances(algorithm)
+    limits = TOLERANCES | ({"terms": SPO_TERMS} if algorithm == "spo" else {})
     return [
         f"rollout {index}: {name} {value:.1e} > {limits[name]:g}"
         for index, deviations in enumerate(rollouts)
@@ -182,16 +177,11 @@ def failures(rollouts: list[dict[str, float]], algorithm: str) -> list[str]:
 
 
 def replay_trace(trace: Path, models: Path) -> dict:
-    """Replays the trace of a folder; returns deviations, tolerances, and failures if there are any."""
+    """Replays the trace of a folder; returns its deviations, and its failures if there are any."""
     torch.set_num_threads(1)  # sums in one order, whatever the number of cores
     replay = Replay(trace, models)
     rollouts = replay.run()
     # JSON has no infinity: null stands for "not comparable", which is a failure too.
     shown = [{k: v if math.isfinite(v) else None for k, v in r.items()} for r in rollouts]
-    algorithm = replay.config.algorithm
-    return {
-        "trace": trace.name,
-        "rollouts": shown,
-        "tolerances": tolerances(algorithm),
-        "failures": failures(rollouts, algorithm),
-    }
+    failed = failures(rollouts, replay.config.algorithm)
+    return {"trace": trace.name, "rollouts": shown, "failures": failed}
