@@ -3,8 +3,8 @@
     cd tests/data/golden
     python ../../../scripts/replay_trace.py --trace gradspo_sd15 --models models
 
-Prints one JSON object with the largest absolute deviation of every quantity in every rollout, and
-exits with status 1 if one is past its tolerance.
+Prints the largest absolute deviation of every quantity in every rollout, and exits with status 1 if one
+is past its tolerance: a table on a terminal; one JSON object into a file or pipe, or with --json.
 """
 
 import argparse
@@ -13,16 +13,31 @@ import sys
 
 from spo.command_line.values import path
 from spo.method.replay import replay_trace
+from spo.run.tables import markdown_table
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--trace", type=path, required=True, help="folder with meta.json")
     parser.add_argument("--models", type=path, required=True, help="folder of the trace's models")
+    parser.add_argument("--json", action="store_true", help="one JSON object, on a terminal too")
     options = parser.parse_args()
     report = replay_trace(options.trace, options.models)
-    print(json.dumps(report))
+    as_json = options.json or not sys.stdout.isatty()
+    print(json.dumps(report) if as_json else table(report))
     return 1 if report["failures"] else 0
+
+
+def table(report: dict) -> str:
+    """Returns the report of `replay_trace` as a table, a row for each quantity, and its failures."""
+    rollouts, failed = report["rollouts"], {line.split()[2] for line in report["failures"]}
+    rows = []
+    for name in rollouts[0]:
+        values = [rollout[name] for rollout in rollouts]
+        shown = ["unlike" if value is None else f"{value:.1e}" for value in values]
+        rows.append((name, *shown, "FAIL" if name in failed else "pass"))
+    header = (report["trace"], *(f"rollout {index}" for index in range(len(rollouts))), "")
+    return "\n".join([markdown_table(header, rows), *report["failures"]])
 
 
 if __name__ == "__main__":

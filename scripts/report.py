@@ -7,12 +7,13 @@ evaluation, a folder with results.json: comparison, figures, images side by side
 """
 
 import argparse
+import shlex
 from pathlib import Path
 
 from spo.command_line.flags import exit_on_user_error
 from spo.command_line.values import path
 from spo.errors import UserError
-from spo.run.folder import RESULTS
+from spo.run.folder import CONFIG, RESULTS
 
 
 def main() -> None:
@@ -42,6 +43,12 @@ def report(folder: Path, max_prompts: int) -> Path:
         raise UserError(f"--max_prompts: {max_prompts} is less than 1.")
     if (folder / RESULTS).exists():
         return write_report(folder, results.read_results(folder), max_prompts)
+    if (folder / "prompts.json").exists():
+        command = f"python scripts/evaluate.py --config={shlex.quote(str(folder / CONFIG))}"
+        raise UserError(
+            f"{folder} is an evaluation that has no results yet; `{command} --config.run_name="
+            f"{shlex.quote(folder.resolve().name)}` finishes it."
+        )
     return write_run_report(folder)
 
 

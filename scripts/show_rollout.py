@@ -19,7 +19,7 @@ CONFIG = define_config("config/sd15.py")
 PROMPT = flags.DEFINE_string("prompt", None, "what to roll out", required=True)
 LORA = flags.DEFINE_string("lora", "", "LoRA that draws the candidates; none: the base model")
 SEED = flags.DEFINE_integer("seed", 0, "seed of the rollout")
-OUT = flags.DEFINE_string("out", "rollout.png", "picture to write")
+OUT = flags.DEFINE_string("out", "runs/rollout.png", "picture to write")
 
 
 def main(_) -> None:
@@ -36,6 +36,7 @@ def main(_) -> None:
         recipe = read_recipe(CONFIG.value)
         write_png(out, draw_rollout(recipe, PROMPT.value, LORA.value, SEED.value))
         print(f"picture: {out}")
+        print("a row for each comparison; framed green: the highest score, red: the lowest")
 
 
 if __name__ == "__main__":

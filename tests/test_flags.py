@@ -199,6 +199,15 @@ def test_run_would_notice_torch(tmp_path):
     assert run(tmp_path, tmp_path / "script.py").returncode == 3
 
 
+def test_the_hub_is_tried_without_a_word_unless_asked_for():
+    code = "from spo.command_line import flags; from huggingface_hub.utils import logging as hub; "
+    for given, expected in (({}, 40), ({"HF_HUB_VERBOSITY": "info"}, 20)):
+        command = [sys.executable, "-c", f"{code}print(hub.get_verbosity())"]
+        environment = os.environ | {"PYTHONPATH": str(ROOT)} | given
+        result = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert result.stdout == f"{expected}\n", result.stderr
+
+
 def test_help(tmp_path):
     result = run(tmp_path, ROOT / "train_sdxl.py", "--help")
     assert result.returncode == 0

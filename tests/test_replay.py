@@ -1,6 +1,8 @@
 """The official code's traces replay, and a replay of a broken algorithm does not."""
 
 import json
+import math
+import runpy
 import shutil
 import subprocess
 import sys
@@ -149,6 +151,31 @@ def first_rollout(trace, folder):
     meta = json.loads(path.read_text())
     path.write_text(json.dumps(meta | {"rollouts": meta["rollouts"][:1]}))
     return folder
+
+
+def test_a_person_gets_a_table(monkeypatch, capsys):
+    report = {
+        "trace": "one",
+        "rollouts": [{"losses": 1e-6, "ema": 1e-5}, {"losses": None, "ema": 1e-4}],
+        "failures": failures([{"losses": 1e-6, "ema": 1e-5}, {"losses": math.inf}], "gradspo"),
+    }
+    script = runpy.run_path(str(SCRIPT))
+    monkeypatch.setitem(script["main"].__globals__, "replay_trace", lambda *_: report)
+    monkeypatch.setattr(sys, "argv", ["replay_trace.py", "--trace=one", "--models=models"])
+    assert script["main"]() == 1  # into a pipe
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert script["main"]() == 1
+    sys.argv.append("--json")
+    assert script["main"]() == 1
+    first, *table, failed, last = capsys.readouterr().out.splitlines()
+    assert json.loads(first) == json.loads(last) == report
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table]
+    assert cells[0] == ["one", "rollout 0", "rollout 1", ""]
+    assert cells[2:] == [
+        ["losses", "1.0e-06", "unlike", "FAIL"],
+        ["ema", "1.0e-05", "1.0e-04", "pass"],
+    ]
+    assert failed == "rollout 1: losses inf > 2e-05"
 
 
 def run_script(trace):

@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 
 from spo.errors import UserError
+from spo.evaluation.image_sets import claim_prompts
 from spo.evaluation.page import embedded_image
 from spo.evaluation.report import chosen_prompts, write_report
 from spo.evaluation.results import (
@@ -376,6 +377,7 @@ def test_the_report_of_a_preference_model(tmp_path):
     assert page.all("p")[0] == "step-aware preference model on base"
     titles = page.all("text")
     assert "Accuracy on the validation pairs" in titles and "t = 951" in titles
+    assert "updates  (dashed: chance)" in titles
     assert not page.all("img")
 
 
@@ -410,6 +412,18 @@ def test_the_script_knows_runs_and_evaluations(tmp_path, run_dir, monkeypatch, c
     assert capsys.readouterr().out.split() == [f"{d}/report.html" for d in (tmp_path, run_dir)]
     assert len(read(tmp_path / "report.html").data()["prompts"]) == 2
     assert read(run_dir / "report.html").all("h1") == ["run"]
+
+
+def test_the_script_says_how_to_finish_an_evaluation(tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "my eval"
+    claim_prompts(folder, ["a fox"])
+    with pytest.raises(SystemExit) as exit_:
+        call(monkeypatch, folder)
+    assert exit_.value.code == 2
+    assert capsys.readouterr().err == (
+        f"error: {folder} is an evaluation that has no results yet; `python scripts/evaluate.py "
+        f"--config='{folder}/config.json' --config.run_name='my eval'` finishes it.\n"
+    )
 
 
 @pytest.mark.parametrize("arguments", [("nowhere",), (".", "--max_prompts=0")])

@@ -439,6 +439,89 @@ def test_metrics_that_a_checkpoint_lacks_or_has_in_addition(whole, stopped, tmp_
     assert read_metrics(folder)[3] == read_metrics(whole)[3]
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda tensors: tensors.pop("metrics.total:images"),
+        lambda tensors: tensors.pop("metrics.count:loss"),
+        lambda tensors: tensors.pop("metrics.sum:loss"),
+        lambda tensors: tensors.update({"metrics.loss": torch.tensor(1.0)}),
+        lambda tensors: tensors.update({"metrics.mean:loss": torch.tensor(1.0)}),
+        lambda tensors: tensors.update({"metrics.total:pairs": torch.ones(2)}),
+        lambda tensors: tensors.update({"metrics.total:pairs/1": torch.tensor(1.0)}),
+        lambda tensors: tensors.pop("pairs.noises"),
+        lambda tensors: tensors.update({"pairs.other": torch.ones(2)}),
+    ],
+)
+def test_metrics_that_cannot_be_summed_up_are_refused_at_the_start(stopped, tmp_path, change):
+    folder = copy_of(stopped, tmp_path)
+    change_process_file(folder, change)
+    with pytest.raises(UserError, match="^resume_from: .* is not a checkpoint of this c") as error:
+        preflight(small_config(folder), 1)
+    assert "\n" not in str(error.value)
+
+
+EDITED = {
+    "plan.accumulation_steps": (0, -1, 1.5, "3", None, True),
+    "plan.num_processes": (0, 2, 10**9, 10**400),
+    "position.prompts": (4, 5, -1, 10**12, "0", 0.5),
+    "position.epochs": (-1, None, [1], True),
+    "position.rollouts_in_epoch": (-3,),
+    "position.other": (1,),
+    "position": ([], 5, None),
+    "rollout": ([1], "x", {"prompts": 2}),
+    "rollout.prompts": (0, -2, 5, 1e300),
+    "rollout.used": (-1, "2"),
+    "rollout.seconds_rollout": (0.0, -1.0, float("nan"), float("inf"), "1"),
+    "rollout.left_over": (None, -1),
+    "accumulated": (-1, 3, 99, "1", 1.5),
+    "updates": (-1, 2.5, "4"),
+    "skipped_in_a_row": (-1, None),
+    "scaler": ([1], {"scale": "x"}, {"scale": -1.0}, {"scale": float("inf")}),
+    "plan": (None, [], {}),
+    "config": ([1], 5),
+    "versions": (None, [], 5),
+}
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [(key, value) for key, values in EDITED.items() for value in values]
+)
+def test_a_checkpoint_that_was_edited_is_refused_at_the_start(stopped, tmp_path, key, value):
+    folder = copy_of(stopped, tmp_path)
+    newest = checkpoints(folder)[-1]
+    state = read_state(newest)
+    *sections, name = key.split(".")
+    section = state[sections[0]] if sections else state
+    section[name] = value
+    (newest / "training_state.json").write_text(json.dumps(state))
+    reseal(newest)
+    with pytest.raises(UserError, match="^resume_from: .* is not a checkpoint of this c") as error:
+        preflight(small_config(folder), 1)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["/dev/zero", "/etc/hostname", "../epoch_0001/manifest.json", "."])
+def test_a_manifest_names_only_files_of_its_folder(stopped, tmp_path, name):
+    folder = copy_of(stopped, tmp_path)
+    newest = checkpoints(folder)[-1]
+    manifest = json.loads((newest / "manifest.json").read_text())
+    manifest = {name: {"size": 0, "sha256": ""}} | manifest
+    (newest / "manifest.json").write_text(json.dumps(manifest))
+    assert find_fault(newest) == f"{name} is missing"
+    (newest / "training_state.json").unlink()
+    (newest / "training_state.json").symlink_to("/dev/zero")
+    (newest / "manifest.json").write_text(json.dumps({"training_state.json": {"size": 0}}))
+    assert find_fault(newest) == "training_state.json is missing"
+
+
+def test_a_logdir_that_is_no_utf8_is_refused_at_the_start(tmp_path):
+    folder = tmp_path / os.fsdecode(b"\xff") / "run"
+    with pytest.raises(UserError, match="^logdir: .*udcff.* cannot be a path") as error:
+        preflight(small_config(folder), 1)
+    assert str(error.value).isprintable()
+
+
 def test_a_rollout_in_progress_of_an_older_format_is_refused(stopped, tmp_path):
     folder = copy_of(stopped, tmp_path)
 

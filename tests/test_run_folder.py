@@ -57,7 +57,7 @@ def test_a_folder_has_one_holder_until_it_dies(holder, tmp_path):
     for _ in range(2):
         with locked(tmp_path / "run"):
             assert str(os.getpid()) in (tmp_path / "run" / ".lock_holder").read_text()
-    assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
+    assert [path.name for path in (tmp_path / "run").iterdir()] == []
 
 
 def test_a_second_start_writes_nothing(holder, tmp_path, monkeypatch):

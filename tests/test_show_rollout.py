@@ -1,6 +1,11 @@
 """The picture of a rollout: frames, scores and the candidate that continues."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
+
+import pytest
 
 from spo.command_line.config_files import load_config
 from spo.evaluation import rollout_picture
@@ -24,3 +29,22 @@ def test_the_best_is_green_the_worst_red_and_one_continues(monkeypatch):
     continues = [sum("continues" in cell.caption for cell in row) for row in rows]
     assert continues == [1, 0]
     assert "scored at 0" in labels[-1] and "gap" in labels[0]
+
+
+@pytest.mark.slow
+def test_the_script_writes_under_runs_and_names_the_colours(tmp_path):
+    for name in ("assets", "tests"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    config = ["--config=tests/data/random_models.py", "--config.sample.num_steps=4"]
+    command = [sys.executable, ROOT / "scripts" / "show_rollout.py", "--prompt=a fox", *config]
+    result = subprocess.run(
+        [*command, "--config.sample.branch_from=2"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "framed green: the highest score, red: the lowest" in result.stdout
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["assets", "runs", "tests"]
+    assert (tmp_path / "runs" / "rollout.png").is_file()

@@ -102,11 +102,36 @@ def read_metrics(run_dir):
     return [{k: v for k, v in line.items() if k not in TIMING} for line in lines]
 
 
+@pytest.mark.parametrize(
+    "edited",
+    [
+        *({"step": -1}, {"step": 1.5}, {"step": None}, {"skipped_in_a_row": "1"}, {"totals": 5}),
+        *(
+            {"totals": {"loss": "1"}},
+            {"left_out": {"damaged": -1}},
+            {"learning_rate": float("nan")},
+        ),
+        *({"plan": {"num_processes": 0}}, {"scaler": {"scale": None}}, {"versions": []}),
+    ],
+)
+def test_a_checkpoint_that_was_edited_is_refused_at_the_start(whole, tmp_path, data, edited):
+    folder = shutil.copytree(whole, tmp_path / "run")
+    newest = checkpoints(folder)[-1]
+    (newest / "training_state.json").write_text(json.dumps(read_state(newest) | edited))
+    (newest / "manifest.json").unlink()
+    _seal(newest)
+    config = make_config(tmp_path, data)
+    config.resume_from = "auto"
+    with pytest.raises(UserError, match="^resume_from: .* is not a checkpoint of this c") as error:
+        check_training(config, 1)
+    assert "\n" not in str(error.value)
+
+
 def test_a_run_that_lives_is_left_alone(config):
     folder = Path(config.logdir) / config.run_name
     with locked(folder), pytest.raises(UserError, match="^run_name: .* is in use by process"):
         run(config)
-    assert [path.name for path in folder.iterdir()] == [".lock"]
+    assert list(folder.iterdir()) == []
 
 
 def equal_weights(one, other):

@@ -103,6 +103,7 @@ def check_leaves(settings: Mapping[str, object]) -> None:
 def _check_text(key: str, text: str) -> None:
     """Raises UserError if the file system rejects `text` as a path: most texts may be one."""
     try:
+        text.encode()  # what is no UTF-8 cannot be written into configs and files of weights
         Path(text).expanduser().exists()
     except (OSError, ValueError, RuntimeError) as error:
         reason = getattr(error, "strerror", None) or error

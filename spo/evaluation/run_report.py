@@ -37,14 +37,18 @@ class Panel:
     title: str
     keys: Mapping[str, str]  # keys of a line of metrics.jsonl, with their labels
     from_zero: bool = False
-    reference: float | None = None  # a line across: the value of a model that learned nothing
+    dashed: tuple[str, float] | None = None  # what a line across stands for, and its value
     heat: bool = False  # numbers by timestep, as shades over the rollouts
 
 
 TRAINING = (
-    Panel("Loss", {"loss": ""}, reference=math.log(2)),
+    Panel("Loss", {"loss": ""}, dashed=("nothing learned", math.log(2))),
     Panel("Mean score of the candidates", {"score_mean": ""}),
-    Panel("Likelihood ratios", {"win_ratio": "win", "lose_ratio": "lose"}, reference=1.0),
+    Panel(
+        "Likelihood ratios",
+        {"win_ratio": "win", "lose_ratio": "lose"},
+        dashed=("nothing learned", 1.0),
+    ),
     Panel("Pairs of a rollout", {"pairs": ""}, from_zero=True),
     Panel("Pairs by timestep", {"pairs_at": ""}, heat=True),
     Panel("Gradient norm", {"grad_norm": ""}, from_zero=True),
@@ -55,9 +59,9 @@ TRAINING = (
     Panel("Peak memory, GiB", {"peak_memory_gib": ""}, from_zero=True),
 )
 PREFERENCE = (
-    Panel("Accuracy on the validation pairs", {"accuracy": "t"}, reference=0.5),
+    Panel("Accuracy on the validation pairs", {"accuracy": "t"}, dashed=("chance", 0.5)),
     Panel("Training loss", {"loss": ""}),
-    Panel("Accuracy on the training pairs", {"training_accuracy": ""}, reference=0.5),
+    Panel("Accuracy on the training pairs", {"training_accuracy": ""}, dashed=("chance", 0.5)),
     Panel("Gradient norm", {"grad_norm": ""}, from_zero=True),
     Panel("Pairs per second", {"pairs_per_second": ""}, from_zero=True),
     Panel("Peak memory, GiB", {"peak_memory_gib": ""}, from_zero=True),
@@ -134,11 +138,13 @@ def _draw_panel(axes: Axes, lines: Sequence[Mapping], panel: Panel) -> None:
         _draw_line(axes, points, label, colour(i))
     if panel.from_zero:
         axes.set_ylim(bottom=0)
-    if panel.reference is not None:
-        axes.axhline(panel.reference, color=INK, linewidth=1, linestyle="--")
+    axes.set_xlabel("updates")
+    if panel.dashed is not None:
+        name, value = panel.dashed
+        axes.axhline(value, color=INK, linewidth=1, linestyle="--")
+        axes.set_xlabel(f"updates  (dashed: {name})")
     if len(series) > 1:
         axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
-    axes.set_xlabel("updates")
 
 
 def _draw_line(axes: Axes, points: Points, label: str, shade: str) -> None:

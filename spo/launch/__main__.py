@@ -61,10 +61,7 @@ def main() -> None:
             plan = script.plan(config, world.processes)
             print(plan.describe(), flush=True)
         if world.processes > 1:
-            print(
-                "checking config, models and data: loads diffusers, and what the Hub has",
-                flush=True,
-            )
+            print("checking config, models and data; what is missing is downloaded", flush=True)
             # Downloads may take longer than processes wait for each other: they find them in the cache.
             find(script.preflight, {}, "preflight")(config, world.processes)
         if script.plan is plan_batches and config.estimate_costs:

@@ -26,10 +26,8 @@ from spo.errors import FAILED, STOPPED, RunError, Stopped, UserError, in_one_lin
 if TYPE_CHECKING:  # torch takes seconds to load, and one process does not need it here
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
-_TEMPORARY, _LOCK = (
-    "spo_launch_",
-    ".lock",
-)  # a folder, and a file in it that its launcher has locked
+_TEMPORARY = "spo_launch_"  # begins the name of a launcher's folder
+_LOCK = ".lock"  # a file in it, which the launcher has locked
 _KINDS = {kind.__name__: kind for kind in (UserError, RunError, Stopped)}
 
 

@@ -15,7 +15,14 @@ from spo.lora_io.write import LORA_FILE, parameter_names, save_lora
 from spo.method.metrics import Metrics
 from spo.method.position import METRICS, PAIRS, TEXT, Position, RolloutInProgress, TrainingState
 from spo.models.optimizers import optimizer_tensors, restore_optimizer
-from spo.run.checkpoint_folder import OPTIMIZER, new_checkpoint, read_state, reading, write_state
+from spo.run.checkpoint_folder import (
+    OPTIMIZER,
+    check_numbers,
+    new_checkpoint,
+    read_state,
+    reading,
+    write_state,
+)
 from spo.types import Conditioning, PreferencePairs
 
 if TYPE_CHECKING:
@@ -72,6 +79,40 @@ def save_checkpoint(
         write_state(folder, numbers)
 
 
+def check_state(folder: Path, state: Mapping[str, Any], num_prompts: int) -> None:
+    """Raises UserError if a run over that many prompts cannot have saved these numbers and metrics.
+
+    So a file that was edited, or that another version wrote, is refused before the models load.
+    """
+    with reading(folder):
+        at, plan = Position(**state["position"]), state["plan"]
+        counts = ("accumulated", "updates", "skipped_in_a_row")
+        check_numbers(asdict(at) | {name: state[name] for name in counts if name in state})
+        check_numbers(plan, least=1)
+        check_numbers(state.get("scaler", {}), kinds=(int, float))
+        if state["accumulated"] >= plan["accumulation_steps"]:
+            raise ValueError(f"accumulated is {state['accumulated']}")
+        drawn = 0
+        for file in _process_files(folder, plan) if state["rollout"] else ():
+            rollout = rollout_of(load_file(file), state["rollout"], torch.device("cpu"))
+            _check_rollout(rollout)
+            drawn = rollout.prompts
+        if at.prompts >= num_prompts or at.prompts + drawn > num_prompts:
+            raise ValueError(f"{at.prompts} + {drawn} of {num_prompts} prompts are used")
+
+
+def _check_rollout(rollout: RolloutInProgress) -> None:
+    """Raises one of READ_ERRORS unless the numbers of a rollout can be, and its metrics summed up."""
+    numbers, sums = rollout.numbers(), rollout.metrics.sums
+    seconds = {name: numbers.pop(name) for name in ("seconds_rollout", "seconds_train")}
+    check_numbers(seconds, kinds=(int, float))
+    check_numbers({"prompts": numbers["prompts"]}, least=1)
+    check_numbers(numbers)
+    for kind, _, name in (key.partition(":") for key in sums):
+        _ = sums[{"sum": "count:", "count": "sum:", "total": "total:"}[kind] + name]
+    rollout.summary({name: float(value) for name, value in sums.items()})
+
+
 def load_checkpoint(folder: Path, learner: Learner, plan: BatchPlan, rank: int) -> TrainingState:
     """Restores `learner`, and returns how far the run was; UserError if a file is missing or unfit.
 
@@ -85,7 +126,7 @@ def load_checkpoint(folder: Path, learner: Learner, plan: BatchPlan, rank: int) 
             for name, tensor in learner.ema.items():
                 tensor.copy_(ema[name])
         restore_optimizer(learner.optimizer, learner.lora.parameters, load_file(folder / OPTIMIZER))
-        files = [folder / _process_file(r) for r in range(numbers["plan"]["num_processes"])]
+        files = _process_files(folder, numbers["plan"])
         share, left = load_share(files, rank, plan.num_processes)
         if numbers["scaler"]:  # empty if the checkpoint is not of fp16
             learner.scaler.load_state_dict(numbers["scaler"])
@@ -175,3 +216,11 @@ def _restore_gradients(learner: Learner, gradients: Mapping[str, Tensor], number
 
 def _process_file(rank: int) -> str:
     return f"process_{rank:04d}.safetensors"
+
+
+def _process_files(folder: Path, plan: Mapping[str, Any]) -> list[Path]:
+    """Returns the file of each process that saved a checkpoint; raises ValueError if one is missing."""
+    files = sorted(folder.glob("process_*.safetensors"))
+    if len(files) != plan["num_processes"]:
+        raise ValueError(f"{len(files)} files of {plan['num_processes']} processes")
+    return files

@@ -12,6 +12,7 @@ from spo.errors import UserError
 from spo.launch.batch_plan import BatchPlan, plan_batches
 from spo.lora_io.find import find_lora
 from spo.method.build import Recipe, read_recipe
+from spo.method.checkpoint import check_state
 from spo.models.loading import check_source
 from spo.plugins import algorithm_name
 from spo.run.checkpoint_folder import read_state, reading
@@ -73,6 +74,7 @@ def changes_since(checkpoint: Path, ready: Preflight) -> list[str]:
                     "of an epoch."
                 )
             lines.append("resume: the prompts are not those before")
+        check_state(checkpoint, state, len(ready.prompts.prompts))
         kept = state["accumulated"] * plan.accumulation_steps // state["plan"]["accumulation_steps"]
         if state["accumulated"] and not kept:
             lines.append("resume: what was accumulated is less than a minibatch now, and dropped")

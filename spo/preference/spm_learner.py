@@ -21,7 +21,7 @@ from spo.models.optimizers import (
     optimizer_tensors,
     restore_optimizer,
 )
-from spo.run.checkpoint_folder import OPTIMIZER, read_state, reading, write_state
+from spo.run.checkpoint_folder import OPTIMIZER, check_numbers, read_state, reading, write_state
 from spo.run.folder import SPM_FILE
 from spo.scorers.clip import text_features
 from spo.scorers.step_aware_clip import StepAwareCLIP
@@ -179,6 +179,15 @@ class PreferenceLearner:
             group["lr"] = state["learning_rate"]
             self.step, self.skipped_in_a_row = state["step"], state["skipped_in_a_row"]
         return state
+
+
+def check_state(state: Mapping[str, Any]) -> None:
+    """Raises one of READ_ERRORS if no run can have saved these numbers: somebody edited them."""
+    check_numbers(state["left_out"] | {name: state[name] for name in ("step", "skipped_in_a_row")})
+    check_numbers(state["plan"], least=1)
+    floats = {"learning_rate": state["learning_rate"], **state["scaler"]}
+    check_numbers(floats, kinds=(int, float))
+    check_numbers(state["totals"], least=-(2**63), kinds=(int, float))
 
 
 def save_spm(folder: Path, spm: StepAwareCLIP) -> None:

@@ -19,7 +19,7 @@ from spo.models.optimizers import ADAMW, OptimizerSettings
 from spo.preference.preparation import LabelSource, Preparation
 from spo.preference.rows import UsableRows, find_usable_rows
 from spo.preference.source import PairData, find_source
-from spo.preference.spm_learner import TrainSettings
+from spo.preference.spm_learner import TrainSettings, check_state
 from spo.run.checkpoint_folder import read_state, reading
 from spo.run.folder import run_folder
 from spo.run.resume import Resume, changes, find_checkpoint
@@ -112,6 +112,7 @@ def check_training(config: ConfigDict, num_processes: int) -> CheckedTraining:
     if resume.checkpoint is not None:
         state = read_state(resume.checkpoint)
         with reading(resume.checkpoint):
+            check_state(state)
             told = tuple(changes(state, recipe.config, plan, FIXED_KEYS.get))
     check_source(recipe.base, recipe.family)
     check_clip(spm.backbone, spm.processor)

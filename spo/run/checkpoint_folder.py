@@ -2,9 +2,10 @@
 
 import contextlib
 import json
+import math
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ STATE = "training_state.json"
 OPTIMIZER = "optimizer.safetensors"
 _MANIFEST = "manifest.json"  # size and SHA-256 of every other file
 # Raised by reading a damaged or foreign checkpoint.
-READ_ERRORS = (*LOAD_ERRORS, KeyError, TypeError, AttributeError)
+READ_ERRORS = (*LOAD_ERRORS, KeyError, TypeError, AttributeError, ArithmeticError)
 
 
 @contextlib.contextmanager
@@ -59,15 +60,17 @@ def checkpoints(run_dir: Path) -> list[Path]:
 def find_fault(folder: Path) -> str | None:
     """Returns the fault in the files of a checkpoint, by its manifest, or None."""
     try:
-        files = json.loads((folder / _MANIFEST).read_text())
-        for name, wanted in files.items():
-            size = (folder / name).stat().st_size
+        if not (folder / _MANIFEST).is_file():
+            return f"{_MANIFEST} is missing"
+        files = _files(folder)
+        for name, wanted in json.loads(files[_MANIFEST].read_text()).items():
+            if name not in files:  # devices and what lies elsewhere are none of its files
+                return f"{name} is missing"
+            size = files[name].stat().st_size
             if size != wanted["size"]:
                 return f"{name} has {size:,} of {wanted['size']:,} bytes"
-            if file_digest(folder / name) != wanted["sha256"]:
+            if file_digest(files[name]) != wanted["sha256"]:
                 return f"{name} has another checksum than when it was written"
-    except FileNotFoundError as error:
-        return f"{Path(error.filename).name} is missing"
     except READ_ERRORS as error:
         return f"{_MANIFEST} cannot be used: {first_line(error)}"
     return None
@@ -90,18 +93,34 @@ def reading(folder: Path) -> Iterator[None]:
     try:
         yield
     except READ_ERRORS as error:
+        reason = f"no {error}" if isinstance(error, KeyError) else first_line(error)
         raise UserError(
-            f"resume_from: {folder} is not a checkpoint of this config ({first_line(error)}); "
+            f"resume_from: {folder} is not a checkpoint of this config ({reason}); "
             "choose another checkpoint, or start again."
         ) from error
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    """Returns the regular files in a folder and its folders, by name."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path for path in paths}
+
+
+def check_numbers(
+    numbers: Mapping[str, Any], least: int = 0, kinds: Collection[type] = (int,)
+) -> None:
+    """Raises ValueError unless all `numbers` are of `kinds`, finite and from `least`."""
+    for name, value in numbers.items():
+        most = 2**63 if type(value) is int else math.inf
+        if type(value) not in kinds or not least <= value < most:
+            raise ValueError(f"{name} is {value!r}")
 
 
 def _seal(folder: Path) -> None:
     """Brings every file to the disk, and writes the sizes and checksums to the manifest."""
     files = {}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+    for name, path in _files(folder).items():
         sync_file(path)
-        name = path.relative_to(folder).as_posix()
         files[name] = {"size": path.stat().st_size, "sha256": file_digest(path)}
     for inner in (p for p in folder.rglob("*") if p.is_dir()):
         sync_folder(inner)

@@ -57,12 +57,13 @@ def locked(run_dir: Path) -> Iterator[None]:
     between machines, as far as that passes locks on. A file that marks a lock by being there would
     outlive a process that was killed, and bar its resume.
     """
-    holder = run_dir / _HOLDER
+    lock, holder = run_dir / _LOCK, run_dir / _HOLDER
     with contextlib.ExitStack() as held:
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
-            held.enter_context(FileLock(run_dir / _LOCK).acquire(timeout=0))
-            held.callback(holder.unlink, missing_ok=True)
+            held.enter_context(FileLock(lock).acquire(timeout=0))
+            for file in (lock, holder):  # who waits for a lock whose file is gone makes a new one
+                held.callback(file.unlink, missing_ok=True)
             write_file(holder, f"process {os.getpid()} on {socket.gethostname()}".encode())
         except Timeout as error:
             name = holder.read_text(errors="replace") if holder.exists() else "another process"
