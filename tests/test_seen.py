@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from helpers import model_folder
+from safetensors.torch import load_file, save_file
 from test_evaluate import changed, config, folder_of, write_lora  # noqa: F401 (a fixture)
 from test_report import make_results, read
 
@@ -46,7 +47,7 @@ def training(*loras, prompts=PROMPTS):
 
 
 @pytest.mark.parametrize(
-    "lora", [LORA, f"ema/{LORA}", f"checkpoints/e_1/{LORA}", f"checkpoints/e_1/ema/{LORA}", "x.st"]
+    "lora", [LORA, f"ema/{LORA}", f"checkpoints/e_1/{LORA}", f"checkpoints/e_1/ema/{LORA}"]
 )
 def test_the_config_of_the_run_names_the_list(tmp_path, lora):
     found = training(make_run(tmp_path / "run", ["a fox", "another", " a whale "], lora))
@@ -89,6 +90,16 @@ def test_a_run_that_began_with_itself_ends(tmp_path):
     assert training(lora).seen == {"a fox"}
 
 
+def test_a_file_of_another_name_is_known_by_its_header(tmp_path):
+    lora = write_lora(make_run(tmp_path / "run", ["a fox"]))
+    for name, digest in ((LORA, "1"), ("kohya.safetensors", "1"), ("other.safetensors", "2")):
+        save_file(load_file(lora), lora.with_name(name), metadata={"config_sha256": digest})
+    assert training(lora.with_name("kohya.safetensors")).seen == {"a fox"}
+    assert "does not tell its run" in training(lora.with_name("other.safetensors")).fault
+    lora.unlink()
+    assert training(lora.with_name("kohya.safetensors")).fault
+
+
 def test_the_base_model_is_no_run(tmp_path):
     base = ModelSpec("base", "base", BASE)
     found = training_of(base, BASE, PROMPTS)
@@ -129,6 +140,9 @@ def test_a_run_that_went_on_with_another_list_is_unknown(tmp_path):
 BAD = {
     "no config": lambda run: (run / "config.json").unlink(),
     "damaged": lambda run: (run / "config.json").write_text("{"),
+    "an evaluation's": lambda run: (run / "config.json").write_text(
+        json.dumps({"prompts": {"source": str(run.parent / "run.txt")}, "scorers": []})
+    ),
     "of something else": lambda run: (run / "config.json").write_text("[]"),
     "without prompts": lambda run: (run / "config.json").write_text('{"lora": {}}'),
     "prompts of another kind": lambda run: (run / "config.json").write_text('{"prompts": 3}'),
@@ -300,7 +314,7 @@ def test_an_evaluation_tells_seen_prompts(config, tmp_path, capsys):  # noqa: F8
     bare = config.models[1].removeprefix("lora=")
     evaluate(changed(config, models=("base", f"run={run.parent}", f"bare={bare}")))
     out = capsys.readouterr().out
-    assert "training prompts of bare: unknown (there is no config.json of a run beside it)" in out
+    assert "training prompts of bare: unknown (" in out
     assert "At least 2 of 6 prompts were trained on, word for word: 2 by run (one.txt)." in out
     results = read_results(folder_of(config))
     assert [row.seen for row in results.prompts] == [[], ["run"], [], [], ["run"], []]

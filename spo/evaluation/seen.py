@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
 from spo.atomic import whole_lines
 from spo.command_line.config_files import REPO_ROOT
 from spo.data.prompts import PromptSet, read_prompts
@@ -24,7 +26,7 @@ from spo.run.checkpoint_folder import checkpoints, read_state
 from spo.run.folder import CHECKPOINTS, CONFIG, STARTS
 
 # Raised by the files of a run that are missing, damaged or of something else.
-_ERRORS = (UserError, OSError, ValueError, KeyError, TypeError, AttributeError)
+_ERRORS = (UserError, OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError)
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,13 @@ def _lists(lora: Path, met: set[Path]) -> Iterator[tuple[str, PromptSet]]:
     if folder in met:
         return
     met.add(folder)
+    if lora.name != LORA_FILE:
+        own = _made_by(lora)
+        if own is None or own != _made_by(lora.with_name(LORA_FILE)):
+            raise UserError("it is a file that does not tell its run")
     config = json.loads(_config_file(lora.parent, folder).read_bytes())
+    if "scorers" in config:
+        raise UserError(f"the {CONFIG} beside it is that of an evaluation")
     starts = [json.loads(line) for line in whole_lines(folder / STARTS)]
     yield _read_list(folder, config["prompts"], starts)
     if before := config.get("lora", {}).get("init_from"):
@@ -72,6 +80,14 @@ def _lists(lora: Path, met: set[Path]) -> Iterator[tuple[str, PromptSet]]:
         before = start.get("resumed_from") or ""
         if before and Path(before).parent.parent.name != folder.name:  # a checkpoint of another run
             yield from _lists(Path(before) / LORA_FILE, met)
+
+
+def _made_by(lora: Path) -> str | None:
+    """Returns the digest of the config that a LoRA file of ours was trained with, by its header."""
+    if not lora.is_file():
+        return None
+    with safe_open(lora, framework="pt") as file:
+        return (file.metadata() or {}).get("config_sha256")
 
 
 def _config_file(beside: Path, folder: Path) -> Path:
