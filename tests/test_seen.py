@@ -1,13 +1,13 @@
 """Prompts that a compared model was trained on: found by its run, and given apart in every table."""
 
 import json
+import shutil
 import socket
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from helpers import model_folder
-from safetensors.torch import load_file, save_file
 from test_evaluate import changed, config, folder_of, write_lora  # noqa: F401 (a fixture)
 from test_report import make_results, read
 
@@ -90,14 +90,9 @@ def test_a_run_that_began_with_itself_ends(tmp_path):
     assert training(lora).seen == {"a fox"}
 
 
-def test_a_file_of_another_name_is_known_by_its_header(tmp_path):
-    lora = write_lora(make_run(tmp_path / "run", ["a fox"]))
-    for name, digest in ((LORA, "1"), ("kohya.safetensors", "1"), ("other.safetensors", "2")):
-        save_file(load_file(lora), lora.with_name(name), metadata={"config_sha256": digest})
-    assert training(lora.with_name("kohya.safetensors")).seen == {"a fox"}
-    assert "does not tell its run" in training(lora.with_name("other.safetensors")).fault
-    lora.unlink()
-    assert training(lora.with_name("kohya.safetensors")).fault
+def test_a_file_of_another_name_is_unknown(tmp_path):
+    lora = make_run(tmp_path / "run", ["a fox"])
+    assert training(lora.with_name("other.safetensors")).fault == "its file lies in no run"
 
 
 def test_the_base_model_is_no_run(tmp_path):
@@ -126,8 +121,10 @@ def test_a_list_that_is_not_that_of_the_training_is_unknown(tmp_path):
     assert not training(lora).seen
     state(tmp_path / "run", "epoch_0002", file)  # the run went on with the edited list
     assert training(lora).fault
-    (tmp_path / "run" / "checkpoints" / "epoch_0001" / "training_state.json").write_text("{")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "epoch_0001")
     assert training(lora).seen == {"a bear"}
+    (tmp_path / "run" / "checkpoints" / "epoch_0002" / "training_state.json").write_text("{")
+    assert training(lora).fault
 
 
 def test_a_run_that_went_on_with_another_list_is_unknown(tmp_path):
@@ -174,18 +171,19 @@ def cached(tmp_path, source):
 def test_a_published_run_names_its_list_by_the_config_beside_it(tmp_path, monkeypatch):
     from spo.evaluation import seen
 
-    asked = []
+    asked, own = [], tmp_path / "mine.txt"
+    own.write_text("a fox")
 
     def resolve(spec, key, revision):
         asked.append((spec, revision))
         return tmp_path / "models--user--some-repo/snapshots/abc123/sd1_5/config.json"
 
     monkeypatch.setattr(seen, "resolve_file", resolve)
-    found = training(cached(tmp_path, "assets/tiny/prompts/train.txt"), prompts=PROMPTS)
-    assert not found.fault and found.sources == ("assets/tiny/prompts/train.txt",)
+    monkeypatch.setattr(seen, "read_prompts", lambda **section: read_prompts(str(own)))
+    found = training(cached(tmp_path, "user/prompts"))
+    assert not found.fault and found.sources == ("user/prompts",) and found.seen == {"a fox"}
     assert asked == [("hf://user/some-repo/sd1_5/config.json", "abc123")]
     # A file of the training's machine, which has the name of one here.
-    (tmp_path / "mine.txt").write_text("a fox")
     monkeypatch.chdir(tmp_path)
     found = training(cached(tmp_path, "mine.txt"))
     assert "mine.txt, are a file of another machine" in found.fault and not found.seen
