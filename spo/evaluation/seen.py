@@ -79,7 +79,7 @@ def _lists(lora: Path, met: set[Path]) -> Iterator[tuple[str, Sequence[str]]]:
     )
     states = [read_state(checkpoint) for checkpoint in checkpoints(folder)]
     # "4,000 prompts from SOURCE", then what differs when they are read again.
-    told = {re.split(r" \(|, as drawn", start.get("prompts", ""))[0] for start in starts}
+    told = {re.split(r" \(|, ", start.get("prompts", ""))[0] for start in starts}
     digests = {state.get("prompts_sha256") for state in states}
     if digests - {found.digest(), None} or len(told) > 1:
         raise UserError(f"its prompts, {source}, are not those, or not all, that it was trained on")
