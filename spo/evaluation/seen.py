@@ -67,7 +67,7 @@ def _lists(lora: Path, met: set[Path]) -> Iterator[tuple[str, Sequence[str]]]:
         repo, commit, inner = published.groups()
         file = resolve_file(f"hf://{repo.replace('--', '/')}/{inner}{CONFIG}", "models", commit)
     if lora.name != LORA_FILE or not file.is_file():
-        raise UserError("its file lies in no run")
+        raise UserError("its file is not the LoRA of a run")
     config, starts = json.loads(file.read_bytes()), whole_lines(folder / STARTS)
     if "scorers" in config:
         raise UserError(f"{file} is of an evaluation")
