@@ -93,7 +93,9 @@ def test_a_run_that_began_with_itself_ends(tmp_path):
 
 def test_a_file_of_another_name_is_unknown(tmp_path):
     lora = make_run(tmp_path / "run", ["a fox"])
-    assert training(lora.with_name("other.safetensors")).fault == "its file is not the LoRA of a run"
+    assert (
+        training(lora.with_name("other.safetensors")).fault == "its file is not the LoRA of a run"
+    )
 
 
 def test_the_base_model_is_no_run(tmp_path):
