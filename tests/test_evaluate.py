@@ -539,7 +539,7 @@ def test_scores_by_a_scorer_that_changed_are_not_taken(config, tmp_path):
     evaluate(config)
     evaluate(config)
     (tmp_path / "weight").write_text("2")
-    with pytest.raises(UserError, match="scorers: .* scores of another content of files.0; choose"):
+    with pytest.raises(UserError, match="scorers: .* scores of another content of files; choose"):
         evaluate(config)
     shutil.rmtree(folder_of(config) / "scores")
     first = all_scores(read_results(folder_of(config)))[0]

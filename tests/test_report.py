@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from matplotlib import font_manager
+from PIL import Image, ImageFont
 
 from spo.errors import UserError
 from spo.evaluation.image_sets import claim_prompts
@@ -200,6 +201,26 @@ def test_the_table_says_what_the_summary_says(tmp_path):
     assert page.all("strong") == [f"{mean:.3f}" for mean in best]
     assert len(page.all("svg")) == 6
     assert "<i>gradspo $x$" in page.all("text")
+
+
+def test_a_win_rate_below_all_is_not_rounded_to_all(tmp_path):
+    scores = {"base": {"aesthetic": (0.0,) * 200}, "spo": {"aesthetic": (1.0,) * 199 + (-1.0,)}}
+    results = make_results(tmp_path, scores, [f"prompt {i}" for i in range(200)], side=4)
+    page = read(write_report(tmp_path, results))
+    assert "99.5" in page.all("td", **{"class": "number"})
+    assert page.all("td", **{"class": "interval"})[-1] == "[98, 100]"
+
+
+def test_the_numbers_of_a_card_fit_in_the_widest_of_the_usual_fonts():
+    css = (ROOT / "spo" / "evaluation" / "templates" / "page.css").read_text()
+    size, width = (
+        float(re.search(rf"^\.scores{cell} {{[^}}]*\b{name}: ([\d.]+)rem", css, re.M)[1])
+        for cell, name in (("", "font-size"), (" td", "width"))
+    )
+    padding = float(re.search(r"^\.scores td {[^}]*padding-left: ([\d.]+)rem", css, re.M)[1])
+    font = ImageFont.truetype(font_manager.findfont("DejaVu Sans"), 1000)
+    for text in ("−12.34", "+0.123", "−123.4", "−1234"):
+        assert font.getlength(text) / 1000 * size + padding <= width, text
 
 
 def test_identical_models_have_no_better_one(tmp_path):

@@ -1,10 +1,12 @@
 """Prompts that a compared model was trained on: found by its run, and given apart in every table."""
 
 import json
-import socket
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import datasets
+import huggingface_hub
 import pytest
 from helpers import model_folder
 from test_evaluate import changed, config, folder_of, write_lora  # noqa: F401 (a fixture)
@@ -46,7 +48,7 @@ def training(*loras, prompts=PROMPTS):
 
 
 @pytest.mark.parametrize(
-    "lora", [LORA, f"ema/{LORA}", f"checkpoints/e_1/{LORA}", f"checkpoints/e_1/ema/{LORA}", "x.st"]
+    "lora", [LORA, f"ema/{LORA}", f"checkpoints/e_1/{LORA}", f"checkpoints/e_1/ema/{LORA}"]
 )
 def test_the_config_of_the_run_names_the_list(tmp_path, lora):
     found = training(make_run(tmp_path / "run", ["a fox", "another", " a whale "], lora))
@@ -89,6 +91,13 @@ def test_a_run_that_began_with_itself_ends(tmp_path):
     assert training(lora).seen == {"a fox"}
 
 
+def test_a_file_of_another_name_is_unknown(tmp_path):
+    lora = make_run(tmp_path / "run", ["a fox"])
+    assert (
+        training(lora.with_name("other.safetensors")).fault == "its file is not the LoRA of a run"
+    )
+
+
 def test_the_base_model_is_no_run(tmp_path):
     base = ModelSpec("base", "base", BASE)
     found = training_of(base, BASE, PROMPTS)
@@ -115,8 +124,10 @@ def test_a_list_that_is_not_that_of_the_training_is_unknown(tmp_path):
     assert not training(lora).seen
     state(tmp_path / "run", "epoch_0002", file)  # the run went on with the edited list
     assert training(lora).fault
-    (tmp_path / "run" / "checkpoints" / "epoch_0001" / "training_state.json").write_text("{")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "epoch_0001")
     assert training(lora).seen == {"a bear"}
+    (tmp_path / "run" / "checkpoints" / "epoch_0002" / "training_state.json").write_text("{")
+    assert training(lora).fault
 
 
 def test_a_run_that_went_on_with_another_list_is_unknown(tmp_path):
@@ -129,6 +140,9 @@ def test_a_run_that_went_on_with_another_list_is_unknown(tmp_path):
 BAD = {
     "no config": lambda run: (run / "config.json").unlink(),
     "damaged": lambda run: (run / "config.json").write_text("{"),
+    "an evaluation's": lambda run: (run / "config.json").write_text(
+        json.dumps({"prompts": {"source": str(run.parent / "run.txt")}, "scorers": []})
+    ),
     "of something else": lambda run: (run / "config.json").write_text("[]"),
     "without prompts": lambda run: (run / "config.json").write_text('{"lora": {}}'),
     "prompts of another kind": lambda run: (run / "config.json").write_text('{"prompts": 3}'),
@@ -160,18 +174,19 @@ def cached(tmp_path, source):
 def test_a_published_run_names_its_list_by_the_config_beside_it(tmp_path, monkeypatch):
     from spo.evaluation import seen
 
-    asked = []
+    asked, own = [], tmp_path / "mine.txt"
+    own.write_text("a fox")
 
     def resolve(spec, key, revision):
         asked.append((spec, revision))
         return tmp_path / "models--user--some-repo/snapshots/abc123/sd1_5/config.json"
 
     monkeypatch.setattr(seen, "resolve_file", resolve)
-    found = training(cached(tmp_path, "assets/tiny/prompts/train.txt"), prompts=PROMPTS)
-    assert not found.fault and found.sources == ("assets/tiny/prompts/train.txt",)
+    monkeypatch.setattr(seen, "read_prompts", lambda **section: read_prompts(str(own)))
+    found = training(cached(tmp_path, "user/prompts"))
+    assert not found.fault and found.sources == ("user/prompts",) and found.seen == {"a fox"}
     assert asked == [("hf://user/some-repo/sd1_5/config.json", "abc123")]
     # A file of the training's machine, which has the name of one here.
-    (tmp_path / "mine.txt").write_text("a fox")
     monkeypatch.chdir(tmp_path)
     found = training(cached(tmp_path, "mine.txt"))
     assert "mine.txt, are a file of another machine" in found.fault and not found.seen
@@ -300,7 +315,7 @@ def test_an_evaluation_tells_seen_prompts(config, tmp_path, capsys):  # noqa: F8
     bare = config.models[1].removeprefix("lora=")
     evaluate(changed(config, models=("base", f"run={run.parent}", f"bare={bare}")))
     out = capsys.readouterr().out
-    assert "training prompts of bare: unknown (there is no config.json of a run beside it)" in out
+    assert "training prompts of bare: unknown (" in out
     assert "At least 2 of 6 prompts were trained on, word for word: 2 by run (one.txt)." in out
     results = read_results(folder_of(config))
     assert [row.seen for row in results.prompts] == [[], ["run"], [], [], ["run"], []]
@@ -330,10 +345,8 @@ def test_a_run_trained_here_is_known_in_its_evaluation(tmp_path, monkeypatch):
 def test_the_official_lists_if_they_are_here(monkeypatch, tmp_path):
     """57 of the 487 Pick-a-Pic v2 test prompts stand among the 4,000 official training prompts."""
 
-    def refuse(*_):
-        raise OSError("this test downloads nothing")
-
-    monkeypatch.setattr(socket.socket, "connect", refuse)
+    for module in (datasets.config, huggingface_hub.constants):  # this test downloads nothing
+        monkeypatch.setattr(module, "HF_HUB_OFFLINE", True)
     try:
         tested = read_prompts("pickapic_v2").prompts
         read_prompts("official-4k")

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from spo.evaluation.statistics import bootstrap_mean, paired_difference, win_rate
+from spo.evaluation.statistics import bootstrap_mean, paired_difference, percent, win_rate
 
 
 def test_the_interval_of_a_normal_mean():
@@ -62,3 +62,33 @@ def test_what_has_no_mean_is_refused(values):
 def test_unequal_lengths_are_refused():
     with pytest.raises(ValueError, match="shorter"):
         win_rate([1, 2], [1])
+
+
+@pytest.mark.parametrize(
+    ("share", "text"),
+    [
+        (0.0, "0"),
+        (1.0, "100"),
+        (0.86, "86"),
+        (0.995, "99.5"),
+        (0.9996, "99.96"),
+        (0.99999, "99.999"),
+        (0.004, "0.4"),
+        (0.0049999, "0.5"),
+        (0.00001, "0.001"),
+        (0.994, "99"),
+        (0.006, "1"),
+    ],
+)
+def test_no_share_is_rounded_to_none_or_all(share, text):
+    assert percent(share) == text
+
+
+def test_a_tenth_of_a_percent_is_kept_where_it_is_asked_for():
+    assert [percent(share, digits=1) for share in (0.5, 0.9996, 1.0)] == ["50.0", "99.96", "100.0"]
+
+
+def test_a_rate_with_one_lost_pair_of_200_is_not_all():
+    rate = win_rate([0.0] * 200, [1.0] * 199 + [-1.0])
+    assert rate.percent().startswith("99.5 % [") and rate.percent().endswith(", 100]")
+    assert win_rate([0.0] * 9, [1.0] * 9).percent() == "100 % [100, 100]"

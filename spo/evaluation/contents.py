@@ -35,9 +35,8 @@ def source_contents(source: ModelSource) -> dict[str, str]:
 def lora_content(path: Path) -> str:
     """Returns the content of a LoRA file, with that of peft's config beside it."""
     config = path.with_name(ADAPTER_CONFIG)
-    if path.name != ADAPTER_WEIGHTS or not config.exists():
-        return file_digest(path)
-    return _joined([file_digest(path), file_digest(config)])
+    is_peft = path.name == ADAPTER_WEIGHTS and config.exists()
+    return file_digest(path) + (file_digest(config) if is_peft else "")
 
 
 def _content(name: str, revision: str | None) -> str | None:
@@ -48,7 +47,8 @@ def _content(name: str, revision: str | None) -> str | None:
         # Two levels hold every file of a pipeline, and none of what else may lie in its folder.
         inside = sorted(p for pattern in ("*", "*/*") for p in path.glob(pattern))
         files = [p for p in inside if p.suffix in _LOADED and p.is_file()]
-        return _joined([f"{p.relative_to(path).as_posix()} {_of_file(p)}" for p in files])
+        lines = [f"{p.relative_to(path).as_posix()} {_of_file(p)}" for p in files]
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
     if path.is_file():
         return _of_file(path)
     return _commit(name, revision) if is_hub_id(name) else None
@@ -59,10 +59,6 @@ def _of_file(path: Path) -> str:
     if stat.st_size > _DIGESTED:
         return f"{stat.st_size} bytes of {stat.st_mtime_ns}"
     return file_digest(path)
-
-
-def _joined(texts: list[str]) -> str:
-    return hashlib.sha256("\n".join(texts).encode()).hexdigest()
 
 
 def _commit(repo: str, revision: str | None) -> str | None:

@@ -71,7 +71,7 @@ class EvaluationPlan:
     images: tuple[ImageSet, ...]  # of each model
     prompts: PromptSet
     scorers: tuple[ScoreFolder, ...]
-    training: tuple[Training, ...]  # of each model
+    training: Mapping[str, Training]  # by model
 
 
 def plan_evaluation(config: ConfigDict, num_processes: int) -> EvaluationPlan:
@@ -97,7 +97,7 @@ def plan_evaluation(config: ConfigDict, num_processes: int) -> EvaluationPlan:
         scorers[-1].info()  # raises if the folder has scores of another scorer
     prompts = read_prompts(**config.prompts)
     images = tuple(image_set(folder, spec, prompts.prompts) for spec in models)
-    training = tuple(training_of(spec, base, prompts.prompts) for spec in models)
+    training = {spec.name: training_of(spec, base, prompts.prompts) for spec in models}
     return EvaluationPlan(settings, folder, models, images, prompts, tuple(scorers), training)
 
 
@@ -136,9 +136,9 @@ class Evaluation:
     def run(self) -> None:
         """Draws and scores missing images, and reports; raises Stopped after SIGTERM or SIGINT."""
         self.session.say(self.plan.prompts.describe())
-        for spec, training in zip(self.plan.models, self.plan.training, strict=True):
+        for name, training in self.plan.training.items():
             if training.fault:
-                self.session.say(f"training prompts of {spec.name}: unknown ({training.fault})")
+                self.session.say(f"training prompts of {name}: unknown ({training.fault})")
         again = f"the same command with --config.run_name={self.plan.folder.name} goes on."
         try:
             with self.session.signals:
@@ -152,10 +152,8 @@ class Evaluation:
         except Stopped as stopped:
             raise Stopped(f"by a signal; every whole batch is kept: {again}") from stopped
         except WriteError as error:
-            failed = f"cannot write {error.filename}: {error.strerror}"
-            raise RunError(
-                f"{failed}; every whole batch is kept: mend that, then {again}"
-            ) from error
+            failed = f"cannot write {error.filename}: {error.strerror}; every whole batch is kept"
+            raise RunError(f"{failed}: mend that, then {again}") from error
 
     def draw_images(self) -> None:
         """Draws the missing images; base models load one after the other, and LoRAs into them."""
@@ -205,16 +203,15 @@ class Evaluation:
 
     def report(self) -> None:
         """Writes results.json, table.md and report.html, and prints the table."""
-        folder = self.plan.folder
-        models = zip(self.plan.models, self.plan.training, strict=True)
+        folder, training = self.plan.folder, self.plan.training
         results = Results(
             title=folder.name,
             settings=self.config,
             versions=versions() | {"open-clip-torch": version("open-clip-torch")},
             scorers=tuple(scores.info() for scores in self.plan.scorers),
             models=tuple(
-                ModelInfo(spec.name, spec.text, training.sources, bool(training.fault))
-                for spec, training in models
+                ModelInfo(spec.name, spec.text, trained.sources, bool(trained.fault))
+                for spec, trained in zip(self.plan.models, training.values(), strict=True)
             ),
             prompts=self._prompt_results(),
         )
@@ -234,13 +231,9 @@ class Evaluation:
                 path = file.relative_to(self.plan.folder) if inside else file.resolve()
                 own = {name: each[i] for name, each in scores.items()}
                 rows[i][images.name] = ScoredImage(str(path), own)
-        trained = {s.name: t for s, t in zip(self.plan.models, self.plan.training, strict=True)}
+        trained = self.plan.training.items()
+        seen = [[name for name, t in trained if p.strip() in t.seen] for p in self.prompts]
         return tuple(
-            PromptResult(
-                prompt,
-                seed_of(i) if drawn else None,
-                rows[i],
-                [name for name, training in trained.items() if prompt.strip() in training.seen],
-            )
+            PromptResult(prompt, seed_of(i) if drawn else None, rows[i], seen[i])
             for i, prompt in enumerate(self.prompts)
         )

@@ -10,7 +10,7 @@ or the dotted path "module:factory" of a callable that takes `device` and the op
 import inspect
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -181,25 +181,19 @@ def named_files(source: ScorerSource) -> dict[str, str]:
 
     With the file of an open_clip tag in its place, and the code of a scorer that is not of `SCORERS`.
     """
-    values = _bind(source, torch.device("cpu"))[1].arguments
-    found = dict(_texts({k: v for k, v in values.items() if k not in ("device", "section")}))
+    values = _bind(source, torch.device("cpu"))[1].arguments | source.options
+    found = {}
+    for key, value in values.items():
+        every = value if isinstance(value, list | tuple) else [value]
+        found |= {f"{key}.{i}" if i else key: v for i, v in enumerate(every) if isinstance(v, str)}
     if source.name not in SCORERS:
-        code = getattr(sys.modules.get(source.name.partition(":")[0]), "__file__", None)
-        return found | {"code": code or ""}
-    if "model" in found:
+        module = sys.modules.get(source.name.partition(":")[0])
+        found["code"] = getattr(module, "__file__", None) or ""
+    elif "model" in values:
         from spo.scorers.open_clip import find_open_clip
 
-        *_, found["checkpoint"] = find_open_clip(found["model"], found["checkpoint"], "")
+        *_, found["checkpoint"] = find_open_clip(values["model"], values["checkpoint"], "")
     return found
-
-
-def _texts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    """Yields each text in nested options, with its place."""
-    if isinstance(value, str):
-        yield key, value
-    elif isinstance(value, Mapping | list | tuple):
-        for name, each in value.items() if isinstance(value, Mapping) else enumerate(value):
-            yield from _texts(each, f"{key}.{name}" if key else str(name))
 
 
 def _bind(source: ScorerSource, device: torch.device) -> tuple[Callable, inspect.BoundArguments]:
