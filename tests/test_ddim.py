@@ -2,11 +2,12 @@
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
+from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler, UniPCMultistepScheduler
 from helpers import MODELS, official_scheduler, randn
 
 from spo.errors import UserError
@@ -208,3 +209,48 @@ def test_log_density():
     # One standard deviation away under N(0, 1): -1/2 - log(2 pi) / 2, however many pixels.
     one = ddim.gaussian_log_density(torch.ones(1, 2, 3), torch.zeros(1, 2, 3), torch.tensor(1.0))
     assert one.item() == pytest.approx(-1.4189385332)
+
+
+def test_the_models_own_spacing():
+    config = json.loads((Path(__file__).parent / "data" / "scheduler_linspace.json").read_text())
+    scheduler = official_scheduler(10, timestep_spacing="linspace")
+    sampler = ddim.make_sampler(config, 10, eta=1.0)
+    assert sampler.timesteps == tuple(scheduler.timesteps.tolist())
+    # Each leads to the next of the list, the last to itself.
+    expected = [888, 777, 666, 555, 444, 333, 222, 111, 0, 0]
+    assert [sampler.next(t) for t in sampler.timesteps] == expected
+    assert sampler.next(torch.tensor(sampler.timesteps)).tolist() == expected
+    trailing = ddim.make_sampler(config | {"timestep_spacing": "trailing"}, 20, eta=1.0)
+    assert trailing.timesteps == paper_sampler(timesteps="trailing").timesteps
+    # What a scheduler's class alone would say is not the model's; a choice of the config goes first.
+    euler = EulerDiscreteScheduler.from_config({k: config[k] for k in config if k[:4] == "beta"})
+    assert euler.config.timestep_spacing == "linspace"
+    assert ddim.make_sampler(dict(euler.config), 20, 1.0).timesteps == tuple(range(950, -1, -50))
+    assert ddim.make_sampler(config, 20, 1.0, "leading").timesteps == tuple(range(951, 0, -50))
+    assert ddim.make_sampler(config_of("sd15"), 20, 1.0).timesteps == tuple(range(951, 0, -50))
+
+
+def test_zero_terminal_snr_is_that_of_diffusers():
+    changes = BOUNDS["none"] | {
+        "rescale_betas_zero_snr": True,
+        "prediction_type": "v_prediction",
+    }
+    scheduler = official_scheduler(20, timestep_spacing="trailing", **changes)
+    output, latents, noise = (randn(1, 4, 5, 5, seed=j) for j in range(3))
+    for eta in (0.0, 0.5):
+        sampler = ddim.make_sampler(config_of("sd15", **changes), 20, eta, "trailing")
+        expected = scheduler.step(output, 999, latents, eta=eta, variance_noise=noise).prev_sample
+        torch.testing.assert_close(step(sampler, output, latents, 999, noise), expected)
+    assert torch.equal(sampler.alphas_cumprod, scheduler.alphas_cumprod)
+    assert sampler.alphas_cumprod[999] == 0
+    # At eta 1 diffusers takes the root of a number that is rounded below 0.
+    sampler = ddim.make_sampler(config_of("sd15", **changes), 20, 1.0, "trailing")
+    assert step(sampler, output, latents, 999, noise).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "changes", [{"prediction_type": "flow"}, {"beta_schedule": "x"}, {"timestep_spacing": "os:x"}]
+)
+def test_what_no_ddim_has(changes):
+    with pytest.raises(ValueError, match="its scheduler"):
+        ddim.make_sampler(config_of("sd15", **changes), 20, 1.0)

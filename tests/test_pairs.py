@@ -49,11 +49,11 @@ def numbered(kind, j, k=3, b=4):
     return values.float()[:, :, None, None, None].expand(k, b, *SHAPE)
 
 
-def window(length):
+def window(length, start=201):
     """The branching transition, whose x_t is shared, and inner steps at t = 201, 101, ..."""
     return tuple(
         Transition(
-            201 - 100 * j,
+            start - 100 * j,
             numbered(X, j, k=3 if j else 1),
             numbered(Z, j),
             numbered(NEXT, j),
@@ -73,8 +73,8 @@ def conditioning(pooled=False):
     )
 
 
-def select(length=1, scores=SCORES, is_final=False, pooled=False, **changes):
-    candidates = Candidates(window(length), numbered(0, 0), 0, is_final)
+def select(length=1, scores=SCORES, is_final=False, pooled=False, start=201, **changes):
+    candidates = Candidates(window(length, start), numbered(0, 0), 0, is_final)
     settings = replace(PLAIN, **changes)
     chosen = choose(scores, settings, torch.Generator().manual_seed(0))
     differ = differ_enough(candidates, chosen.gap(scores), settings)
@@ -131,6 +131,15 @@ def test_keeping_all_final_pairs():
     kept = select(is_final=True, keep_all_final=True)
     assert kept.prompt_ids.tolist() == [70, 71, 72, 73]
     assert numbers(kept.noises)[2] == [2002, 2012]  # best 0, worst 1, little as it is
+
+
+def test_a_step_with_sigma_0_makes_no_pairs():
+    assert len(select(start=0, is_final=True, keep_all_final=True)) == 0
+    assert len(select(start=0, threshold=-1)) == 0
+    # Of an extended window that ends there, the first transition's noises tell the candidates apart.
+    extended = {"length": 2, "start": 100, "is_final": True, "final_step": "extend"}
+    assert len(select(**extended, final_direction="window")) == 2
+    assert len(select(**extended, final_direction="last")) == 0
 
 
 def test_windows_go_transition_by_transition_then_prompt_by_prompt():

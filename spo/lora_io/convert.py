@@ -22,7 +22,7 @@ from spo.lora_io.write import KOHYA_FILE, WRITERS, LoraWeights
 from spo.models.families import FAMILIES
 from spo.models.loading import ModelSource, family_of, load_pipeline
 from spo.models.single_file import is_single_file, read_single_file
-from spo.models.weights import stored_dtype
+from spo.models.weights import fetch, stored_dtype
 
 _DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, None: None}
 
@@ -130,6 +130,6 @@ def _stored_dtype(base: str) -> torch.dtype:
     try:
         if is_single_file(base):
             return read_single_file(base, "--base").dtype
-        return stored_dtype(base, "unet", "--base")
+        return stored_dtype(fetch(base, ["unet"], "--base") / "unet")
     except (UserError, *LOAD_ERRORS) as error:
         raise UserError(f"--dtype: say in which to store the model, as: {error}") from error

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from spo.errors import LOAD_ERRORS, UserError, first_line
 from spo.hub import PREFETCH, model_file
-from spo.models.weights import load_part
+from spo.models.weights import fetch, load_part
 
 _KEY = "sample.decoder"
 # AutoencoderTiny saves a value that it does not load.
@@ -51,7 +51,7 @@ def normalisation(autoencoder: AutoencoderKL | AutoencoderTiny) -> Normalisation
 def load_decoder(name: str, dtype: torch.dtype) -> AutoencoderTiny:
     """Loads the AutoencoderTiny of a folder or Hub id, on the CPU, frozen; UserError if it cannot."""
     try:
-        tiny = load_part(AutoencoderTiny, name, "", dtype, _KEY)
+        tiny = load_part(AutoencoderTiny, fetch(name, [""], _KEY), "", dtype)
     except LOAD_ERRORS as error:
         raise UserError(
             f"{_KEY}: {name!r} cannot be loaded ({first_line(error)}); to download and check it: "

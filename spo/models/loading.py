@@ -26,7 +26,7 @@ from spo.models.decoder import check_decoder
 from spo.models.families import FAMILIES
 from spo.models.kind import check_kind
 from spo.models.single_file import is_single_file, read_single_file
-from spo.models.weights import load_part
+from spo.models.weights import fetch, load_part
 
 _PIPELINES = {name: getattr(diffusers, family.pipeline) for name, family in FAMILIES.items()}
 
@@ -137,6 +137,8 @@ def load_pipeline(
         if tokenizer := pipe.components.get(name):
             encoder = pipe.components[name.replace("tokenizer", "text_encoder")]
             # Without a limit of its own, a tokenizer would pad a prompt to 10^30 tokens.
+            if len(tokenizer) < 5:  # transformers is content with a folder without files
+                raise UserError(f"pretrained: {source.model!r} has no vocabulary in its {name}.")
             limit = encoder.config.max_position_embeddings
             tokenizer.model_max_length = min(tokenizer.model_max_length, limit)
     return freeze(pipe, family, dtype)
@@ -145,22 +147,23 @@ def load_pipeline(
 def _load(source: ModelSource, family: str, dtype: torch.dtype) -> DiffusionPipeline:
     key, parts = "pretrained.model", {}
     if source.vae is not None:
-        parts["vae"] = load_part(AutoencoderKL, source.vae, "", dtype, "pretrained.vae")
+        root = fetch(source.vae, [""], "pretrained.vae")
+        parts["vae"] = load_part(AutoencoderKL, root, "", dtype)
     if source.unet is not None:
-        parts["unet"] = load_part(UNet2DConditionModel, source.unet, "unet", dtype, key)
+        root = fetch(source.unet, ["unet"], key)
+        parts["unet"] = load_part(UNet2DConditionModel, root, "unet", dtype)
     if family == "sd15":
         parts |= {"safety_checker": None, "feature_extractor": None}
         parts["requires_safety_checker"] = False
     if is_single_file(source.model):
         return read_single_file(source.model, key, source.revision).load(dtype, **parts)
     index = _read_json(model_file(source.model, "model_index.json", key, source.revision), key)
-    for name, kind in _networks(index).items():
-        if name not in parts:
-            where = (source.variant, source.revision)
-            parts[name] = load_part(kind, source.model, name, dtype, key, *where)
-    return _PIPELINES[family].from_pretrained(
-        source.model, revision=source.revision, trust_remote_code=False, **parts
-    )
+    networks = {name: kind for name, kind in _networks(index).items() if name not in parts}
+    folders = ["", "scheduler", "tokenizer", "tokenizer_2", *networks]
+    root = fetch(source.model, folders, key, source.variant, source.revision)
+    for name, kind in networks.items():
+        parts[name] = load_part(kind, root, name, dtype, source.variant)
+    return _PIPELINES[family].from_pretrained(root, trust_remote_code=False, **parts)
 
 
 def freeze(pipe: DiffusionPipeline, family: str, dtype: torch.dtype) -> DiffusionPipeline:

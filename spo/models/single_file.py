@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import diffusers
 import torch
@@ -49,14 +50,11 @@ class SingleFile:
                 parts["tokenizer_2"] = clip_tokenizer(pad="!")
         if not (self.has_vae or "vae" in parts):
             raise ValueError("it has no VAE; name one with pretrained.vae")
+        options = {"config": str(self.configs), "dtype": dtype, "local_files_only": True}
         try:
-            pipe = kind.from_single_file(
-                str(self.path),
-                config=str(self.configs),
-                dtype=dtype,
-                local_files_only=True,
-                **parts,
-            )
+            # Which would move tensors that are missing, and not name them.
+            with mock.patch("diffusers.loaders.single_file_model.dispatch_model"):
+                pipe = kind.from_single_file(str(self.path), **options, **parts)
         except (KeyError, SingleFileComponentError) as error:
             raise ValueError(f"it lacks {first_line(error)}") from error
         networks = {n: part for n, part in pipe.components.items() if isinstance(part, nn.Module)}

@@ -3,8 +3,9 @@
 import json
 import logging
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import diffusers
@@ -88,75 +89,78 @@ class WeightFile:
 
     name: str
     variant: str | None
-    kind: str  # "safetensors" or "bin"
+    is_safe: bool  # .safetensors, and not .bin
 
 
-def find_weights(
-    model: str, folder: str, key: str, variant: str | None = None, revision: str | None = None
-) -> WeightFile:
-    """Returns the weights in a subfolder of a folder or Hub repo: those of `variant`, else plain ones.
+def choose_weights(names: Iterable[str], variant: str | None, part: str) -> WeightFile:
+    """Returns the weights among the files of a folder: those of `variant`, else plain ones.
 
-    Where there is but one variant, or one called fp16, it needs no name. Raises ValueError if the
-    choice is open.
+    Where there is but one variant, or one called fp16, it needs no name. Raises ValueError that names
+    `part` if there are none, or the choice is open.
     """
-    if Path(model).is_dir():
-        names = [path.name for path in (Path(model) / folder).glob("*")]
-    else:
-        start = f"{folder}/" if folder else ""
-        files = (name for name in list_files(model, key, revision) if name.startswith(start))
-        names = [name.removeprefix(start) for name in files]
     found: dict[str | None, WeightFile] = {}
     for name in sorted(names, key=lambda name: ".safetensors" in name):  # which take precedence
         if match := _FILE.fullmatch(name):
             own = match[1] or match[4]
-            found[own] = WeightFile(name, own, match[2])
+            found[own] = WeightFile(name, own, match[2] == "safetensors")
     others = ", ".join(sorted(found.keys() - {None}))
-    if variant and folder == "unet" and variant not in found:
+    if variant and part == "unet" and variant not in found:
         raise ValueError(
             f"pretrained.variant: its UNet has {others or 'no variant'}, not {variant}"
         )
     for choice in (variant, None, "fp16", *(found if len(found) == 1 else ())):
         if choice in found:
             return found[choice]
-    wanted = (
-        f"name one of {others} by pretrained.variant"
-        if found
-        else "no diffusion_pytorch_model or model"
-    )
-    raise ValueError(f"{folder or model}: {wanted}")
+    wanted = f"name one of {others} by pretrained.variant" if found else "no weights"
+    raise ValueError(f"{part}: {wanted} (diffusion_pytorch_model or model)")
 
 
-def load_part(
-    kind: type,
+def fetch(
     model: str,
-    folder: str,
-    dtype: torch.dtype,
+    folders: Iterable[str],
     key: str,
     variant: str | None = None,
     revision: str | None = None,
+) -> Path:
+    """Returns a folder as it is, or that of a Hub repo with the files of these subfolders.
+
+    Downloads of the weights only those that `load_part` takes. Raises ValueError as `choose_weights`,
+    and UserError that names the config `key`.
+    """
+    if Path(model).is_dir():
+        return Path(model)
+    files, root = list_files(model, key, revision), Path()
+    for folder in folders:
+        names = [PurePosixPath(f).name for f in files if f.rpartition("/")[0] == folder]
+        wanted = [name for name in names if name.endswith((".json", ".txt"))]
+        if "config.json" in names:
+            wanted.append(choose_weights(names, variant, folder or model).name)
+        for name in wanted:  # which grows by the files that an index names
+            path = model_file(model, f"{folder}/{name}".lstrip("/"), key, revision)
+            root = path.parents[1] if folder else path.parent
+            if name == wanted[-1] and name.endswith(".json") and ".index." in name:
+                wanted += sorted(set(json.loads(path.read_text())["weight_map"].values()))
+    return root
+
+
+def load_part(
+    kind: type, root: Path, folder: str, dtype: torch.dtype, variant: str | None = None
 ) -> nn.Module:
-    """Returns the network in a subfolder of a folder or Hub repo; raises ValueError as above."""
-    file = find_weights(model, folder, key, variant, revision)
-    return load_network(
-        kind,
-        model,
-        PARTS.get(folder, kind.__name__),
-        subfolder=folder,
-        dtype=dtype,
-        variant=file.variant,
-        revision=revision,
-        use_safetensors=file.kind == "safetensors",
-    )
+    """Returns the network in a subfolder; raises ValueError as `load_network`."""
+    part = PARTS.get(folder, kind.__name__)
+    names = [path.name for path in (root / folder).glob("*")]
+    file = choose_weights(names, variant, folder or part)
+    options = {"variant": file.variant, "use_safetensors": file.is_safe, "dtype": dtype}
+    return load_network(kind, str(root), part, subfolder=folder, **options)
 
 
-def stored_dtype(model: str, folder: str, key: str) -> torch.dtype:
-    """Returns the dtype that the weights in a subfolder are stored in."""
-    file = find_weights(model, folder, key)
-    path = model_file(model, f"{folder}/{file.name}", key)
+def stored_dtype(folder: Path) -> torch.dtype:
+    """Returns the dtype of the weights in a folder."""
+    file = choose_weights((path.name for path in folder.glob("*")), None, folder.name)
+    path = folder / file.name
     if path.suffix == ".json":
-        shard = min(json.loads(path.read_text())["weight_map"].values())
-        path = model_file(model, f"{folder}/{shard}", key)
-    if file.kind == "safetensors":
+        path = folder / min(json.loads(path.read_text())["weight_map"].values())
+    if file.is_safe:
         with safe_open(path, framework="pt") as tensors:
             return tensors.get_tensor(next(iter(tensors.keys()))).dtype
     weights = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
