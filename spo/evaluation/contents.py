@@ -6,9 +6,9 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import HfApi
 
-from spo.hub import is_hub_id
+from spo.hub import cached_snapshot, is_hub_id
 from spo.lora_io.write import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from spo.models.loading import ModelSource
 from spo.run.folder import file_digest
@@ -66,7 +66,5 @@ def _commit(repo: str, revision: str | None) -> str | None:
     try:
         return HfApi().model_info(repo, revision=revision, timeout=10).sha
     except Exception:  # of whatever network library: what is loaded then is the local copy
-        try:
-            return Path(snapshot_download(repo, revision=revision, local_files_only=True)).name
-        except Exception:
-            return None
+        folder = cached_snapshot(repo, revision)
+        return folder and folder.name
