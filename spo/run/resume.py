@@ -31,6 +31,9 @@ class Resume:
         return [*lines, f"resumed from {self.checkpoint}"]
 
 
+NEW_RUN = Resume(None)
+
+
 def find_checkpoint(run_dir: Path, run_name: str, resume_from: str) -> Resume:
     """Returns the checkpoint to resume from: the run's newest whole one, or the one named.
 
@@ -50,7 +53,7 @@ def find_checkpoint(run_dir: Path, run_name: str, resume_from: str) -> Resume:
                 f"resume_from: no checkpoint of {run_dir} is whole ({'; '.join(damaged.values())}); "
                 "start again under another run_name."
             )
-        return Resume(None)
+        return NEW_RUN
     if resume_from:
         return Resume(_named_checkpoint(resume_from, run_dir, own))
     if own or (run_dir / METRICS).exists():
@@ -58,7 +61,7 @@ def find_checkpoint(run_dir: Path, run_name: str, resume_from: str) -> Resume:
             f"run_name: {run_dir} already holds a run; choose another run_name, or go on with it "
             "by resume_from=auto."
         )
-    return Resume(None)
+    return NEW_RUN
 
 
 def _named_checkpoint(name: str, run_dir: Path, own: list[Path]) -> Path:

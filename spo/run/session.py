@@ -2,7 +2,7 @@
 
 import contextlib
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +16,19 @@ from spo.launch.processes import StopSignals
 from spo.launch.workers import Workers
 from spo.run.checkpoint_folder import checkpoints
 from spo.run.folder import CHECKPOINTS, CONFIG, drop_metrics_after, locked, record_start
-from spo.run.resume import Resume
+from spo.run.resume import NEW_RUN, Resume
 from spo.run.tracking import TrackerSettings, Tracking
 
 
-@contextlib.contextmanager
-def open_run_dir(run_dir: Path, config: Mapping[str, Any], resume: Resume) -> Iterator[None]:
-    """Locks the directory within the context, saves the config in it, and renames damaged checkpoints.
+def open_run_dir(
+    run_dir: Path, config: Mapping[str, Any], resume: Resume = NEW_RUN
+) -> contextlib.ExitStack:
+    """Locks the directory, saves the config in it, renames damaged checkpoints; closing it unlocks.
 
     Raises UserError if that cannot be, or if another run was there since `resume` was found.
     """
-    with locked(run_dir):
+    with contextlib.ExitStack() as held:
+        held.enter_context(locked(run_dir))
         if not resume.is_newest(checkpoints(run_dir)):
             raise UserError(f"run_name: another run has just used {run_dir}; start this again.")
         try:
@@ -37,7 +39,7 @@ def open_run_dir(run_dir: Path, config: Mapping[str, Any], resume: Resume) -> It
                 folder.rename(aside)
         except OSError as error:
             raise UserError(f"logdir: cannot write to {run_dir} ({error.strerror}).") from error
-        yield
+        return held.pop_all()
 
 
 class Session:
