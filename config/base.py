@@ -49,9 +49,10 @@ def get_config() -> ConfigDict:
 
     # ---- the base model ------------------------------------------------------------------------
     config.pretrained = pretrained = ConfigDict()
-    pretrained.model = "stable-diffusion-v1-5/stable-diffusion-v1-5"  # Hub id or diffusers folder
+    # Hub id, diffusers folder, or a .safetensors file of all weights (hf://user/repo/file, too).
+    pretrained.model = "stable-diffusion-v1-5/stable-diffusion-v1-5"
     pretrained.revision = placeholder(str)  # branch, tag or commit of the Hub repo
-    pretrained.variant = placeholder(str)  # weight files' variant, e.g. "fp16"
+    pretrained.variant = placeholder(str)  # of weight files, e.g. "fp16"; needs no name if alone
     pretrained.vae = placeholder(str)  # Hub id or folder that replaces the model's own VAE
 
     # ---- LoRA ----------------------------------------------------------------------------------

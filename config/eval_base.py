@@ -20,8 +20,8 @@ def get_config() -> ConfigDict:
     #   runs/NAME, runs/NAME/ema, a checkpoint folder, a .safetensors file, user/repo[/folder or file]
     #                                        the base model with that LoRA; LORA:0.5 at half strength,
     #                                        LORA+LORA both
-    #   a diffusers folder or Hub id         that pipeline; where it holds a UNet alone, the base
-    #                                        model with that UNet
+    #   a diffusers folder or Hub id, or a   that pipeline; where it holds a UNet alone, the base
+    #   .safetensors file of all weights     model with that UNet
     #   a folder of images                   one per prompt, in the order of their names
     config.models = ("base",)
     config.family = "sd15"  # "sd15" or "sdxl", of all models

@@ -141,6 +141,15 @@ def test_a_folder_of_another_pipeline_class(tmp_path):
         check_source(ModelSource(edited(tmp_path, "sdxl", "", index)), "sdxl")
 
 
+@pytest.mark.parametrize(
+    ("unet", "message"),
+    [(["diffusers", "Odd"], "unknown unet, Odd"), (["a", "b"], "no unet"), ("x", "no unet")],
+)
+def test_an_index_of_unknown_parts(tmp_path, unet, message):
+    with pytest.raises(UserError, match=message):
+        check_source(ModelSource(edited(tmp_path, "sd15", "", {"unet": unet})), "sd15")
+
+
 def change_weights(folder, change):
     (file,) = Path(folder).glob("*.safetensors")
     tensors = load_file(file)

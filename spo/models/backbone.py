@@ -212,7 +212,8 @@ class Backbone:
         posterior = self.vae.encode(images.to(self.vae.dtype)).latent_dist
         latents = posterior.mean.float() + posterior.std.float() * noise
         if normal := normalisation(self.vae):
-            latents = (latents - normal.mean) / normal.std
+            mean, std = normal
+            latents = (latents - mean) / std
         return latents * self.vae.config.scaling_factor
 
     @torch.no_grad()

@@ -25,27 +25,20 @@ def decode(autoencoder: AutoencoderKL | AutoencoderTiny, latents: Tensor) -> Ten
     # 0.18215 for SD1.5's VAE; 1 for TAESD, which takes the UNet's latents.
     scaled, factor = latents.to(autoencoder.dtype), autoencoder.config.scaling_factor
     if normal := normalisation(autoencoder):
-        scaled = scaled * normal.std / factor + normal.mean
+        mean, std = normal
+        scaled = scaled * std / factor + mean
     else:
         scaled = scaled / factor
     return autoencoder.decode(scaled, return_dict=False)[0].float()
 
 
-@dataclass(frozen=True)
-class Normalisation:
-    """Mean and standard deviation of a VAE's latents, (C, 1, 1), which the UNet's do not have."""
-
-    mean: Tensor
-    std: Tensor
-
-
-def normalisation(autoencoder: AutoencoderKL | AutoencoderTiny) -> Normalisation | None:
-    """Returns the normalisation of latents by a VAE's config, if it has one."""
+def normalisation(autoencoder: AutoencoderKL | AutoencoderTiny) -> list[Tensor] | None:
+    """Returns mean and deviation (C, 1, 1) of a VAE's latents, if the UNet's do not have them."""
     values = [autoencoder.config.get(name) for name in ("latents_mean", "latents_std")]
     if None in values:
         return None
     like = {"dtype": autoencoder.dtype, "device": autoencoder.device}
-    return Normalisation(*(torch.tensor(value, **like).view(-1, 1, 1) for value in values))
+    return [torch.tensor(value, **like).view(-1, 1, 1) for value in values]
 
 
 def load_decoder(name: str, dtype: torch.dtype) -> AutoencoderTiny:

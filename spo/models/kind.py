@@ -72,7 +72,7 @@ def _of_unet(family: str, configs: Mapping[str, Config]) -> Iterator[str]:
 
 def _reads_aesthetics(unet: Config, configs: Mapping[str, Config]) -> bool:
     """Tells if a UNet takes five numbers beside the pooled text: size, crop and a score."""
-    pooled = configs["text_encoder_2"].get("projection_dim", 512)
+    pooled = configs.get("text_encoder_2", {}).get("projection_dim", 512)
     per_number = unet.get("addition_time_embed_dim")
     return unet.get("projection_class_embeddings_input_dim") == pooled + 5 * (per_number or 0)
 

@@ -26,7 +26,7 @@ from spo.models.decoder import check_decoder
 from spo.models.families import FAMILIES
 from spo.models.kind import check_kind
 from spo.models.single_file import is_single_file, read_single_file
-from spo.models.weights import fetch, load_part
+from spo.models.weights import PARTS, fetch, load_part
 
 _PIPELINES = {name: getattr(diffusers, family.pipeline) for name, family in FAMILIES.items()}
 
@@ -81,7 +81,7 @@ def check_source(source: ModelSource, family: str, key: str = "pretrained.model"
             "the model or family."
         )
     paths = {"scheduler": model_file(model, f"scheduler/{SCHEDULER}", key, source.revision)}
-    for name in _networks(index):
+    for name in _networks(index, key):
         paths[name] = model_file(model, f"{name}/config.json", key, source.revision)
     if source.vae is not None:
         paths["vae"] = model_file(source.vae, "config.json", "pretrained.vae")
@@ -109,13 +109,18 @@ def _read_json(file: Path, key: str) -> dict[str, Any]:
     return content
 
 
-def _networks(index: Mapping[str, Any]) -> dict[str, type]:
+def _networks(index: Mapping[str, Any], key: str) -> dict[str, type]:
     """Returns the classes of the networks that a model_index.json names, without a safety checker."""
     classes = {}
-    for name in ("unet", "vae", "text_encoder", "text_encoder_2"):
-        library, kind = index.get(name) or (None, None)
-        if library in ("diffusers", "transformers"):
-            classes[name] = getattr({"diffusers": diffusers}.get(library, transformers), kind)
+    for name in PARTS:
+        match index.get(name):
+            case ["diffusers" | "transformers" as library, str(kind)]:
+                found = getattr({"diffusers": diffusers}.get(library, transformers), kind, None)
+                if not (isinstance(found, type) and issubclass(found, nn.Module)):
+                    raise UserError(f"{key}: model_index.json has an unknown {name}, {kind}.")
+                classes[name] = found
+    if missing := {"unet", "vae"} - classes.keys():
+        raise UserError(f"{key}: model_index.json names no {min(missing)} of diffusers.")
     return classes
 
 
@@ -158,7 +163,7 @@ def _load(source: ModelSource, family: str, dtype: torch.dtype) -> DiffusionPipe
     if is_single_file(source.model):
         return read_single_file(source.model, key, source.revision).load(dtype, **parts)
     index = _read_json(model_file(source.model, "model_index.json", key, source.revision), key)
-    networks = {name: kind for name, kind in _networks(index).items() if name not in parts}
+    networks = {name: kind for name, kind in _networks(index, key).items() if name not in parts}
     folders = ["", "scheduler", "tokenizer", "tokenizer_2", *networks]
     root = fetch(source.model, folders, key, source.variant, source.revision)
     for name, kind in networks.items():

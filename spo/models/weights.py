@@ -29,16 +29,12 @@ for _name, _text in {
     logging.getLogger(_name).addFilter(lambda record, text=_text: text not in record.getMessage())
 
 
-def hide_loading_bars() -> None:
-    """Turns off the bars of models that load, seconds each, and leaves those of downloads."""
-    diffusers.utils.logging.disable_progress_bar()
-    downloads = not are_progress_bars_disabled()
-    transformers.utils.logging.disable_progress_bar()
-    if downloads:
-        enable_progress_bars()  # which transformers has turned off, too
-
-
-hide_loading_bars()
+# The bars of models that load, seconds each; those of downloads stay, which transformers hides, too.
+_DOWNLOADS = not are_progress_bars_disabled()
+diffusers.utils.logging.disable_progress_bar()
+transformers.utils.logging.disable_progress_bar()
+if _DOWNLOADS:
+    enable_progress_bars()
 
 
 def load_network(kind: type, name: str, part: str, **options: Any) -> nn.Module:
