@@ -20,13 +20,13 @@ from diffusers.schedulers.scheduling_utils import SCHEDULER_CONFIG_NAME as SCHED
 from torch import nn
 
 from spo.command_line.values import expand
-from spo.errors import LOAD_ERRORS, UserError, first_line
+from spo.errors import LOAD_ERRORS, UserError
 from spo.hub import PREFETCH, model_file
 from spo.models.decoder import check_decoder
 from spo.models.families import FAMILIES
 from spo.models.kind import check_kind
 from spo.models.single_file import is_single_file, read_single_file
-from spo.models.weights import PARTS, fetch, load_part
+from spo.models.weights import PARTS, fetch, load_part, reason
 
 _PIPELINES = {name: getattr(diffusers, family.pipeline) for name, family in FAMILIES.items()}
 
@@ -136,7 +136,7 @@ def load_pipeline(
     except LOAD_ERRORS as error:
         raise UserError(
             f"pretrained: {source.model!r} (vae {source.vae!r}, unet {source.unet!r}) cannot be loaded "
-            f"({first_line(error)}); to download and check it: {PREFETCH}"
+            f"({reason(error)}); to download and check it: {PREFETCH}"
         ) from error
     for name in ("tokenizer", "tokenizer_2"):
         if tokenizer := pipe.components.get(name):
@@ -164,7 +164,7 @@ def _load(source: ModelSource, family: str, dtype: torch.dtype) -> DiffusionPipe
         return read_single_file(source.model, key, source.revision).load(dtype, **parts)
     index = _read_json(model_file(source.model, "model_index.json", key, source.revision), key)
     networks = {name: kind for name, kind in _networks(index, key).items() if name not in parts}
-    folders = ["", "scheduler", "tokenizer", "tokenizer_2", *networks]
+    folders = ["scheduler", "tokenizer", "tokenizer_2", *networks]
     root = fetch(source.model, folders, key, source.variant, source.revision)
     for name, kind in networks.items():
         parts[name] = load_part(kind, root, name, dtype, source.variant)
