@@ -84,7 +84,9 @@ def check_source(source: ModelSource, family: str, key: str = "pretrained.model"
             "the model or family."
         )
     replaced = {name for name in ("vae", "unet") if getattr(source, name) is not None}
-    files = {name: f"{name}/config.json" for name in _networks(index, key).keys() - replaced}
+    files = {
+        name: f"{name}/config.json" for name in sorted(_networks(index, key).keys() - replaced)
+    }
     files["scheduler"] = f"scheduler/{SCHEDULER}"
     try:
         paths = {n: model_file(model, path, key, source.revision) for n, path in files.items()}
