@@ -7,11 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
+from fake_hub import serve
 from helpers import MODELS, PROMPTS, add_tiny_lora, model_folder, randn, unet_output
+from huggingface_hub import HfApi, constants
 from safetensors.torch import load_file, save_file
 from single_files import write_single_file
 from transformers import CLIPTextModelWithProjection
 
+from spo.costs.load import _folder
 from spo.errors import UserError
 from spo.lora_io.convert import _stored_dtype, merged_pipeline
 from spo.lora_io.model_spec import read_specs
@@ -179,6 +182,7 @@ def test_a_single_file(checkpoint):
     assert_same(load(path, family), load(whole, family))
     (model,) = read_specs([f"x={path}"], ModelSource(str(whole)), family, "models")
     assert model.source == ModelSource(str(path)) and not model.loras
+    assert _stored_dtype(str(path)) == torch.float32
     other = {"sd15": "sdxl", "sdxl": "sd15"}[family]
     with pytest.raises(UserError, match=r"pretrained\.model: .* but family"):
         check_source(ModelSource(str(path)), other)
@@ -228,6 +232,16 @@ def test_a_single_file_that_lacks_a_tensor(tmp_path, tensor, message):
     with pytest.raises(UserError, match=message) as error:
         load(path, "sd15")
     assert "\n" not in str(error.value)
+
+
+def test_a_single_file_of_another_size(tmp_path):
+    """Without configs beside it a file is held against SD1.5 itself."""
+    path = write_single_file(pipeline_of("sd15"), tmp_path / "x.safetensors")
+    with pytest.raises(UserError, match=r"position_embedding.weight expected .* but got") as error:
+        load(path, "sd15")
+    assert "ignore_mismatched_sizes" not in str(error.value)
+    # Its costs are counted all the same.
+    assert _folder(path, "sd15", "pretrained.model").endswith("assets/architectures/sd15")
 
 
 def test_single_files_of_other_kinds(tmp_path):
@@ -325,3 +339,35 @@ def test_a_vae_that_overflows_in_fp16_is_that_of_sdxl(tmp_path):
     vae.save_pretrained(tmp_path)
     source = ModelSource(model_folder("sdxl"), vae=str(tmp_path))
     assert load(source, "sdxl", "fp16").vae.dtype == torch.float32
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    with serve() as served:
+        monkeypatch.setattr(constants, "ENDPOINT", served.url)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(HfApi, "list_repo_files", lambda _, repo, **__: served.files(repo))
+        template = f"{served.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        yield served
+
+
+@pytest.mark.parametrize("form", ["fp16", "bin", "shards"])
+def test_a_hub_repo_and_its_cache(tmp_path, monkeypatch, hub, form):
+    folder = copy_of("sd15", tmp_path)
+    if form == "shards":
+        pipe = load_pipeline(ModelSource(str(folder)), "sd15", torch.float32)
+        shutil.rmtree(folder)
+        pipe.save_pretrained(folder, max_shard_size="40KB")
+    else:
+        rewrite(folder, lambda value: value, as_bin if form == "bin" else as_variant)
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    other = {"unet/flax_model.msgpack": b"", "unet/diffusion_pytorch_model.ema.safetensors": b""}
+    named = {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+    hub.create("user/model", files=other | named)
+    assert_same(load("user/model", "sd15"), load(folder, "sd15"))
+    assert not any("flax" in path or ".ema." in path for path in hub.asked)
+    monkeypatch.undo()
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert_same(load("user/model", "sd15"), load(folder, "sd15"))

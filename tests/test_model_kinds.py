@@ -143,7 +143,11 @@ def test_a_folder_of_another_pipeline_class(tmp_path):
 
 @pytest.mark.parametrize(
     ("unet", "message"),
-    [(["diffusers", "Odd"], "unknown unet, Odd"), (["a", "b"], "no unet"), ("x", "no unet")],
+    [
+        (["diffusers", "Odd"], "unknown unet, Odd"),
+        (["torch.hub", "load"], "a unet of .torch.hub."),
+        ("x", "no unet"),
+    ],
 )
 def test_an_index_of_unknown_parts(tmp_path, unet, message):
     with pytest.raises(UserError, match=message):
@@ -230,5 +234,12 @@ def test_another_vae_and_unet_are_checked_too(tmp_path):
     with pytest.raises(UserError, match=r"VAE's have 16"):
         check_source(ModelSource(model_folder("sd15"), vae=str(tmp_path)), "sd15")
     unet = edited(tmp_path, "sd15", "unet", {"in_channels": 9})
+    # The model's own files are not looked at where others take their places.
+    own = shutil.copytree(model_folder("sd15"), tmp_path / "own")
+    for part in ("vae", "unet"):
+        shutil.rmtree(own / part)
+    vae = str(MODELS / "tiny-sd15" / "vae")
+    check_source(ModelSource(str(own), vae=vae, unet=model_folder("sd15")), "sd15")
+    Backbone(ModelSource(str(own), vae=vae, unet=model_folder("sd15")), "sd15", "no", CPU)
     with pytest.raises(UserError, match="models: .* inpainting"):
         check_source(ModelSource(model_folder("sd15"), unet=unet), "sd15", "models")

@@ -1,5 +1,6 @@
 """A base model whose scheduler has linspace spacing: GradSPO trains, SPO says what to change."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -33,3 +34,14 @@ def test_spo_names_the_spacing(model, tmp_path):
     changes = SMALL | {"pretrained__model": model, "algorithm": "spo"}
     with pytest.raises(UserError, match=r"sigma is 0.*timestep_spacing"):
         run(tmp_path / "spo", **changes)
+
+
+def test_spo_cannot_branch_where_nothing_is_left_of_the_image(model, tmp_path):
+    file = Path(model) / "scheduler" / "scheduler_config.json"
+    config = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+    config |= {"timestep_spacing": "trailing"}
+    file.write_text(json.dumps(json.loads(file.read_text()) | config))
+    changes = SMALL | {"pretrained__model": model, "algorithm": "spo"}
+    with pytest.raises(UserError, match=r"sample\.branch_from: at t = 999"):
+        run(tmp_path / "at_0", **changes, sample__branch_from=0)
+    assert read_metrics(run(tmp_path / "later", **changes, sample__branch_from=1))

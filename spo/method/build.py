@@ -179,7 +179,8 @@ def build_learner(
             "in scheduler_config.json timestep_spacing to trailing, or to leading with steps_offset 1."
         )
     first = sampler.timesteps[recipe.collect.rollout.branch_from]
-    if not recipe.loss.shares_latents and sampler.alphas_cumprod[first] == 0:
+    abar = sampler.alphas_cumprod[first]
+    if not recipe.loss.shares_latents and not abar.is_meta and abar == 0:
         raise UserError(
             f"sample.branch_from: at t = {first}, where x_t is noise alone (terminal SNR 0), "
             f"{recipe.run.algorithm} has no likelihood; branch from 1 or later."

@@ -20,15 +20,18 @@ from diffusers.schedulers.scheduling_utils import SCHEDULER_CONFIG_NAME as SCHED
 from torch import nn
 
 from spo.command_line.values import expand
-from spo.errors import LOAD_ERRORS, UserError, first_line
+from spo.errors import LOAD_ERRORS, UserError
 from spo.hub import PREFETCH, model_file
 from spo.models.decoder import check_decoder
 from spo.models.families import FAMILIES
 from spo.models.kind import check_kind
 from spo.models.single_file import is_single_file, read_single_file
-from spo.models.weights import PARTS, fetch, load_part
+from spo.models.weights import PARTS, fetch, load_part, reason
 
 _PIPELINES = {name: getattr(diffusers, family.pipeline) for name, family in FAMILIES.items()}
+
+
+_LIBRARIES = ("diffusers", "transformers", "stable_diffusion")  # the last has the safety checker
 
 
 @dataclass(frozen=True)
@@ -80,9 +83,16 @@ def check_source(source: ModelSource, family: str, key: str = "pretrained.model"
             f"{key}: {source.model!r} is a {found}, but family={family!r} needs a {wanted}; change "
             "the model or family."
         )
-    paths = {"scheduler": model_file(model, f"scheduler/{SCHEDULER}", key, source.revision)}
-    for name in _networks(index, key):
-        paths[name] = model_file(model, f"{name}/config.json", key, source.revision)
+    replaced = {name for name in ("vae", "unet") if getattr(source, name) is not None}
+    files = {
+        name: f"{name}/config.json" for name in sorted(_networks(index, key).keys() - replaced)
+    }
+    files["scheduler"] = f"scheduler/{SCHEDULER}"
+    try:
+        paths = {n: model_file(model, path, key, source.revision) for n, path in files.items()}
+    except UserError as error:
+        what = f"{key.partition('.')[0]}: a config file of {source.model!r} cannot be read"
+        raise UserError(f"{what} ({error})") from error
     if source.vae is not None:
         paths["vae"] = model_file(source.vae, "config.json", "pretrained.vae")
     if source.unet is not None:
@@ -112,13 +122,15 @@ def _read_json(file: Path, key: str) -> dict[str, Any]:
 def _networks(index: Mapping[str, Any], key: str) -> dict[str, type]:
     """Returns the classes of the networks that a model_index.json names, without a safety checker."""
     classes = {}
-    for name in PARTS:
-        match index.get(name):
-            case ["diffusers" | "transformers" as library, str(kind)]:
+    for name, entry in index.items():
+        match entry:
+            case ["diffusers" | "transformers" as library, str(kind)] if name in PARTS:
                 found = getattr({"diffusers": diffusers}.get(library, transformers), kind, None)
                 if not (isinstance(found, type) and issubclass(found, nn.Module)):
                     raise UserError(f"{key}: model_index.json has an unknown {name}, {kind}.")
                 classes[name] = found
+            case [str(library), _] if library not in _LIBRARIES:  # diffusers would import it
+                raise UserError(f"{key}: model_index.json has a {name} of {library!r}.")
     if missing := {"unet", "vae"} - classes.keys():
         raise UserError(f"{key}: model_index.json names no {min(missing)} of diffusers.")
     return classes
@@ -136,7 +148,7 @@ def load_pipeline(
     except LOAD_ERRORS as error:
         raise UserError(
             f"pretrained: {source.model!r} (vae {source.vae!r}, unet {source.unet!r}) cannot be loaded "
-            f"({first_line(error)}); to download and check it: {PREFETCH}"
+            f"({reason(error)}); to download and check it: {PREFETCH}"
         ) from error
     for name in ("tokenizer", "tokenizer_2"):
         if tokenizer := pipe.components.get(name):
@@ -164,7 +176,7 @@ def _load(source: ModelSource, family: str, dtype: torch.dtype) -> DiffusionPipe
         return read_single_file(source.model, key, source.revision).load(dtype, **parts)
     index = _read_json(model_file(source.model, "model_index.json", key, source.revision), key)
     networks = {name: kind for name, kind in _networks(index, key).items() if name not in parts}
-    folders = ["", "scheduler", "tokenizer", "tokenizer_2", *networks]
+    folders = ["scheduler", "tokenizer", "tokenizer_2", *networks]
     root = fetch(source.model, folders, key, source.variant, source.revision)
     for name, kind in networks.items():
         parts[name] = load_part(kind, root, name, dtype, source.variant)

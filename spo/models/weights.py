@@ -21,14 +21,10 @@ from spo.hub import list_files, model_file
 # What stands in files of some versions of a library alone, or belongs to another tower of a CLIP.
 _CONSTANT = "position_ids"
 _OF_ANOTHER_TOWER = ("vision_model.", "visual_projection.", "text_projection.", "logit_scale")
-# `load_network` tells in one line what the libraries tell in tables.
-for _name, _text in {
-    "diffusers.models.modeling_utils": "Some weights of ",
-    "transformers.modeling_utils": " LOAD REPORT",
-}.items():
-    logging.getLogger(_name).addFilter(lambda record, text=_text: text not in record.getMessage())
-
-
+# What `load_network` tells in one line, and what is of no use.
+_MUTED = ("Some weights of ", " LOAD REPORT", "should be kept in float32")
+for _name in ("diffusers.models.modeling_utils", "transformers.modeling_utils"):
+    logging.getLogger(_name).addFilter(lambda r: not any(t in r.getMessage() for t in _MUTED))
 # The bars of models that load, seconds each; those of downloads stay, which transformers hides, too.
 _DOWNLOADS = not are_progress_bars_disabled()
 diffusers.utils.logging.disable_progress_bar()
@@ -48,7 +44,7 @@ def load_network(kind: type, name: str, part: str, **options: Any) -> nn.Module:
     try:
         network, info = kind.from_pretrained(name, output_loading_info=True, **options)
     except LOAD_ERRORS as error:
-        raise ValueError(f"{part}: {first_line(error).partition('. If you want')[0]}") from error
+        raise ValueError(f"{part}: {reason(error)}") from error
     extra = {key for key in info["unexpected_keys"] if not key.startswith(_OF_ANOTHER_TOWER)}
     if any(".base_layer." in key for key in extra):
         raise ValueError(
@@ -65,6 +61,11 @@ def load_network(kind: type, name: str, part: str, **options: Any) -> nn.Module:
             more = f" and {len(keys) - 1} more" if keys[1:] else ""
             raise ValueError(f"{part}: its weights {fault} {keys[0]}{more}")
     return network
+
+
+def reason(error: Exception) -> str:
+    """Returns the first line of diffusers' or transformers' message, without advice on their API."""
+    return first_line(error).partition(". If you want")[0]
 
 
 # model.safetensors, model.fp16.safetensors, model.safetensors.index.fp16.json, ...
@@ -129,7 +130,7 @@ def fetch(
     for folder in folders:
         names = [PurePosixPath(f).name for f in files if f.rpartition("/")[0] == folder]
         wanted = [name for name in names if name.endswith((".json", ".txt"))]
-        if "config.json" in names:
+        if folder in ("", *PARTS):
             wanted.append(choose_weights(names, variant, folder or model).name)
         for name in wanted:  # which grows by the files that an index names
             path = model_file(model, f"{folder}/{name}".lstrip("/"), key, revision)
