@@ -330,7 +330,7 @@ def test_what_cannot_be_built_without_weights(changes, message):
 def test_a_model_folder_without_configs(tmp_path):
     index = MODELS / "tiny-sd15" / "model_index.json"
     (tmp_path / index.name).write_bytes(index.read_bytes())
-    with pytest.raises(UserError, match="pretrained.model: no file .*scheduler_config.json"):
+    with pytest.raises(UserError, match="no file .*config.json"):
         load_models(read_recipe(small_config(**{"pretrained.model": str(tmp_path)})), META)
 
 
