@@ -156,7 +156,7 @@ def test_from_nothing_and_then_offline(run, config):
     status, output, start = run(config, changes=changes)
     assert status == 0, output
     if config in TRAINING:
-        assert start["prompts"].startswith("2 prompts from official-4k, http")
+        assert start["prompts"].startswith("2 prompts from official-4k (mit), http")
     status, output, _ = run(config, changes=changes, fresh=False, offline=True)
     assert status == 0, output
 

@@ -13,7 +13,7 @@ from spo.costs import downloads
 from spo.costs.downloads import PAIRS, WEIGHTS, Download, ask, describe, is_cached, prompt_lists
 from spo.data.prompt_sets import PROMPT_SETS
 from spo.hub import is_hub_id
-from spo.scorers import SCORERS, image_scorer, options_of
+from spo.scorers import SCORERS, image_scorer, named_files
 
 base_of = runpy.run_path(str(ROOT / "scripts" / "prefetch.py"))["base_of"]
 KNOWN = {row.source.removeprefix("datasets/") for row in (*WEIGHTS, *PAIRS)}
@@ -39,7 +39,7 @@ def test_every_default_config_and_scorer_is_in_the_table():
                     config.prompts.source in PROMPT_SETS or (ROOT / config.prompts.source).exists()
                 )
     for name in SCORERS:
-        found |= set(sources_in(options_of(image_scorer(name, {})).values()))
+        found |= set(sources_in(named_files(image_scorer(name, {})).values()))
     assert len(found) >= 12
     for source in found:
         if source.startswith("hf://"):

@@ -72,7 +72,7 @@ def prompt_lists() -> Iterator[Download]:
     for name, named in PROMPT_SETS.items():
         for number, place in enumerate(named.places):
             source = place.source if is_address(place.source) else f"{_DATASETS}{place.source}"
-            used_by = f"prompts.source={name}" if number == 0 else "if that does not answer"
+            used_by = "if that does not answer" if number else f"{name}: {named.about}"
             gb = 0 if is_address(source) or place.files else None
             yield Download(source, place.files, gb, named.license, used_by)
 

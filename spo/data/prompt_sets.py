@@ -18,8 +18,7 @@ class NamedPrompts:
     """A prompt set, whose places are tried one after the other."""
 
     places: tuple[Place, ...]
-    prompts: int  # unique ones; 0: not known
-    license: str
+    license: str  # by the Hub's identifier; empty: see the page of its first place
     about: str
 
 
@@ -49,30 +48,26 @@ PROMPT_SETS = {
             ),
             _on_github(f"{_LPO}/lpo/prompts/4k_training_prompts.json", _OFFICIAL_4K, "caption"),
         ),
-        4000,
-        "MIT",
-        "of Pick-a-Pic v1; what SPO, GradSPO and LPO train on",
+        "mit",
+        "4,000 of SPO, GradSPO and LPO",
     ),
     "pickapic-sfw": NamedPrompts(
         (Place("CarperAI/pickapic_v1_no_images_training_sfw"),),
-        0,
         "",
-        "the training prompts of Pick-a-Pic v1 without images, filtered; take some by prompts.num",
+        "Pick-a-Pic v1, filtered",
     ),
     "pickapic": NamedPrompts(
         tuple(map(Place, PICKAPIC)),
-        0,
         "",
-        "all training prompts of Pick-a-Pic v1; take some by prompts.num",
+        "Pick-a-Pic v1",
     ),
     "pickapic_v2": NamedPrompts(
         (
             _on_github(f"{_SDPO}/papv2.json", _PAPV2, "prompt"),
             Place("yuvalkirstain/pickapic_v2", "test_unique"),
         ),
-        487,
-        "Apache-2.0",
-        "the test prompts of Pick-a-Pic v2: what papers evaluate on",
+        "apache-2.0",
+        "487 test prompts",
     ),
     "hpdv2": NamedPrompts(
         (
@@ -83,17 +78,15 @@ PROMPT_SETS = {
                 files=tuple(f"benchmark/{style}.json" for style in _HPDV2_FILES),
             ),
         ),
-        3200,
-        "Apache-2.0",
-        "the benchmark of HPDv2 (Wu et al., arXiv 2306.09341)",
+        "apache-2.0",
+        "3,200 (arXiv 2306.09341)",
     ),
     "partiprompts": NamedPrompts(
         (
             _on_github(f"{_SDPO}/partiprompts.json", _PARTI, "prompt"),
             Place("nateraw/parti-prompts", column="Prompt"),
         ),
-        1632,
-        "Apache-2.0",
-        "PartiPrompts (Yu et al., arXiv 2206.10789)",
+        "apache-2.0",
+        "1,632 (arXiv 2206.10789)",
     ),
 }

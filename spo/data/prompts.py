@@ -80,8 +80,10 @@ def read_prompts(
             raise UserError(f"{key}: {error}") from error
         else:
             tried = tuple(f"tried before: {reason}" for reason in failed)
-            name = f"{source}, {found.source}" if named else found.source
-            return replace(found, source=name, notes=(*found.notes, *tried))
+            if named:
+                license = f" ({named.license})" if named.license else ""
+                found = replace(found, source=f"{source}{license}, {found.source}")
+            return replace(found, notes=(*found.notes, *tried))
     others = ", ".join(name for name in PROMPT_SETS if name != source)
     raise UserError(
         f"{key}: {'; then '.join(failed)}; name another source: a file, an https address, a Hub "

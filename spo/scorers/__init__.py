@@ -145,11 +145,6 @@ def load_scorer(source: ScorerSource, device: torch.device) -> Scorer:
     return scorer
 
 
-def options_of(source: ScorerSource) -> dict[str, Any]:
-    """Returns all options of a scorer, defaults included; UserError for a wrong name or option."""
-    return _bind(source, torch.device("cpu"))[1].arguments
-
-
 def check_scorer(source: ScorerSource) -> None:
     """Raises UserError for a wrong name or option, as far as small files tell.
 
