@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -161,6 +161,13 @@ def cached_snapshot(repo: str, revision: str | None = None) -> Path | None:
     ref = folder / "refs" / revision
     snapshot = folder / "snapshots" / (ref.read_text().strip() if ref.is_file() else revision)
     return snapshot if snapshot.is_dir() else None
+
+
+def commits(names: Iterable[str | None], revision: str | None = None) -> dict[str, str]:
+    """Returns the cached commit of each Hub repo among `names`, user/name or hf://user/name/file."""
+    repos = ("/".join(name.removeprefix(_SCHEME).split("/")[:2]) for name in names if name)
+    found = {r: cached_snapshot(r, revision) or cached_snapshot(r) for r in repos if is_hub_id(r)}
+    return {repo: folder.name for repo, folder in found.items() if folder is not None}
 
 
 def model_file(model: str, name: str, key: str, revision: str | None = None) -> Path:

@@ -151,12 +151,15 @@ HEAD = {"scorer_options": {"imagereward": {"head_width": 8}}}
 
 
 @pytest.mark.parametrize("config", [*TRAINING, *SPMS, *EVALUATIONS])
-def test_from_nothing_and_then_offline(run, config):
+def test_from_nothing_and_then_offline(run, hub, config):
     changes = HEAD if config in EVALUATIONS else {}
     status, output, start = run(config, changes=changes)
     assert status == 0, output
     if config in TRAINING:
         assert start["prompts"].startswith("2 prompts from official-4k (mit), http")
+        base = SDXL if "sdxl" in config else SD15
+        assert start["commits"].keys() >= {base, SPM, "yuvalkirstain/PickScore_v1", CLIP_H}
+        assert start["commits"][base] == hub.tip(base, "main").sha
     status, output, _ = run(config, changes=changes, fresh=False, offline=True)
     assert status == 0, output
 

@@ -366,6 +366,16 @@ def test_hub_streams_the_one_column(hub):
     assert hub.loaded.column_names == ["caption"]
 
 
+def test_a_revision_of_the_hub(hub, tmp_path):
+    first = read_prompts(f"{HUB}@v1", num=10)
+    source, options = hub.calls[-1]
+    assert (source, options["revision"]) == (HUB, "v1")
+    assert f"from {HUB}@v1 (" in first.describe()
+    hub.online = False
+    assert read_prompts(f"{HUB}@v1", num=10).prompts == first.prompts
+    complaint(HUB, num=10)  # another revision is another draw
+
+
 @pytest.mark.parametrize("num", [0, 10])
 def test_hub_draw_is_kept(hub, tmp_path, num):
     first = read_prompts(HUB, num=num, seed=3)

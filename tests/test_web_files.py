@@ -137,6 +137,6 @@ def test_a_named_set_reads_its_own_column_and_the_next_place(web, monkeypatch):
     found = read_prompts("hpdv2", column="caption")
     assert found.prompts == ("an owl",)
     assert found.describe() == (
-        f"1 prompts from hpdv2 (apache-2.0), {web.url}/b/p.json (1 rows; tried before: {web.url}/a/p.json: "
-        "not found (404))"
+        f"1 prompts from hpdv2 (apache-2.0), {web.url}/b/p.json (1 rows; tried before: "
+        f"{web.url}/a/p.json: not found (404))"
     )

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from ml_collections import ConfigDict
 
 from spo.data.token_lengths import describe_lengths
+from spo.hub import commits
 from spo.launch.workers import Workers
 from spo.method.build import build_learner, build_lora
 from spo.method.checkpoint import load_checkpoint
@@ -15,7 +16,7 @@ from spo.method.trainer import Trainer
 from spo.models.device import set_up_device, speed_up
 from spo.models.optimizers import check_optimizer
 from spo.run.session import Session, open_run_dir
-from spo.scorers import load_scorer
+from spo.scorers import load_scorer, named_files
 
 
 def train(config: ConfigDict) -> None:
@@ -56,7 +57,9 @@ def make_trainer(ready: Preflight, workers: Workers) -> Trainer:
         session.say("\n".join([*ready.resume.describe(), *ready.changes]))
     lengths = describe_lengths(ready.prompts.prompts, backbone.tokenizers | scorer.tokenizers)
     session.say(lengths)
+    names = (recipe.model.model, recipe.model.vae, recipe.model.decoder)
     facts = {
+        "commits": commits((*names, *named_files(recipe.scorer).values()), recipe.model.revision),
         "plan": asdict(plan),
         "prompts": ready.prompts.describe(),
         "prompt_lengths": lengths,
