@@ -71,7 +71,9 @@ def test_what_is_missing_is_one_line_with_repo_file_and_command(cache):
     result = run("train_sd15.py", cache, f"--config.logdir={cache}")
     assert result.returncode == 2
     message = result.stderr.splitlines()[-1]
-    assert message.startswith("error: preference.checkpoint: tiny-spm.bin of user/spm is not in")
+    assert message.startswith(
+        "error: preference.checkpoint: tiny-spm.bin of user/spm: not in the local cache, and HF_HUB_OFFLINE is set"
+    )
     assert message.endswith("python scripts/prefetch.py --config=...")
 
 
@@ -81,7 +83,7 @@ def test_what_is_missing_is_one_line_with_repo_file_and_command(cache):
         (
             "train_sd15.py",
             "config.json",
-            "config.json of user/tiny-decoder is not in the local cache",
+            "config.json of user/tiny-decoder: not in the local cache",
         ),
         (
             "scripts/prefetch.py",
