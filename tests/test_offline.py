@@ -71,9 +71,8 @@ def test_what_is_missing_is_one_line_with_repo_file_and_command(cache):
     result = run("train_sd15.py", cache, f"--config.logdir={cache}")
     assert result.returncode == 2
     message = result.stderr.splitlines()[-1]
-    assert message.startswith(
-        "error: preference.checkpoint: tiny-spm.bin of user/spm: not in the local cache, and HF_HUB_OFFLINE is set"
-    )
+    assert message.startswith("error: preference.checkpoint: tiny-spm.bin of user/spm: not in")
+    assert "HF_HUB_OFFLINE is set" in message
     assert message.endswith("python scripts/prefetch.py --config=...")
 
 
