@@ -77,6 +77,35 @@ def test_files_of_other_names(tmp_path, family, name):
     assert_same(load(folder, family), plain)
 
 
+def test_the_form_in_which_sd15_is_published(tmp_path):
+    """Its VAE's attention layers under their names of 2022, PNDM, a safety checker, position_ids."""
+    folder = copy_of("sd15", tmp_path)
+    names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    file = next((folder / "vae").glob("*.safetensors"))
+    old = {}
+    for key, value in load_file(file).items():
+        for new, before in names.items():
+            key = key.replace(f".{new}.", f".{before}.")
+        old[key] = value
+    assert sum(".proj_attn." in key for key in old) == 4
+    save_file(old, file)
+    file = next((folder / "text_encoder").glob("*.safetensors"))
+    positions = {"text_model.embeddings.position_ids": torch.arange(77)[None]}
+    save_file(load_file(file) | positions, file)
+    index = json.loads((folder / "model_index.json").read_text())
+    index |= {
+        "scheduler": ["diffusers", "PNDMScheduler"],
+        "safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"],
+        "feature_extractor": ["transformers", "CLIPImageProcessor"],
+        "image_encoder": [None, None],
+    }
+    (folder / "model_index.json").write_text(json.dumps(index))
+    file = folder / "scheduler" / "scheduler_config.json"
+    pndm = {"_class_name": "PNDMScheduler", "skip_prk_steps": True, "trained_betas": None}
+    file.write_text(json.dumps(json.loads(file.read_text()) | pndm))
+    assert_same(load(folder, "sd15"), load(model_folder("sd15"), "sd15"))
+
+
 def test_a_variant_by_name_and_by_itself(tmp_path):
     folder = copy_of("sd15", tmp_path)
     rewrite(folder, torch.Tensor.half, as_variant)

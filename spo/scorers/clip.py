@@ -11,13 +11,13 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from transformers import AutoTokenizer, CLIPConfig, CLIPModel
+from transformers.tokenization_utils_base import LARGE_INTEGER
 
 # PIL resizes, as in transformers 4 and so in what papers report; torchvision is a grey level off.
 try:
     from transformers import CLIPImageProcessorPil
 except ImportError:  # the first versions of transformers 5
     from transformers import CLIPImageProcessor as CLIPImageProcessorPil
-from transformers.tokenization_utils_base import LARGE_INTEGER
 
 from spo.command_line.values import require_choice
 from spo.data.token_lengths import readable
