@@ -78,7 +78,7 @@ def of_preference_model(config: ConfigDict) -> Iterator[str]:
 
     from spo.models.loading import check_source
     from spo.preference import spm_recipe
-    from spo.preference.rows import find_usable_rows
+    from spo.preference.rows import find_training_rows, find_usable_rows
 
     recipe = spm_recipe.read_spm_recipe(config)
     spm, labels, data = recipe.spm, recipe.labels, recipe.data
@@ -88,9 +88,10 @@ def of_preference_model(config: ConfigDict) -> Iterator[str]:
     spm_recipe.build_preparation(recipe, torch.device("cpu"))
     yield f"base model: {recipe.base.model}; labels: {labels.source}"
     # Last, because Pick-a-Pic is by far the largest.
-    yield find_usable_rows(data, data.train_split).description
+    rows = find_training_rows(data)
+    yield "\n".join([*rows.unavailable, rows.description])
     if recipe.validates:
-        yield find_usable_rows(data, data.validation_split, need_has_label=True).description
+        yield find_usable_rows(rows.data, data.validation_split, need_has_label=True).description
     if data.streaming:
         yield "The rows are not kept: data.streaming reads them from their source in training."
 

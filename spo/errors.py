@@ -1,7 +1,8 @@
 """Errors that are told in one line; every other exception is a bug and shows its traceback."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pickle import UnpicklingError
+from typing import TypeVar
 
 from safetensors import SafetensorError
 
@@ -23,6 +24,22 @@ class UserError(Exception):
 
 class Unavailable(UserError):
     """A repo, file or address that does not answer as it should; another source may."""
+
+
+Place, Found = TypeVar("Place"), TypeVar("Found")
+
+
+def first_available(
+    places: Iterable[Place], read: Callable[[Place], Found]
+) -> tuple[Found | None, list[str]]:
+    """Returns what `read` gives of the first place that answers, and why each before it does not."""
+    failed: list[str] = []
+    for place in places:
+        try:
+            return read(place), failed
+        except Unavailable as error:
+            failed.append(str(error))
+    return None, failed
 
 
 class RunError(UserError):

@@ -26,7 +26,7 @@ from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import validate_repo_id
 
 from spo.command_line.values import expand
-from spo.errors import UserError, in_one_line
+from spo.errors import Unavailable, UserError, in_one_line
 
 _SCHEME = "hf://"
 # A path of this machine, alone or in a flag, in NAME=LORA:0.5+LORA, or in a sentence: up to the next.
@@ -98,12 +98,36 @@ def why(error: Exception, repo: str) -> str:
             return f"cut off or changed on its way ({in_one_line(cause, 120)}); try again"
         if type(cause).__name__ == "DatasetNotFoundError":
             return f"not found: there is no such public dataset at {page}, or it needs a login"
+    if not any(map(_is_of_network, chain)):
+        return in_one_line(error)
     if constants.HF_HUB_OFFLINE:
         return (
             f"not in the local cache, and HF_HUB_OFFLINE is set; fetch it while online: {PREFETCH}"
         )
     reason = in_one_line(chain[-1])
     return f"not in the local cache, and no answer from the Hub ({reason}); fetch it: {PREFETCH}"
+
+
+def _is_of_network(error: BaseException) -> bool:
+    """Returns whether the connection is at fault; the Hub's client changes its network library."""
+    library = type(error).__module__.partition(".")[0]
+    return isinstance(error, LocalEntryNotFoundError | ConnectionError | TimeoutError) or (
+        library in ("aiohttp", "httpcore", "httpx", "httpx2", "requests", "urllib3")
+    )
+
+
+def dataset_error(error: Exception, source: str, split: str, keys: str) -> UserError:
+    """Returns what to raise for an error of `datasets`: Unavailable if the Hub is at fault.
+
+    `source` is a folder or user/name[@revision], `keys` the config keys to check.
+    """
+    repo = source if Path(source).exists() else source.partition("@")[0]
+    if is_hub_id(repo) and not isinstance(
+        error, ValueError
+    ):  # which is of the split, or the content
+        return Unavailable(f"{source}: {why(error, f'datasets/{repo}')}")
+    reason = f"{type(error).__name__}: {in_one_line(error)}"
+    return UserError(f"cannot read dataset {source!r}, split {split!r} ({reason}); check {keys}")
 
 
 @cache
@@ -163,9 +187,14 @@ def cached_snapshot(repo: str, revision: str | None = None) -> Path | None:
     return snapshot if snapshot.is_dir() else None
 
 
+def repo_of(name: str) -> str:
+    """Returns the repo of user/name or hf://user/name/file; the name itself if it is none."""
+    return "/".join(name.removeprefix(_SCHEME).split("/")[:2]) if name.startswith(_SCHEME) else name
+
+
 def commits(names: Iterable[str | None], revision: str | None = None) -> dict[str, str]:
     """Returns the cached commit of each Hub repo among `names`, user/name or hf://user/name/file."""
-    repos = ("/".join(name.removeprefix(_SCHEME).split("/")[:2]) for name in names if name)
+    repos = map(repo_of, filter(None, names))
     found = {r: cached_snapshot(r, revision) or cached_snapshot(r) for r in repos if is_hub_id(r)}
     return {repo: folder.name for repo, folder in found.items() if folder is not None}
 

@@ -247,6 +247,12 @@ def test_a_place_that_has_moved_is_read_and_that_is_said(run, source):
     assert "moved to " in output
 
 
+def test_prefetch_tries_another_place_for_pairs(run):
+    status, output, _ = run("config/spm_sd15.py", broken={PAIRS: 404}, prefetch=True)
+    assert status == 0, output
+    assert f"{OLD_PAIRS} is read instead" in output
+
+
 def test_no_place_answers(run):
     status, output, _ = run("config/sd15.py", broken={"4k_training_prompts": 404})
     (line,) = [line for line in output.splitlines() if line.startswith("error: ")]

@@ -428,6 +428,19 @@ def test_hub_out_of_reach(hub):
     assert all(part in message for part in (HUB, "Couldn't reach", "scripts/prefetch.py --config="))
 
 
+def test_what_is_not_the_networks_fault_is_not_said_to_be(hub, monkeypatch):
+    message = complaint(HUB, split="nope")
+    assert f"cannot read dataset '{HUB}', split 'nope' (ValueError: " in message
+    assert "check prompts.source and prompts.split" in message and "no answer" not in message
+
+    def full(*_, **__):
+        raise OSError("Not enough disk space. Needed: 202 GB")
+
+    monkeypatch.setattr(datasets, "load_dataset", full)
+    message = complaint(HUB)
+    assert f"{HUB}: Not enough disk space. Needed: 202 GB" in message and "no answer" not in message
+
+
 def test_hub_fails_halfway(hub, tmp_path, monkeypatch):
     def broken(self, batch_size):
         yield {"caption": ["a fox"]}

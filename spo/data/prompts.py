@@ -19,8 +19,8 @@ from spo.atomic import write_file
 from spo.data.prompt_files import READERS, check_column, file_rows
 from spo.data.prompt_sets import PROMPT_SETS, Place
 from spo.data.web_files import assets, fetch, is_address
-from spo.errors import Unavailable, UserError, in_one_line
-from spo.hub import is_hub_id, tell_if_moved, why
+from spo.errors import UserError, first_available
+from spo.hub import dataset_error, is_hub_id, tell_if_moved
 
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # half an emoji: no tokenizer or file takes it
 LONGEST_PROMPT = 100_000  # characters; a tokenizer takes 200 bytes and 3 us for each
@@ -70,25 +70,21 @@ def read_prompts(
     or unfit source.
     """
     named = PROMPT_SETS.get(source)
-    failed: list[str] = []
-    for place in named.places if named else (Place(source, split, column),):
-        try:
-            found = _read(place, num, seed)
-        except Unavailable as error:
-            failed.append(str(error))
-        except UserError as error:
-            raise UserError(f"{key}: {error}") from error
-        else:
-            tried = tuple(f"tried before: {reason}" for reason in failed)
-            if named:
-                license = f" ({named.license})" if named.license else ""
-                found = replace(found, source=f"{source}{license}, {found.source}")
-            return replace(found, notes=(*found.notes, *tried))
-    others = ", ".join(name for name in PROMPT_SETS if name != source)
-    raise UserError(
-        f"{key}: {'; then '.join(failed)}; name another source: a file, an https address, a Hub "
-        f"dataset, or one of {others}"
-    )
+    places = named.places if named else (Place(source, split, column),)
+    try:
+        found, failed = first_available(places, lambda place: _read(place, num, seed))
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from error
+    if found is None:
+        others = ", ".join(name for name in PROMPT_SETS if name != source)
+        raise UserError(
+            f"{key}: {'; then '.join(failed)}; name another source: a file, an https address, a Hub "
+            f"dataset, or one of {others}"
+        )
+    if named:
+        license = f" ({named.license})" if named.license else ""
+        found = replace(found, source=f"{source}{license}, {found.source}")
+    return replace(found, notes=(*found.notes, *(f"tried before: {each}" for each in failed)))
 
 
 def _read(place: Place, num: int, seed: int) -> PromptSet:
@@ -166,13 +162,8 @@ def _dataset_rows(place: Place) -> Iterator[object]:
     except UserError:
         raise
     except Exception as error:  # of the network, the file systems or the builders
-        if not is_local:
-            raise Unavailable(f"{place.source}: {why(error, f'datasets/{repo}')}") from error
-        reason = f"{type(error).__name__}: {in_one_line(error)}"
-        raise UserError(
-            f"cannot read dataset {repo!r}, split {place.split!r} ({reason}); check prompts.source "
-            "and prompts.split"
-        ) from error
+        keys = "prompts.source and prompts.split"
+        raise dataset_error(error, place.source, place.split, keys) from error
 
 
 def _open_dataset(source: str, split: str, column: str, revision: str | None):

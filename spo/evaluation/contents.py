@@ -2,13 +2,13 @@
 
 import contextlib
 import hashlib
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
 from huggingface_hub import HfApi
 
-from spo.hub import cached_snapshot, is_hub_id
+from spo.command_line.values import expand
+from spo.hub import cached_snapshot, is_hub_id, repo_of
 from spo.lora_io.write import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from spo.models.loading import ModelSource
 from spo.run.folder import file_digest
@@ -40,9 +40,9 @@ def lora_content(path: Path) -> str:
 
 
 def _content(name: str, revision: str | None) -> str | None:
-    path = Path(os.path.expanduser(name.removeprefix("hf://")))
-    if name.startswith("hf://"):
-        return _commit("/".join(path.parts[:2]), revision)
+    if (repo := repo_of(name)) != name:  # hf://...
+        return _commit(repo, revision)
+    path = Path(expand(name))
     if path.is_dir():
         # Two levels hold every file of a pipeline, and none of what else may lie in its folder.
         inside = sorted(p for pattern in ("*", "*/*") for p in path.glob(pattern))

@@ -3,7 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import count, islice
 
@@ -11,10 +11,10 @@ from datasets import Dataset, IterableDataset
 from datasets.distributed import split_dataset_by_node
 
 from spo.data.prompts import LONGEST_PROMPT
-from spo.errors import UserError
+from spo.errors import UserError, first_available
 from spo.method.position import epoch_order
 from spo.preference.batches import DAMAGED_IMAGE, RawBatch, Row, decode_pair
-from spo.preference.source import LABEL_COLUMNS, PairData, open_split
+from spo.preference.source import LABEL_COLUMNS, PairData, open_split, sources_of
 from spo.seeding import derive_seed
 
 _VALID = {(1.0, 0.0), (0.0, 1.0), (0.5, 0.5)}
@@ -58,6 +58,22 @@ class UsableRows:
     indices: tuple[int, ...] | None  # of rows without a label fault; None for a stream
     faults: Counter  # why the other rows are left out
     description: str
+    data: PairData  # where they are
+    unavailable: tuple[str, ...] = ()  # a line for each place before it that did not answer
+
+
+def find_training_rows(data: PairData) -> UsableRows:
+    """Finds usable rows to train on, in the first source of them that answers; UserError if none."""
+    found, failed = first_available(
+        sources_of(data), lambda each: find_usable_rows(each, each.train_split)
+    )
+    if found is None:
+        raise UserError(
+            f"{'; then '.join(failed)}; or set data.source to a folder of parquet files, or to other "
+            "pairs, such as HPDv3 (docs/preference_model.md)"
+        )
+    lines = (f"{reason}; {found.data.source} is read instead" for reason in failed)
+    return replace(found, unavailable=tuple(lines))
 
 
 def find_usable_rows(data: PairData, split: str, need_has_label: bool = False) -> UsableRows:
@@ -75,7 +91,7 @@ def find_usable_rows(data: PairData, split: str, need_has_label: bool = False) -
         fault = fault_of(row, need_has_label)
         if fault is None and decode_pair(row, data.image_size) is not None:
             indices = None if usable is None else tuple(usable)
-            return UsableRows(indices, faults, f"{name}{describe_faults(faults)}")
+            return UsableRows(indices, faults, f"{name}{describe_faults(faults)}", data)
         seen[fault or DAMAGED_IMAGE] += 1
     raise UserError(
         f"data.source: {data.source}, split {split!r}, has no usable row"

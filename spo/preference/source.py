@@ -12,8 +12,8 @@ from datasets import Dataset, IterableDataset
 from spo.command_line.values import Checked, whole
 from spo.data.prompt_sets import PICKAPIC
 from spo.data.prompts import saved_split
-from spo.errors import Unavailable, UserError, in_one_line
-from spo.hub import is_hub_id, tell_if_moved, why
+from spo.errors import UserError
+from spo.hub import dataset_error, is_hub_id, tell_if_moved
 
 LABEL_COLUMNS = ("caption", "label_0", "label_1", "has_label", "num_example_per_prompt")
 IMAGE_COLUMNS = ("jpg_0", "jpg_1")
@@ -45,25 +45,10 @@ class PairData(Checked, section="data"):
                 raise UserError(f"data.columns.{name}: {theirs!r} is no column and no number.")
 
 
-def find_source(data: PairData) -> tuple[PairData, tuple[str, ...]]:
-    """Returns `data` with the first id of its rows that answers, and a line for each that does not.
-
-    Raises UserError if none does.
-    """
+def sources_of(data: PairData) -> list[PairData]:
+    """Returns `data`, and with each other id of its rows, in the order to try."""
     others = PICKAPIC if data.source in PICKAPIC else ()
-    failed: list[str] = []
-    for source in dict.fromkeys((data.source, *others)):
-        chosen = replace(data, source=source)
-        try:
-            open_split(chosen, data.train_split)
-        except Unavailable as error:
-            failed.append(str(error))
-        else:
-            return chosen, tuple(f"{reason}; {source} is read instead" for reason in failed)
-    raise UserError(
-        f"{'; then '.join(failed)}; or set data.source to a folder of parquet files, or to other "
-        "pairs, such as HPDv3 (docs/preference_model.md)"
-    )
+    return [replace(data, source=source) for source in dict.fromkeys((data.source, *others))]
 
 
 def open_split(data: PairData, split: str) -> Dataset | IterableDataset:
@@ -77,14 +62,9 @@ def open_split(data: PairData, split: str) -> Dataset | IterableDataset:
     except UserError as error:
         raise type(error)(f"data.source: {error}") from error
     except Exception as error:  # whatever the network, the file systems and the builders raise
-        # A ValueError is about the split or the content.
-        if is_hub_id(data.source) and not isinstance(error, ValueError):
-            repo = f"datasets/{data.source}"
-            raise Unavailable(f"data.source: {data.source}: {why(error, repo)}") from error
-        raise UserError(
-            f"data.source: cannot read {data.source!r}, split {split!r} ({type(error).__name__}: "
-            f"{in_one_line(error)}); check data.source, data.train_split and data.validation_split."
-        ) from error
+        keys = "data.source, data.train_split and data.validation_split"
+        found = dataset_error(error, data.source, split, keys)
+        raise type(found)(f"data.source: {found}") from error
 
 
 def _in_our_columns(

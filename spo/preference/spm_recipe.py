@@ -17,8 +17,8 @@ from spo.models.backbone import DTYPES, Backbone
 from spo.models.loading import ModelSource, check_source, model_source
 from spo.models.optimizers import ADAMW, OptimizerSettings
 from spo.preference.preparation import LabelSource, Preparation
-from spo.preference.rows import UsableRows, find_usable_rows
-from spo.preference.source import PairData, find_source
+from spo.preference.rows import UsableRows, find_training_rows, find_usable_rows
+from spo.preference.source import PairData
 from spo.preference.spm_learner import TrainSettings, check_state
 from spo.run.checkpoint_folder import read_state, reading
 from spo.run.folder import run_folder
@@ -98,7 +98,6 @@ class CheckedTraining:
     run_dir: Path
     resume: Resume
     changes: tuple[str, ...]  # since the checkpoint to resume from, a line each
-    unavailable: tuple[str, ...]  # sources of the rows that did not answer, a line each
 
 
 def check_training(config: ConfigDict, num_processes: int) -> CheckedTraining:
@@ -120,13 +119,12 @@ def check_training(config: ConfigDict, num_processes: int) -> CheckedTraining:
         resolve_file(spm.init_from, "preference.init_from")
     if labels.source == "pickscore":
         check_clip(labels.backbone, labels.processor, "labels")
-    data, unavailable = find_source(data)
-    rows = find_usable_rows(data, data.train_split)
+    rows = find_training_rows(data)
     validation = None
     if recipe.validates:
-        validation = find_usable_rows(data, data.validation_split, need_has_label=True)
-    recipe = replace(recipe, data=data)
-    return CheckedTraining(recipe, plan, rows, validation, run_dir, resume, told, unavailable)
+        validation = find_usable_rows(rows.data, data.validation_split, need_has_label=True)
+    recipe = replace(recipe, data=rows.data)
+    return CheckedTraining(recipe, plan, rows, validation, run_dir, resume, told)
 
 
 # Keys that a resumed run may not change, with the reason. The run says every other change.

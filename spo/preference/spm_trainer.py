@@ -62,7 +62,7 @@ class PreferenceTrainer:
         self.share = Share(workers.rank, workers.count, plan.minibatch_size)
         rows = {"train": checked.train, "validation": checked.validation}
         described = [found.description for found in rows.values() if found is not None]
-        self.session.say("\n".join([*checked.unavailable, *described]))
+        self.session.say("\n".join([*checked.train.unavailable, *described]))
         self.session.say(plan.describe())
         with workers.together():
             self.rows = open_split(recipe.data, recipe.data.train_split)
@@ -84,7 +84,7 @@ class PreferenceTrainer:
             self.line_is_due = state["line_is_due"]
             self.session.say("\n".join([*checked.resume.describe(), *checked.changes]))
         data = {split: found and found.description for split, found in rows.items()}
-        start = {"plan": asdict(plan), "data": data | {"unavailable": checked.unavailable}}
+        start = {"plan": asdict(plan), "data": data | {"unavailable": checked.train.unavailable}}
         step = self.learner.step
         # A run that starts from the beginning writes the line of step 0 itself.
         last = step - self.line_is_due if step else -1
