@@ -97,7 +97,8 @@ def ask(download: Download) -> str:
             with open_address(Request(source.partition("#")[0], method="HEAD")) as response:
                 return f"yes, {int(response.headers.get('Content-Length', 0)) / 1e6:.1f} MB"
         name = source.removeprefix(_DATASETS)
-        info = HfApi().repo_info(name, repo_type=kind, files_metadata=True, timeout=_timeout())
+        timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
+        info = HfApi().repo_info(name, repo_type=kind, files_metadata=True, timeout=timeout)
     except Unavailable as error:
         return str(error).partition(": ")[2]
     except Exception as error:  # of whatever network library the Hub's client uses
@@ -122,20 +123,12 @@ def describe(check: bool) -> str:
         gb = "?" if download.gb is None else f"{download.gb:g}" if download.gb else "small"
         row = [gb, download.license or "see its page", "yes" if is_cached(download) else "no"]
         row += [ask(download)] if check else []
-        where = download.source.partition("#")[0]
-        rows.append([*row, download.used_by, ": ".join([where, *_listed(download.files)])])
+        where = [download.source.partition("#")[0], ", ".join(download.files)]
+        rows.append([*row, download.used_by, ": ".join(filter(None, where))])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     widths[-1] = 0  # nothing stands behind it
     return "\n".join("  ".join(map(str.ljust, row, widths)) for row in rows)
 
 
-def _listed(files: tuple[str, ...]) -> list[str]:
-    return [", ".join(files)] if files else []
-
-
 def _kind(source: str) -> str:
     return "dataset" if source.startswith(_DATASETS) else "model"
-
-
-def _timeout() -> float:
-    return constants.HF_HUB_DOWNLOAD_TIMEOUT

@@ -35,7 +35,7 @@ from spo.method.health import check_images
 from spo.models.backbone import Backbone
 from spo.models.loading import check_source, model_source
 from spo.models.plain_images import sample_images
-from spo.run.folder import CONFIG, TABLE, locked, run_folder, versions
+from spo.run.folder import CONFIG, TABLE, locked, run_folder, versions, writable
 from spo.run.session import Session
 from spo.scorers import check_scorer, image_scorer, load_scorer, named_files
 from spo.scorers.pixels import to_pil
@@ -115,15 +115,13 @@ def evaluate(config: ConfigDict) -> None:
 
 def _open_folder(plan: EvaluationPlan, config: Mapping[str, Any]) -> None:
     """Makes the folder, with the config in it; raises UserError if it cannot be written."""
-    try:
+    with writable(plan.folder):
         claim_prompts(plan.folder, plan.prompts.prompts)
         drawing = [spec for spec in plan.models if spec.source is not None]
         known = {source: source_contents(source) for source in {spec.source for spec in drawing}}
         for spec in drawing:
             claim_images(plan.folder, spec, known[spec.source], plan.settings.draw)
         save_config(config, plan.folder / CONFIG)
-    except OSError as error:
-        raise UserError(f"logdir: cannot write to {plan.folder} ({error.strerror}).") from error
 
 
 class Evaluation:

@@ -24,7 +24,6 @@ from spo.run.folder import CHECKPOINTS, CONFIG, STARTS
 # Raised by the files of a run that are missing, damaged or of something else.
 _ERRORS = (UserError, OSError, ValueError, KeyError, TypeError, AttributeError)
 _IN_CACHE = re.compile(r"/models--([^/]+)/snapshots/([^/]+)/(.*)")  # of the Hub
-_KEYS = ("source", "split", "column", "num", "seed")  # of config.prompts
 
 
 @dataclass(frozen=True)
@@ -74,9 +73,7 @@ def _lists(lora: Path, met: set[Path]) -> Iterator[tuple[str, Sequence[str]]]:
     source, starts = config["prompts"]["source"], [json.loads(line) for line in starts]
     if published and Path(source).expanduser().exists():
         raise UserError(f"its prompts, {source}, are a file of another machine")
-    found = read_prompts(
-        **{key: config["prompts"][key] for key in _KEYS if key in config["prompts"]}
-    )
+    found = read_prompts(**config["prompts"])
     states = [read_state(checkpoint) for checkpoint in checkpoints(folder)]
     # "4,000 prompts from SOURCE", then what differs when they are read again.
     told = {re.split(r" \(|, ", start.get("prompts", ""))[0] for start in starts}

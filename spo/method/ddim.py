@@ -180,7 +180,10 @@ def noise_schedule(
     scheduler_config: Mapping[str, Any], device: torch.device | str = "cpu"
 ) -> NoiseSchedule:
     """Returns the noise schedule that a base model's own scheduler config describes."""
-    scheduler = ddim_scheduler(scheduler_config)
+    return _noise_of(ddim_scheduler(scheduler_config), device)
+
+
+def _noise_of(scheduler: DDIMScheduler, device: torch.device | str = "cpu") -> NoiseSchedule:
     config = scheduler.config
     return NoiseSchedule(
         alphas_cumprod=scheduler.alphas_cumprod.to(device, torch.float32),
@@ -204,11 +207,11 @@ def make_sampler(
     `timesteps` is MODEL, an entry of TIMESTEPS or "module:name". Raises UserError if the steps do not
     fit the model's training timesteps.
     """
-    noise = noise_schedule(scheduler_config)
+    scheduler = ddim_scheduler(scheduler_config)
+    noise, config = _noise_of(scheduler), scheduler.config
     total = len(noise.alphas_cumprod)
     if not 1 <= num_steps <= total:
         raise UserError(f"sample.num_steps, eval.num_steps: {num_steps} is not from 1 to {total}.")
-    config = ddim_scheduler(scheduler_config).config
     if timesteps == MODEL:
         timesteps = config.timestep_spacing
     schedule = find(timesteps, TIMESTEPS, _KEY)

@@ -26,7 +26,7 @@ _UNET_INPUTS = ("class_embed_type", "num_class_embeds", "encoder_hid_dim_type")
 def check_kind(family: str, configs: Mapping[str, Config]) -> None:
     """Raises ValueError, saying what the model is, unless `configs` describe a text-to-image DDPM.
 
-    They are those of the parts by their names in the pipeline, and "" its own.
+    They are those of the parts, by their names in the pipeline.
     """
     for fault in chain(_of_unet(family, configs), _of_scheduler(configs["scheduler"])):
         raise ValueError(fault)

@@ -49,6 +49,15 @@ def run_folder(logdir: str, run_name: str, method: str, family: str) -> Path:
 
 
 @contextlib.contextmanager
+def writable(run_dir: Path) -> Iterator[None]:
+    """Turns an OSError within the context into a UserError: the run directory cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"logdir: cannot write to {run_dir} ({error.strerror}).") from error
+
+
+@contextlib.contextmanager
 def locked(run_dir: Path) -> Iterator[None]:
     """Makes a run directory that no other process writes to within the context.
 
@@ -59,20 +68,19 @@ def locked(run_dir: Path) -> Iterator[None]:
     """
     lock, holder = run_dir / _LOCK, run_dir / _HOLDER
     with contextlib.ExitStack() as held:
-        try:
+        with writable(run_dir):
             run_dir.mkdir(parents=True, exist_ok=True)
-            held.enter_context(FileLock(lock).acquire(timeout=0))
+            try:
+                held.enter_context(FileLock(lock).acquire(timeout=0))
+            except Timeout as error:
+                name = holder.read_text(errors="replace") if holder.exists() else "another process"
+                raise UserError(
+                    f"run_name: {run_dir} is in use by {name}; wait until that has ended, or choose "
+                    "another run_name."
+                ) from error
             for file in (lock, holder):  # who waits for a lock whose file is gone makes a new one
                 held.callback(file.unlink, missing_ok=True)
             write_file(holder, f"process {os.getpid()} on {socket.gethostname()}".encode())
-        except Timeout as error:
-            name = holder.read_text(errors="replace") if holder.exists() else "another process"
-            raise UserError(
-                f"run_name: {run_dir} is in use by {name}; wait until that has ended, or choose "
-                "another run_name."
-            ) from error
-        except OSError as error:
-            raise UserError(f"logdir: cannot write to {run_dir} ({error.strerror}).") from error
         yield
 
 

@@ -15,7 +15,7 @@ from spo.hub import Destination
 from spo.launch.processes import StopSignals
 from spo.launch.workers import Workers
 from spo.run.checkpoint_folder import checkpoints
-from spo.run.folder import CHECKPOINTS, CONFIG, drop_metrics_after, locked, record_start
+from spo.run.folder import CHECKPOINTS, CONFIG, drop_metrics_after, locked, record_start, writable
 from spo.run.resume import NEW_RUN, Resume
 from spo.run.tracking import TrackerSettings, Tracking
 
@@ -31,14 +31,12 @@ def open_run_dir(
         held.enter_context(locked(run_dir))
         if not resume.is_newest(checkpoints(run_dir)):
             raise UserError(f"run_name: another run has just used {run_dir}; start this again.")
-        try:
+        with writable(run_dir):
             save_config(config, run_dir / CONFIG)
             for folder in resume.damaged:  # the run can save another in its place
                 aside = folder.with_suffix(".damaged")
                 shutil.rmtree(aside, ignore_errors=True)
                 folder.rename(aside)
-        except OSError as error:
-            raise UserError(f"logdir: cannot write to {run_dir} ({error.strerror}).") from error
         return held.pop_all()
 
 
