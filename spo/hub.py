@@ -8,7 +8,9 @@ from functools import cache
 from pathlib import Path
 
 from huggingface_hub import (
+    DatasetInfo,
     HfApi,
+    ModelInfo,
     constants,
     hf_hub_download,
     try_to_load_from_cache,
@@ -131,16 +133,37 @@ def dataset_error(error: Exception, source: str, split: str, keys: str) -> UserE
 
 
 @cache
+def repo_info(
+    repo: str, kind: str = "model", revision: str | None = None
+) -> ModelInfo | DatasetInfo:
+    """Returns what the Hub says of a repo, asked once; raises whatever its client raises."""
+    timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
+    return HfApi().repo_info(repo, repo_type=kind, revision=revision, timeout=timeout)
+
+
+@cache
 def tell_if_moved(repo: str, kind: str = "model") -> None:
     """Warns if `repo` has another name on the Hub by now, to which the Hub redirects for a while."""
     try:
-        found = (
-            HfApi().repo_info(repo, repo_type=kind, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT).id
-        )
+        found = repo_info(repo, kind).id
     except Exception:  # whoever needs the repo learns why it does not answer
         return
     if found != repo:
         logger.warning("%s has moved to %s on the Hub; name that instead", repo, found)
+
+
+def check_repo(name: str, key: str) -> None:
+    """Raises UserError that names the config `key` if a repo is neither cached nor on the Hub.
+
+    Downloads nothing. `name` is user/name or hf://user/name/file; any other text passes.
+    """
+    repo = repo_of(name)
+    if not is_hub_id(repo) or cached_snapshot(repo) is not None:
+        return
+    try:
+        repo_info(repo)
+    except Exception as error:  # of whatever network library, as above
+        raise UserError(f"{key}: {repo}: {why(error, repo)}") from error
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

@@ -174,13 +174,42 @@ def test_prefetch_is_all_that_a_run_needs(run, config):
 
 
 # What is broken: config that reads it, part of the paths that break, key that errors name.
+OPTIONS = "scorer_options"
 WEIGHTS = {
     "base model": ("config/sd15.py", SD15, "pretrained.model"),
     "VAE": ("config/sdxl.py", "madebyollin/sdxl-vae-fp16-fix", "pretrained.vae"),
     "preference model": ("config/sd15.py", SPM, "preference.checkpoint"),
     "its CLIP": ("config/sd15.py", "yuvalkirstain/PickScore_v1", "preference.backbone"),
     "its processor": ("config/sd15.py", CLIP_H, "preference.processor"),
-    "HPSv2": ("config/eval_base.py", "xswu/HPSv2", "scorer_options.hpsv2.checkpoint"),
+    "base model of SDXL": ("config/sdxl.py", SDXL, "pretrained.model"),
+    "preference model of SDXL": ("config/sdxl.py", SPM, "preference.checkpoint"),
+    "SPM's labels": ("config/spm_sdxl.py", "yuvalkirstain/PickScore_v1", "preference.backbone"),
+    "PickScore": (
+        "config/eval_base.py",
+        "yuvalkirstain/PickScore_v1",
+        f"{OPTIONS}.pickscore.backbone",
+    ),
+    "HPSv2": ("config/eval_base.py", "xswu/HPSv2", f"{OPTIONS}.hpsv2.checkpoint"),
+    "ImageReward": (
+        "config/eval_base.py",
+        "zai-org/ImageReward",
+        f"{OPTIONS}.imagereward.checkpoint",
+    ),
+    "its tokenizer": (
+        "config/eval_base.py",
+        "google-bert/bert-base-uncased",
+        f"{OPTIONS}.imagereward.tokenizer",
+    ),
+    "CLIP": (
+        "config/eval_base.py",
+        "timm/vit_large_patch14_clip_224.openai",
+        f"{OPTIONS}.aesthetic.checkpoint",
+    ),
+    "aesthetic head": (
+        "config/eval_base.py",
+        "trl-lib/ddpo-aesthetic-predictor",
+        f"{OPTIONS}.aesthetic.head",
+    ),
 }
 SAID = {
     404: "not found (404): there is no such public repo at ",
@@ -194,11 +223,14 @@ SAID = {
 @pytest.mark.parametrize("source", WEIGHTS)
 def test_weights_that_do_not_come_are_one_line(run, source, fault):
     config, part, key = WEIGHTS[source]
-    status, output, _ = run(config, broken={part: fault})
+    changes = HEAD if config in EVALUATIONS else {}
+    status, output, _ = run(config, broken={part: fault}, changes=changes)
     (line,) = [line for line in output.splitlines() if line.startswith("error: ")]
     assert status == 2 and line.startswith(f"error: {key}: ") and part in line
     assert SAID[fault] in line
     assert "Traceback" not in output
+    if fault != "changed":  # told before any work
+        assert "base: images" not in output
 
 
 @pytest.mark.parametrize("source", WEIGHTS)

@@ -577,11 +577,10 @@ def test_a_scorer_whose_code_changed_is_another(tmp_path, monkeypatch):
 def test_a_repo_of_the_hub_is_told_by_its_commit(monkeypatch):
     commits = {("user/clip", None): "aaa", ("user/clip", "old"): "bbb", ("timm/vit", None): "ccc"}
 
-    class Hub:
-        def model_info(self, repo, revision, timeout):
-            return SimpleNamespace(sha=commits[repo, revision])
+    def repo_info(repo, revision):
+        return SimpleNamespace(sha=commits[repo, revision])
 
-    monkeypatch.setattr(contents_of, "HfApi", Hub)
+    monkeypatch.setattr(contents_of, "repo_info", repo_info)
     source = ModelSource("user/clip", revision="old", vae="user/clip")
     found = contents_of.source_contents(source)
     assert found == {"content of model": "bbb", "content of vae": "aaa"}

@@ -5,10 +5,8 @@ import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
-from huggingface_hub import HfApi
-
 from spo.command_line.values import expand
-from spo.hub import cached_snapshot, is_hub_id, repo_of
+from spo.hub import cached_snapshot, is_hub_id, repo_info, repo_of
 from spo.lora_io.write import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from spo.models.loading import ModelSource
 from spo.run.folder import file_digest
@@ -64,7 +62,7 @@ def _of_file(path: Path) -> str:
 def _commit(repo: str, revision: str | None) -> str | None:
     """Returns the commit that a Hub repo is loaded at; None for what is no repo."""
     try:
-        return HfApi().model_info(repo, revision=revision, timeout=10).sha
+        return repo_info(repo, revision=revision).sha
     except Exception:  # of whatever network library: what is loaded then is the local copy
         folder = cached_snapshot(repo, revision)
         return folder and folder.name

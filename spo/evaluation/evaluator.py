@@ -29,6 +29,7 @@ from spo.evaluation.results import (
 )
 from spo.evaluation.scores import ScoreFolder
 from spo.evaluation.seen import Training, training_of
+from spo.hub import check_repo
 from spo.launch.workers import Workers
 from spo.lora_io.model_spec import ModelSpec, read_specs, use_loras
 from spo.method.health import check_images
@@ -37,7 +38,7 @@ from spo.models.loading import check_source, model_source
 from spo.models.plain_images import sample_images
 from spo.run.folder import CONFIG, TABLE, locked, run_folder, versions, writable
 from spo.run.session import Session
-from spo.scorers import check_scorer, image_scorer, load_scorer, named_files
+from spo.scorers import SCORERS, check_scorer, image_scorer, load_scorer, named_files
 from spo.scorers.pixels import to_pil
 
 
@@ -92,6 +93,8 @@ def plan_evaluation(config: ConfigDict, num_processes: int) -> EvaluationPlan:
     for name in dict.fromkeys(settings.scorers):
         options = settings.scorer_options.get(name, {})
         check_scorer(source := image_scorer(name, options))
+        for option, file in named_files(source).items() if name in SCORERS else ():
+            check_repo(file, f"{source.section}.{option}")  # before images are drawn
         path = folder / "scores" / name.replace(":", ".")
         scorers.append(ScoreFolder(path, name, options, contents(named_files(source))))
         scorers[-1].info()  # raises if the folder has scores of another scorer
