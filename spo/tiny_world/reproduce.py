@@ -5,11 +5,12 @@ import math
 import multiprocessing
 import os
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache
 from itertools import repeat
 from pathlib import Path
+from typing import Any
 
 from ml_collections import ConfigDict
 from tqdm import tqdm
@@ -24,7 +25,9 @@ from spo.run.tables import markdown_table
 from spo.tiny_world.evaluation import Bench, compare
 
 FLIPPED = "preferences flipped at random"
-# The changes of each arm to config/tiny.py; arm_config adds those of FLIPPED and "official".
+# Arms with a config of their own in place of config/tiny.py.
+CONFIGS = {"LPO": "config/lpo_tiny.py", "GradSPO on the LRM": "config/gradspo_lrm_tiny.py"}
+# The changes of each arm to its config; arm_config adds those of FLIPPED and "official".
 ARMS = {
     "GradSPO": {},
     "SPO": {"algorithm": "spo"},
@@ -36,6 +39,7 @@ ARMS = {
     "predictions of the rollout": {"train.ema_prediction": "rollout"},
     "no clips, no EMA pass": {"train.ema_prediction": "none", "train.clip_eps": None},
     "official": {},
+    **{arm: {} for arm in CONFIGS},
 }
 QUICK = ("GradSPO", "SPO", FLIPPED, "ema_decay 0", "grad_scale 1", "K = 2", "official")
 # Student's t at 97.5 % for 2 to 10 seeds: half the width of an interval in standard errors.
@@ -48,19 +52,27 @@ def reproduce(arms: Sequence[str], seeds: int, out: Path, processes: int) -> str
     Each (arm, seed) is a run under `out` and is kept: another call continues the runs, which several
     processes of one thread each make. Writes results.json there.
     """
-    os.environ |= {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    jobs = [(arm, seed) for seed in range(seeds) for arm in arms]
-    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
-        found = pool.map(run, *zip(*jobs, strict=True), repeat(out))
-        results = dict(zip(jobs, tqdm(found, total=len(jobs), desc="runs"), strict=True))
-    rows = {arm: summarise([results[arm, seed] for seed in range(seeds)]) for arm in arms}
+    results = run_all(run, arms, seeds, out, processes)
+    rows = {arm: summarise(of_seeds) for arm, of_seeds in results.items()}
     write_json(out / "results.json", rows)
     return as_table(rows)
 
 
+def run_all(
+    make: Callable[[str, int, Path], Any], arms: Sequence[str], seeds: int, out: Path, processes: int
+) -> dict[str, list]:
+    """Returns what `make`(arm, seed, out) gives for every arm, seed by seed."""
+    os.environ |= {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    jobs = [(arm, seed) for seed in range(seeds) for arm in arms]
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+        found = pool.map(make, *zip(*jobs, strict=True), repeat(out))
+        results = dict(zip(jobs, tqdm(found, total=len(jobs), desc="runs"), strict=True))
+    return {arm: [results[arm, seed] for seed in range(seeds)] for arm in arms}
+
+
 def run(arm: str, seed: int, out: Path) -> dict:
     """Trains one arm with one seed and compares it with the base, or reads an earlier result."""
-    folder = out / arm.replace(" ", "_").replace("=", "") / f"seed_{seed}"
+    folder = run_dir(out, arm, seed)
     result = folder / "result.json"
     if not result.exists():
         train(arm_config(arm, seed, folder))
@@ -75,9 +87,14 @@ def run(arm: str, seed: int, out: Path) -> dict:
     return json.loads(result.read_text())
 
 
+def run_dir(out: Path, arm: str, seed: int) -> Path:
+    """Returns the directory of a run."""
+    return out / arm.replace(" ", "_").replace("=", "") / f"seed_{seed}"
+
+
 def arm_config(arm: str, seed: int, folder: Path) -> ConfigDict:
-    """Returns config/tiny.py with the changes of an arm."""
-    config = load_config("config/tiny.py")
+    """Returns config/tiny.py, or the arm's own config, with the changes of an arm."""
+    config = load_config(CONFIGS.get(arm, "config/tiny.py"))
     changes = dict(ARMS[arm])
     if arm == FLIPPED:
         own = {name: config.preference[name] for name in ("checkpoint", "backbone")}

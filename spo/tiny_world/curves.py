@@ -1,0 +1,128 @@
+"""Compares judges of pixels and of latents on the tiny world by what a gain in quality costs."""
+
+import json
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+
+from spo.atomic import replacing, write_json
+from spo.costs.benchmark import Work, count_work
+from spo.costs.load import load_models
+from spo.costs.meter import ROLLOUT, TRAINING
+from spo.evaluation.figures import colour, style
+from spo.method.build import read_recipe
+from spo.method.start import train
+from spo.run.checkpoint_folder import checkpoints, read_state
+from spo.run.folder import read_metrics
+from spo.run.tables import markdown_table
+from spo.tiny_world.evaluation import compare
+from spo.tiny_world.reproduce import CONFIGS, arm_config, bench, run_all, run_dir, summarise
+
+ARMS = ("GradSPO", "SPO", *CONFIGS)
+ROLLOUTS = 8  # all arms get the FLOPs, or the seconds, of so many of the first arm
+GAIN = 1.0  # points of quality
+COSTS = {"rollouts": "rollouts", "tflop": "TFLOP", "seconds": "seconds"}
+_EPOCHS = dict.fromkeys(CONFIGS, 4)  # of eight rollouts; the others make 2
+# COSTS so far, and "quality" gained, from the start on and at each checkpoint.
+Curve = Mapping[str, Sequence[float]]
+
+
+def compare_costs(seeds: int, out: Path, processes: int) -> str:
+    """Runs ARMS with every seed, and returns the table in Markdown.
+
+    Runs are kept as those of `reproduce` are. Writes curves.json and curves.png.
+    """
+    curves = run_all(run_curve, ARMS, seeds, out / "curves", processes)
+    first = curves[ARMS[0]]
+    budget = {
+        cost: float(np.mean([np.interp(ROLLOUTS, c["rollouts"], c[cost]) for c in first]))
+        for cost in COSTS
+    }
+    rows = {arm: summarise([read_off(c, budget) for c in found]) for arm, found in curves.items()}
+    write_json(out / "curves.json", {"budget": budget, "table": rows, "curves": curves})
+    draw(curves, out / "curves.png")
+    return as_table(rows, budget)
+
+
+def run_curve(arm: str, seed: int, out: Path) -> Curve:
+    """Trains one arm with one seed and compares each checkpoint with the base, or reads the result."""
+    folder = run_dir(out, arm, seed)
+    result = folder / "curve.json"
+    if not result.exists():
+        config = arm_config(arm, seed, folder)
+        changes = {"save_every_rollouts": 2, "checkpoint_limit": 0}
+        config.update_from_flattened_dict({"num_epochs": _EPOCHS.get(arm, 2), **changes})
+        train(config)
+        points, work, lines = [(0, 0.0, 0.0, 0.0)], count_flops(arm), read_metrics(folder)
+        for checkpoint in checkpoints(folder):
+            done = lines[: read_state(checkpoint)["position"]["rollouts"]]
+            prompts, pairs = len(done) * config.sample.batch_size, sum(x["pairs"] for x in done)
+            flops = prompts / work.prompts * work.flops[ROLLOUT]
+            flops += pairs / work.pairs * work.flops[TRAINING]
+            seconds = sum(line["seconds_rollout"] + line["seconds_train"] for line in done)
+            gain = compare(bench().base, bench().score(checkpoint)).difference.mean
+            points.append((len(done), flops / 1e12, seconds, gain))
+        columns = zip(*points, strict=True)
+        write_json(result, dict(zip((*COSTS, "quality"), columns, strict=True)))
+    return json.loads(result.read_text())
+
+
+@cache
+def count_flops(arm: str) -> Work:
+    """Returns the work of an iteration of an arm with one prompt."""
+    config = arm_config(arm, 0, Path("unused/run"))
+    config.sample.global_batch_size = config.sample.batch_size = 1
+    return count_work(load_models(read_recipe(config), torch.device("cpu")))
+
+
+def read_off(curve: Curve, budget: Mapping[str, float]) -> dict[str, float]:
+    """Returns the gain at each cost of `budget`, and each cost of GAIN; NaN past the curve's end.
+
+    Between the points the curve is straight. A gain counts as reached once it was reached.
+    """
+    best = np.maximum.accumulate(curve["quality"])
+    at = {
+        cost: np.interp(value, curve[cost], curve["quality"], right=np.nan)
+        for cost, value in budget.items()
+    }
+    until = {f"until_{cost}": np.interp(GAIN, best, curve[cost], right=np.nan) for cost in budget}
+    return {name: float(value) for name, value in (at | until).items()}
+
+
+def as_table(rows: Mapping[str, Mapping[str, float]], budget: Mapping[str, float]) -> str:
+    """Returns the results as a Markdown table."""
+    equal = [f"at {budget[cost]:.3g} {unit}" for cost, unit in COSTS.items()]
+    needed = [f"{unit} to {GAIN:+.1f}" for unit in COSTS.values()]
+    cells = [
+        [
+            arm,
+            *(f"{row[cost]:+.2f} ± {row[f'{cost}_interval']:.2f}" for cost in COSTS),
+            *(f"{row[f'until_{c}']:.3g} ± {row[f'until_{c}_interval']:.2g}" for c in COSTS),
+        ]
+        for arm, row in rows.items()
+    ]
+    return markdown_table(["arm", *equal, *needed], cells)
+
+
+def draw(curves: Mapping[str, Sequence[Curve]], path: Path) -> None:
+    """Draws the gain over each cost: means over the seeds, and 95 % intervals."""
+    with style():
+        figure = Figure(figsize=(10, 3.2), layout="constrained")
+        panels = figure.subplots(1, len(COSTS), sharey=True)
+        for axes, (cost, unit) in zip(panels, COSTS.items(), strict=True):
+            for i, (arm, found) in enumerate(curves.items(), start=1):
+                x = np.mean([curve[cost] for curve in found], axis=0)
+                gains = zip(*(curve["quality"] for curve in found), strict=True)
+                points = [summarise([{"gain": gain} for gain in point]) for point in gains]
+                y, half = (np.array([p[name] for p in points]) for name in ("gain", "gain_interval"))
+                axes.plot(x, y, label=arm, color=colour(i))
+                axes.fill_between(x, y - half, y + half, color=colour(i), alpha=0.15, linewidth=0)
+            axes.set(xlabel=unit, xlim=(0, None))
+        panels[0].set_ylabel("quality against base")
+        panels[-1].legend(loc="lower right")
+        with replacing(path) as partial:
+            figure.savefig(partial, dpi=110, format="png")
