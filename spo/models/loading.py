@@ -63,10 +63,12 @@ def family_of(model: str, key: str) -> str:
     raise UserError(f"{key}: {model!r} is a {found}, not an SD1.5 or SDXL pipeline.")
 
 
-def check_source(source: ModelSource, family: str, key: str = "pretrained.model") -> None:
-    """Raises UserError that names `key` unless `source` is a text-to-image model of `family`.
+def check_source(
+    source: ModelSource, family: str, key: str = "pretrained.model"
+) -> dict[str, dict[str, Any]]:
+    """Returns the configs of the parts of `source`; UserError unless it is a model of `family`.
 
-    Reads only small json files, and the header of a single file.
+    The error names `key`. Reads only small json files, and the header of a single file.
     """
     if family not in _PIPELINES:
         raise UserError(f"family: {family!r} is none of {', '.join(_PIPELINES)}.")
@@ -107,6 +109,7 @@ def check_source(source: ModelSource, family: str, key: str = "pretrained.model"
         check_kind(family, configs)
     except ValueError as error:
         raise UserError(f"{key}: {source.model!r} cannot be used: {error}.") from error
+    return configs
 
 
 def _read_json(file: Path, key: str) -> dict[str, Any]:
