@@ -2,17 +2,16 @@
 
 import contextlib
 import math
-import shutil
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from ml_collections import ConfigDict
 
-from spo.atomic import replacing, writing
+from spo.atomic import writing
 from spo.errors import RunError, Stopped
 from spo.evaluation.run_report import draw_curves
 from spo.launch.workers import Workers
@@ -21,6 +20,7 @@ from spo.method.metrics import peak_memory_gib
 from spo.models.backbone import DTYPES
 from spo.preference import spm_metrics
 from spo.preference.batches import DAMAGED_IMAGE, PairBatch, decoded
+from spo.preference.best import BestModel
 from spo.preference.rows import (
     Share,
     describe_faults,
@@ -37,7 +37,7 @@ from spo.preference.spm_recipe import (
     check_training,
 )
 from spo.run.checkpoint_folder import new_checkpoint
-from spo.run.folder import BEST, METRICS
+from spo.run.folder import METRICS
 from spo.run.resume import checkpoint_facts
 from spo.run.session import Session, open_run_dir
 
@@ -87,13 +87,13 @@ class PreferenceTrainer:
         self.totals = Counter()  # metrics since the last line
         self.left_out = Counter(checked.train.faults)  # rows, by their faults
         self.line_is_due = False  # True between an optimizer step and its line of metrics
-        self.best = {}  # step and mean accuracy of the best model so far; empty: none, or all ties
+        self.best = BestModel(self.session, self.learner)
         if self.session.saved is not None:
             with workers.together():
                 state = self.learner.load(self.session.saved)
             self.totals, self.left_out = Counter(state["totals"]), Counter(state["left_out"])
-            self.line_is_due, self.best = state["line_is_due"], state.get("best", {})
-            self.session.on_main(self.restore_best)
+            self.line_is_due = state["line_is_due"]
+            self.best.restore(state.get("best", {}), self.session.saved)
             self.session.say("\n".join([*checked.resume.describe(), *checked.changes]))
         data = {split: found and found.description for split, found in rows.items()}
         start = {"plan": asdict(plan), "data": data | {"unavailable": checked.train.unavailable}}
@@ -112,18 +112,15 @@ class PreferenceTrainer:
 
         def finish() -> None:
             with writing(run_dir):
-                if self.best:
-                    self.learner.load_weights(run_dir / BEST)
+                self.best.take()
                 self.learner.scorer.export(run_dir)
-                (run_dir / BEST).unlink(missing_ok=True)  # the last checkpoint has it, too
             self.session.close()
 
         self.session.on_main(finish)
         self.session.say(f"preference model: {run_dir / self.learner.scorer.exported}")
-        if self.best:
-            self.session.say(
-                "best model:       step {step}, accuracy {accuracy:.4f}".format(**self.best)
-            )
+        if self.best.found:
+            best = "step {step}, mean accuracy {accuracy:.4f}".format(**self.best.found)
+            self.session.say(f"of the best:      {best}")
         self.session.say(f"metrics:          {run_dir / METRICS}")
         self.session.say(f"rows left out:    {describe_faults(self.left_out) or 'none'}")
 
@@ -208,13 +205,12 @@ class PreferenceTrainer:
                 "totals": self.totals,
                 "left_out": self.left_out,
                 "line_is_due": self.line_is_due,
-                "best": self.best,
+                "best": self.best.found,
                 **checkpoint_facts(self.recipe.config, self.plan),
             }
             with new_checkpoint(run_dir, name, limit) as folder:
                 self.learner.save(folder, state)
-                if self.best:
-                    shutil.copyfile(run_dir / BEST, folder / BEST)
+                self.best.copy_into(folder)
 
         return self.session.save_once(name, lambda: self.session.on_main(save))
 
@@ -241,30 +237,8 @@ class PreferenceTrainer:
             batches = self.session.signals.watch(batches)
             sums = spm_metrics.validation_sums(batches, self.preparation, self.learner)
         measured = spm_metrics.validation_metrics(self.workers.sum(sums))
-        return measured | self.keep_if_best(measured["accuracy"])
-
-    def keep_if_best(self, accuracy: Mapping[str, float | None]) -> dict:
-        """Saves what learns if its mean accuracy is the best so far; returns metrics of the best."""
-        if not self.recipe.keep_best:
-            return {}
-        path, known = self.session.run_dir / BEST, [v for v in accuracy.values() if v is not None]
-        mean = sum(known) / len(known) if known else 0.0  # every pair is a tie
-        if mean > self.best.get("accuracy", 0.0):
-            self.best = {"step": self.learner.step, "accuracy": mean}
-
-            def save() -> None:
-                with writing(path):
-                    self.learner.save_weights(path)
-
-            self.session.on_main(save)
-        return {"best_step": self.best.get("step")}
-
-    def restore_best(self) -> None:
-        """Copies the best model out of the checkpoint that the run resumes from."""
-        if self.best:
-            path, saved = self.session.run_dir / BEST, self.session.saved
-            with writing(path), replacing(path) as partial:
-                shutil.copyfile(saved / BEST, partial)
+        best = self.best.offer(measured["accuracy"]) if self.recipe.keep_best else {}
+        return measured | best
 
     def log(self, line: dict) -> None:
         """Writes a line of metrics, and draws the accuracy if the line has it."""

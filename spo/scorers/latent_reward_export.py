@@ -1,4 +1,4 @@
-"""Writes latent reward models in their published layout; spo/scorers/latent_reward_folder.py reads it."""
+"""Writes latent reward models in their published layout, which latent_reward_folder.py reads."""
 
 import shutil
 from pathlib import Path
