@@ -22,7 +22,7 @@ from spo.command_line.config_files import leaves
 from spo.errors import RunError, Stopped, UserError
 from spo.launch.__main__ import SCRIPTS, load_script_config
 from spo.preference import spm_learner
-from spo.preference.preparation import Preparation
+from spo.preference.preparation import SPMPreparation
 from spo.preference.spm_recipe import FIXED_KEYS, check_training
 from spo.preference.spm_trainer import train_preference_model
 from spo.run.checkpoint_folder import _seal, checkpoints, read_state
@@ -260,7 +260,9 @@ def test_a_damaged_checkpoint_is_passed_over_and_a_changed_key_told(
 
 def test_a_resumed_run_may_not_change_its_weights_or_rows():
     rows = {"seed", "data.train_split", "data.streaming", "data.shuffle_buffer"}
-    assert FIXED_KEYS.keys() == rows | {"family", "pretrained.model", "preference.backbone"}
+    assert FIXED_KEYS.keys() == rows | {
+        *("family", "pretrained.model", "preference.model", "preference.backbone")
+    }
     assert FIXED_KEYS.keys() <= leaves(spm_tiny.get_config()).keys()
 
 
@@ -364,7 +366,7 @@ def test_warm_start_begins_where_the_given_spm_is(config, whole):
 
 def test_training_learns_what_the_labels_say(config, monkeypatch):
     """The base model, whose weights are random here, is replaced by a perfect one."""
-    monkeypatch.setattr(Preparation, "predicted_images", lambda self, images, *others: images)
+    monkeypatch.setattr(SPMPreparation, "predicted_images", lambda self, images, *others: images)
     run_dir = run(
         config,
         max_train_steps=40,

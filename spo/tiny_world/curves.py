@@ -118,7 +118,9 @@ def draw(curves: Mapping[str, Sequence[Curve]], path: Path) -> None:
                 x = np.mean([curve[cost] for curve in found], axis=0)
                 gains = zip(*(curve["quality"] for curve in found), strict=True)
                 points = [summarise([{"gain": gain} for gain in point]) for point in gains]
-                y, half = (np.array([p[name] for p in points]) for name in ("gain", "gain_interval"))
+                y, half = (
+                    np.array([p[name] for p in points]) for name in ("gain", "gain_interval")
+                )
                 axes.plot(x, y, label=arm, color=colour(i))
                 axes.fill_between(x, y - half, y + half, color=colour(i), alpha=0.15, linewidth=0)
             axes.set(xlabel=unit, xlim=(0, None))

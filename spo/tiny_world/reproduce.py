@@ -59,7 +59,11 @@ def reproduce(arms: Sequence[str], seeds: int, out: Path, processes: int) -> str
 
 
 def run_all(
-    make: Callable[[str, int, Path], Any], arms: Sequence[str], seeds: int, out: Path, processes: int
+    make: Callable[[str, int, Path], Any],
+    arms: Sequence[str],
+    seeds: int,
+    out: Path,
+    processes: int,
 ) -> dict[str, list]:
     """Returns what `make`(arm, seed, out) gives for every arm, seed by seed."""
     os.environ |= {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
