@@ -1,24 +1,28 @@
-"""The arms of the table, and its arithmetic."""
+"""The arms of the tables, and their arithmetic."""
 
+import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from spo.command_line.config_files import leaves, load_config
 from spo.method.build import read_recipe
-from spo.tiny_world import reproduce
+from spo.run.checkpoint_folder import write_state
+from spo.tiny_world import curves, reproduce
 
 
 @pytest.mark.parametrize("arm", reproduce.ARMS)
 def test_an_arm_changes_what_its_name_says(arm):
     config = reproduce.arm_config(arm, seed=3, folder=Path("out/arm/seed_3"))
     read_recipe(config)
-    tiny = load_config("config/tiny.py")
+    tiny = load_config(reproduce.CONFIGS.get(arm, "config/tiny.py"))
     ours, theirs = leaves(config), leaves(tiny)
     changed = {key for key in ours if ours[key] != theirs.get(key)}
     common = {"seed", "logdir", "run_name", "resume_from", "eval_interval", "prompts.num"}
     expected = {
         "GradSPO": set(),
+        **dict.fromkeys(reproduce.CONFIGS, set()),
         "SPO": {"algorithm"},
         "tiny decoder": {"sample.decoder"},
         "predictions of the rollout": {"train.ema_prediction"},
@@ -32,7 +36,9 @@ def test_an_arm_changes_what_its_name_says(arm):
     }
     if arm in expected:
         assert changed == common | expected[arm]
-    assert common <= changed and (len(changed) > len(common)) == (arm != "GradSPO")
+    else:
+        assert len(changed) > len(common)
+    assert common <= changed
     assert config.seed == 3 and Path(config.logdir, config.run_name) == Path("out/arm/seed_3")
 
 
@@ -49,3 +55,64 @@ def test_means_and_intervals_over_seeds():
     table = reproduce.as_table({"GradSPO": row})
     row = " ".join(table.splitlines()[2].split())
     assert row == "| GradSPO | +2.00 ± 2.48 | 200.0 ± 248.4 | +200.0 ± 248.4 | 2 |"
+
+
+def test_the_arms_on_the_lrm_are_gradspo_and_lpo_at_all_timesteps():
+    recipes = {arm: read_recipe(load_config(file)) for arm, file in reproduce.CONFIGS.items()}
+    lpo, gradspo = recipes["LPO"], recipes["GradSPO on the LRM"]
+    assert (lpo.loss.beta, lpo.loss.uses_ema) == (500, False)
+    assert (gradspo.loss.beta, gradspo.loss.uses_ema) == (10, True)
+    for recipe in recipes.values():
+        rollout = recipe.collect.rollout
+        assert (rollout.branch_from, rollout.num_candidates, rollout.looks_at) == (0, 4, "latents")
+
+
+def test_a_curve_sums_the_costs_up_to_each_checkpoint(tmp_path, monkeypatch):
+    def train(config):
+        run = Path(config.logdir, config.run_name)
+        lines = [
+            {"pairs": 10 * n, "seconds_rollout": n, "seconds_train": 0.5} for n in (1, 2, 3, 4)
+        ]
+        for rollouts in (2, 4):
+            folder = run / "checkpoints" / f"epoch_0000_rollout_{rollouts:06d}"
+            folder.mkdir(parents=True)
+            write_state(folder, {"position": {"rollouts": rollouts}})
+        (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    # A prompt's rollout costs 1 TFLOP, the training on a pair 0.1.
+    work = SimpleNamespace(flops={"rollout": 2e12, "training": 1e12}, prompts=2, pairs=10)
+    gains = {"epoch_0000_rollout_000002": 0.4, "epoch_0000_rollout_000004": 0.9}
+    bench = SimpleNamespace(base=0.0, score=lambda folder: gains[folder.name])
+    monkeypatch.setattr(curves, "train", train)
+    monkeypatch.setattr(curves, "count_flops", lambda arm: work)
+    monkeypatch.setattr(curves, "bench", lambda: bench)
+    monkeypatch.setattr(
+        curves, "compare", lambda a, b: SimpleNamespace(difference=SimpleNamespace(mean=b - a))
+    )
+    for _ in range(2):  # the second time it is read
+        curve = curves.run_curve("SPO", 1, tmp_path)
+        monkeypatch.setattr(curves, "train", None)
+    assert curve == {
+        "rollouts": [0, 2, 4],
+        "tflop": pytest.approx([0, 16 + 3, 32 + 10]),
+        "seconds": [0, 4, 12],
+        "quality": [0, 0.4, 0.9],
+    }
+
+
+def test_gains_and_costs_are_read_off_curves(tmp_path):
+    curve = {"rollouts": [0, 2, 4], "tflop": [0, 10, 20], "seconds": [0, 5, 15]}
+    rising, falling = ({**curve, "quality": gains} for gains in ([0, 0.8, 1.2], [0, 1.6, 0.8]))
+    found = curves.read_off(rising, {"rollouts": 3, "tflop": 5, "seconds": 20})
+    wanted = {"rollouts": 1.0, "tflop": 0.4, "seconds": float("nan")}
+    wanted |= {"until_rollouts": 3, "until_tflop": 15, "until_seconds": 10}
+    assert found == pytest.approx(wanted, nan_ok=True)
+    found = curves.read_off(falling, {"rollouts": 3, "tflop": 20})
+    assert found == pytest.approx(
+        {"rollouts": 1.2, "tflop": 0.8, "until_rollouts": 1.25, "until_tflop": 6.25}
+    )
+    rows = {"LPO": reproduce.summarise([curves.read_off(rising, dict.fromkeys(curve, 3))] * 2)}
+    table = curves.as_table(rows, dict.fromkeys(curve, 3)).splitlines()
+    assert " ".join(table[2].split()).startswith("| LPO | +1.00 ± 0.00 | +0.24 ± 0.00 |")
+    curves.draw({"LPO": [rising, falling]}, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").stat().st_size > 10_000

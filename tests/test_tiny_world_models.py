@@ -15,10 +15,11 @@ from spo.data.prompts import read_prompts
 from spo.errors import UserError
 from spo.lora_io.write import LORA_FILE, save_lora
 from spo.method.build import read_recipe
+from spo.scorers import load_scorer
 from spo.tiny_world.clip import TOKENS, make_tokenizer
 from spo.tiny_world.evaluation import Bench, ScoredImages, before_and_after, compare
 from spo.tiny_world.fitting import fit
-from spo.tiny_world.preferences import FlippedPreferences, split_captions
+from spo.tiny_world.preferences import FlippedPreferences, draw_labelled_pairs, split_captions
 from spo.tiny_world.scenes import all_captions
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -127,6 +128,22 @@ def test_the_committed_prompts_are_those_of_the_world():
     for name, captions in (("train", training), ("held_out", held_out)):
         prompts = read_prompts(f"assets/tiny/prompts/{name}.txt").prompts
         assert list(prompts) == [str(caption) for caption in captions]
+
+
+@pytest.mark.parametrize(("timestep", "least"), [(1, 0.74), (501, 0.64)])
+def test_the_committed_latent_reward_model_tells_better_from_worse(timestep, least):
+    recipe = read_recipe(load_config("config/gradspo_lrm_tiny.py"))
+    backbone = recipe.load_backbone(torch.device("cpu"))
+    scorer = load_scorer(recipe.scorer, torch.device("cpu"))
+    pairs = draw_labelled_pairs(split_captions()[1], 400, seed=7)
+    sure, n = pairs.labels != 0.5, len(pairs.labels)
+    posterior, noise = torch.randn(2, 2 * n, *backbone.latent_shape, generator=torch.manual_seed(0))
+    latents = backbone.encode_images(pairs.images.flatten(0, 1), posterior)
+    noisy = backbone.noise_schedule().add_noise(latents, noise, torch.full((2 * n,), timestep))
+    text = scorer.encode_prompts([str(caption) for caption in pairs.captions])
+    first, second = (scorer.score(side, text, timestep) for side in noisy.chunk(2))
+    right = (first > second).float() == pairs.labels
+    assert right[sure].float().mean() > least  # chance: 0.5 +- 0.03
 
 
 @pytest.mark.slow

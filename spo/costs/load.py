@@ -77,14 +77,16 @@ def load_models(recipe: Recipe, device: torch.device, random: bool = False) -> M
         )
         kind = MetaBackbone if device == META else UnloadedBackbone
         make_scorer = unloaded_scorer
-    else:
-        check_scorer(recipe.scorer)
-    check_source(source, run.family)
+    configs = check_source(source, run.family)
+    if make_scorer is load_scorer:
+        check_scorer(recipe.scorer, run.family, configs)
     model = kind(source, run.family, run.mixed_precision, device)
     lora = recipe.lora.add_to(model.unet, seed=0)
     scorer = make_scorer(recipe.scorer, device)
     learner = build_learner(recipe, model, model.unet, lora, plan.accumulation_steps)
-    collect = replace(recipe.collect, pairs=replace(recipe.collect.pairs, threshold=-1.0))
+    keep_all = {"threshold": -1.0, "threshold_schedule": None}
+    keep_all |= {"threshold_min": None, "threshold_max": None}
+    collect = replace(recipe.collect, pairs=replace(recipe.collect.pairs, **keep_all))
     if run.gradient_checkpointing:
         model.unet.enable_gradient_checkpointing()
     if device == META:

@@ -1,9 +1,9 @@
-"""Makes the tiny world from nothing: base model, tiny decoder, preference data, preference model."""
+"""Makes the tiny world from nothing: base model, tiny decoder, preference data, preference models."""
 
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from spo.atomic import PARTIAL
 from spo.command_line.config_files import SPM_BASE, load_config
 from spo.preference.spm_trainer import train_preference_model
-from spo.run.folder import SPM_FILE
+from spo.run.folder import LRM_FOLDER, SPM_FILE
+from spo.scorers.latent_reward import UP_PATH
 from spo.tiny_world.base_model import train_decoder, train_denoiser, train_vae
 from spo.tiny_world.clip import train_clip, train_pickscore
 from spo.tiny_world.fitting import Rounds
@@ -40,14 +41,21 @@ def make_world(out: Path, shorten: int = 1) -> None:
     stage(out / "decoder", train_decoder, sd15, pickscore, fits, images)
     stage(out / "prompts", write_prompts)
     stage(out / "pickapic", write_pairs, shorten)
-    config = load_config("config/spm_tiny.py", SPM_BASE)
-    changes = {
-        "pretrained.model": str(sd15),
-        "preference.backbone": str(pickscore),
-        "preference.processor": str(pickscore),
+    start = str(pickscore)
+    train_judge(
+        out, "spm", {f"preference.{key}": start for key in ("backbone", "processor")}, shorten
+    )
+    train_judge(out, "lrm", {"preference.text_projection": start}, shorten)
+
+
+def train_judge(out: Path, name: str, changes: Mapping[str, str], shorten: int) -> None:
+    """Trains the preference model of config/`name`_tiny.py on the world in `out`, as its run `name`."""
+    config = load_config(f"config/{name}_tiny.py", SPM_BASE)
+    changes |= {
+        "pretrained.model": str(out / "sd15"),
         "data.source": str(out / "pickapic"),
         "logdir": str(out),
-        "run_name": "spm",
+        "run_name": name,
         "resume_from": "auto",
         "max_train_steps": max(2, config.max_train_steps // shorten),
         "train.warmup_steps": config.train.warmup_steps // shorten,
@@ -94,10 +102,24 @@ def install(out: Path, assets: Path) -> None:
         rows = pq.read_table(out / "pickapic" / name)
         pq.write_table(rows.slice(0, SAMPLE), assets / "pickapic" / name)
     shutil.copy(out / "spm" / SPM_FILE, assets / "spm.safetensors")
+    install_lrm(out / "lrm" / LRM_FOLDER, assets / "lrm")
     vae = assets / "sd15" / "vae" / "config.json"
     settings = json.loads(vae.read_text())
     settings.pop("_name_or_path", None)  # a folder of this machine
     vae.write_text(json.dumps(settings, indent=2) + "\n")
     for file in assets.rglob("*.safetensors"):
-        half = {name: tensor.to(torch.float16) for name, tensor in load_file(file).items()}
-        save_file(half, file, metadata={"format": "pt"})
+        halve(file)
+
+
+def install_lrm(made: Path, folder: Path) -> None:
+    """Copies a latent reward model without the up path of its UNet, which nothing reads."""
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(made, folder)
+    for file in folder.rglob("*.safetensors"):
+        halve(file, without=UP_PATH)
+
+
+def halve(file: Path, without: tuple[str, ...] = ()) -> None:
+    """Rounds weights to fp16, and leaves out those whose names begin with one of `without`."""
+    kept = {n: t.to(torch.float16) for n, t in load_file(file).items() if not n.startswith(without)}
+    save_file(kept, file, metadata={"format": "pt"})
