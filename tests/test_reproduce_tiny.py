@@ -83,11 +83,14 @@ def test_a_curve_sums_the_costs_up_to_each_checkpoint(tmp_path, monkeypatch):
     work = SimpleNamespace(flops={"rollout": 2e12, "training": 1e12}, prompts=2, pairs=10)
     gains = {"epoch_0000_rollout_000002": 0.4, "epoch_0000_rollout_000004": 0.9}
     bench = SimpleNamespace(base=0.0, score=lambda folder: gains[folder.name])
+    mean = lambda value: SimpleNamespace(mean=value)  # noqa: E731
     monkeypatch.setattr(curves, "train", train)
     monkeypatch.setattr(curves, "count_flops", lambda arm: work)
     monkeypatch.setattr(curves, "bench", lambda: bench)
     monkeypatch.setattr(
-        curves, "compare", lambda a, b: SimpleNamespace(difference=SimpleNamespace(mean=b - a))
+        curves,
+        "compare",
+        lambda a, b: SimpleNamespace(difference=mean(b - a), faithfulness=mean(0.0)),
     )
     for _ in range(2):  # the second time it is read
         curve = curves.run_curve("SPO", 1, tmp_path)
@@ -97,22 +100,26 @@ def test_a_curve_sums_the_costs_up_to_each_checkpoint(tmp_path, monkeypatch):
         "tflop": pytest.approx([0, 16 + 3, 32 + 10]),
         "seconds": [0, 4, 12],
         "quality": [0, 0.4, 0.9],
+        "faithful": [0, 0, 0],
     }
 
 
 def test_gains_and_costs_are_read_off_curves(tmp_path):
-    curve = {"rollouts": [0, 2, 4], "tflop": [0, 10, 20], "seconds": [0, 5, 15]}
+    costs = {"rollouts": [0, 2, 4], "tflop": [0, 10, 20], "seconds": [0, 5, 15]}
+    curve = costs | {"faithful": [0, 0.02, -0.02]}
     rising, falling = ({**curve, "quality": gains} for gains in ([0, 0.8, 1.2], [0, 1.6, 0.8]))
     found = curves.read_off(rising, {"rollouts": 3, "tflop": 5, "seconds": 20})
-    wanted = {"rollouts": 1.0, "tflop": 0.4, "seconds": float("nan")}
+    nan = float("nan")
+    wanted = {"quality_rollouts": 1.0, "quality_tflop": 0.4, "quality_seconds": nan}
+    wanted |= {"faithful_rollouts": 0, "faithful_tflop": 0.01, "faithful_seconds": nan}
     wanted |= {"until_rollouts": 3, "until_tflop": 15, "until_seconds": 10}
     assert found == pytest.approx(wanted, nan_ok=True)
-    found = curves.read_off(falling, {"rollouts": 3, "tflop": 20})
-    assert found == pytest.approx(
-        {"rollouts": 1.2, "tflop": 0.8, "until_rollouts": 1.25, "until_tflop": 6.25}
-    )
-    rows = {"LPO": reproduce.summarise([curves.read_off(rising, dict.fromkeys(curve, 3))] * 2)}
-    table = curves.as_table(rows, dict.fromkeys(curve, 3)).splitlines()
-    assert " ".join(table[2].split()).startswith("| LPO | +1.00 ± 0.00 | +0.24 ± 0.00 |")
+    found = curves.read_off(falling, {"tflop": 20})
+    wanted = {"quality_tflop": 0.8, "faithful_tflop": -0.02, "until_tflop": 6.25}
+    assert found == pytest.approx(wanted)
+    rows = {"LPO": reproduce.summarise([curves.read_off(rising, dict.fromkeys(costs, 3))] * 2)}
+    table = curves.as_table(rows, dict.fromkeys(costs, 3)).splitlines()
+    wanted = "+1.00 ± 0.00 | +0.24 ± 0.00 | +0.48 ± 0.00 | 3.0 ± 0.0 | 15.0 ± 0.0 | 10.0 ± 0.0"
+    assert " ".join(table[2].split()) == f"| LPO | {wanted} | +1.2 ± 0.0 |"
     curves.draw({"LPO": [rising, falling]}, tmp_path / "curves.png")
     assert (tmp_path / "curves.png").stat().st_size > 10_000

@@ -27,7 +27,7 @@ ROLLOUTS = 8  # all arms get the FLOPs, or the seconds, of so many of the first 
 GAIN = 1.0  # points of quality
 COSTS = {"rollouts": "rollouts", "tflop": "TFLOP", "seconds": "seconds"}
 _EPOCHS = dict.fromkeys(CONFIGS, 4)  # of eight rollouts; the others make 2
-# COSTS so far, and "quality" gained, from the start on and at each checkpoint.
+# COSTS so far, and "quality" and "faithful" against the base, at the start and at each checkpoint.
 Curve = Mapping[str, Sequence[float]]
 
 
@@ -57,17 +57,18 @@ def run_curve(arm: str, seed: int, out: Path) -> Curve:
         changes = {"save_every_rollouts": 2, "checkpoint_limit": 0}
         config.update_from_flattened_dict({"num_epochs": _EPOCHS.get(arm, 2), **changes})
         train(config)
-        points, work, lines = [(0, 0.0, 0.0, 0.0)], count_flops(arm), read_metrics(folder)
+        points, work, lines = [(0, 0.0, 0.0, 0.0, 0.0)], count_flops(arm), read_metrics(folder)
         for checkpoint in checkpoints(folder):
             done = lines[: read_state(checkpoint)["position"]["rollouts"]]
             prompts, pairs = len(done) * config.sample.batch_size, sum(x["pairs"] for x in done)
             flops = prompts / work.prompts * work.flops[ROLLOUT]
             flops += pairs / work.pairs * work.flops[TRAINING]
             seconds = sum(line["seconds_rollout"] + line["seconds_train"] for line in done)
-            gain = compare(bench().base, bench().score(checkpoint)).difference.mean
-            points.append((len(done), flops / 1e12, seconds, gain))
+            verdict = compare(bench().base, bench().score(checkpoint))
+            gains = verdict.difference.mean, verdict.faithfulness.mean
+            points.append((len(done), flops / 1e12, seconds, *gains))
         columns = zip(*points, strict=True)
-        write_json(result, dict(zip((*COSTS, "quality"), columns, strict=True)))
+        write_json(result, dict(zip((*COSTS, "quality", "faithful"), columns, strict=True)))
     return json.loads(result.read_text())
 
 
@@ -80,32 +81,38 @@ def count_flops(arm: str) -> Work:
 
 
 def read_off(curve: Curve, budget: Mapping[str, float]) -> dict[str, float]:
-    """Returns the gain at each cost of `budget`, and each cost of GAIN; NaN past the curve's end.
+    """Returns quality and faithfulness against the base at each cost of `budget`, and costs of GAIN.
 
-    Between the points the curve is straight. A gain counts as reached once it was reached.
+    NaN past the curve's end. Between the points the curve is straight. A gain counts as reached once it
+    was reached.
     """
-    best = np.maximum.accumulate(curve["quality"])
-    at = {
-        cost: np.interp(value, curve[cost], curve["quality"], right=np.nan)
-        for cost, value in budget.items()
-    }
-    until = {f"until_{cost}": np.interp(GAIN, best, curve[cost], right=np.nan) for cost in budget}
-    return {name: float(value) for name, value in (at | until).items()}
+    best, found = np.maximum.accumulate(curve["quality"]), {}
+    for cost, value in budget.items():
+        for gain in ("quality", "faithful"):
+            found[f"{gain}_{cost}"] = np.interp(value, curve[cost], curve[gain], right=np.nan)
+        found[f"until_{cost}"] = np.interp(GAIN, best, curve[cost], right=np.nan)
+    return {name: float(value) for name, value in found.items()}
 
 
 def as_table(rows: Mapping[str, Mapping[str, float]], budget: Mapping[str, float]) -> str:
     """Returns the results as a Markdown table."""
     equal = [f"at {budget[cost]:.3g} {unit}" for cost, unit in COSTS.items()]
     needed = [f"{unit} to {GAIN:+.1f}" for unit in COSTS.values()]
+
+    def cell(row: Mapping[str, float], name: str, form: str, scale: float = 1.0) -> str:
+        mean, half = scale * row[name], scale * row[f"{name}_interval"]
+        return f"{mean:{form}} ± {half:{form.lstrip('+')}}"
+
     cells = [
         [
             arm,
-            *(f"{row[cost]:+.2f} ± {row[f'{cost}_interval']:.2f}" for cost in COSTS),
-            *(f"{row[f'until_{c}']:.3g} ± {row[f'until_{c}_interval']:.2g}" for c in COSTS),
+            *(cell(row, f"quality_{cost}", "+.2f") for cost in COSTS),
+            *(cell(row, f"until_{cost}", ".1f") for cost in COSTS),
+            cell(row, "faithful_seconds", "+.1f", 100),
         ]
         for arm, row in rows.items()
     ]
-    return markdown_table(["arm", *equal, *needed], cells)
+    return markdown_table(["arm", *equal, *needed, f"faithful, points, {equal[-1]}"], cells)
 
 
 def draw(curves: Mapping[str, Sequence[Curve]], path: Path) -> None:

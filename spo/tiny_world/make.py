@@ -103,10 +103,7 @@ def install(out: Path, assets: Path) -> None:
         pq.write_table(rows.slice(0, SAMPLE), assets / "pickapic" / name)
     shutil.copy(out / "spm" / SPM_FILE, assets / "spm.safetensors")
     install_lrm(out / "lrm" / LRM_FOLDER, assets / "lrm")
-    vae = assets / "sd15" / "vae" / "config.json"
-    settings = json.loads(vae.read_text())
-    settings.pop("_name_or_path", None)  # a folder of this machine
-    vae.write_text(json.dumps(settings, indent=2) + "\n")
+    drop_origin(assets / "sd15" / "vae" / "config.json")
     for file in assets.rglob("*.safetensors"):
         halve(file)
 
@@ -115,8 +112,16 @@ def install_lrm(made: Path, folder: Path) -> None:
     """Copies a latent reward model without the up path of its UNet, which nothing reads."""
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(made, folder)
+    drop_origin(folder / "unet" / "config.json")
     for file in folder.rglob("*.safetensors"):
         halve(file, without=UP_PATH)
+
+
+def drop_origin(config: Path) -> None:
+    """Removes the folder that a network was loaded from, which is of this machine, from its config."""
+    settings = json.loads(config.read_text())
+    settings.pop("_name_or_path", None)
+    config.write_text(json.dumps(settings, indent=2) + "\n")
 
 
 def halve(file: Path, without: tuple[str, ...] = ()) -> None:
