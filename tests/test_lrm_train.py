@@ -1,14 +1,18 @@
 """The latent reward model in training: the official traces, its start, what it exports."""
 
+import io
 import json
-import math
+import shutil
 from dataclasses import replace
 
+import datasets
+import numpy as np
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from helpers import GOLDEN, MODELS, model_folder, randn
-from labelled_pairs import make_row
+from labelled_pairs import make_row, write_splits
+from PIL import Image
 from safetensors.torch import load_file
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
@@ -74,7 +78,9 @@ def replay(family, batch, shared_noise=False, **changes):
     noise = noise[:, :1].expand_as(noise) if shared_noise else noise
     images = torch.stack([trace["pixel_values_0"], trace["pixel_values_1"]], dim=1)
     noise = PairNoise(trace["timesteps"], posterior, noise)
-    latents = torch.cat([preparation.noisy_latents(images, noise, rows) for rows in [torch.arange(8)]])
+    latents = torch.cat(
+        [preparation.noisy_latents(images, noise, rows) for rows in [torch.arange(8)]]
+    )
     latents = latents.unflatten(0, (-1, 2))
     input_ids = tokenize(preparation.backbone.tokenizers.values(), meta["prompts"])
     weights = 1 / trace["num_examples_per_prompt"]
@@ -165,7 +171,9 @@ def test_mixed_precision_leaves_the_scores_in_fp32(monkeypatch):
     _, exact = make("sd15")
     seen = []
     own = learner.scorer.model.visual_projection
-    own.register_forward_hook(lambda _, inputs, output: seen.append((inputs[0].dtype, output.dtype)))
+    own.register_forward_hook(
+        lambda _, inputs, output: seen.append((inputs[0].dtype, output.dtype))
+    )
     pairs = preparation.training_pairs(batch_of(3), 1.0)
     _, scores = learner.backward(pairs, last=True)
     assert seen == [(torch.float32, torch.float32)] and scores.dtype == torch.float32
@@ -210,12 +218,7 @@ def test_logarithmic_warm_up_by_hand():
     assert fill(TrainSettings, train, warmup_steps=1, **changes).learning_rate(0) == 0
 
 
-def test_images_are_stretched(tmp_path):
-    import io
-
-    import numpy as np
-    from PIL import Image
-
+def test_images_are_stretched():
     # Red, green and blue stripes, 60 x 10: a crop would show the green one alone.
     stripes = np.eye(3, dtype=np.uint8).repeat(20, 0)[None].repeat(10, 0) * 255
     buffer = io.BytesIO()
@@ -247,7 +250,9 @@ def test_the_export_is_the_published_layout_and_scores_alike(tmp_path, family, i
     source = given if init_from else MODELS / f"tiny-{family}"
     base = UNet2DConditionModel.from_pretrained(source / "unet")
     same = {n for n, p in unet.named_parameters() if torch.equal(p, base.get_parameter(n))}
-    up = {n for n, _ in unet.named_parameters() if n.startswith(("up_blocks", "conv_norm", "conv_o"))}
+    up = {
+        n for n, _ in unet.named_parameters() if n.startswith(("up_blocks", "conv_norm", "conv_o"))
+    }
     assert same == up
     published = torch.load(given / "state_dict.pt", weights_only=True)
     assert torch.load(folder / "state_dict.pt", weights_only=True).keys() == published.keys()
@@ -264,3 +269,92 @@ def test_the_export_is_the_published_layout_and_scores_alike(tmp_path, family, i
     # Again, over the first.
     learner.scorer.export(tmp_path)
     LatentRewardFolder(str(folder), "key").check()
+
+
+def lrm_folder(tmp_path, lacks="", **heads):
+    """Returns a copy of the tiny LRM without a part, or with other heads."""
+    folder = shutil.copytree(MODELS / "tiny-lrm-sd15", tmp_path / "lrm")
+    if lacks:
+        shutil.rmtree(folder / lacks)
+    saved = torch.load(folder / "state_dict.pt", weights_only=True)
+    torch.save(saved | heads, folder / "state_dict.pt")
+    return str(folder)
+
+
+FAULTS = {
+    "preference.init_from: no folder or file 'no'|preference.init_from: 'no' is neither": {
+        "preference.init_from": "no"
+    },
+    "preference.init_from: .*tiny-lrm-sdxl' is of sdxl, but family is 'sd15'": {
+        "preference.init_from": str(MODELS / "tiny-lrm-sdxl")
+    },
+    "preference.init_from: .*tiny-sd15' lacks state_dict.pt": {
+        "preference.init_from": str(MODELS / "tiny-sd15")
+    },
+    "preference.init_from: .*tiny-spm.bin": {"preference.init_from": str(MODELS / "tiny-spm.bin")},
+    "preference.text_projection: .* of width 64, but the text encoder .* makes 32": {
+        "preference.text_projection": "assets/tiny/clip"
+    },
+    "preference.text_projection: 'no' is neither": {"preference.text_projection": "no"},
+    "data.image_size: 32, but the images of pretrained.model, .*, are of 16 pixels": {
+        "data.image_size": 32
+    },
+    "preference.guidance_scale: 0.5 must be 1 .off. or above": {"preference.guidance_scale": 0.5},
+    "train.guidance_scale: 3.0 has no effect with preference.model=latent_reward, only with step_": {
+        "train.guidance_scale": 3.0
+    },
+    "preference.guidance_scale: 2.0 has no effect with preference.model=step_aware_clip, only": {
+        "preference.model": "step_aware_clip",
+        "preference.text_projection": "openai/clip-vit-large-patch14",
+    },
+    "preference.model: 'pickscore' is none of step_aware_clip, latent_reward": {
+        "preference.model": "pickscore"
+    },
+    "data.resize: 'squeeze' is none of crop, stretch": {"data.resize": "squeeze"},
+    "train.warmup: 'cosine' is none of linear, logarithmic": {"train.warmup": "cosine"},
+    "train.num_timesteps: 1001 must be a whole number from 1 to 1000": {
+        "train.num_timesteps": 1001
+    },
+    "keep_best: True needs the accuracy that eval_steps": {"eval_steps": 0},
+}
+
+
+@pytest.fixture
+def config(tmp_path, monkeypatch):
+    monkeypatch.chdir(GOLDEN.parents[2])
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+    rows = [make_row(i) for i in range(2)]
+    config = lrm_tiny.get_config()
+    config.pretrained.model = model_folder("sd15")
+    config.preference.text_projection = str(MODELS / "tiny-clip")
+    config.data.update(source=str(write_splits(tmp_path / "d", rows, rows)), image_size=16)
+    config.logdir = str(tmp_path / "runs")
+    return config
+
+
+@pytest.mark.parametrize("message", FAULTS)
+def test_bad_input_is_one_line_before_any_model_loads(config, message):
+    config.update_from_flattened_dict(FAULTS[message])
+    with pytest.raises(UserError, match=f"^({message})") as error:
+        check_training(config, 1)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ({"lacks": "text_encoder"}, "lacks text_encoder/config.json"),
+        (
+            {"logit_scale": torch.ones(2)},
+            "does not hold visual_projection, text_projection and log",
+        ),
+        (
+            {"visual_projection": {"weight": torch.ones(24, 95)}},
+            r"visual_projection in state_dict.pt is \(24, 95\), but its networks need \(24, 96\)",
+        ),
+    ],
+)
+def test_a_damaged_start_is_told_before_any_model_loads(config, tmp_path, damage, message):
+    config.preference.init_from = lrm_folder(tmp_path, **damage)
+    with pytest.raises(UserError, match=f"^preference.init_from: .*{message}"):
+        check_training(config, 1)
