@@ -27,9 +27,9 @@ from spo.preference.preparation import PairNoise
 from spo.preference.spm_learner import PreferenceLearner, TrainingPairs, TrainSettings
 from spo.preference.spm_recipe import check_training
 from spo.scorers.latent_reward import tokenize, unit
-from spo.scorers.latent_reward_folder import LatentRewardFolder, load_latent_reward_scorer
+from spo.scorers.latent_reward_folder import LatentRewardFolder
+from spo.scorers.latent_reward_scorer import load_latent_reward_scorer
 
-TRACES = GOLDEN.parent / "golden_lpo"
 CPU = torch.device("cpu")
 
 
@@ -59,7 +59,7 @@ def gradients(learner):
 
 def replay(family, batch, shared_noise=False, **changes):
     """Returns each quantity of a trace with its deviation over what golden_lpo's README asks."""
-    folder = TRACES / f"lrm_train_{family}"
+    folder = GOLDEN / f"lrm_train_{family}"
     meta = json.loads((folder / "meta.json").read_text())["batches"][batch]
     trace = load_file(folder / "trace.safetensors")
     trace = {k[3:]: v for k, v in trace.items() if k.startswith(f"b{batch}.")}
