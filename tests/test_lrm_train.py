@@ -78,10 +78,7 @@ def replay(family, batch, shared_noise=False, **changes):
     noise = noise[:, :1].expand_as(noise) if shared_noise else noise
     images = torch.stack([trace["pixel_values_0"], trace["pixel_values_1"]], dim=1)
     noise = PairNoise(trace["timesteps"], posterior, noise)
-    latents = torch.cat(
-        [preparation.noisy_latents(images, noise, rows) for rows in [torch.arange(8)]]
-    )
-    latents = latents.unflatten(0, (-1, 2))
+    latents = preparation.noisy_latents(images, noise)
     input_ids = tokenize(preparation.backbone.tokenizers.values(), meta["prompts"])
     weights = 1 / trace["num_examples_per_prompt"]
     pairs = TrainingPairs(
@@ -193,13 +190,15 @@ def test_timesteps_and_noise_of_training_and_validation():
     correlation = torch.corrcoef(numbers.transpose(0, 1).flatten(1))
     assert (correlation - torch.eye(4)).abs().max() < 0.02
     batch = batch_of(2)
-    for t in preparation.validation_timesteps:
-        latents = preparation.validation_images(batch, t)
-        assert torch.equal(latents, preparation.validation_images(batch, t))
-    assert preparation.validation_timesteps == (1, 251, 501, 701, 951)
-    # At t = 951 abar is 0.0058: the latents are nearly the noise.
-    noise = preparation.draw_noise("validation/951", batch.places).noise
-    assert torch.corrcoef(torch.stack([latents.flatten(), noise.flatten()]))[0, 1] > 0.95
+    seen, again = (dict(preparation.validation_images(batch)) for _ in range(2))
+    assert list(seen) == [1, 251, 501, 701, 951]
+    assert all(torch.equal(seen[t], again[t]) for t in seen)
+    noise = preparation.draw_noise("validation", batch.places)
+    clean = preparation.latents(preparation.clean_images(batch), noise.posterior)
+    # alphas_cumprod of SD1.5 at t = 1 and t = 951.
+    for t, abar in ((1, 0.998296), (951, 0.008155)):
+        wanted = abar**0.5 * clean + (1 - abar) ** 0.5 * noise.noise
+        torch.testing.assert_close(seen[t], wanted, atol=1e-3, rtol=0)
     all_of_them, _ = make("sd15")
     all_of_them = replace(all_of_them, num_timesteps=1000)
     assert torch.equal(all_of_them.timesteps, torch.arange(1000))

@@ -415,6 +415,7 @@ def test_the_model_of_the_best_accuracy_is_exported(config, monkeypatch):
     assert not torch.equal(later["unet.conv_in.weight"], exported["unet.conv_in.weight"])
 
 
+@both
 def test_relabelling_with_pickscore(config):
     run_dir = run(config, labels__source="pickscore", labels__margin=0.0, max_train_steps=2)
     lines = read_metrics(run_dir)

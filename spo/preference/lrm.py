@@ -3,7 +3,7 @@
 LPO, arXiv 2502.01051. The network is in spo/scorers/latent_reward.py.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -154,12 +154,16 @@ class LRMPreparation(Preparation):
     shares_noise = False
     validation_timesteps = (1, 251, 501, 701, 951)
 
-    @torch.no_grad()
     def noised(self, batch: PairBatch, noise: PairNoise) -> Tensor:
         """Returns latents (n, 2, C, h, w)."""
-        images = self.clean_images(batch)
-        latents = [self.noisy_latents(images, noise, rows) for rows in self.parts(images)]
-        return torch.cat(latents).unflatten(0, (-1, 2))
+        return self.noisy_latents(self.clean_images(batch), noise)
+
+    def validation_images(self, batch: PairBatch) -> Iterator[tuple[int, Tensor]]:
+        """Yields timesteps and latents (n, 2, C, h, w): encoded once, noised by the same noise."""
+        noise = self.draw_noise("validation", batch.places)
+        latents = self.latents(self.clean_images(batch), noise.posterior)
+        for timestep in self.validation_timesteps:
+            yield timestep, self.schedule.add_noise(latents, noise.noise, timestep)
 
     def input_ids(self, batch: PairBatch) -> tuple[Tensor, ...]:
         """Returns token ids (n, L) of the prompts, for each text encoder."""

@@ -93,7 +93,8 @@ class PreferenceTrainer:
                 state = self.learner.load(self.session.saved)
             self.totals, self.left_out = Counter(state["totals"]), Counter(state["left_out"])
             self.line_is_due = state["line_is_due"]
-            self.best.restore(state.get("best", {}), self.session.saved)
+            if recipe.keep_best:
+                self.best.restore(state.get("best", {}), self.session.saved)
             self.session.say("\n".join([*checked.resume.describe(), *checked.changes]))
         data = {split: found and found.description for split, found in rows.items()}
         start = {"plan": asdict(plan), "data": data | {"unavailable": checked.train.unavailable}}
