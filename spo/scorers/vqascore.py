@@ -8,9 +8,9 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from spo.data.token_lengths import readable
+from spo.errors import UserError, first_line
 from spo.models.weights import load_network
 from spo.scorers import ImageScorer
-from spo.scorers.clip import loading
 
 _QUESTION = 'Does this figure show "{}"? Please answer yes or no.'
 
@@ -25,19 +25,22 @@ class VQAScore(ImageScorer):
     title = "VQAScore"
 
     def __init__(self, device: torch.device, model: str) -> None:
-        with loading(model, "--vqa"):
+        try:
             self._processor = AutoProcessor.from_pretrained(model, trust_remote_code=False)
             network = load_network(AutoModelForImageTextToText, model, "model", dtype="auto")
             self._network = network.requires_grad_(False).eval().to(device)
             tokenizer = self._processor.tokenizer
             tokenizer.padding_side = "left"  # the answer follows the last token
-            tokens = [tokenizer(w, add_special_tokens=False).input_ids for w in ("Yes", "yes")]
-            self._yes = sorted({ids[0] for ids in tokens if len(ids) == 1})
+            words = [tokenizer(w, add_special_tokens=False).input_ids for w in ("Yes", "yes")]
+            self._yes = sorted({ids[0] for ids in words if len(ids) == 1})
             if not self._yes:
                 raise ValueError("its tokenizer has no token for Yes")
-            # Added tokens, such as <image>, would not be read as text.
+            # In a prompt they would not be read as text: <image> asks for a further image.
             self._commands = tuple(tokenizer.get_added_vocab())
             self.score_images([Image.new("RGB", (64, 64))] * 2, ["a fox", "a"])
+        except Exception as error:  # which one depends on what the model is
+            reason = f"is no chat model for images and text that can be asked ({first_line(error)})"
+            raise UserError(f"--vqa: {model!r} {reason}.") from error
 
     @torch.no_grad()
     def score_images(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
