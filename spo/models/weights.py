@@ -51,16 +51,24 @@ def load_network(kind: type, name: str, part: str, **options: Any) -> nn.Module:
             f"{part}: saved with a LoRA of peft beside its weights; merge it (pipe.fuse_lora(), then "
             "pipe.unload_lora_weights()) and save it again"
         )
+    misshaped = (key for key, *_ in info["mismatched_keys"])
+    check_names(part, info["missing_keys"], misshaped, extra)
+    return network
+
+
+def check_names(
+    part: str, missing: Iterable[str], misshaped: Iterable[str], unknown: Iterable[str]
+) -> None:
+    """Raises ValueError that names `part` and the first tensor that is wrong in its files."""
     faults = {
-        "lack": set(info["missing_keys"]),
-        "have another shape of": {key for key, *_ in info["mismatched_keys"]},
-        "do not belong to its config: they have": extra,
+        "lack": missing,
+        "have another shape of": misshaped,
+        "do not belong to its config: they have": unknown,
     }
     for fault, keys in faults.items():
         if keys := sorted(key for key in keys if not key.endswith(_CONSTANT)):
             more = f" and {len(keys) - 1} more" if keys[1:] else ""
             raise ValueError(f"{part}: its weights {fault} {keys[0]}{more}")
-    return network
 
 
 def reason(error: Exception) -> str:
@@ -130,7 +138,7 @@ def fetch(
     for folder in folders:
         names = [PurePosixPath(f).name for f in files if f.rpartition("/")[0] == folder]
         wanted = [name for name in names if name.endswith((".json", ".txt"))]
-        if folder in ("", *PARTS):
+        if PurePosixPath(folder).name in ("", *PARTS):
             wanted.append(choose_weights(names, variant, folder or model).name)
         for name in wanted:  # which grows by the files that an index names
             path = model_file(model, f"{folder}/{name}".lstrip("/"), key, revision)

@@ -36,6 +36,7 @@ SCORERS = {
     "aesthetic": "spo.scorers.open_clip:Aesthetic",
     "clipscore": "spo.scorers.open_clip:CLIPScore",
     "imagereward": "spo.scorers.imagereward:ImageReward",
+    "latent_reward": "spo.scorers.latent_reward_folder:load_latent_reward_scorer",
 }
 # The scorers whose options are keys of `preference`; the options of all others are `preference.kwargs`.
 _PREFERENCE_KEYS = {

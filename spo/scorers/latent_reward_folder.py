@@ -1,0 +1,277 @@
+"""The published layout of latent reward models: a folder of their parts, read, checked and loaded.
+
+`unet` and `text_encoder`, and SDXL's `text_encoder_2`, are subfolders in the form of diffusers and
+transformers; state_dict.pt holds the projections and the temperature. Of the UNet only the down path
+and the middle are read. Tokenizers and noise schedule are those of the base model.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from diffusers import UNet2DConditionModel
+from diffusers.schedulers.scheduling_utils import SCHEDULER_CONFIG_NAME as SCHEDULER
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import AutoTokenizer, CLIPTextModel, CLIPTextModelWithProjection
+
+from spo.command_line.values import expand, require_number
+from spo.errors import LOAD_ERRORS, UserError, first_line, in_one_line
+from spo.hub import PREFETCH, model_file
+from spo.method.ddim import ddim_scheduler
+from spo.models.families import FAMILIES
+from spo.models.weights import check_names, choose_weights, fetch, load_part
+from spo.scorers.clip import weight_dtype
+from spo.scorers.latent_reward import (
+    UP_PATH,
+    LatentRewardModel,
+    LatentRewardScorer,
+    down_path,
+    feature_width,
+)
+from spo.scorers.state_dicts import check_packed
+
+HEADS = "state_dict.pt"
+_ENCODERS = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
+
+
+@dataclass(frozen=True)
+class Heads:
+    """The linear parts of an LRM."""
+
+    visual_projection: Tensor  # (F, sum of the widths of stages and middle)
+    text_projection: Tensor | None  # (F, width of the text encoder); None for SDXL
+    logit_scale: float
+
+    def layer(self, name: str) -> nn.Linear | None:
+        """Returns a projection as a layer, fp32."""
+        weight = getattr(self, name)
+        if weight is None:
+            return None
+        layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+        layer.weight = nn.Parameter(weight.float())
+        return layer
+
+
+@dataclass(frozen=True)
+class LatentRewardFolder:
+    """A local folder, or a folder of a Hub repo: user/name or hf://user/name/folder."""
+
+    checkpoint: str
+    key: str  # of the config, that errors name
+
+    @property
+    def _place(self) -> tuple[str, str]:
+        """Returns a folder or Hub id, and the folder in it."""
+        path = expand(self.checkpoint)
+        if Path(path).is_dir():
+            return path, ""
+        user, *rest = self.checkpoint.removeprefix("hf://").strip("/").split("/")
+        return "/".join([user, *rest[:1]]), "/".join(rest[1:])
+
+    def path(self, name: str) -> Path:
+        """Returns the local path of a file of the folder; UserError if it has none."""
+        model, folder = self._place
+        if Path(model).is_dir() and not Path(model, name).is_file():
+            raise UserError(
+                f"{self.key}: {self.checkpoint!r} lacks {name}; a latent reward model is a folder of "
+                f"unet, text_encoder, for SDXL text_encoder_2, and {HEADS}."
+            )
+        return model_file(model, str(PurePosixPath(folder, name)), self.key)
+
+    def configs(self) -> dict[str, dict[str, Any]]:
+        """Returns the configs of the UNet and of the text encoders, by their folders."""
+        found = {"unet": self._config("unet")}
+        names = _ENCODERS if found["unet"].get("addition_embed_type") else ("text_encoder",)
+        return found | {name: self._config(name) for name in names}
+
+    def _config(self, name: str) -> dict[str, Any]:
+        path = self.path(f"{name}/config.json")
+        try:
+            return dict(json.loads(path.read_text()))
+        except ValueError as error:
+            raise UserError(f"{self.key}: {path} is not a JSON file: {error}") from error
+
+    def heads(self) -> Heads:
+        """Reads the projections and the temperature; raises UserError if one is missing or malformed."""
+        path = self.path(HEADS)
+        try:
+            check_packed(path)
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+            text = saved.get("text_projection")
+            heads = Heads(
+                saved["visual_projection"]["weight"],
+                None if text is None else text["weight"],
+                float(saved["logit_scale"]),
+            )
+            for weight in (heads.visual_projection, heads.text_projection):
+                if weight is not None and (weight.ndim != 2 or not weight.isfinite().all()):
+                    raise ValueError(f"a projection is {tuple(weight.shape)} or not finite")
+        except Exception as error:  # depends on where a file is damaged, or what else it holds
+            reason = f"{type(error).__name__}: {in_one_line(error)}"
+            raise UserError(
+                f"{self.key}: {path} does not hold visual_projection, text_projection and logit_scale "
+                f"of a latent reward model ({reason})."
+            ) from error
+        return heads
+
+    def check(self) -> dict[str, dict[str, Any]]:
+        """Returns `configs`; UserError unless all parts are there and fit, as small files tell."""
+        configs, heads = self.configs(), self.heads()
+        text = configs["text_encoder"]
+        is_sdxl = "text_encoder_2" in configs
+        out = (
+            configs["text_encoder_2"]["projection_dim"] if is_sdxl else len(heads.visual_projection)
+        )
+        wanted = {"visual_projection": (out, feature_width(configs["unet"]))}
+        if not is_sdxl:
+            wanted["text_projection"] = (out, text["hidden_size"])
+        for name, shape in wanted.items():
+            weight = getattr(heads, name)
+            if weight is None or tuple(weight.shape) != shape:
+                found = "missing" if weight is None else f"{tuple(weight.shape)}"
+                raise UserError(
+                    f"{self.key}: {self.checkpoint!r}: {name} in {HEADS} is {found}, but its networks "
+                    f"need {shape}."
+                )
+        return configs
+
+    def load(self, dtype: torch.dtype = torch.float32, **options: Any) -> LatentRewardModel:
+        """Returns the model on the CPU, networks in `dtype`, heads in fp32; UserError if it cannot.
+
+        `options` are the last arguments of LatentRewardModel.
+        """
+        configs, heads = self.check(), self.heads()
+        model, folder = self._place
+        try:
+            folders = [str(PurePosixPath(folder, name)) for name in configs]
+            root = fetch(model, folders, self.key)
+            unet = _load_down_path(root / "unet", configs["unet"], dtype)
+            encoders = [load_part(_ENCODERS[n], root, n, dtype) for n in configs if n in _ENCODERS]
+        except LOAD_ERRORS as error:
+            raise UserError(
+                f"{self.key}: {self.checkpoint!r} cannot be loaded ({first_line(error)}); to download "
+                f"and check it: {PREFETCH}"
+            ) from error
+        projections = heads.layer("visual_projection"), heads.layer("text_projection")
+        loaded = LatentRewardModel(unet, encoders, *projections, **options)
+        loaded.logit_scale.data.fill_(heads.logit_scale)
+        return loaded
+
+
+def _load_down_path(
+    folder: Path, config: Mapping[str, Any], dtype: torch.dtype
+) -> UNet2DConditionModel:
+    """Returns a UNet's down path and middle; the tensors of its up path are not read."""
+    file = choose_weights((path.name for path in folder.glob("*")), None, "unet")
+    if not file.is_safe:
+        raise ValueError(f"UNet: {file.name} is not in safe format; save it as .safetensors")
+    names = [file.name]
+    if file.name.endswith(".json"):
+        names = sorted(set(json.loads((folder / file.name).read_text())["weight_map"].values()))
+    with init_empty_weights():
+        unet = down_path(config)
+    wanted, found = unet.state_dict(), {}
+    unknown, misshaped = set(), set()
+    for name in names:
+        with safe_open(folder / name, framework="pt") as tensors:
+            for key in tensors.keys():
+                if key not in wanted:
+                    unknown |= set() if key.startswith(UP_PATH) else {key}
+                elif tuple(tensors.get_slice(key).get_shape()) != wanted[key].shape:
+                    misshaped.add(key)
+                else:
+                    found[key] = tensors.get_tensor(key).to(dtype)
+    check_names("UNet", wanted.keys() - found.keys() - misshaped, misshaped, unknown)
+    unet.load_state_dict(found, strict=True, assign=True)
+    return unet
+
+
+def check_latent_reward(
+    values: Mapping[str, Any], section: str, family: str, configs: Mapping[str, Any]
+) -> None:
+    """Raises UserError unless an LRM is whole and judges latents such as the base model makes.
+
+    `values` are the options of `load_latent_reward_scorer`, `configs` those of the base model's parts.
+    """
+    require_number(
+        f"{section}.guidance_scale", values["guidance_scale"], "1 (off) or above", _is_scale
+    )
+    weight_dtype(values["dtype"], section)
+    key, checkpoint = f"{section}.checkpoint", values["checkpoint"]
+    own = LatentRewardFolder(checkpoint, key).check()
+    is_of = "sdxl" if "text_encoder_2" in own else "sd15"
+    if is_of != family:
+        raise UserError(f"{key}: {checkpoint!r} is of {is_of}, but family is {family!r}.")
+    channels = (own["unet"].get("in_channels", 4), configs["unet"].get("in_channels", 4))
+    if channels[0] != channels[1]:
+        raise UserError(
+            f"{key}: {checkpoint!r} reads latents of {channels[0]} channels, but the base model's have "
+            f"{channels[1]}."
+        )
+    base = values["base"] or FAMILIES[family].base_model
+    trained_on = ddim_scheduler(_base_config(base, f"scheduler/{SCHEDULER}", section))
+    judges = ddim_scheduler(configs["scheduler"])
+    same_noise = torch.equal(trained_on.alphas_cumprod, judges.alphas_cumprod)
+    kinds = [each.config.prediction_type for each in (trained_on, judges)]
+    if not same_noise or kinds[0] != kinds[1]:
+        what = "other betas" if not same_noise else f"prediction type {kinds[1]}, not {kinds[0]}"
+        raise UserError(
+            f"{key}: {checkpoint!r} was trained on the noise of {base!r}, but pretrained.model has "
+            f"{what}; name an LRM trained on it, and its base model by {section}.base."
+        )
+
+
+def _is_scale(value: float) -> bool:
+    return value >= 1
+
+
+def _base_config(base: str, name: str, section: str) -> dict[str, Any]:
+    return json.loads(model_file(expand(base), name, f"{section}.base").read_text())
+
+
+def load_latent_reward_scorer(
+    device: torch.device,
+    section: str,
+    *,
+    checkpoint: str = "hf://casiatao/LRM/lrm_sd15",
+    base: str = "",
+    guidance_scale: float = 7.5,
+    guide_stages: bool = False,
+    dtype: str = "float32",
+) -> LatentRewardScorer:
+    """Returns the LRM in a folder, user/repo or hf://user/repo/folder.
+
+    `base` is the base model that it was trained on, Hub id or folder, for its tokenizers; empty: the
+    published one of its family. Raises UserError if a part is missing or does not fit.
+    """
+    folder, key = LatentRewardFolder(checkpoint, f"{section}.checkpoint"), f"{section}.base"
+    is_sdxl = "text_encoder_2" in folder.configs()
+    base = expand(base) or FAMILIES["sdxl" if is_sdxl else "sd15"].base_model
+    names = ("tokenizer", "tokenizer_2") if is_sdxl else ("tokenizer",)
+    try:
+        root = fetch(base, names, key)
+        tokenizers = [
+            AutoTokenizer.from_pretrained(root / name, trust_remote_code=False) for name in names
+        ]
+    except LOAD_ERRORS as error:
+        raise UserError(f"{key}: no tokenizer of {base!r} ({first_line(error)}).") from error
+    widths = _base_config(base, "vae/config.json", section)["block_out_channels"]
+    model = folder.load(
+        weight_dtype(dtype, section),
+        guidance_scale=guidance_scale,
+        guide_stages=guide_stages,
+        pixels_per_latent=2 ** (len(widths) - 1),
+    )
+    for tokenizer in tokenizers:
+        tokenizer.model_max_length = min(
+            tokenizer.model_max_length, model.text_encoder.config.max_position_embeddings
+        )
+    return LatentRewardScorer(model, tokenizers, device, weight_dtype(dtype, section))
+
+
+load_latent_reward_scorer.looks_at = "latents"  # known before anything loads
