@@ -19,7 +19,8 @@ def get_config() -> ConfigDict:
     config = ConfigDict()
 
     # ---- the run -------------------------------------------------------------------------------
-    config.algorithm = "gradspo"  # "gradspo", "spo", or "module:name" of a loss (docs/extending.md)
+    # "gradspo", "spo", "lpo" (SPO's loss), or "module:name" of a loss (docs/extending.md).
+    config.algorithm = "gradspo"
     config.family = "sd15"  # "sd15" or "sdxl"; must match pretrained.model
     config.seed = 42  # everything random in the run derives from it
     config.num_epochs = 10  # passes over the prompts (paper: 10)
@@ -80,7 +81,8 @@ def get_config() -> ConfigDict:
     # ---- preference model ----------------------------------------------------------------------
     config.preference = preference = ConfigDict()
     # What scores the candidates: "step_aware_clip" (paper), "pickscore", "hpsv2", "hpsv2.1",
-    # "aesthetic", "clipscore", "imagereward", or "module:factory" (see spo/scorers/__init__.py).
+    # "aesthetic", "clipscore", "imagereward", "latent_reward" (LPO, config/lpo_sd15.py), or
+    # "module:factory" (see spo/scorers/__init__.py).
     preference.scorer = "step_aware_clip"
     # Weights of "step_aware_clip": .bin or .safetensors, a path or hf://user/repo/file.
     preference.checkpoint = (
@@ -111,7 +113,12 @@ def get_config() -> ConfigDict:
     # generator), see spo/method/pairs.py.
     sample.pairing = "best_worst"
     # A pair is kept if softmax([win, lose]) differ by more (paper: 0.3 SD1.5, 0.4 SDXL); -1 keeps all.
-    sample.threshold = 0.3
+    sample.threshold = FieldReference(0.3)
+    # In its place a threshold that rises with the noise from threshold_min at t = 1 to threshold_max at
+    # t = 951 (LPO): with the "sigma" or "variance" of the transition, or "linear"; threshold is None.
+    sample.threshold_schedule = placeholder(str)
+    sample.threshold_min = placeholder(float)
+    sample.threshold_max = placeholder(float)
     # "branch": the last step draws K candidates as any other; "extend": each candidate of the
     # window before takes it once, and the images score that window (the official SDXL code).
     sample.final_step = "branch"
@@ -125,6 +132,13 @@ def get_config() -> ConfigDict:
     # takes; None: one slice of sample.batch_size on each GPU.
     sample.global_batch_size = placeholder(int)
     sample.decode_batch_size = 8  # latents decoded and scored at once
+    # The next three are of scorers that look at latents ("latent_reward"), which judge candidates in
+    # the step that draws them; branch_from is then 0 in LPO.
+    sample.score_batch_size = 16  # latents scored at once
+    sample.score_timestep = (
+        "t"  # they are told the timestep "t" drawn from (LPO), or the "next", t'
+    )
+    sample.stop_at = 0  # first step that is not made; 0 makes all
     # What decodes the candidates for the preference model: None is the base model's VAE; a Hub id or
     # folder of a diffusers AutoencoderTiny ("madebyollin/taesd", for SDXL "madebyollin/taesdxl") does
     # it at a fraction of the cost (docs/performance.md). Validation images are the VAE's either way.

@@ -60,6 +60,7 @@ class Transition:
     """One transition x_t -> x_t' of every candidate."""
 
     timestep: int  # t
+    next_timestep: int  # t'
     latents: Tensor  # x_t: (K, B, C, h, w), or (1, B, C, h, w) if the candidates share it
     noise: Tensor  # z: (K, B, C, h, w)
     next_latents: Tensor  # x_t': (K, B, C, h, w)
@@ -71,9 +72,10 @@ class Candidates:
     """K candidates per prompt, ready to be compared, with the transitions that made them."""
 
     window: tuple[Transition, ...]  # the branching transition, then inner steps
-    latents: Tensor  # (K, B, C, h, w) to be decoded: predicted x0, or the final latents
-    score_timestep: int  # timestep that the scorer is told
-    is_final: bool  # `latents` are final, not a prediction
+    # (K, B, C, h, w) to be decoded: predicted x0, or the final latents; None if there is no prediction.
+    latents: Tensor | None
+    score_timestep: int  # timestep that a scorer of images is told
+    is_final: bool  # the rollout's last
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,10 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderTiny, DDIMScheduler
 
+from spo.method.collect import CollectSettings
 from spo.method.ddim import DDIM
+from spo.method.pairs import PairSettings
+from spo.method.rollout import RolloutSettings
 from spo.models.backbone import Backbone
 from spo.models.loading import ModelSource
 from spo.models.lora import Lora, add_lora
@@ -15,6 +18,36 @@ from spo.types import Conditioning, PreferencePairs
 GOLDEN = Path(__file__).parent / "data" / "golden"
 MODELS = GOLDEN / "models"
 PROMPTS = ("a fox reading a map", "tiny house in a meadow", "blue whale above the clouds")
+# Of a scorer of images, at the smallest sizes that show an order.
+COLLECT = CollectSettings(
+    rollout=RolloutSettings(
+        looks_at="images",
+        num_steps=4,
+        num_candidates=4,
+        branch_from=2,
+        num_inner_steps=0,
+        stop_at=0,
+        final_step="branch",
+        final_score_timestep="zero",
+    ),
+    pairs=PairSettings(
+        pairing="best_worst",
+        threshold=-1,
+        threshold_schedule=None,
+        threshold_min=None,
+        threshold_max=None,
+        keep_all_final=False,
+        final_direction="window",
+        final_step="branch",
+        num_inner_steps=0,
+        shares_latents=True,
+        keep_predictions=True,
+    ),
+    guidance_scale=2.0,
+    decode_batch_size=3,
+    score_batch_size=4,
+    score_timestep="t",
+)
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 
 

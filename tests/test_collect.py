@@ -4,35 +4,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import PROMPTS
+from helpers import COLLECT, PROMPTS
 
-from spo.method.collect import CollectSettings, collect_rollout
-from spo.method.pairs import Chosen, PairSettings, best_worst
-from spo.method.rollout import RolloutSettings
+from spo.method.collect import collect_rollout
+from spo.method.pairs import Chosen, best_worst
 from spo.scorers import Scorer
 
-SETTINGS = CollectSettings(
-    rollout=RolloutSettings(
-        num_steps=4,
-        num_candidates=4,
-        branch_from=2,
-        num_inner_steps=0,
-        final_step="branch",
-        final_score_timestep="zero",
-    ),
-    pairs=PairSettings(
-        pairing="best_worst",
-        threshold=-1,
-        keep_all_final=False,
-        final_direction="window",
-        final_step="branch",
-        num_inner_steps=0,
-        shares_latents=True,
-        keep_predictions=True,
-    ),
-    guidance_scale=2.0,
-    decode_batch_size=3,
-)
 IDS = torch.tensor([70, 71])
 
 
@@ -73,7 +50,7 @@ class Means(Scorer):
 
 
 def collect(backbone, scorer=None, seed=0, **changes):
-    settings = replace(SETTINGS, pairs=replace(SETTINGS.pairs, **changes))
+    settings = replace(COLLECT, pairs=replace(COLLECT.pairs, **changes))
     return collect_rollout(
         backbone,
         scorer or Means(),

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import random_pairs
+from helpers import COLLECT, random_pairs
 from safetensors.torch import load_file
 from test_learner import make_learner
 
@@ -96,7 +96,7 @@ def test_an_image_that_is_not_finite_has_no_score(value):
             return torch.ones(len(images))
 
     candidates = Candidates((), latents, 51, is_final=False)
-    scores = score_candidates(candidates, lambda x: x, Blind(), torch.zeros(3, 1), batch_size=4)
+    scores = score_candidates(candidates, lambda x: x, Blind(), torch.zeros(3, 1), COLLECT)
     expected = torch.ones(2, 3)
     expected[1, 2] = torch.nan
     assert torch.equal(scores.isnan(), expected.isnan())

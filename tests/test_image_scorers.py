@@ -3,6 +3,7 @@
 import importlib
 import inspect
 import sys
+from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from finished_images import CPU, PROMPTS, check, load, pictures, score, tiny_open_clip
-from helpers import randn
+from helpers import COLLECT, randn
 from PIL import Image
 from scorers_for_tests import ImageBrightness
 from transformers import AutoTokenizer, CLIPModel
@@ -321,7 +322,7 @@ def test_all_score_the_candidates_of_a_rollout(options, name, sd15):
     scorer = load_scorer(source, CPU)
     candidates = Candidates((), randn(2, 2, *sd15.latent_shape, seed=0), 501, is_final=False)
     features = scorer.encode_prompts(PROMPTS[:2])
-    found = score_candidates(candidates, sd15.decode_candidates, scorer, features, 3)
+    found = score_candidates(candidates, sd15.decode_candidates, scorer, features, COLLECT)
     assert found.shape == (2, 2) and found.isfinite().all()
     for k in range(2) if not own else ():  # which prepare tensors otherwise than PIL images
         images = to_pil(sd15.decode_candidates(candidates.latents[k]))
@@ -358,13 +359,28 @@ def latent_mean(device):
     return LatentMean()
 
 
+latent_mean.looks_at = "latents"
+
+
+def of_unsaid_kind(device):
+    return LatentMean()
+
+
+def test_a_function_says_what_its_scorer_looks_at():
+    with pytest.raises(UserError, match=r"looks at latents; name its class, or .*'latents'"):
+        load_scorer(candidate_scorer(f"{__name__}:of_unsaid_kind", {}), CPU)
+
+
 def test_a_scorer_of_latents_sees_the_noisy_ones():
     scorer = load_scorer(candidate_scorer(f"{__name__}:latent_mean", {}), CPU)
     x0, noisy = randn(2, 3, 4, 8, 8, seed=0), randn(2, 3, 4, 8, 8, seed=1)
-    transition = Transition(501, x0[:1], x0, noisy, x0[:1])
+    transition = Transition(501, 451, x0[:1], x0, noisy, x0[:1])
     candidates = Candidates((transition,), x0, 451, is_final=False)
-    found = score_candidates(candidates, None, scorer, scorer.encode_prompts(PROMPTS), 4)
-    torch.testing.assert_close(found, noisy.mean(dim=(2, 3, 4)) + 451)
+    features = scorer.encode_prompts(PROMPTS)
+    for told, timestep in (("t", 501), ("next", 451)):
+        settings = replace(COLLECT, score_timestep=told)
+        found = score_candidates(candidates, None, scorer, features, settings)
+        torch.testing.assert_close(found, noisy.mean(dim=(2, 3, 4)) + timestep)
     with pytest.raises(UserError, match="latent_mean looks at latents, not at finished images"):
         scorer.score_images(pictures(), PROMPTS)
 

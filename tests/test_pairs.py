@@ -22,6 +22,9 @@ SHAPE = (1, 2, 2)
 PLAIN = PairSettings(
     pairing="best_worst",
     threshold=0.3,
+    threshold_schedule=None,
+    threshold_min=None,
+    threshold_max=None,
     keep_all_final=False,
     final_direction="window",
     final_step="branch",
@@ -54,6 +57,7 @@ def window(length, start=201):
     return tuple(
         Transition(
             start - 100 * j,
+            start - 100 * (j + 1),
             numbered(X, j, k=3 if j else 1),
             numbered(Z, j),
             numbered(NEXT, j),

@@ -1,5 +1,6 @@
 """The official code's traces replay, and a replay of a broken algorithm does not."""
 
+import itertools
 import json
 import math
 import runpy
@@ -10,12 +11,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from helpers import GOLDEN, MODELS
 from safetensors.torch import load_file, save_file
 
 from spo.method import learner as learner_module
+from spo.method import rollout
 from spo.method.build import read_recipe
-from spo.method.replay import Replay, failures
+from spo.method.replay import TOLERANCES, Replay, failures, tolerances
 from spo.models.device import speed_up
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "replay_trace.py"
@@ -30,13 +33,18 @@ COMPARED = {
     "terms",
     "policy",
 }
-COMPARED_OF = {"gradspo": {"directions", "predictions", "ema"}, "spo": {"next_latents"}}
+COMPARED_OF = {
+    "gradspo": {"directions", "predictions", "ema"},
+    "spo": {"next_latents"},
+    "lpo": {"next_latents", "token_ids"},
+}
 
 
 def test_all_traces_are_here():
-    algorithms = ("gradspo_sd15", "gradspo_sdxl", "spo_sd15", "spo_sdxl")
+    algorithms = ("gradspo_sd15", "gradspo_sdxl", "spo_sd15", "spo_sdxl", "lpo_sd15", "lpo_sdxl")
     variants = ("gradspo_sd15_clip", "gradspo_sdxl_clip", "spo_sd15_all", "spo_sdxl_all")
-    assert set(TRACES) == {*algorithms, *variants}
+    others = ("lpo_sd15_b", "lpo_sd15_all", "lpo_sd15_variance", "lpo_sdxl_all")
+    assert set(TRACES) == {*algorithms, *variants, *others}
 
 
 @pytest.mark.parametrize("trace", TRACES)
@@ -47,7 +55,7 @@ def test_a_trace_replays(trace):
     assert len(rollouts) == len(replay.meta["rollouts"])
     for deviations in rollouts:
         assert set(deviations) == COMPARED | COMPARED_OF[algorithm]
-    assert failures(rollouts, algorithm) == []
+    assert failures(rollouts, tolerances(replay.config)) == []
 
 
 @pytest.mark.slow
@@ -59,7 +67,7 @@ def test_a_trace_replays_with_other_memory_layout_and_recomputed_activations(tra
     layout = replace(replay.recipe.speed, channels_last=True)
     speed_up(replay.backbone, replay.scorer, layout)
     assert not replay.backbone.unet.conv_in.weight.is_contiguous()
-    assert failures(replay.run(), "gradspo") == []
+    assert failures(replay.run(), TOLERANCES) == []
 
 
 def remove_clips(replay):
@@ -101,8 +109,47 @@ def change(**values):
             replay.config.sample[name] = value
         replay.recipe = read_recipe(replay.config)
         replay.learner.sampler = replay.recipe.load_sampler(replay.backbone)
+        replay.learner.loss = replay.recipe.loss
 
     return break_it
+
+
+CONSTANT = change(threshold=0.3, threshold_schedule=None, threshold_min=None, threshold_max=None)
+
+
+def judge(**values):
+    """Changes attributes of the latent reward model."""
+
+    def break_it(replay):
+        for name, value in values.items():
+            assert getattr(replay.scorer.model, name) != value
+            setattr(replay.scorer.model, name, value)
+
+    return break_it
+
+
+def guide_every_stage(replay):
+    model = replay.scorer.model
+
+    def guided(stage, conditional, unconditional):
+        return unconditional + model.guidance_scale * (conditional - unconditional)
+
+    model._guided = guided
+
+
+def leave_out_the_last_choice(replay):
+    """The candidate that would carry on after the last comparison is not drawn."""
+    asked, choose = itertools.count(1), rollout._Walk.choose
+
+    def all_but_the_last(walk, k, b):
+        is_last = next(asked) == len(walk.sampler.timesteps)
+        return torch.zeros(b, dtype=torch.long) if is_last else choose(walk, k, b)
+
+    replay.patch.setattr(rollout._Walk, "choose", all_but_the_last)
+
+
+def beta_of_spo(replay):
+    replay.learner.loss = replace(replay.learner.loss, beta=10.0)
 
 
 @pytest.mark.slow
@@ -127,20 +174,37 @@ def change(**values):
         ("spo_sdxl_all", change(final_step="branch", num_inner_steps=2), 1, "next_latents"),
         ("spo_sd15_all", change(eta=0.9), 1, "next_latents"),
         ("spo_sd15_all", change(guidance_scale=4.9), 1, "next_latents"),
+        ("lpo_sd15", judge(guidance_scale=1), 1, "scores"),
+        ("lpo_sd15", judge(guidance_scale=5.0), 1, "scores"),
+        ("lpo_sd15", judge(guide_stages=True), 1, "scores"),
+        ("lpo_sd15_all", judge(guide_stages=False), 1, "scores"),
+        ("lpo_sdxl_all", guide_every_stage, 1, "scores"),
+        ("lpo_sd15", change(score_timestep="next"), 1, "scores"),
+        ("lpo_sdxl", change(score_timestep="next"), 1, "scores"),
+        ("lpo_sd15", CONSTANT, 1, "timesteps"),
+        ("lpo_sd15", change(threshold_min=0.5, threshold_max=0.35), 1, "timesteps"),
+        ("lpo_sd15_variance", change(threshold_schedule="sigma"), 1, "timesteps"),
+        ("lpo_sd15_variance", change(stop_at=0), 1, "timesteps"),
+        ("lpo_sd15_b", change(branch_from=2), 1, "timesteps"),
+        ("lpo_sd15", leave_out_the_last_choice, 1, "permutation"),
+        ("lpo_sd15", beta_of_spo, 1, "losses"),
+        ("lpo_sd15_all", remove_clips, 1, "losses"),
+        ("lpo_sd15_b", ignore_accumulation, 1, "policy"),
     ],
 )
-def test_a_broken_algorithm_does_not_replay(trace, break_it, rollouts, quantity):
+def test_a_broken_algorithm_does_not_replay(trace, break_it, rollouts, quantity, monkeypatch):
     replay = Replay(GOLDEN / trace, MODELS)
+    replay.patch = monkeypatch
     break_it(replay)
     deviations = [replay.rollout(index) for index in range(rollouts)]
-    failed = failures(deviations, replay.config.algorithm)
+    failed = failures(deviations, tolerances(replay.config))
     assert any(f": {quantity} " in failure for failure in failed), failed
 
 
 def test_an_ema_that_is_never_updated_does_not_replay(monkeypatch):
     monkeypatch.setattr(learner_module, "update_ema", lambda *args: None)
     replay = Replay(GOLDEN / "gradspo_sd15_clip", MODELS)
-    failed = failures([replay.rollout(0)], "gradspo")
+    failed = failures([replay.rollout(0)], TOLERANCES)
     assert any(": ema " in failure for failure in failed)
 
 
@@ -157,7 +221,7 @@ def test_a_person_gets_a_table(monkeypatch, capsys):
     report = {
         "trace": "one",
         "rollouts": [{"losses": 1e-6, "ema": 1e-5}, {"losses": None, "ema": 1e-4}],
-        "failures": failures([{"losses": 1e-6, "ema": 1e-5}, {"losses": math.inf}], "gradspo"),
+        "failures": failures([{"losses": 1e-6, "ema": 1e-5}, {"losses": math.inf}], TOLERANCES),
     }
     script = runpy.run_path(str(SCRIPT))
     monkeypatch.setitem(script["main"].__globals__, "replay_trace", lambda *_: report)

@@ -18,6 +18,8 @@ from spo.types import Conditioning
 
 SHAPE = (2, 3, 3)
 PLAIN = RolloutSettings(
+    looks_at="images",
+    stop_at=0,
     num_steps=20,
     num_candidates=3,
     branch_from=2,
@@ -141,6 +143,8 @@ def shapes(draw):
     extend = draw(st.booleans())
     branch_from = draw(st.integers(0, num_steps - (2 if extend else 1)))
     return RolloutSettings(
+        looks_at="images",
+        stop_at=0,
         num_steps=num_steps,
         num_candidates=draw(st.integers(2, 3)),
         branch_from=branch_from,

@@ -59,7 +59,7 @@ not_negative = partial(number, "0 or more", lambda value: value >= 0)
 
 
 def choice(*choices: str) -> Any:
-    """Declares a field that is one of `choices`."""
+    """Declares a field that is one of `choices`, or None."""
     return field(metadata={"check": lambda key, value: require_choice(key, value, choices)})
 
 
@@ -76,9 +76,9 @@ def require_whole(key: str, value: int | None, least: int = 1) -> None:
     require_number(key, value, f"a whole number from {least}", lambda v: v >= least)
 
 
-def require_choice(key: str, value: str, choices: Iterable[str]) -> None:
-    """Raises UserError that names `key` unless `value` is one of `choices`."""
-    if value not in choices:
+def require_choice(key: str, value: str | None, choices: Iterable[str]) -> None:
+    """Raises UserError that names `key` unless `value` is one of `choices`; None passes."""
+    if value is not None and value not in choices:
         raise UserError(f"{key}: {value!r} is none of {', '.join(choices)}.")
 
 

@@ -41,11 +41,31 @@ def _spm(family: str, file: str) -> Download:
     return Download(repo, (file,), 5.2, "", f"training {family}")
 
 
+def _lrm(family: str, gb: float) -> Download:
+    folder = f"lrm_{family}"
+    files = (f"{folder}/unet/{_WEIGHTS}", f"{folder}/text_encoder/model.safetensors")
+    return Download("casiatao/LRM", files, gb, "", f"latent_reward, {family}")
+
+
 # Sizes: number of weights x bytes of their dtype; of Pick-a-Pic, as on its page.
 WEIGHTS = (
     _pipeline("sd15", 4.3, (f"vae/{_WEIGHTS}", "text_encoder/model.safetensors")),
     _spm("sd15", "sd-v1-5_step-aware_preference_model.bin"),
     _pipeline("sdxl", 13.5, ("text_encoder/model.safetensors", "text_encoder_2/model.safetensors")),
+    _lrm("sd15", 3.9),
+    _lrm("sdxl", 13.5),
+    Download(
+        "stabilityai/stable-diffusion-2-1-base",
+        (
+            "model_index.json",
+            f"unet/{_WEIGHTS}",
+            f"vae/{_WEIGHTS}",
+            "text_encoder/model.safetensors",
+        ),
+        5.2,
+        "openrail++",
+        "lpo_sd21",
+    ),
     Download("madebyollin/sdxl-vae-fp16-fix", ("config.json", _WEIGHTS), 0.3, "mit", "all of sdxl"),
     _spm("sdxl", "sdxl_step-aware_preference_model.bin"),
     Download("yuvalkirstain/PickScore_v1", ("config.json",), 0, "", "training: its architecture"),

@@ -36,7 +36,7 @@ from spo.models.lora import Lora, LoraSettings
 from spo.models.optimizers import OptimizerSettings
 from spo.run.tracking import TrackerSettings
 from spo.run.validation import ValidationSettings
-from spo.scorers import ScorerSource, candidate_scorer
+from spo.scorers import ScorerSource, candidate_scorer, looks_at
 from spo.seeding import derive_seed
 
 
@@ -107,7 +107,25 @@ class Recipe:
         }
 
 
+# What each kind of scorer cannot use, and the value of the key that says so.
+_ONLY_OF = {
+    "latents": {
+        "num_inner_steps": 0,
+        "final_step": "branch",
+        "final_score_timestep": "zero",
+        "final_direction": "window",
+        "keep_all_final": False,
+        "decoder": None,
+    },
+    "images": {"stop_at": 0, "score_timestep": "t"},
+}
 _YOUNGER = (
+    ("sample", "stop_at", 0),
+    ("sample", "score_timestep", "t"),
+    ("sample", "score_batch_size", 16),
+    ("sample", "threshold_schedule", None),
+    ("sample", "threshold_min", None),
+    ("sample", "threshold_max", None),
     ("sample", "timesteps", "model"),
     ("sample", "pairing", "best_worst"),
     ("train", "loss_kwargs", {}),
@@ -124,6 +142,8 @@ def read_recipe(config: ConfigDict) -> Recipe:
             f"sample.num_inner_steps: {config.algorithm} compares candidates of one shared x_t and "
             "cannot use inner steps; set it to 0, or algorithm=spo."
         )
+    scorer = candidate_scorer(**config.preference.to_dict())
+    judges = _what_it_judges(scorer, sample)
     require_number("prompts.num", config.prompts.num, "0 or more", lambda v: v >= 0)
     require_choice("hub.weights", config.hub.weights, ("policy", "ema"))
     require_number("hub.push_every", config.hub.push_every, "0 or more", lambda v: v >= 0)
@@ -132,17 +152,23 @@ def read_recipe(config: ConfigDict) -> Recipe:
             raise UserError(f"{section}.weights: {config.algorithm} has no EMA; use policy.")
     keep = loss.uses_ema and train.ema_prediction == "rollout"
     pairs = fill(PairSettings, sample, shares_latents=loss.shares_latents, keep_predictions=keep)
+    decodes = judges == "images" or config.eval_interval > 0
     update = {"accumulation_steps": 1, "guidance_scale": sample.guidance_scale}
     return Recipe(
         config=json.loads(config.to_json()),
         run=fill(RunSettings, config, gradient_checkpointing=train.gradient_checkpointing),
         read_prompts=partial(read_prompts, **config.prompts.to_dict()),
-        model=model_source(config.pretrained, decoder=sample.decoder),
-        scorer=candidate_scorer(**config.preference.to_dict()),
+        model=model_source(config.pretrained, decoder=sample.decoder, decodes=decodes),
+        scorer=scorer,
         speed=SpeedSettings(config.channels_last, layout.unet, layout.vae, layout.scorer),
         lora=fill(LoraSettings, config.lora),
         sampler=fill(SamplerSettings, sample),
-        collect=fill(CollectSettings, sample, rollout=fill(RolloutSettings, sample), pairs=pairs),
+        collect=fill(
+            CollectSettings,
+            sample,
+            rollout=fill(RolloutSettings, sample, looks_at=judges),
+            pairs=pairs,
+        ),
         loss=loss,
         update=fill(UpdateSettings, train, merge=config.lora.merge, **update),
         optimizer=fill(OptimizerSettings, train),
@@ -151,6 +177,18 @@ def read_recipe(config: ConfigDict) -> Recipe:
         hub=fill(Destination, config.hub),
         push_every=config.hub.push_every,
     )
+
+
+def _what_it_judges(scorer: ScorerSource, sample: Mapping[str, Any]) -> str:
+    """Returns "images" or "latents"; UserError for a key of `sample` that means nothing to those."""
+    judges = looks_at(scorer)
+    for name, off in _ONLY_OF.get(judges, {}).items():
+        if sample[name] != off:
+            raise UserError(
+                f"sample.{name}: {sample[name]!r} means nothing to {scorer.name}, which looks at "
+                f"{judges}; set it to {off!r}."
+            )
+    return judges
 
 
 def build_lora(recipe: Recipe, unet: nn.Module) -> Lora:

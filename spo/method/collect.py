@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from spo.command_line.values import Checked, not_negative, whole
+from spo.command_line.values import Checked, choice, not_negative, whole
 from spo.method.pairs import (
     PairSettings,
     choose,
@@ -48,6 +48,15 @@ class CollectSettings(Checked, section="sample"):
     pairs: PairSettings
     guidance_scale: float = not_negative()
     decode_batch_size: int = whole()
+    score_batch_size: int = whole()
+    score_timestep: str = choice("t", "next")
+
+    def timestep_told(self, candidates: Candidates, scorer: Scorer) -> int:
+        """Returns the timestep that a scorer is told of candidates."""
+        if scorer.looks_at == "images":
+            return candidates.score_timestep
+        drawn = candidates.window[-1]
+        return drawn.timestep if self.score_timestep == "t" else drawn.next_timestep
 
 
 @torch.no_grad()
@@ -76,11 +85,12 @@ def collect_rollout(
             backbone.decode_candidates,
             scorer,
             prompt_features,
-            settings.decode_batch_size,
+            settings,
         )
         chosen = choose(scores, settings.pairs, rule)
         gaps = chosen.gap(scores)
-        comparisons.append(Comparison(candidates.score_timestep, scores, gaps))
+        timestep = settings.timestep_told(candidates, scorer)
+        comparisons.append(Comparison(timestep, scores, gaps))
         pairs = make_pairs(candidates, chosen, conditioning, prompt_ids, settings.pairs)
         parts.append(pairs)
         enough = differ_enough(candidates, gaps, settings.pairs)
@@ -116,23 +126,25 @@ def score_candidates(
     candidates: Candidates,
     decode: Callable[[Tensor], Tensor],
     scorer: Scorer,
-    prompt_features: Tensor,
-    batch_size: int,
+    prompt_features: Any,
+    settings: CollectSettings,
 ) -> Tensor:
-    """Returns scores (K, B) of the candidates, `batch_size` at a time.
+    """Returns scores (K, B) of the candidates.
 
     The scorer looks at their decoded images, or at the noisy latents themselves. The score of an image
     that is not finite is NaN, whatever the scorer returns for it.
     """
     at_images = scorer.looks_at == "images"
     latents = candidates.latents if at_images else candidates.window[-1].next_latents
+    timestep = settings.timestep_told(candidates, scorer)
+    batch_size = settings.decode_batch_size if at_images else settings.score_batch_size
     k, b = latents.shape[:2]
     prompts = torch.arange(b, device=latents.device).repeat(k)
     scores = []
     rows_of = zip(latents.flatten(0, 1).split(batch_size), prompts.split(batch_size), strict=True)
     for part, rows in rows_of:
         seen = decode(part) if at_images else part
-        found = scorer.score(seen, prompt_features[rows], candidates.score_timestep).float()
+        found = scorer.score(seen, prompt_features[rows], timestep).float()
         # Checked here as a mask: looking at the numbers would wait for the GPU.
         overflowed = ~seen.isfinite().flatten(1).all(dim=1)
         scores.append(found.masked_fill(overflowed.to(found.device), torch.nan))

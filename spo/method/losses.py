@@ -104,7 +104,8 @@ class SPO(Checked, section="train"):
         )
 
 
-LOSSES: dict[str, Callable[..., Loss]] = {"gradspo": GradSPO, "spo": SPO}
+# LPO (arXiv 2502.01051) is SPO's loss on pairs that a latent reward model chose.
+LOSSES: dict[str, Callable[..., Loss]] = {"gradspo": GradSPO, "spo": SPO, "lpo": SPO}
 
 
 def make_loss(algorithm: str, train: Mapping[str, Any], loss_kwargs: Mapping[str, Any]) -> Loss:

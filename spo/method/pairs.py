@@ -2,11 +2,13 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from spo.command_line.values import Checked, choice, number
+from spo.errors import UserError
 from spo.plugins import find
 from spo.types import Candidates, Conditioning, PreferencePairs, Transition
 
@@ -38,15 +40,38 @@ def best_worst(scores: Tensor, generator: torch.Generator) -> Chosen:
 
 PAIRINGS: dict[str, Pairing] = {"best_worst": best_worst}
 
+# Standard deviation of the DDIM transition from t = 50 k + 1 in 20 steps with eta 1, as the code of
+# LPO (arXiv 2502.01051) rounds it; it looks these up whatever the steps and eta of the rollout are.
+_SIGMA = (
+    *(0.0206, 0.0406, 0.1673, 0.2144, 0.2509, 0.2836, 0.3144, 0.3442, 0.3732, 0.4016),
+    *(0.4293, 0.4565, 0.4829, 0.5087, 0.5336, 0.5576, 0.5807, 0.6029, 0.6241, 0.6444),
+)
+_VARIANCE = tuple(round(sigma**2, 4) for sigma in _SIGMA)
+
+
+def _share(table: Sequence[float], timestep: int) -> float:
+    return (table[timestep // 50] - table[0]) / (table[-1] - table[0])
+
+
+# Timestep -> share of the way from sample.threshold_min to threshold_max.
+THRESHOLDS: dict[str, Callable[[int], float]] = {
+    "sigma": partial(_share, _SIGMA),
+    "variance": partial(_share, _VARIANCE),
+    "linear": lambda timestep: (timestep - 1) / 950,
+}
+
 
 @dataclass(frozen=True)
 class PairSettings(Checked, section="sample"):
     """Settings of the pairs of a comparison; `config.sample` explains each."""
 
     pairing: str
-    threshold: float = number(
+    threshold: float | None = number(
         "from 0 to 1, or -1 to keep every pair", lambda v: 0 <= v <= 1 or v == -1
     )
+    threshold_schedule: str | None = choice(*THRESHOLDS)
+    threshold_min: float | None = number("from 0 to 1", lambda v: 0 <= v <= 1)
+    threshold_max: float | None = number("from 0 to 1", lambda v: 0 <= v <= 1)
     keep_all_final: bool
     final_direction: str = choice("window", "last")
     final_step: str
@@ -57,6 +82,25 @@ class PairSettings(Checked, section="sample"):
     def __post_init__(self) -> None:
         super().__post_init__()
         find(self.pairing, PAIRINGS, "sample.pairing")
+        ends = (self.threshold_min, self.threshold_max)
+        if self.threshold_schedule is None:
+            if self.threshold is None or ends != (None, None):
+                raise UserError(
+                    "sample.threshold_schedule: without one, sample.threshold is a number, and "
+                    "threshold_min and threshold_max are None."
+                )
+        elif self.threshold is not None or None in ends:
+            raise UserError(
+                f"sample.threshold: the {self.threshold_schedule} schedule goes from "
+                "sample.threshold_min to threshold_max; set these two, and threshold to None."
+            )
+
+    def threshold_at(self, timestep: int) -> float:
+        """Returns the gap above which candidates drawn at a timestep make a pair."""
+        if self.threshold_schedule is None:
+            return self.threshold
+        share = THRESHOLDS[self.threshold_schedule](timestep)
+        return self.threshold_min + (self.threshold_max - self.threshold_min) * share
 
     @property
     def one_x_t(self) -> bool:
@@ -77,7 +121,7 @@ def differ_enough(candidates: Candidates, gaps: Tensor, settings: PairSettings) 
         return torch.zeros_like(gaps, dtype=torch.bool)
     if candidates.is_final and settings.keep_all_final:
         return torch.ones_like(gaps, dtype=torch.bool)
-    return gaps > settings.threshold
+    return gaps > settings.threshold_at(candidates.window[0].timestep)
 
 
 def make_pairs(

@@ -50,8 +50,7 @@ def preflight(config: ConfigDict, num_processes: int) -> Preflight:
     plan = plan_batches(config, num_processes)
     run_dir = run_folder(run.logdir, run.run_name, algorithm_name(run.algorithm), run.family)
     resume = find_checkpoint(run_dir, run.run_name, run.resume_from)
-    check_source(recipe.model, run.family)
-    check_scorer(recipe.scorer)
+    check_scorer(recipe.scorer, run.family, check_source(recipe.model, run.family))
     if recipe.lora.init_from:
         find_lora(recipe.lora.init_from, "lora.init_from")
     images = recipe.validation.read_prompts() if run.eval_interval else ()
@@ -91,7 +90,11 @@ _FREE_WITHIN_ROLLOUT = (
     "sample.global_batch_size",
     "sample.decode_batch_size",
     "sample.decoder",
+    "sample.score_batch_size",
     "sample.threshold",
+    "sample.threshold_schedule",
+    "sample.threshold_min",
+    "sample.threshold_max",
     "sample.keep_all_final",
 )
 

@@ -28,6 +28,7 @@ TOLERANCES = {
     "latents": 5e-4,
     "directions": 5e-4,
     "next_latents": 5e-4,
+    "token_ids": 0,
     "predictions": 5e-4,
     "scores": 5e-3,
     "losses": 2e-5,
@@ -35,7 +36,22 @@ TOLERANCES = {
     "policy": 2e-4,
     "ema": 2e-4,
 }
-SPO_TERMS = 1e-3  # SPO's terms are log-densities, whose scale is 1 / sigma^2
+# Terms of SPO and LPO are log-densities, whose scale is 1 / sigma^2. A loss of LPO multiplies their
+# rounding by beta, up to 500; the LoRA moves by it.
+OWN_TOLERANCES = {
+    "gradspo": {},
+    "spo": {"terms": 1e-3},
+    "lpo": {"terms": 5e-5, "policy": 5e-4},
+}
+LPO_LOSS_BY_BETA = 2e-6
+
+
+def tolerances(config: ConfigDict) -> dict[str, float]:
+    """Returns the largest deviation that counts as equal, by quantity."""
+    found = TOLERANCES | OWN_TOLERANCES[config.algorithm]
+    if config.algorithm == "lpo":
+        found["losses"] = LPO_LOSS_BY_BETA * config.train.beta
+    return found
 
 
 def trace_config(meta: dict, models: Path) -> ConfigDict:
@@ -44,9 +60,24 @@ def trace_config(meta: dict, models: Path) -> ConfigDict:
     config = load_config(BASE)
     config.lora.rank = recorded.pop("lora_rank")
     config.pretrained.model = str(models / meta["base_model"])
-    config.preference.checkpoint = str(models / meta["preference_checkpoint"])
-    config.preference.backbone = str(models / meta["preference_backbone"])
-    config.preference.processor = str(models / meta["preference_backbone"])
+    if "lrm" in meta:
+        judge, sample = recorded.pop("lrm"), dict(recorded["sample"])
+        recorded["sample"] = sample
+        # The official code ignores the one or the other.
+        by_schedule = sample["threshold_schedule"] is not None
+        unused = ("threshold",) if by_schedule else ("threshold_min", "threshold_max")
+        sample |= dict.fromkeys(unused)
+        config.preference.scorer = "latent_reward"
+        config.preference.kwargs = {
+            "checkpoint": str(models / meta["lrm"]),
+            "base": str(models / meta["base_model"]),
+            "guidance_scale": float(judge["guidance_scale"]),
+            "guide_stages": judge["multi_scale_cfg"],
+        }
+    else:
+        config.preference.checkpoint = str(models / meta["preference_checkpoint"])
+        config.preference.backbone = str(models / meta["preference_backbone"])
+        config.preference.processor = str(models / meta["preference_backbone"])
     with config.ignore_type():  # JSON does not tell 10 from 10.0
         config.lock().update(recorded)
     return config
@@ -91,6 +122,12 @@ class Replay:
             drawn_with = self.backbone, self.scorer, sampler, settings
             collected = collect_rollout(*drawn_with, prompts, torch.tensor(ids), generator)
         pairs, deviations = collected.pairs, self.compare_pairs(collected, recorded)
+        if self.config.algorithm == "lpo":
+            copies = self.config.sample.num_candidates
+            ids = self.scorer.tokenize(prompts)
+            for name, mine in zip(("lrm_input_ids", "lrm_input_ids_2"), ids, strict=False):
+                expected = recorded[f"in.{name}"]
+                worst(deviations, "token_ids", deviation(mine.repeat(copies, 1), expected))
         permutation = torch.randperm(len(pairs), generator=generator)
         deviations["permutation"] = deviation(permutation, recorded["perm"])
         self.train(pairs.select(permutation), recorded, deviations)
@@ -165,9 +202,8 @@ def worst(deviations: dict[str, float], name: str, value: float) -> None:
     deviations[name] = max(deviations.get(name, 0.0), value)
 
 
-def failures(rollouts: list[dict[str, float]], algorithm: str) -> list[str]:
-    """Returns a line for every quantity past its tolerance: "rollout 1: losses 3.0e-03 > 2e-05"."""
-    limits = TOLERANCES | ({"terms": SPO_TERMS} if algorithm == "spo" else {})
+def failures(rollouts: list[dict[str, float]], limits: dict[str, float]) -> list[str]:
+    """Returns a line for every quantity past its limit: "rollout 1: losses 3.0e-03 > 2e-05"."""
     return [
         f"rollout {index}: {name} {value:.1e} > {limits[name]:g}"
         for index, deviations in enumerate(rollouts)
@@ -183,5 +219,5 @@ def replay_trace(trace: Path, models: Path) -> dict:
     rollouts = replay.run()
     # JSON has no infinity: null stands for "not comparable", which is a failure too.
     shown = [{k: v if math.isfinite(v) else None for k, v in r.items()} for r in rollouts]
-    failed = failures(rollouts, replay.config.algorithm)
+    failed = failures(rollouts, tolerances(replay.config))
     return {"trace": trace.name, "rollouts": shown, "failures": failed}

@@ -1,8 +1,12 @@
 """The stepwise rollout: at every denoising step draw K candidates, compare, continue from one.
 
 No gradients, no scores: the candidate that continues is drawn uniformly (SPO, arXiv 2406.04314,
-sec. 3), so the rollout runs ahead of the scorer and yields the candidates to be compared.
+sec. 3), so the rollout runs ahead of the scorer and yields the candidates to be compared. A scorer of
+images compares what the next step predicts of each candidate (SPO, GradSPO); a scorer of latents
+compares the noisy candidates as soon as they are drawn (LPO, arXiv 2502.01051).
 """
+
+from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -10,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from spo.command_line.values import Checked, choice
+from spo.command_line.values import Checked, choice, not_negative
 from spo.errors import UserError
 from spo.method.ddim import DDIM
 from spo.types import Candidates, Conditioning, Prediction, Transition
@@ -26,10 +30,12 @@ class RolloutSettings(Checked, section="sample"):
     Raises UserError unless at least one comparison fits into `num_steps` steps.
     """
 
+    looks_at: str  # the scorer's "images" or "latents"
     num_steps: int
     num_candidates: int
     branch_from: int
     num_inner_steps: int
+    stop_at: int = not_negative()
     final_step: str = choice("branch", "extend")
     final_score_timestep: str = choice("zero", "t")
 
@@ -52,6 +58,11 @@ class RolloutSettings(Checked, section="sample"):
                 f"sample.num_inner_steps: {self.num_inner_steps} is not from 0 to {left}, the steps "
                 f"left after sample.branch_from={self.branch_from} of {self.num_steps}."
             )
+        if self.stop_at and not self.branch_from < self.stop_at <= self.num_steps:
+            raise UserError(
+                f"sample.stop_at: {self.stop_at} must be above sample.branch_from={self.branch_from} "
+                f"and at most sample.num_steps={self.num_steps}; 0 takes all steps."
+            )
 
 
 @torch.no_grad()
@@ -68,18 +79,46 @@ def stepwise_rollout(
     The generator lives on the CPU, so that a seed means the same on every device. Its draws and their
     order are part of the contract: initial latents (B, C, h, w); (B, C, h, w) per step before
     branching; (K, B, C, h, w) at the first branch; at each later branch the candidate that continues
-    (B,), then (K, B, C, h, w); (K B, C, h, w) per inner step.
+    (B,), then (K, B, C, h, w); (K B, C, h, w) per inner step. A scorer of latents leaves the candidate
+    that continues to be drawn right after each comparison, the last included.
     """
-    k, b = settings.num_candidates, len(conditioning)
     walk = _Walk(network, sampler, latent_shape, generator, conditioning.prompt_embeds.device)
-    prompts = torch.arange(b, device=walk.device)
-    of_candidates = conditioning.select(prompts.repeat(k))  # row k B + b is prompt b
-
-    latents = walk.draw(1, b)
+    latents = walk.draw(1, len(conditioning))
     for timestep in sampler.timesteps[: settings.branch_from]:
         prediction = walk.predict(latents, timestep, conditioning)
-        latents = sampler.step(prediction, timestep, walk.draw(1, b))
+        latents = sampler.step(prediction, timestep, walk.draw(1, len(conditioning)))
+    branch = _compare_drawn if settings.looks_at == "latents" else _compare_predicted
+    yield from branch(walk, settings, conditioning, latents)
 
+
+def _compare_drawn(
+    walk: _Walk, settings: RolloutSettings, conditioning: Conditioning, latents: Tensor
+) -> Iterator[Candidates]:
+    """Branches from `latents` (1, B, C, h, w); yields noisy candidates in the step that draws them.
+
+    The network sees B rows a step.
+    """
+    k, b = settings.num_candidates, len(conditioning)
+    prompts = torch.arange(b, device=walk.device)
+    timesteps = walk.sampler.timesteps[: settings.stop_at or None]
+    for timestep in timesteps[settings.branch_from :]:
+        prediction = walk.predict(latents, timestep, conditioning)
+        drawn = walk.transition(latents, prediction, timestep, walk.draw(k, b))
+        is_final = timestep == timesteps[-1]
+        yield Candidates((drawn,), None, drawn.next_timestep, is_final)
+        latents = drawn.next_latents[walk.choose(k, b), prompts].unsqueeze(0)
+
+
+def _compare_predicted(
+    walk: _Walk, settings: RolloutSettings, conditioning: Conditioning, latents: Tensor
+) -> Iterator[Candidates]:
+    """Branches from `latents` (1, B, C, h, w); yields candidates once the next step has predicted x0.
+
+    That step runs the network on K B rows, and one of the candidates goes on with its own prediction.
+    """
+    k, b, sampler = settings.num_candidates, len(conditioning), walk.sampler
+    prompts = torch.arange(b, device=walk.device)
+    of_candidates = conditioning.select(prompts.repeat(k))  # row k B + b is prompt b
     window: tuple[Transition, ...] = ()
     for timestep in sampler.timesteps[settings.branch_from :]:
         if not window:
@@ -130,8 +169,11 @@ class _Walk:
         self, latents: Tensor, prediction: Prediction, timestep: int, noise: Tensor
     ) -> Transition:
         """Makes one transition for each noise."""
-        following = self.sampler.step(prediction, timestep, noise)
-        return Transition(timestep, latents, noise, following, prediction.epsilon)
+        drawn, following = (
+            self.sampler.step(prediction, timestep, noise),
+            self.sampler.next(timestep),
+        )
+        return Transition(timestep, following, latents, noise, drawn, prediction.epsilon)
 
 
 def _to(device: torch.device, drawn: Tensor) -> Tensor:

@@ -2,12 +2,15 @@
 
 import json
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from diffusers import AutoencoderKL, AutoencoderTiny
-from torch import Tensor
+from torch import Tensor, nn
 
 from spo.errors import LOAD_ERRORS, UserError, first_line
 from spo.hub import PREFETCH, model_file
@@ -30,6 +33,16 @@ def decode(autoencoder: AutoencoderKL | AutoencoderTiny, latents: Tensor) -> Ten
     else:
         scaled = scaled / factor
     return autoencoder.decode(scaled, return_dict=False)[0].float()
+
+
+def vae_without_weights(config: Mapping[str, Any]) -> AutoencoderKL:
+    """Returns a VAE that only tells its config: nothing is encoded or decoded."""
+    with init_empty_weights():
+        vae = AutoencoderKL.from_config(config)
+    for name, _ in list(vae.named_children()):
+        setattr(vae, name, None)
+    vae.none = nn.Parameter(torch.empty(0))  # diffusers asks every network for its dtype
+    return vae
 
 
 def normalisation(autoencoder: AutoencoderKL | AutoencoderTiny) -> list[Tensor] | None:

@@ -1,7 +1,7 @@
 """Base models of diffusers: checked by their small files, then loaded and frozen."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from torch import nn
 from spo.command_line.values import expand
 from spo.errors import LOAD_ERRORS, UserError
 from spo.hub import PREFETCH, model_file
-from spo.models.decoder import check_decoder
+from spo.models.decoder import check_decoder, vae_without_weights
 from spo.models.families import FAMILIES
 from spo.models.kind import check_kind
 from spo.models.single_file import is_single_file, read_single_file
@@ -44,12 +44,15 @@ class ModelSource:
     vae: str | None = None
     unet: str | None = None  # a repo or folder whose subfolder `unet` replaces the model's own
     decoder: str | None = None  # config.sample.decoder
+    decodes: bool = True  # False: no VAE is loaded
 
 
-def model_source(pretrained: Mapping[str, str | None], decoder: str | None = None) -> ModelSource:
+def model_source(
+    pretrained: Mapping[str, str | None], decoder: str | None = None, decodes: bool = True
+) -> ModelSource:
     """Returns the source that `config.pretrained` describes, ~ expanded; `decoder` for candidates."""
     paths = {name: expand(pretrained[name]) for name in ("model", "vae")}
-    return ModelSource(**{**pretrained, **paths}, decoder=expand(decoder))
+    return ModelSource(**{**pretrained, **paths}, decoder=expand(decoder), decodes=decodes)
 
 
 def family_of(model: str, key: str) -> str:
@@ -63,10 +66,13 @@ def family_of(model: str, key: str) -> str:
     raise UserError(f"{key}: {model!r} is a {found}, not an SD1.5 or SDXL pipeline.")
 
 
-def check_source(source: ModelSource, family: str, key: str = "pretrained.model") -> None:
-    """Raises UserError that names `key` unless `source` is a text-to-image model of `family`.
+def check_source(
+    source: ModelSource, family: str, key: str = "pretrained.model"
+) -> dict[str, dict[str, Any]]:
+    """Returns the configs of the parts of a text-to-image model of `family`, by their folders.
 
-    Reads only small json files, and the header of a single file.
+    Raises UserError that names `key` if `source` is another kind of model. Reads only small json files,
+    and the header of a single file.
     """
     if family not in _PIPELINES:
         raise UserError(f"family: {family!r} is none of {', '.join(_PIPELINES)}.")
@@ -83,20 +89,7 @@ def check_source(source: ModelSource, family: str, key: str = "pretrained.model"
             f"{key}: {source.model!r} is a {found}, but family={family!r} needs a {wanted}; change "
             "the model or family."
         )
-    replaced = {name for name in ("vae", "unet") if getattr(source, name) is not None}
-    files = {
-        name: f"{name}/config.json" for name in sorted(_networks(index, key).keys() - replaced)
-    }
-    files["scheduler"] = f"scheduler/{SCHEDULER}"
-    try:
-        paths = {n: model_file(model, path, key, source.revision) for n, path in files.items()}
-    except UserError as error:
-        what = f"{key.partition('.')[0]}: a config file of {source.model!r} cannot be read"
-        raise UserError(f"{what} ({error})") from error
-    if source.vae is not None:
-        paths["vae"] = model_file(source.vae, "config.json", "pretrained.vae")
-    if source.unet is not None:
-        paths["unet"] = model_file(source.unet, "unet/config.json", key)
+    paths = _config_files(source, model, _networks(index, key), key)
     configs = {name: _read_json(path, key) for name, path in paths.items()}
     if file is not None:
         configs["scheduler"] |= file.schedule
@@ -107,6 +100,26 @@ def check_source(source: ModelSource, family: str, key: str = "pretrained.model"
         check_kind(family, configs)
     except ValueError as error:
         raise UserError(f"{key}: {source.model!r} cannot be used: {error}.") from error
+    return configs
+
+
+def _config_files(
+    source: ModelSource, model: str, networks: Iterable[str], key: str
+) -> dict[str, Path]:
+    """Returns the config files of the parts of `source`, whose folder is `model`."""
+    replaced = {name for name in ("vae", "unet") if getattr(source, name) is not None}
+    files = {name: f"{name}/config.json" for name in sorted(set(networks) - replaced)}
+    files["scheduler"] = f"scheduler/{SCHEDULER}"
+    try:
+        paths = {n: model_file(model, path, key, source.revision) for n, path in files.items()}
+    except UserError as error:
+        what = f"{key.partition('.')[0]}: a config file of {source.model!r} cannot be read"
+        raise UserError(f"{what} ({error})") from error
+    if source.vae is not None:
+        paths["vae"] = model_file(source.vae, "config.json", "pretrained.vae")
+    if source.unet is not None:
+        paths["unet"] = model_file(source.unet, "unet/config.json", key)
+    return paths
 
 
 def _read_json(file: Path, key: str) -> dict[str, Any]:
@@ -163,7 +176,9 @@ def load_pipeline(
 
 def _load(source: ModelSource, family: str, dtype: torch.dtype) -> DiffusionPipeline:
     key, parts = "pretrained.model", {}
-    if source.vae is not None:
+    if not source.decodes:
+        parts["vae"] = vae_without_weights(check_source(source, family)["vae"])
+    elif source.vae is not None:
         root = fetch(source.vae, [""], "pretrained.vae")
         parts["vae"] = load_part(AutoencoderKL, root, "", dtype)
     if source.unet is not None:

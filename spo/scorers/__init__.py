@@ -36,7 +36,7 @@ SCORERS = {
     "aesthetic": "spo.scorers.open_clip:Aesthetic",
     "clipscore": "spo.scorers.open_clip:CLIPScore",
     "imagereward": "spo.scorers.imagereward:ImageReward",
-    "latent_reward": "spo.scorers.latent_reward_folder:load_latent_reward_scorer",
+    "latent_reward": "spo.scorers.latent_reward_scorer:load_latent_reward_scorer",
 }
 # The scorers whose options are keys of `preference`; the options of all others are `preference.kwargs`.
 _PREFERENCE_KEYS = {
@@ -50,7 +50,9 @@ class Scorer:
 
     title = ""  # as papers name the scorer; empty: its name in the config
     scale = 1.0  # papers print `scale` times the score
-    looks_at = "images"  # or "latents": `score` gets the noisy latents, not decoded images
+    # or "latents": `score` gets the noisy latents, not decoded images. Known before anything loads: if
+    # the config names a function, it has this attribute, too.
+    looks_at = "images"
     # The tokenizers that truncate prompts, each by the name of its model in messages.
     tokenizers: Mapping[str, PreTrainedTokenizerBase] = {}
 
@@ -70,7 +72,7 @@ class Scorer:
         """Returns scores (n,) of images (n, 3, H, W), nominally in [-1, 1], decoded at `timestep`.
 
         `prompt_features` (n, ...) has the row of each image's prompt. If `looks_at` is "latents",
-        `images` are the candidates' noisy latents (n, C, h, w) at `timestep`.
+        `images` are the candidates' noisy latents (n, C, h, w), drawn at `timestep`.
         """
         raise NotImplementedError
 
@@ -136,26 +138,47 @@ def candidate_scorer(scorer: str, kwargs: Mapping[str, Any], **paths: str) -> Sc
     return ScorerSource(scorer, options, "preference", "preference.scorer")
 
 
+def looks_at(source: ScorerSource) -> str:
+    """Returns "images" or "latents", whichever the scorer looks at; loads nothing."""
+    return getattr(_factory(source), "looks_at", "images")
+
+
 def load_scorer(source: ScorerSource, device: torch.device) -> Scorer:
     """Returns a scorer with its weights on `device`; raises UserError that names the config key."""
     factory, bound = _bind(source, device)
     scorer = factory(*bound.args, **bound.kwargs)
     if not isinstance(scorer, Scorer):
         raise UserError(f"{source.key}: a {type(scorer).__name__} is no spo.scorers.Scorer.")
+    if scorer.looks_at != looks_at(source):
+        raise UserError(
+            f"{source.key}: {source.name} makes a scorer that looks at {scorer.looks_at}; name its "
+            f"class, or give the function the attribute looks_at = {scorer.looks_at!r}."
+        )
     scorer.title = scorer.title or source.name
     return scorer
 
 
-def check_scorer(source: ScorerSource) -> None:
+def check_scorer(
+    source: ScorerSource, family: str = "", base: Mapping[str, Mapping[str, Any]] | None = None
+) -> None:
     """Raises UserError for a wrong name or option, as far as small files tell.
 
+    `family` and `base`, the configs of the base model's parts, are needed for a scorer of candidates.
     Downloads `preference.checkpoint`, so that the processes of a run find it in the cache.
     """
     _, bound = _bind(source, torch.device("cpu"))
     if source.name not in SCORERS:
         return
     values, section = bound.arguments, source.section
-    if "model" in values:
+    if source.name == "latent_reward":
+        from spo.scorers.latent_reward_scorer import check_latent_reward
+
+        if base is None:
+            raise UserError(
+                f"{source.key}: {source.name} looks at latents, not at finished images."
+            )
+        check_latent_reward(values, section, family, base)
+    elif "model" in values:
         from spo.scorers.open_clip import find_open_clip
 
         find_open_clip(values["model"], values["checkpoint"], section)
@@ -192,10 +215,14 @@ def named_files(source: ScorerSource) -> dict[str, str]:
     return found
 
 
+def _factory(source: ScorerSource) -> Callable:
+    return find(SCORERS.get(source.name, source.name), SCORERS, source.key)
+
+
 def _bind(source: ScorerSource, device: torch.device) -> tuple[Callable, inspect.BoundArguments]:
     """Returns the factory and all of its arguments, defaults included."""
     name, section, options = source.name, source.section, source.options
-    factory = find(SCORERS.get(name, name), SCORERS, source.key)
+    factory = _factory(source)
     given = {"device": device} | ({"section": section} if name in SCORERS else {})
     try:
         bound = inspect.signature(factory).bind(**given, **options)

@@ -1,4 +1,4 @@
-"""The latent reward model (LRM): half a diffusion UNet and its text encoders, which judge noisy latents.
+"""The latent reward model (LRM): half a diffusion UNet and text encoders, which judge noisy latents.
 
 Zhang et al., Diffusion Model as a Noise-Aware Latent Reward Model for Step-Level Preference
 Optimization, NeurIPS 2025, arXiv 2502.01051. The score is exp(logit_scale) cos(image, text): the image
@@ -7,18 +7,16 @@ pooled output of a text encoder.
 """
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from spo.data.token_lengths import readable
-from spo.scorers import Scorer
 
 UP_PATH = ("up_blocks", "conv_norm_out", "conv_act", "conv_out")  # of a UNet; never needed here
 LOGIT_SCALE = 2.6592  # log(1 / 0.07), where training starts
@@ -171,46 +169,7 @@ def _full_precision(device: torch.device) -> contextlib.AbstractContextManager:
     return torch.autocast(device.type, enabled=False)
 
 
-class LatentRewardScorer(Scorer):
-    """The latent reward model as a scorer of a rollout's noisy candidates."""
-
-    title = "LRM"
-    looks_at = "latents"
-
-    def __init__(
-        self,
-        model: LatentRewardModel,
-        tokenizers: Sequence[PreTrainedTokenizerBase],
-        device: torch.device,
-        dtype: torch.dtype,
-    ) -> None:
-        self.model, self.device = model.requires_grad_(False).eval().to(device), device
-        # Projections, norms and temperature stay in fp32, whatever the networks run in.
-        for network in (model.unet, model.text_encoder, model.text_encoder_2):
-            if network is not None:
-                nn.Module.to(network, dtype)
-        names = ("reward model", "second text encoder of the reward model")
-        self.tokenizers = dict(zip(names, tokenizers, strict=False))
-        self.empty = self.encode_prompts([""]) if model.guidance_scale != 1 else None
-
-    def compile(self) -> None:
-        """Compiles the UNet's blocks."""
-        for block in (*self.model.unet.down_blocks, self.model.unet.mid_block):
-            block.compile()
-
-    @torch.no_grad()
-    def encode_prompts(self, prompts: Sequence[str]) -> PromptText:
-        tokenizers = self.tokenizers.values()
-        return self.model.encode_text([t.to(self.device) for t in tokenize(tokenizers, prompts)])
-
-    @torch.no_grad()
-    def score(self, images: Tensor, prompt_features: PromptText, timestep: int) -> Tensor:
-        """Returns scores (n,) of noisy latents (n, C, h, w) for the text of their prompts."""
-        timesteps = torch.full((len(images),), timestep, device=images.device)
-        return self.model.score(images, timesteps, prompt_features, self.empty)
-
-
-def tokenize(tokenizers: Sequence[PreTrainedTokenizerBase], prompts: Sequence[str]) -> list[Tensor]:
+def tokenize(tokenizers: Iterable[PreTrainedTokenizerBase], prompts: Sequence[str]) -> list[Tensor]:
     """Returns token ids (n, L) of each tokenizer, padded and truncated to its own length."""
     options = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
     return [tokenizer(readable(prompts), **options).input_ids for tokenizer in tokenizers]
