@@ -434,11 +434,15 @@ def test_ties_alone_can_be_trained_on(config, tmp_path):
     assert lines[0]["validation_ties"] == 6 and lines[0]["accuracy"]["501"] is None
 
 
-def test_warm_start_begins_where_the_given_spm_is(config, whole):
-    changes = {"preference__init_from": str(whole / SPM), "train__learning_rate": 1e-12}
+@both
+def test_warm_start_begins_where_the_given_model_is(config, whole, kind):
+    model = whole / (SPM if kind == "spm" else LRM)
+    changes = {"preference__init_from": str(model), "train__learning_rate": 1e-12}
     warm = run(config, run_name="warm", **changes)
     assert distance(whole, warm) < 1e-6
-    assert read_metrics(warm)[0]["accuracy"] == read_metrics(whole)[-1]["accuracy"]
+    measured = {line["step"]: line.get("accuracy") for line in read_metrics(whole)}
+    step = read_metrics(whole)[-1].get("best_step", 4)
+    assert read_metrics(warm)[0]["accuracy"] == measured[step]
 
 
 def test_training_learns_what_the_labels_say(config, monkeypatch):

@@ -75,14 +75,12 @@ class LRMSource(Checked, section="preference"):
 
         A fresh one takes its networks from `base`. Frozen is what no score depends on.
         """
-        networks, options = (
-            base.hand_over(),
-            {
-                "guidance_scale": self.guidance_scale,
-                "guide_stages": self.guide_stages,
-                "pixels_per_latent": base.vae_scale_factor,
-            },
-        )
+        networks = base.hand_over()
+        options = {
+            "guidance_scale": self.guidance_scale,
+            "guide_stages": self.guide_stages,
+            "pixels_per_latent": base.vae_scale_factor,
+        }
         if self.init_from:
             model = self._folder.load(**options)
         else:
@@ -141,10 +139,13 @@ class LatentBase(Backbone):
 
     def hand_over(self) -> tuple[UNet2DConditionModel, list[nn.Module]]:
         """Returns the UNet's down path and the text encoders, which this object then lacks."""
-        pipe = self._pipe
-        networks = pipe.unet, [pipe.text_encoder, getattr(pipe, "text_encoder_2", None)]
-        self.unet = pipe.unet = pipe.text_encoder = pipe.text_encoder_2 = None
-        return networks[0], [encoder for encoder in networks[1] if encoder is not None]
+        pipe, unet = self._pipe, self.unet
+        names = [name for name in ("text_encoder", "text_encoder_2") if name in pipe.components]
+        encoders = [getattr(pipe, name) for name in names]
+        for name in ("unet", *names):
+            setattr(pipe, name, None)
+        self.unet = None
+        return unet, encoders
 
 
 @dataclass
