@@ -2,7 +2,8 @@
 
 bash launch_spm.sh --config=config/lrm_sd15.py
 
-LPO filters its pairs by the agreement of other scorers: see data.filter.
+LPO trains on pairs that other scorers agree on. All pairs are used here, because data.filter needs a
+file of those scores, which scripts/filter_pairs.py makes.
 """
 
 from config import spm_base

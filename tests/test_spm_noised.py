@@ -125,7 +125,7 @@ def test_no_more_images_at_once_than_told(backbone, monkeypatch):
 
         monkeypatch.setattr(backbone, name, counted)
     parts = preparation(backbone, at_once=5).predicted_images(images, PROMPTS, noise)
-    assert sizes == [5, 5, 5, 1, 1, 1]
+    assert sizes == [5, 1, 5, 5, 1, 1]
     torch.testing.assert_close(parts, whole, atol=1e-4, rtol=1e-4)
 
 
@@ -222,11 +222,14 @@ def test_validation_takes_the_clean_images_at_0_and_the_timestep_it_is_asked_for
     clean = batch.images.float() / 127.5 - 1
     assert np.isclose(clean.min(), -1, atol=1) and clean.max() <= 1
     expected = CLIPInputs(CLIP).prepare.stretched(clean.flatten(0, 1)).unflatten(0, (2, 2))
-    torch.testing.assert_close(prepare.validation_images(batch, 0), expected)
-    at_251 = prepare.validation_images(batch, 251)
-    assert torch.equal(at_251, prepare.validation_images(batch, 251))
-    assert not torch.equal(at_251, prepare.validation_images(batch, 951))
-    assert not torch.equal(at_251, preparation(sd15, seed=1).validation_images(batch, 251))
+    seen = dict(prepare.validation_images(batch))
+    assert list(seen) == [0, 251, 501, 701, 951]
+    torch.testing.assert_close(seen[0], expected)
+    again, other = (
+        dict(each.validation_images(batch)) for each in (prepare, preparation(sd15, seed=1))
+    )
+    assert torch.equal(seen[251], again[251]) and not torch.equal(seen[251], other[251])
+    assert not torch.equal(seen[251], seen[951])
 
 
 def test_pickscore_labels_replace_those_of_the_data(sd15):

@@ -41,16 +41,20 @@ class PairBatch:
     places: tuple[int, ...]  # see RawBatch
 
 
-def decode_image(data: object, size: int, stretch: bool = False) -> np.ndarray:
-    """Returns a square RGB picture (size, size, 3) uint8 of encoded bytes; ValueError if unreadable.
-
-    `data` may also be a dict with "bytes" or "path". PIL's bilinear filter, which is antialiased,
-    resizes the shorter side; the centre is cut out, as by torchvision's Resize and CenterCrop. With
-    `stretch` both sides are resized and nothing is cut.
-    """
+def read_image(data: object) -> Image.Image:
+    """Returns an RGB picture of encoded bytes, or of a dict with "bytes" or "path"; or ValueError."""
     if isinstance(data, dict):
         data = data.get("bytes") or data.get("path")
-    image = read_picture(data)
+    return read_picture(data)
+
+
+def decode_image(data: object, size: int, stretch: bool = False) -> np.ndarray:
+    """Returns a square RGB picture (size, size, 3) uint8 of `data`, as `read_image`.
+
+    PIL's bilinear filter, which is antialiased, resizes the shorter side; the centre is cut out, as by
+    torchvision's Resize and CenterCrop. With `stretch` both sides are resized and nothing is cut.
+    """
+    image = read_image(data)
     if stretch:
         return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR))
     width, height = image.size

@@ -3,7 +3,7 @@
 LPO, arXiv 2502.01051. The network is in spo/scorers/latent_reward.py.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,11 @@ from spo.errors import UserError
 from spo.hub import model_file
 from spo.models.backbone import Backbone
 from spo.models.loading import ModelSource, freeze, load_pipeline
-from spo.models.weights import load_network
 from spo.preference.batches import PairBatch
 from spo.preference.preparation import PairNoise, Preparation
 from spo.preference.spm_learner import PairScorer
 from spo.run.folder import LRM_FILE, LRM_FOLDER
-from spo.scorers.clip import loading
+from spo.scorers.clip import load_part_of_clip, loading
 from spo.scorers.latent_reward import UP_PATH, LatentRewardModel, feature_width, tokenize
 from spo.scorers.latent_reward_export import save_latent_reward
 from spo.scorers.latent_reward_folder import LatentRewardFolder
@@ -43,12 +42,14 @@ class LRMSource(Checked, section="preference"):
 
     def check(self, family: str, configs: Mapping[str, Mapping[str, Any]], image_size: int) -> None:
         """Raises UserError unless the start fits a base model, by its `configs` and small files."""
-        unet, vae = configs["unet"], configs["vae"]
-        side = unet["sample_size"] * 2 ** (len(vae["block_out_channels"]) - 1)
-        if side != image_size:
+        unet, size = configs["unet"], configs["unet"]["sample_size"]
+        sides = {size} if isinstance(size, int) else set(size)
+        factor = 2 ** (len(configs["vae"].get("block_out_channels", "1")) - 1)
+        if sides != {image_size / factor}:
+            pixels = " x ".join(str(side * factor) for side in sides)
             raise UserError(
-                f"data.image_size: {image_size}, but pretrained.model makes images of {side} pixels, "
-                "and the latent reward model judges their latents."
+                f"data.image_size: {image_size}, but the images of pretrained.model, whose latents the "
+                f"latent reward model judges, are of {pixels} pixels."
             )
         if self.init_from:
             self._folder.check_family(family, unet)
@@ -56,7 +57,7 @@ class LRMSource(Checked, section="preference"):
             model_file(self.text_projection, "config.json", _PROJECTION)
             with loading(self.text_projection, _PROJECTION):
                 text = CLIPConfig.from_pretrained(self.text_projection).text_config
-            width = configs["text_encoder"]["hidden_size"]
+            width = unet.get("cross_attention_dim", 1280)
             if text.hidden_size != width:
                 raise UserError(
                     f"{_PROJECTION}: {self.text_projection!r} projects text of width "
@@ -74,14 +75,12 @@ class LRMSource(Checked, section="preference"):
 
         A fresh one takes its networks from `base`. Frozen is what no score depends on.
         """
-        networks, options = (
-            base.hand_over(),
-            {
-                "guidance_scale": self.guidance_scale,
-                "guide_stages": self.guide_stages,
-                "pixels_per_latent": base.vae_scale_factor,
-            },
-        )
+        networks = base.hand_over()
+        options = {
+            "guidance_scale": self.guidance_scale,
+            "guide_stages": self.guide_stages,
+            "pixels_per_latent": base.vae_scale_factor,
+        }
         if self.init_from:
             model = self._folder.load(**options)
         else:
@@ -102,9 +101,8 @@ class LRMSource(Checked, section="preference"):
         if encoders[1:]:
             width = encoders[1].config.projection_dim
         else:
-            with loading(self.text_projection, _PROJECTION):
-                kind, dtype = CLIPTextModelWithProjection, torch.float32
-                clip = load_network(kind, self.text_projection, "CLIP", dtype=dtype)
+            kind = CLIPTextModelWithProjection
+            clip = load_part_of_clip(kind, self.text_projection, _PROJECTION)
             text, width = clip.text_projection, clip.config.projection_dim
         visual = nn.Linear(feature_width(unet.config), width, bias=False)
         generator = torch.Generator().manual_seed(derive_seed(seed, "lrm"))
@@ -141,10 +139,13 @@ class LatentBase(Backbone):
 
     def hand_over(self) -> tuple[UNet2DConditionModel, list[nn.Module]]:
         """Returns the UNet's down path and the text encoders, which this object then lacks."""
-        pipe = self._pipe
-        networks = pipe.unet, [pipe.text_encoder, getattr(pipe, "text_encoder_2", None)]
-        self.unet = pipe.unet = pipe.text_encoder = pipe.text_encoder_2 = None
-        return networks[0], [encoder for encoder in networks[1] if encoder is not None]
+        pipe, unet = self._pipe, self.unet
+        names = [name for name in ("text_encoder", "text_encoder_2") if name in pipe.components]
+        encoders = [getattr(pipe, name) for name in names]
+        for name in ("unet", *names):
+            setattr(pipe, name, None)
+        self.unet = None
+        return unet, encoders
 
 
 @dataclass
@@ -154,12 +155,16 @@ class LRMPreparation(Preparation):
     shares_noise = False
     validation_timesteps = (1, 251, 501, 701, 951)
 
-    @torch.no_grad()
     def noised(self, batch: PairBatch, noise: PairNoise) -> Tensor:
         """Returns latents (n, 2, C, h, w)."""
-        images = self.clean_images(batch)
-        latents = [self.noisy_latents(images, noise, rows) for rows in self.parts(images)]
-        return torch.cat(latents).unflatten(0, (-1, 2))
+        return self.noisy_latents(self.clean_images(batch), noise)
+
+    def validation_images(self, batch: PairBatch) -> Iterator[tuple[int, Tensor]]:
+        """Yields timesteps and latents (n, 2, C, h, w): encoded once, noised by the same noise."""
+        noise = self.draw_noise("validation", batch.places)
+        latents = self.latents(self.clean_images(batch), noise.posterior)
+        for timestep in self.validation_timesteps:
+            yield timestep, self.schedule.add_noise(latents, noise.noise, timestep)
 
     def input_ids(self, batch: PairBatch) -> tuple[Tensor, ...]:
         """Returns token ids (n, L) of the prompts, for each text encoder."""

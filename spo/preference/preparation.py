@@ -5,7 +5,7 @@ input of the LRM.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -83,6 +83,10 @@ class Preparation(ABC):
         """Returns what the model sees (n, 2, ...) of a minibatch noised to each pair's timestep."""
 
     @abstractmethod
+    def validation_images(self, batch: PairBatch) -> Iterator[tuple[int, Tensor]]:
+        """Yields `validation_timesteps`, with what the model sees (n, 2, ...), always the same."""
+
+    @abstractmethod
     def input_ids(self, batch: PairBatch) -> tuple[Tensor, ...]:
         """Returns token ids (n, L) of the prompts, for each text encoder of the model."""
 
@@ -96,12 +100,6 @@ class Preparation(ABC):
             labels=self.labels(batch),
             weights=batch.weights.to(self.backbone.device) / total_weight,
         )
-
-    def validation_images(self, batch: PairBatch, timestep: int) -> Tensor:
-        """Returns what the model sees (n, 2, ...) of a minibatch at `timestep`, always the same."""
-        noise = self.draw_noise(f"validation/{timestep}", batch.places)
-        timesteps = torch.full_like(noise.timesteps, timestep)
-        return self.noised(batch, replace(noise, timesteps=timesteps))
 
     def labels(self, batch: PairBatch) -> Tensor:
         """Returns (n,) P(image 0 wins), by the data or by the labeller."""
@@ -129,20 +127,17 @@ class Preparation(ABC):
         posterior, noise = normal[:, :2], normal[:, 2:]
         return PairNoise(timesteps, posterior, noise.expand_as(posterior))
 
-    def noisy_latents(self, images: Tensor, noise: PairNoise, rows: Tensor) -> Tensor:
-        """Returns latents (m, C, h, w) of images (n, 2, 3, H, W), noised to the timesteps of `noise`.
+    @torch.no_grad()
+    def latents(self, images: Tensor, posterior: Tensor) -> Tensor:
+        """Returns latents (n, 2, C, h, w) of images (n, 2, 3, H, W), by PairNoise's `posterior`."""
+        parts = (values.flatten(0, 1).split(self.at_once) for values in (images, posterior))
+        found = [self.backbone.encode_images(*part) for part in zip(*parts, strict=True)]
+        return torch.cat(found).unflatten(0, (-1, 2))
 
-        `rows` (m,) chooses among the 2n images.
-        """
-        images, posterior, added = (
-            values.flatten(0, 1)[rows] for values in (images, noise.posterior, noise.noise)
-        )
-        latents = self.backbone.encode_images(images, posterior)
-        return self.schedule.add_noise(latents, added, noise.timesteps[rows // 2])
-
-    def parts(self, images: Tensor) -> Sequence[Tensor]:
-        """Returns the indices of the 2n `images` (n, 2, 3, H, W), at most `at_once` in each tensor."""
-        return torch.arange(2 * len(images), device=images.device).split(self.at_once)
+    def noisy_latents(self, images: Tensor, noise: PairNoise) -> Tensor:
+        """Returns latents (n, 2, C, h, w) of images (n, 2, 3, H, W), noised to each pair's timestep."""
+        latents = self.latents(images, noise.posterior)
+        return self.schedule.add_noise(latents, noise.noise, noise.timesteps)
 
 
 @dataclass(kw_only=True)
@@ -159,11 +154,13 @@ class SPMPreparation(Preparation):
         """Returns pixels (n, 2, 3, S, S)."""
         return self._pixels(self.predicted_images(self.clean_images(batch), batch.captions, noise))
 
-    def validation_images(self, batch: PairBatch, timestep: int) -> Tensor:
-        """Returns pixels (n, 2, 3, S, S) of a minibatch at `timestep`; at 0 of the clean images."""
-        if timestep == 0:
-            return self._pixels(self.clean_images(batch))
-        return super().validation_images(batch, timestep)
+    def validation_images(self, batch: PairBatch) -> Iterator[tuple[int, Tensor]]:
+        """Yields timesteps and pixels (n, 2, 3, S, S)."""
+        yield 0, self._pixels(self.clean_images(batch))
+        for timestep in self.validation_timesteps[1:]:
+            noise = self.draw_noise(f"validation/{timestep}", batch.places)
+            timesteps = torch.full_like(noise.timesteps, timestep)
+            yield timestep, self.noised(batch, replace(noise, timesteps=timesteps))
 
     def input_ids(self, batch: PairBatch) -> tuple[Tensor]:
         """Returns token ids (n, L) of the prompts."""
@@ -173,9 +170,10 @@ class SPMPreparation(Preparation):
     def predicted_images(self, images: Tensor, captions: Sequence[str], noise: PairNoise) -> Tensor:
         """Returns images (n, 2, 3, H, W), about in [-1, 1], predicted from `images` noised to t."""
         base, conditioning, found = self.backbone, self.backbone.encode_prompts(captions), []
-        for rows in self.parts(images):
-            noisy = self.noisy_latents(images, noise, rows)
-            timesteps, text = noise.timesteps[rows // 2], conditioning.select(rows // 2)
+        latents = self.noisy_latents(images, noise).flatten(0, 1)
+        for rows in torch.arange(len(latents), device=latents.device).split(self.at_once):
+            noisy, timesteps = latents[rows], noise.timesteps[rows // 2]
+            text = conditioning.select(rows // 2)
             output = base.predict(base.unet, noisy, timesteps, text, self.guidance_scale)
             found.append(base.decode(self.schedule.predict(output, noisy, timesteps).x0))
         return torch.cat(found).unflatten(0, (-1, 2))

@@ -57,8 +57,7 @@ def validation_sums(
         sums["pairs"] += decided.sum()
         sums["ties"] += (sound & ~decided).sum()
         sums["damaged"] += (~sound).sum()
-        for t in preparation.validation_timesteps:
-            images = preparation.validation_images(batch, t)
+        for t, images in preparation.validation_images(batch):
             timesteps = torch.full((len(labels),), t, device=labels.device)
             scores = learner.scores(images, timesteps, *input_ids)
             sums[f"t{t}"] += (is_right(scores, labels) & decided).sum()

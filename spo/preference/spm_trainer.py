@@ -76,14 +76,9 @@ class PreferenceTrainer:
                 self.validation_rows = open_split(recipe.data, recipe.data.validation_split)
             self.preparation = build_preparation(recipe, workers.device)
             scorer = build_scorer(recipe, self.preparation.backbone)
-        parallel, dtype, device = (
-            workers.wrap(scorer),
-            DTYPES[recipe.mixed_precision],
-            workers.device,
-        )
-        self.learner = PreferenceLearner(
-            scorer, parallel, recipe.train, device, dtype, workers.count
-        )
+        parallel, dtype = workers.wrap(scorer), DTYPES[recipe.mixed_precision]
+        settings = (recipe.train, workers.device, dtype, workers.count)
+        self.learner = PreferenceLearner(scorer, parallel, *settings)
         self.totals = Counter()  # metrics since the last line
         self.left_out = Counter(checked.train.faults)  # rows, by their faults
         self.line_is_due = False  # True between an optimizer step and its line of metrics
@@ -93,7 +88,8 @@ class PreferenceTrainer:
                 state = self.learner.load(self.session.saved)
             self.totals, self.left_out = Counter(state["totals"]), Counter(state["left_out"])
             self.line_is_due = state["line_is_due"]
-            self.best.restore(state.get("best", {}), self.session.saved)
+            if recipe.keep_best:
+                self.best.restore(state.get("best", {}), self.session.saved)
             self.session.say("\n".join([*checked.resume.describe(), *checked.changes]))
         data = {split: found and found.description for split, found in rows.items()}
         start = {"plan": asdict(plan), "data": data | {"unavailable": checked.train.unavailable}}

@@ -32,8 +32,8 @@ def save_latent_reward(
             if (encoder := getattr(model, name)) is not None:
                 encoder.save_pretrained(partial / name)
         torch.save(heads | {"logit_scale": model.logit_scale.item()}, partial / HEADS)
-        for file in partial.rglob("*.*"):
-            sync_file(file)
+        for path in partial.rglob("*"):
+            (sync_folder if path.is_dir() else sync_file)(path)
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
     finally:
