@@ -26,7 +26,8 @@ ARMS = ("GradSPO", "SPO", *CONFIGS)
 ROLLOUTS = 8  # all arms get the FLOPs, or the seconds, of so many of the first arm
 GAIN = 1.0  # points of quality
 COSTS = {"rollouts": "rollouts", "tflop": "TFLOP", "seconds": "seconds"}
-_EPOCHS = dict.fromkeys(CONFIGS, 4)  # of eight rollouts; the others make 2
+# Of six rollouts: a cheaper arm needs more than ROLLOUTS for the same costs.
+_EPOCHS = {"GradSPO": 2, "SPO": 2} | dict.fromkeys(CONFIGS, 4)
 # COSTS so far, and "quality" and "faithful" against the base, at the start and at each checkpoint.
 Curve = Mapping[str, Sequence[float]]
 
@@ -54,8 +55,9 @@ def run_curve(arm: str, seed: int, out: Path) -> Curve:
     result = folder / "curve.json"
     if not result.exists():
         config = arm_config(arm, seed, folder)
-        changes = {"save_every_rollouts": 2, "checkpoint_limit": 0}
-        config.update_from_flattened_dict({"num_epochs": _EPOCHS.get(arm, 2), **changes})
+        changes = {"prompts.num": 48, "num_epochs": _EPOCHS[arm]}
+        changes |= {"save_every_rollouts": 4, "save_interval": 9, "checkpoint_limit": 0}
+        config.update_from_flattened_dict(changes)
         train(config)
         points, work, lines = [(0, 0.0, 0.0, 0.0, 0.0)], count_flops(arm), read_metrics(folder)
         for checkpoint in checkpoints(folder):
