@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from spo.command_line.config_files import leaves, load_config
+from spo.costs.benchmark import Work
 from spo.method.build import read_recipe
 from spo.run.checkpoint_folder import write_state
 from spo.tiny_world import curves, reproduce
@@ -67,11 +68,11 @@ def test_the_arms_on_the_lrm_are_gradspo_and_lpo_at_all_timesteps():
         assert (rollout.branch_from, rollout.num_candidates, rollout.looks_at) == (0, 4, "latents")
 
 
-def test_a_curve_sums_the_costs_up_to_each_checkpoint(tmp_path, monkeypatch):
+def test_a_curve_has_the_costs_up_to_each_checkpoint(tmp_path, monkeypatch):
     def train(config):
         run = Path(config.logdir, config.run_name)
         lines = [
-            {"pairs": 10 * n, "seconds_rollout": n, "seconds_train": 0.5} for n in (1, 2, 3, 4)
+            {"pairs": 10 * n, "seconds_rollout": 2.0, "seconds_train": n} for n in (1, 2, 3, 4)
         ]
         for rollouts in (2, 4):
             folder = run / "checkpoints" / f"epoch_0000_rollout_{rollouts:06d}"
@@ -79,29 +80,29 @@ def test_a_curve_sums_the_costs_up_to_each_checkpoint(tmp_path, monkeypatch):
             write_state(folder, {"position": {"rollouts": rollouts}})
         (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
-    # A prompt's rollout costs 1 TFLOP, the training on a pair 0.1.
-    work = SimpleNamespace(flops={"rollout": 2e12, "training": 1e12}, prompts=2, pairs=10)
+    def compare(base, quality):
+        gains = {"difference": quality - base, "faithfulness": 0.0}
+        return SimpleNamespace(**{k: SimpleNamespace(mean=v) for k, v in gains.items()})
+
     gains = {"epoch_0000_rollout_000002": 0.4, "epoch_0000_rollout_000004": 0.9}
     bench = SimpleNamespace(base=0.0, score=lambda folder: gains[folder.name])
-    mean = lambda value: SimpleNamespace(mean=value)  # noqa: E731
     monkeypatch.setattr(curves, "train", train)
-    monkeypatch.setattr(curves, "count_flops", lambda arm: work)
     monkeypatch.setattr(curves, "bench", lambda: bench)
-    monkeypatch.setattr(
-        curves,
-        "compare",
-        lambda a, b: SimpleNamespace(difference=mean(b - a), faithfulness=mean(0.0)),
-    )
+    monkeypatch.setattr(curves, "compare", compare)
     for _ in range(2):  # the second time it is read
-        curve = curves.run_curve("SPO", 1, tmp_path)
+        run = curves.run_curve("SPO", 1, tmp_path)
         monkeypatch.setattr(curves, "train", None)
-    assert curve == {
+    # A rollout of 8 prompts costs 8 TFLOP and 2 s, the training on a pair 0.1 of both.
+    work = Work({"rollout": 2e12, "training": 1e12}, prompts=2, pairs=10)
+    wanted = {
         "rollouts": [0, 2, 4],
         "tflop": pytest.approx([0, 16 + 3, 32 + 10]),
-        "seconds": [0, 4, 12],
+        "seconds": pytest.approx([0, 4 + 3, 8 + 10]),
         "quality": [0, 0.4, 0.9],
         "faithful": [0, 0, 0],
     }
+    slow = run | {"seconds_rollout": [9.0] * 4}
+    assert curves.with_costs([run, slow], work) == [wanted, wanted]
 
 
 def test_gains_and_costs_are_read_off_curves(tmp_path):

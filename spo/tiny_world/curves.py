@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +9,7 @@ import torch
 from matplotlib.figure import Figure
 
 from spo.atomic import replacing, write_json
+from spo.command_line.config_files import load_config
 from spo.costs.benchmark import Work, count_work
 from spo.costs.load import load_models
 from spo.costs.meter import ROLLOUT, TRAINING
@@ -27,7 +27,9 @@ ROLLOUTS = 8  # all arms get the FLOPs, or the seconds, of so many of the first 
 GAIN = 1.0  # points of quality
 COSTS = {"rollouts": "rollouts", "tflop": "TFLOP", "seconds": "seconds"}
 # Of six rollouts: a cheaper arm needs more than ROLLOUTS for the same costs.
-_EPOCHS = {"GradSPO": 2, "SPO": 2} | dict.fromkeys(CONFIGS, 4)
+_EPOCHS = {"GradSPO": 2, "SPO": 2, "LPO": 3, "GradSPO on the LRM": 4}
+# Other work on the machine only slows rollouts down: the fastest tenth tells what they take.
+_FASTEST = 0.1
 # COSTS so far, and "quality" and "faithful" against the base, at the start and at each checkpoint.
 Curve = Mapping[str, Sequence[float]]
 
@@ -37,20 +39,23 @@ def compare_costs(seeds: int, out: Path, processes: int) -> str:
 
     Runs are kept as those of `reproduce` are. Writes curves.json and curves.png.
     """
-    curves = run_all(run_curve, ARMS, seeds, out / "curves", processes)
-    first = curves[ARMS[0]]
+    found = run_all(run_curve, ARMS, seeds, out / "curves", processes)
+    curves = {arm: with_costs(runs, count_flops(arm)) for arm, runs in found.items()}
     budget = {
-        cost: float(np.mean([np.interp(ROLLOUTS, c["rollouts"], c[cost]) for c in first]))
+        cost: float(np.mean([np.interp(ROLLOUTS, c["rollouts"], c[cost]) for c in curves[ARMS[0]]]))
         for cost in COSTS
     }
-    rows = {arm: summarise([read_off(c, budget) for c in found]) for arm, found in curves.items()}
+    rows = {arm: summarise([read_off(c, budget) for c in of_arm]) for arm, of_arm in curves.items()}
     write_json(out / "curves.json", {"budget": budget, "table": rows, "curves": curves})
     draw(curves, out / "curves.png")
     return as_table(rows, budget)
 
 
-def run_curve(arm: str, seed: int, out: Path) -> Curve:
-    """Trains one arm with one seed and compares each checkpoint with the base, or reads the result."""
+def run_curve(arm: str, seed: int, out: Path) -> dict[str, list[float]]:
+    """Trains one arm with one seed and compares each checkpoint with the base, or reads the result.
+
+    Returns rollouts, pairs and gains up to each checkpoint, and the seconds of all rollouts and pairs.
+    """
     folder = run_dir(out, arm, seed)
     result = folder / "curve.json"
     if not result.exists():
@@ -59,27 +64,43 @@ def run_curve(arm: str, seed: int, out: Path) -> Curve:
         changes |= {"save_every_rollouts": 4, "save_interval": 9, "checkpoint_limit": 0}
         config.update_from_flattened_dict(changes)
         train(config)
-        points, work, lines = [(0, 0.0, 0.0, 0.0, 0.0)], count_flops(arm), read_metrics(folder)
+        lines, points = read_metrics(folder), [(0, 0, 0.0, 0.0)]
         for checkpoint in checkpoints(folder):
-            done = lines[: read_state(checkpoint)["position"]["rollouts"]]
-            prompts, pairs = len(done) * config.sample.batch_size, sum(x["pairs"] for x in done)
-            flops = prompts / work.prompts * work.flops[ROLLOUT]
-            flops += pairs / work.pairs * work.flops[TRAINING]
-            seconds = sum(line["seconds_rollout"] + line["seconds_train"] for line in done)
+            rollouts = read_state(checkpoint)["position"]["rollouts"]
             verdict = compare(bench().base, bench().score(checkpoint))
             gains = verdict.difference.mean, verdict.faithfulness.mean
-            points.append((len(done), flops / 1e12, seconds, *gains))
-        columns = zip(*points, strict=True)
-        write_json(result, dict(zip((*COSTS, "quality", "faithful"), columns, strict=True)))
+            points.append((rollouts, sum(line["pairs"] for line in lines[:rollouts]), *gains))
+        names = ("rollouts", "pairs", "quality", "faithful")
+        run = dict(zip(names, zip(*points, strict=True), strict=True))
+        run["seconds_rollout"] = [line["seconds_rollout"] for line in lines]
+        run["seconds_pair"] = [line["seconds_train"] / line["pairs"] for line in lines]
+        write_json(result, run)
     return json.loads(result.read_text())
 
 
-@cache
 def count_flops(arm: str) -> Work:
     """Returns the work of an iteration of an arm with one prompt."""
     config = arm_config(arm, 0, Path("unused/run"))
     config.sample.global_batch_size = config.sample.batch_size = 1
     return count_work(load_models(read_recipe(config), torch.device("cpu")))
+
+
+def with_costs(runs: Sequence[Mapping[str, Sequence[float]]], work: Work) -> list[Curve]:
+    """Returns the curves of the runs of one arm."""
+    prompts = load_config("config/tiny.py").sample.batch_size
+    flops = prompts / work.prompts * work.flops[ROLLOUT], work.flops[TRAINING] / work.pairs
+    seconds = [
+        np.quantile(np.concatenate([run[name] for run in runs]), _FASTEST)
+        for name in ("seconds_rollout", "seconds_pair")
+    ]
+    curves = []
+    for run in runs:
+        rollouts, pairs = np.array(run["rollouts"]), np.array(run["pairs"])
+        curve = {name: run[name] for name in ("rollouts", "quality", "faithful")}
+        curve["tflop"] = ((rollouts * flops[0] + pairs * flops[1]) / 1e12).tolist()
+        curve["seconds"] = (rollouts * seconds[0] + pairs * seconds[1]).tolist()
+        curves.append(curve)
+    return curves
 
 
 def read_off(curve: Curve, budget: Mapping[str, float]) -> dict[str, float]:
