@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -139,22 +140,24 @@ def as_table(rows: Mapping[str, Mapping[str, float]], budget: Mapping[str, float
 
 
 def draw(curves: Mapping[str, Sequence[Curve]], path: Path) -> None:
-    """Draws the gain over each cost: means over the seeds, and 95 % intervals."""
+    """Draws quality and faithfulness over each cost: means over the seeds, and 95 % intervals."""
+    gains = {"quality": "quality against base", "faithful": "faithful against base"}
     with style():
-        figure = Figure(figsize=(10, 3.2), layout="constrained")
-        panels = figure.subplots(1, len(COSTS), sharey=True)
-        for axes, (cost, unit) in zip(panels, COSTS.items(), strict=True):
-            for i, (arm, found) in enumerate(curves.items(), start=1):
+        figure = Figure(figsize=(10, 5), layout="constrained")
+        panels = figure.subplots(len(gains), len(COSTS), sharex="col", sharey="row")
+        for row, gain in zip(panels, gains, strict=True):
+            row[0].set_ylabel(gains[gain])
+            for (axes, cost), i in product(zip(row, COSTS, strict=True), range(len(curves))):
+                arm, found = list(curves.items())[i]
                 x = np.mean([curve[cost] for curve in found], axis=0)
-                gains = zip(*(curve["quality"] for curve in found), strict=True)
-                points = [summarise([{"gain": gain} for gain in point]) for point in gains]
-                y, half = (
-                    np.array([p[name] for p in points]) for name in ("gain", "gain_interval")
-                )
-                axes.plot(x, y, label=arm, color=colour(i))
-                axes.fill_between(x, y - half, y + half, color=colour(i), alpha=0.15, linewidth=0)
-            axes.set(xlabel=unit, xlim=(0, None))
-        panels[0].set_ylabel("quality against base")
-        panels[-1].legend(loc="lower right")
+                points = zip(*(curve[gain] for curve in found), strict=True)
+                sums = [summarise([{"gain": value} for value in point]) for point in points]
+                y, half = (np.array([s[name] for s in sums]) for name in ("gain", "gain_interval"))
+                axes.plot(x, y, label=arm, color=colour(i + 1))
+                axes.fill_between(x, y - half, y + half, color=colour(i + 1), alpha=0.15, lw=0)
+                axes.set_xlim(left=0)
+        for axes, unit in zip(panels[-1], COSTS.values(), strict=True):
+            axes.set_xlabel(unit)
+        panels[0, -1].legend(loc="lower right")
         with replacing(path) as partial:
             figure.savefig(partial, dpi=110, format="png")
