@@ -26,6 +26,7 @@ from spo.costs.meter import (
     flop_counter,
     train_on_pairs,
 )
+from spo.costs.unloaded_scorers import ARCHITECTURES
 from spo.errors import UserError
 from spo.method.build import read_recipe
 from spo.models.loading import ModelSource
@@ -250,7 +251,7 @@ def test_low_precision_is_autocast_on_these_models(merge):
     [("sd15", 859_520_964, 0.803, 2.515), ("sdxl", 2_567_463_684, 6.761, 10.470)],
 )
 def test_full_size_models_are_the_published_ones(family, unet, unet_teraflops, vae_teraflops):
-    source = ModelSource(str(load.ARCHITECTURES / family))
+    source = ModelSource(str(ARCHITECTURES / family))
     model = load.MetaBackbone(source, family, "fp16", META)
     sizes = {k: sum(p.numel() for p in v.parameters()) for k, v in model.networks().items()}
     text = {"sd15": {}, "sdxl": {"text_encoder_2": 694_659_840}}[family]

@@ -1,0 +1,16 @@
+"""The latent reward model's counterpart of config/small.py: as many pairs, judged without decoding.
+
+python scripts/benchmark.py --config=config/small.py --random --compare=config/small_lrm.py
+
+Its judge is the down path and the middle of the same UNet, and its text encoder.
+"""
+
+from config import small
+
+
+def get_config():
+    config = small.get_config()
+    config.preference.scorer = "latent_reward"
+    config.preference.kwargs = {"checkpoint": config.pretrained.model}
+    config.sample.score_batch_size = config.sample.decode_batch_size
+    return config
