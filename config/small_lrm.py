@@ -1,4 +1,4 @@
-"""The latent reward model's counterpart of config/small.py: as many pairs, judged without decoding.
+"""config/small.py judged by a latent reward model, at every step as in LPO.
 
 python scripts/benchmark.py --config=config/small.py --random --compare=config/small_lrm.py
 
@@ -12,5 +12,6 @@ def get_config():
     config = small.get_config()
     config.preference.scorer = "latent_reward"
     config.preference.kwargs = {"checkpoint": config.pretrained.model}
+    config.sample.branch_from = 0
     config.sample.score_batch_size = config.sample.decode_batch_size
     return config

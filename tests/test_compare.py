@@ -62,7 +62,7 @@ def test_random_weights_without_a_finite_score():
         benchmark.count_work(models)
 
 
-def test_rates_are_those_of_prompts_and_pairs_by_hand():
+def test_rates_are_those_of_pairs_by_hand():
     def turn(rollout, training):
         return {ROLLOUT: rollout, TRAINING: training}
 
@@ -70,7 +70,7 @@ def test_rates_are_those_of_prompts_and_pairs_by_hand():
     # Twice the prompts and four times the pairs at once.
     work = replace(WORK, prompts=4, pairs=40)
     variant = Measured(work, [turn([6.0], [2.0]), turn([6.0], [8.0])])
-    assert variant.ratios(ROLLOUT, baseline) == [2.0, 1.0]  # 2 in 6 s against 4 in 6 s; 2 in 3 s
+    assert variant.ratios(ROLLOUT, baseline) == [4.0, 2.0]  # 10 in 6 s against 40 in 6 s; 10 in 3 s
     assert variant.ratios(TRAINING, baseline) == [2.0, 0.5]
     assert baseline.ratios(ROLLOUT, baseline) == [1.0, 1.0]
     assert baseline.seconds(ROLLOUT) == [4.0, 6.0, 50.0, 3.0]

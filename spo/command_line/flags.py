@@ -142,12 +142,13 @@ def overridden(argv: Iterable[str]) -> list[str]:
 def changed(config: ConfigDict, changes: str) -> ConfigDict:
     """Returns a copy of parse_flags' config with `changes`, "key=value,key=value".
 
-    Or another config file, if `changes` ends in .py, with what the command line sets in --config.
+    If `changes` names a .py file: returns that config, with what the command line sets by --config.
     Raises UserError for unknown keys and unfit values.
     """
     if changes.endswith(".py") and "=" not in changes:
         copy = load_config(changes)
-        _lay_over(copy, ["", *filter(OVERRIDE.match, sys.argv)], flags.FlagValues())
+        said = FLAGS["config"].override_values.items()
+        _lay_over(copy, ["", *(f"--config.{k}={v}" for k, v in said)], flags.FlagValues())
         return copy
     copy = deepcopy(config)
     items = re.split(r",(?=[\w.]+=)", changes)

@@ -47,10 +47,9 @@ class Measured:
     def ratios(self, part: str, baseline: "Measured") -> list[float]:
         """Returns the rate of this config as a multiple of the baseline's, round by round.
 
-        Rates are prompts or pairs per second: a config may do more of them at once.
+        Rates are pairs per second: a config may do more of them at once, or of a prompt.
         """
-        unit = "pairs" if part == TRAINING else "prompts"
-        work = getattr(self.work, unit) / getattr(baseline.work, unit)
+        work = self.work.pairs / baseline.work.pairs
         turns = zip(baseline.turns, self.turns, strict=True)
         return [work * median(then[part]) / median(now[part]) for then, now in turns]
 
