@@ -11,7 +11,7 @@ from config import small
 def get_config():
     config = small.get_config()
     config.preference.scorer = "latent_reward"
-    config.preference.kwargs = {"checkpoint": config.pretrained.model}
+    config.preference.kwargs = {"checkpoint": config.pretrained.model, "guidance_scale": 7.5}
     config.sample.branch_from = 0
     config.sample.score_batch_size = config.sample.decode_batch_size
     return config

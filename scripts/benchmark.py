@@ -24,8 +24,7 @@ REPEATS = flags.DEFINE_integer("repeats", 5, "measured iterations, after one tha
 COMPARE = flags.DEFINE_multi_string(
     "compare",
     [],
-    "key=value[,key=value...]: a variant of the config, or another config file, FILE.py; may be given "
-    "several times",
+    "[FILE.py][,key=value...]: a variant of the config, or of another file; may be given several times",
 )
 ROUNDS = flags.DEFINE_integer("rounds", 3, "--compare: turns of each variant")
 RANDOM = flags.DEFINE_boolean("random", False, "random weights: nothing is downloaded")

@@ -10,7 +10,7 @@ from functools import partial
 import pytest
 import torch
 from helpers import MODELS
-from test_benchmark import CPU, SIZES, run_script, small_config
+from test_benchmark import CPU, LATENT_REWARD, SIZES, run_script, small_config
 
 from spo.command_line.flags import FLAGS, changed, define_config, parse_flags
 from spo.costs import benchmark
@@ -36,14 +36,22 @@ def without_weights(folder, family):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "precision", "scorer"),
-    [("sd15", "no", "step_aware_clip"), ("sdxl", "bf16", "pickscore")],
+    [
+        ("sd15", "no", "step_aware_clip"),
+        ("sdxl", "bf16", "pickscore"),
+        ("sdxl", "no", "latent_reward"),
+    ],
 )
 def test_random_weights_run(tmp_path, family, precision, scorer):
     folder = without_weights(tmp_path, family)
     assert not list(folder.rglob("*.safetensors"))
     changes = {"preference.scorer": scorer, "sample.batch_size": 1}
+    if scorer == "latent_reward":
+        changes |= LATENT_REWARD[family]
     config = small_config(family, mixed_precision=precision, **changes)
     config.pretrained.model = str(folder)
+    if scorer == "latent_reward":
+        config.preference.kwargs.checkpoint = str(without_weights(tmp_path, f"lrm-{family}"))
     models = load_models(read_recipe(config), CPU, random=True)
     assert type(models.backbone).autocast is Backbone.autocast
     dtypes = {p.dtype for p in models.backbone.vae.parameters()}
@@ -118,10 +126,18 @@ def test_changes_to_a_copy_of_the_config(parsed):
     for text, message in {
         "train.beta=x": "config: train.beta=x: expected float",
         "train.beta=None": "config: train.beta cannot be None",
+        "config/no.py": "config/no.py",
         "train.bata=1": "unknown key train.bata; did you mean train.beta",
     }.items():
         with pytest.raises(UserError, match=message):
             changed(parsed, text)
+
+
+def test_another_config_file_takes_what_the_command_line_sets(parsed):
+    other = changed(parsed, "config/lpo_sdxl.py,sample.stop_at=7")
+    assert (other.preference.scorer, other.train.beta) == ("latent_reward", 3)
+    assert (other.sample.stop_at, parsed.sample.stop_at) == (7, 0)
+    assert parsed.preference.scorer == "step_aware_clip"
 
 
 @pytest.mark.slow
