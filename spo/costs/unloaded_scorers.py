@@ -17,7 +17,7 @@ from spo.models.single_file import is_single_file, read_single_file
 from spo.scorers import Scorer, ScorerSource, load_scorer, looks_at, options_of
 from spo.scorers.clip import CLIPInputs, clip_config, weight_dtype
 from spo.scorers.latent_reward import LatentRewardModel, down_path, feature_width
-from spo.scorers.latent_reward_folder import LatentRewardFolder
+from spo.scorers.latent_reward_folder import HEADS, LatentRewardFolder
 from spo.scorers.latent_reward_scorer import LatentRewardScorer
 from spo.scorers.pickscore import PickScore
 from spo.scorers.step_aware_clip import StepAwareCLIP, StepAwareScorer
@@ -55,7 +55,7 @@ def unloaded_scorer(source: ScorerSource, device: torch.device, family: str) -> 
         clip = network(config)
     inputs = CLIPInputs(_TOKENIZER)
     inputs.tokenizer.model_max_length = config.text_config.max_position_embeddings
-    inputs.prepare = replace(inputs.prepare, size=config.vision_config.image_size)
+    inputs.prepare = replace(inputs.prepare, size=config.vision_config.image_size, resized=None)
     dtype = weight_dtype(source.options["dtype"], "preference")
     return scorer(clip.to(dtype).requires_grad_(False).eval(), inputs, device)
 
@@ -67,8 +67,8 @@ def _unloaded_latent_reward(
     if place.startswith("hf://"):
         place = "/".join(place.removeprefix("hf://").split("/")[:2])
     place = local_folder(place, family, key)
-    configs = LatentRewardFolder(place, key).configs()
-    unet, *texts = configs.values()
+    folder = LatentRewardFolder(place, key)
+    unet, *texts = folder.configs().values()
     with device:
         network = down_path(unet)
         kinds = (CLIPTextModel, CLIPTextModelWithProjection)
@@ -77,6 +77,8 @@ def _unloaded_latent_reward(
             for kind, config in zip(kinds, texts, strict=False)
         ]
         width = encoders[-1].config.projection_dim
+        if Path(place, HEADS).is_file():
+            width = len(folder.heads().visual_projection)
         visual = nn.Linear(feature_width(unet), width, bias=False)
         # SDXL's second text encoder has a projection of its own.
         text = None if len(encoders) == 2 else nn.Linear(texts[0]["hidden_size"], width, bias=False)
