@@ -1,5 +1,7 @@
 """Draws one prompt's rollout: the K candidates of every comparison, with their scores."""
 
+from itertools import islice
+
 import torch
 from accelerate import PartialState
 from PIL import Image
@@ -20,11 +22,13 @@ from spo.types import Candidates
 def draw_rollout(recipe: Recipe, prompt: str, lora_spec: str, seed: int) -> Image.Image:
     """Rolls out `prompt` with a LoRA (run, file or Hub id; "" for the base model) and draws it.
 
-    One row per comparison: winners framed green, losers red, and the one with which the
-    rollout continues named. Raises UserError for a wrong model, scorer or LoRA.
+    One row per comparison: winners framed green, losers red, and the one with which the rollout
+    continues named. Images are what the next step predicts, also where the scorer looks at the noisy
+    latents. Raises UserError for a wrong model, scorer or LoRA.
     """
-    check_source(recipe.model, recipe.run.family)
-    check_scorer(recipe.scorer)
+    check_scorer(recipe.scorer, recipe.run.family, check_source(recipe.model, recipe.run.family))
+    stop = recipe.collect.rollout.stop_at or recipe.collect.rollout.num_steps
+    recipe = recipe.drawing_images()
     lora_path = find_lora(lora_spec, "--lora") if lora_spec else None
     device, collect = PartialState().device, recipe.collect
     model = recipe.load_backbone(device)
@@ -42,15 +46,20 @@ def draw_rollout(recipe: Recipe, prompt: str, lora_spec: str, seed: int) -> Imag
 
     seen, labels = [], []
     comparisons = roll_out(model, sampler, collect, conditioning, generator)
+    comparisons = islice(comparisons, stop - collect.rollout.branch_from)
     for candidates in tqdm(comparisons, desc="comparisons"):
         decoded.clear()
-        scores = score_candidates(candidates, decode, scorer, features, collect.decode_batch_size)
+        scores = score_candidates(candidates, decode, scorer, features, collect)
+        if scorer.looks_at == "latents":
+            for part in candidates.latents[:, 0].split(collect.decode_batch_size):
+                decode(part)
         chosen = choose(scores, collect.pairs, torch.Generator().manual_seed(seed))
         seen.append((candidates, scores, chosen, torch.cat(decoded)))
         gaps = chosen.gap(scores)
         kept = differ_enough(candidates, gaps, collect.pairs).any()
         labels.append(
-            f"from t = {candidates.window[0].timestep}\nscored at {candidates.score_timestep}\n"
+            f"from t = {candidates.window[0].timestep}\n"
+            f"scored at {collect.timestep_told(candidates, scorer)}\n"
             f"gap {gaps[0].item():.2f}\n" + ("pair" if kept else "no pair")
         )
     following = [*(candidates for candidates, *_ in seen[1:]), None]
