@@ -239,7 +239,8 @@ def test_a_rollout_in_progress_keeps_every_key_of_sample_but_a_few(whole, stoppe
         "sample.global_batch_size",
         "sample.decode_batch_size",
         "sample.decoder",
-        "sample.threshold",
+        "sample.score_batch_size",
+        *(f"sample.threshold{name}" for name in ("", "_schedule", "_min", "_max")),
         "sample.keep_all_final",
     }
     assert all(between(key) is None for key in keys)
