@@ -1,6 +1,5 @@
 """The latent reward model as a scorer: loaded, checked against the base model, told prompts once."""
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,6 +13,7 @@ from spo.errors import LOAD_ERRORS, UserError, first_line
 from spo.hub import model_file
 from spo.method.ddim import ddim_scheduler
 from spo.models.families import FAMILIES
+from spo.models.loading import read_json
 from spo.models.weights import fetch
 from spo.scorers import Scorer
 from spo.scorers.clip import weight_dtype
@@ -98,7 +98,8 @@ def _is_scale(value: float) -> bool:
 
 
 def _base_config(base: str, name: str, section: str) -> dict[str, Any]:
-    return json.loads(model_file(expand(base), name, f"{section}.base").read_text())
+    key = f"{section}.base"
+    return read_json(model_file(expand(base), name, key), key)
 
 
 def load_latent_reward_scorer(
