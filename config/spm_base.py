@@ -61,6 +61,10 @@ def get_config() -> ConfigDict:
     data.shuffle_buffer = 1000  # rows that streaming shuffles among
     data.image_size = 512  # pixels: shorter side resized, centre cropped (SPO: 512, SDXL 1024)
     data.num_workers = 4  # threads that decode images in the background; 0: none
+    # Scores of the rows of train_split, by scripts/filter_pairs.py; training leaves out rows on which
+    # the scorers disagree with people. Empty: none.
+    data.filter = ""
+    data.filter_strategy = 2  # 1 to 3, from strict to lax (LPO: 2); docs/preference_model.md
     data.max_validation = 0  # usable rows, from the first on, that measure accuracy; 0: all
 
     # ---- labels --------------------------------------------------------------------------------

@@ -260,6 +260,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_a_changed_key_told(
 
 def test_a_resumed_run_may_not_change_its_weights_or_rows():
     rows = {"seed", "data.train_split", "data.streaming", "data.shuffle_buffer"}
+    rows |= {"data.filter", "data.filter_strategy"}
     assert FIXED_KEYS.keys() == rows | {"family", "pretrained.model", "preference.backbone"}
     assert FIXED_KEYS.keys() <= leaves(spm_tiny.get_config()).keys()
 

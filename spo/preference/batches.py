@@ -41,15 +41,20 @@ class PairBatch:
     places: tuple[int, ...]  # see RawBatch
 
 
-def decode_image(data: object, size: int) -> np.ndarray:
-    """Returns a square RGB picture (size, size, 3) uint8 of encoded bytes; ValueError if unreadable.
-
-    `data` may also be a dict with "bytes" or "path". PIL's bilinear filter, which is antialiased,
-    resizes the shorter side; the centre is cut out, as by torchvision's Resize and CenterCrop.
-    """
+def read_image(data: object) -> Image.Image:
+    """Returns an RGB picture of encoded bytes, or of a dict with "bytes" or "path"; or ValueError."""
     if isinstance(data, dict):
         data = data.get("bytes") or data.get("path")
-    image = read_picture(data)
+    return read_picture(data)
+
+
+def decode_image(data: object, size: int) -> np.ndarray:
+    """Returns a square RGB picture (size, size, 3) uint8 of `data`, as `read_image`.
+
+    PIL's bilinear filter, which is antialiased, resizes the shorter side; the centre is cut out, as by
+    torchvision's Resize and CenterCrop.
+    """
+    image = read_image(data)
     width, height = image.size
     short = min(width, height)
     if short != size:

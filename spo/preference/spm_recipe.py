@@ -134,7 +134,10 @@ FIXED_KEYS = {
         "its weights and optimizer state mean nothing to another",
     ),
     **dict.fromkeys(
-        ("seed", "data.train_split", "data.streaming", "data.shuffle_buffer"),
+        (
+            *("seed", "data.train_split", "data.streaming", "data.shuffle_buffer"),
+            *("data.filter", "data.filter_strategy"),
+        ),
         "which rows come next follows from it",
     ),
 }
