@@ -13,7 +13,9 @@ from helpers import COLLECT, MODELS, PROMPTS, model_folder, randn
 from safetensors.torch import load_file, save_file
 from test_malicious_files import trap  # noqa: F401, a fixture
 
+from spo.command_line.config_files import load_config
 from spo.errors import UserError
+from spo.method.build import read_recipe
 from spo.method.collect import collect_rollout, score_candidates
 from spo.models.loading import ModelSource, check_source
 from spo.scorers import candidate_scorer, check_scorer, latent_reward_folder, load_scorer
@@ -381,6 +383,44 @@ def test_bad_options_are_told_before_any_model_loads(options, message):
     with pytest.raises(UserError, match=message) as caught:
         check(None, **options)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "message"),
+    [
+        *(
+            (
+                "lpo_sd15",
+                {f"sample.{name}": value},
+                rf"sample\.{name}: .* means nothing to latent_r",
+            )
+            for name, value in (
+                *(("num_inner_steps", 1), ("final_step", "extend"), ("final_direction", "last")),
+                *(("final_score_timestep", "t"), ("keep_all_final", True), ("decoder", "user/x")),
+            )
+        ),
+        *(
+            ("sd15", {f"sample.{name}": value}, rf"sample\.{name}: .* means nothing to step_aware")
+            for name, value in (("stop_at", 10), ("score_timestep", "next"))
+        ),
+        ("lpo_sd15", {"sample.score_timestep": "now"}, r"score_timestep: 'now' is none of t, next"),
+        ("lpo_sd15", {"sample.score_batch_size": 0}, r"score_batch_size: 0 must be a whole number"),
+        ("lpo_sd15", {"sample.stop_at": 21}, r"sample\.stop_at: 21 must be .* at most .*=20"),
+        ("lpo_sd15", {"sample.stop_at": -1}, r"sample\.stop_at: -1 must be 0 or more"),
+        ("lpo_sd15", {"sample.threshold": 0.3}, r"sample\.threshold: the sigma schedule goes"),
+        (
+            "lpo_sd15",
+            {"compile.vae": True, "eval_interval": 0},
+            r"compile\.vae: nothing is decoded in this run; set it to False",
+        ),
+    ],
+)
+def test_keys_that_make_no_sense_together(file, changes, message):
+    config = load_config(f"config/{file}.py")
+    read_recipe(config)
+    config.update_from_flattened_dict(changes)
+    with pytest.raises(UserError, match=message):
+        read_recipe(config)
 
 
 def lacking(tensors):
