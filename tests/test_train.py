@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+from helpers import tiny_sd21
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from spo.command_line.config_files import load_config
@@ -268,6 +270,25 @@ def test_judged_in_latent_space_without_a_vae(tmp_path, monkeypatch, judge):
     before = image_of(pipe)
     pipe.load_lora_weights(blind)
     assert (image_of(pipe) - before).abs().max() > 1e-4
+
+
+def test_sd21_trains_with_the_reward_model_of_sd15(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    model = str(tiny_sd21(tmp_path / "sd21"))
+    folder = run(tmp_path / "run", **JUDGED["lpo_sd15"] | {"pretrained.model": model})
+    assert read_metrics(folder)[-1]["updates"] > 0
+    pipe = StableDiffusionPipeline.from_pretrained(model)
+    before = image_of(pipe)
+    pipe.load_lora_weights(folder)
+    after = image_of(pipe)
+    assert (after - before).abs().max() > 1e-4
+    pipe.unload_lora_weights()
+    pipe.load_lora_weights(folder, weight_name=KOHYA_FILE)  # the same, as other programs name it
+    torch.testing.assert_close(image_of(pipe), after)
+    with safe_open(folder / KOHYA_FILE, framework="pt") as file:
+        header = file.metadata()
+    assert header["ss_base_model_version"] == "sd_v2"
+    assert "modelspec.architecture" not in header
 
 
 def test_scores_of_latents_that_are_not_finite_stop_the_run(tmp_path, monkeypatch):
