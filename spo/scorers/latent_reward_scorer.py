@@ -81,7 +81,10 @@ def check_latent_reward(
             f"{channels[1]}."
         )
     base = values["base"] or FAMILIES[family].base_model
-    trained_on = ddim_scheduler(_base_config(base, f"scheduler/{SCHEDULER}", section))
+    try:
+        trained_on = ddim_scheduler(_base_config(base, f"scheduler/{SCHEDULER}", section))
+    except ValueError as error:
+        raise UserError(f"{section}.base: {base!r} cannot be used: {error}.") from error
     judges = ddim_scheduler(configs["scheduler"])
     same_noise = torch.equal(trained_on.alphas_cumprod, judges.alphas_cumprod)
     kinds = [each.config.prediction_type for each in (trained_on, judges)]
@@ -135,10 +138,14 @@ def load_latent_reward_scorer(
         guide_stages=guide_stages,
         pixels_per_latent=2 ** (len(widths) - 1),
     )
-    for tokenizer in tokenizers:
-        tokenizer.model_max_length = min(
-            tokenizer.model_max_length, model.text_encoder.config.max_position_embeddings
-        )
+    for tokenizer, encoder in zip(tokenizers, model.text_encoders, strict=True):
+        own, limit = encoder.config.vocab_size, encoder.config.max_position_embeddings
+        if not 5 <= len(tokenizer) <= own:  # transformers is content with a folder without files
+            raise UserError(
+                f"{key}: {base!r} has {len(tokenizer)} tokens, but the reward model knows {own}; name "
+                "the base model that it was trained on."
+            )
+        tokenizer.model_max_length = min(tokenizer.model_max_length, limit)
     return LatentRewardScorer(model, tokenizers, device)
 
 
