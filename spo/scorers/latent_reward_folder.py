@@ -113,6 +113,16 @@ class LatentRewardFolder:
             ) from error
         return heads
 
+    def _check_weights(self, parts: Iterable[str]) -> None:
+        """Raises ValueError if a network has no weights, or has the UNet's in a pickle alone."""
+        model, folder = self._place
+        files = list_files(model, self.key) if is_hub_id(model) else _files_below(Path(model))
+        for part in parts:
+            own = (PurePosixPath(f) for f in files if f.startswith(f"{folder}/{part}/".lstrip("/")))
+            file = choose_weights((path.name for path in own), None, part)
+            if part == "unet" and not file.is_safe:
+                raise ValueError(f"UNet: {file.name} is not in safe format; save .safetensors")
+
     def check(self) -> dict[str, dict[str, Any]]:
         """Returns `configs`; UserError unless all parts are there and fit, as small files tell."""
         configs, heads = self.configs(), self.heads()
@@ -133,16 +143,6 @@ class LatentRewardFolder:
                     f"need {shape}."
                 )
         return configs
-
-    def _check_weights(self, parts: Iterable[str]) -> None:
-        """Raises ValueError if a network has no weights, or has the UNet's in a pickle alone."""
-        model, folder = self._place
-        files = list_files(model, self.key) if is_hub_id(model) else _files_below(Path(model))
-        for part in parts:
-            own = (PurePosixPath(f) for f in files if f.startswith(f"{folder}/{part}/".lstrip("/")))
-            file = choose_weights((path.name for path in own), None, part)
-            if part == "unet" and not file.is_safe:
-                raise ValueError(f"UNet: {file.name} is not in safe format; save .safetensors")
 
     def load(self, dtype: torch.dtype = torch.float32, **options: Any) -> LatentRewardModel:
         """Returns the model on the CPU, networks in `dtype`, heads in fp32; UserError if it cannot.
