@@ -178,16 +178,17 @@ def test_from_nothing_and_then_offline(run, hub, config):
     assert status == 0, output
 
 
-@pytest.mark.parametrize(
-    "config",
-    [*("config/sdxl.py", "config/spm_sdxl.py", "config/eval_sdxl.py"), "config/lpo_sd15.py"],
-)
+@pytest.mark.parametrize("config", ["config/sdxl.py", "config/spm_sdxl.py", "config/eval_sdxl.py"])
 def test_prefetch_is_all_that_a_run_needs(run, config):
     changes = HEAD if config in EVALUATIONS else {}
     status, output, _ = run(config, changes=changes, prefetch=True)
     assert status == 0, output
     status, output, _ = run(config, changes=changes, fresh=False, offline=True)
     assert status == 0, output
+
+
+def test_prefetch_of_the_latent_reward_model(run):
+    test_prefetch_is_all_that_a_run_needs(run, "config/lpo_sd15.py")
 
 
 # What is broken: config that reads it, part of the paths that break, key that errors name.
@@ -198,10 +199,10 @@ WEIGHTS = {
     "preference model": ("config/sd15.py", SPM, "preference.checkpoint"),
     "its CLIP": ("config/sd15.py", "yuvalkirstain/PickScore_v1", "preference.backbone"),
     "its processor": ("config/sd15.py", CLIP_H, "preference.processor"),
-    "base model of SDXL": ("config/sdxl.py", SDXL, "pretrained.model"),
-    "preference model of SDXL": ("config/sdxl.py", SPM, "preference.checkpoint"),
     "LRM": ("config/lpo_sd15.py", LRM, "preference.kwargs.checkpoint"),
     "base of the LRM": ("config/lpo_sd21.py", SD15, "preference.kwargs.base"),
+    "base model of SDXL": ("config/sdxl.py", SDXL, "pretrained.model"),
+    "preference model of SDXL": ("config/sdxl.py", SPM, "preference.checkpoint"),
     "SPM's labels": ("config/spm_sdxl.py", "yuvalkirstain/PickScore_v1", "preference.backbone"),
     "PickScore": (
         "config/eval_base.py",
