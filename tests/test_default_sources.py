@@ -153,12 +153,12 @@ def run(hub, worker, tmp_path):
 
 
 TRAINING = ["config/sd15.py", "config/sdxl.py", "config/spo_sd15.py", "config/spo_sdxl.py"]
+SPMS = ["config/spm_sd15.py", "config/spm_sdxl.py"]
+EVALUATIONS = ["config/eval_base.py", "config/eval_sdxl.py"]
 JUDGED = [
     *("config/lpo_sd15.py", "config/lpo_sd21.py", "config/lpo_sdxl.py"),
     *("config/gradspo_lrm_sd15.py", "config/gradspo_lrm_sdxl.py"),
 ]
-SPMS = ["config/spm_sd15.py", "config/spm_sdxl.py"]
-EVALUATIONS = ["config/eval_base.py", "config/eval_sdxl.py"]
 HEAD = {"scorer_options": {"imagereward": {"head_width": 8}}}
 
 
