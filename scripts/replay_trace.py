@@ -10,6 +10,7 @@ is past its tolerance: a table on a terminal; one JSON object into a file or pip
 import argparse
 import json
 import sys
+from pathlib import Path
 
 from spo.command_line.values import path
 from spo.method.replay import replay_trace
@@ -23,12 +24,16 @@ def main() -> int:
     parser.add_argument("--models", type=path, required=True, help="folder of the trace's models")
     parser.add_argument("--json", action="store_true", help="one JSON object, on a terminal too")
     options = parser.parse_args()
-    meta = json.loads((options.trace / "meta.json").read_text())
-    replay = replay_trace if "rollouts" in meta else replay_latent_reward
     report = replay(options.trace, options.models)
     as_json = options.json or not sys.stdout.isatty()
     print(json.dumps(report) if as_json else table(report))
     return 1 if report["failures"] else 0
+
+
+def replay(trace: Path, models: Path) -> dict:
+    """Replays rollouts and training, or the scores or the training of a reward model."""
+    meta = json.loads((trace / "meta.json").read_text())
+    return (replay_trace if "rollouts" in meta else replay_latent_reward)(trace, models)
 
 
 def table(report: dict) -> str:

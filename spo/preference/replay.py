@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from spo.command_line.config_files import SPM_BASE, load_config
-from spo.method.replay import deviation
+from spo.method.replay import comparable, deviation
+from spo.models.loading import family_of
 from spo.preference.preparation import PairNoise
 from spo.preference.spm_learner import PreferenceLearner, TrainingPairs
 from spo.preference.spm_recipe import build_preparation, build_scorer, read_spm_recipe
@@ -47,7 +48,8 @@ def replay_latent_reward(trace: Path, models: Path) -> dict:
         for quantity, value in deviations.items()
         if not value <= TOLERANCES[quantity]
     ]
-    return {"trace": trace.name, "cases": found, "failures": failed}
+    shown = {name: comparable(case) for name, case in found.items()}
+    return {"trace": trace.name, "cases": shown, "failures": failed}
 
 
 @torch.no_grad()
@@ -127,7 +129,8 @@ def _config(
     meta: Mapping[str, Any], batch: Mapping[str, Any], models: Path, image_size: int
 ) -> Any:
     """Returns the config of a training that starts from the recorded reward model."""
-    config = load_config(f"config/lrm_{meta['base_model'].removeprefix('tiny-')}.py", SPM_BASE)
+    family = family_of(str(models / meta["base_model"]), "base_model")
+    config = load_config(f"config/lrm_{family}.py", SPM_BASE)
     changes = {
         "mixed_precision": "no",
         "pretrained.model": str(models / meta["base_model"]),
