@@ -86,7 +86,7 @@ SPM_SDXL = {
     "train.predict_batch_size": 4,
     "train.learning_rate": 1e-6,
 }
-LRM_SD15 = {
+TRAINED_LRM_SD15 = {
     "max_train_steps": 4000,
     "eval_steps": 100,
     "keep_best": True,
@@ -97,7 +97,7 @@ LRM_SD15 = {
     "train.learning_rate": 1e-5,
     "train.warmup": "logarithmic",
 }
-LRM_SDXL = {k: v for k, v in LRM_SD15.items() if k != "max_train_steps"} | {
+TRAINED_LRM_SDXL = {k: v for k, v in TRAINED_LRM_SD15.items() if k != "max_train_steps"} | {
     "family": "sdxl",
     "pretrained.model": "stabilityai/stable-diffusion-xl-base-1.0",
     "pretrained.vae": "madebyollin/sdxl-vae-fp16-fix",
@@ -110,8 +110,8 @@ LRM_SDXL = {k: v for k, v in LRM_SD15.items() if k != "max_train_steps"} | {
 SPM_DIFFERENCES = {  # of each overlay from spm_base.py
     "spm_sd15": {},
     "spm_sdxl": SPM_SDXL,
-    "lrm_sd15": LRM_SD15,
-    "lrm_sdxl": LRM_SDXL,
+    "lrm_sd15": TRAINED_LRM_SD15,
+    "lrm_sdxl": TRAINED_LRM_SDXL,
 }
 DIFFERENCES = {  # of each overlay from base.py
     "sd15": SD15,
@@ -266,6 +266,7 @@ def test_every_overlay_is_tested():
         "base",
         "tiny",
         "small",
+        "small_lrm",
         "spm_base",
         "spm_tiny",
         "spm_hpdv3",
