@@ -1,4 +1,4 @@
-"""Stepwise preference optimisation of diffusion models: GradSPO and SPO on SD1.5 and SDXL.
+"""Stepwise preference optimisation of diffusion models: GradSPO, SPO and LPO on SD1.5 and SDXL.
 
     prompts -> rollout (K candidates per step) -> scores -> pairs -> three predictions -> loss -> LoRA
     -> EMA -> checkpoint -> Hub
@@ -17,7 +17,7 @@ To understand or change the method read types.py, then method/ in the order of i
     publish/          a run -> a repo on the Hugging Face Hub
     lora_io/          LoRA files of diffusers, kohya and peft
     evaluation/       models -> images -> scores -> who wins -> report
-    preference/       the training of the step-aware preference model
+    preference/       the training of the preference models
     costs/            seconds, FLOPs and memory of a run, measured or counted
     tiny_world/       a base model, a preference model and pairs small enough for a CPU
 

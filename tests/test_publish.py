@@ -391,6 +391,30 @@ def test_sdxl_with_a_vae_of_its_own_and_another_scorer(run_dir):
 
 
 @pytest.mark.parametrize(
+    ("name", "title", "tags"),
+    [
+        ("lpo_sd15", "LPO on stable-diffusion-v1-5", ["lpo", "latent-reward-model"]),
+        (
+            "gradspo_lrm_sdxl",
+            "GradSPO with a latent reward model on stable-diffusion-xl-base-1.0",
+            ["gradspo", "lpo", "latent-reward-model"],
+        ),
+    ],
+)
+def test_a_latent_reward_model_is_credited(run_dir, name, title, tags):
+    config = load_config(f"config/{name}.py")
+    save_config(json.loads(config.to_json()), run_dir / "config.json")
+    card = (lay_out(run_dir, Destination("user/name"))[0] / "README.md").read_text()
+    assert f"## {title}\n" in card
+    assert metadata(card)["tags"][3:] == tags
+    checkpoint = config.preference.kwargs.checkpoint
+    assert f"| preference model | {checkpoint} |" in unpadded(card)
+    assert "| sample.threshold_schedule | sigma |" in unpadded(card)
+    assert card.count("arXiv:2502.01051") == card.count("arXiv:2406.04314") == 1
+    assert ("tee2025gradspo" in card) is name.startswith("gradspo")
+
+
+@pytest.mark.parametrize(
     ("algorithm", "name"),
     [
         ("my_losses.smooth:objective", "smooth"),

@@ -11,7 +11,7 @@ from tqdm import tqdm
 from spo.lora_io.find import find_lora, read_lora
 from spo.method.build import Recipe
 from spo.method.collect import roll_out, score_candidates
-from spo.method.pairs import Chosen, choose, differ_enough
+from spo.method.pairs import Chosen, PairSettings, choose, differ_enough
 from spo.models.loading import check_source
 from spo.run.pictures import Cell, grid
 from spo.scorers import check_scorer, load_scorer
@@ -55,17 +55,21 @@ def draw_rollout(recipe: Recipe, prompt: str, lora_spec: str, seed: int) -> Imag
                 decode(part)
         chosen = choose(scores, collect.pairs, torch.Generator().manual_seed(seed))
         seen.append((candidates, scores, chosen, torch.cat(decoded)))
-        gaps = chosen.gap(scores)
-        kept = differ_enough(candidates, gaps, collect.pairs).any()
-        labels.append(
-            f"from t = {candidates.window[0].timestep}\n"
-            f"scored at {collect.timestep_told(candidates, scorer)}\n"
-            f"gap {gaps[0].item():.2f}\n" + ("pair" if kept else "no pair")
-        )
+        told = collect.timestep_told(candidates, scorer)
+        labels.append(_label(candidates, chosen.gap(scores), told, collect.pairs))
     following = [*(candidates for candidates, *_ in seen[1:]), None]
     rows = [_row(*one, after) for one, after in zip(seen, following, strict=True)]
     weights = f"LoRA {lora_spec}" if lora_spec else "base model"
     return grid(rows, f"{prompt}  ({weights})", labels, side=160)
+
+
+def _label(candidates: Candidates, gaps: Tensor, told: int, settings: PairSettings) -> str:
+    """Returns the words beside a row; the scorer was told the timestep `told`."""
+    kept = differ_enough(candidates, gaps, settings).any()
+    return (
+        f"from t = {candidates.window[0].timestep}\nscored at {told}\n"
+        f"gap {gaps[0].item():.2f}\n" + ("pair" if kept else "no pair")
+    )
 
 
 def _row(

@@ -4,7 +4,7 @@
     rollout.py      K candidates per denoising step
     pairs.py        scores -> which candidates make a pair
     collect.py      prompts -> rollout -> scores -> pairs
-    losses.py       GradSPO, SPO
+    losses.py       GradSPO, SPO (LPO's, too)
     learner.py      pairs -> three predictions -> loss -> update -> EMA
     metrics.py      named numbers
     health.py       numbers that are not finite stop a run

@@ -152,7 +152,7 @@ def read_recipe(config: ConfigDict) -> Recipe:
             "cannot use inner steps; set it to 0, or algorithm=spo."
         )
     scorer = candidate_scorer(**config.preference.to_dict())
-    judges = _what_it_judges(scorer, sample)
+    judges = _what_it_judges(scorer, config)
     require_number("prompts.num", config.prompts.num, "0 or more", lambda v: v >= 0)
     require_choice("hub.weights", config.hub.weights, ("policy", "ema"))
     require_number("hub.push_every", config.hub.push_every, "0 or more", lambda v: v >= 0)
@@ -188,9 +188,11 @@ def read_recipe(config: ConfigDict) -> Recipe:
     )
 
 
-def _what_it_judges(scorer: ScorerSource, sample: Mapping[str, Any]) -> str:
-    """Returns "images" or "latents"; UserError for a key of `sample` that means nothing to those."""
-    judges = looks_at(scorer)
+def _what_it_judges(scorer: ScorerSource, config: Mapping[str, Any]) -> str:
+    """Returns "images" or "latents"; UserError for a key of a config that means nothing to those."""
+    judges, sample = looks_at(scorer), config["sample"]
+    if judges == "latents" and config["compile"]["vae"] and not config["eval_interval"]:
+        raise UserError("compile.vae: nothing is decoded in this run; set it to False.")
     for name, off in _ONLY_OF.get(judges, {}).items():
         if sample[name] != off:
             raise UserError(

@@ -14,6 +14,7 @@ from spo.data.prompts import LONGEST_PROMPT
 from spo.errors import UserError, first_available
 from spo.method.position import epoch_order
 from spo.preference.batches import DAMAGED_IMAGE, RawBatch, Row, decode_pair
+from spo.preference.filter import FILTERED_OUT, RowFilter, read_filter
 from spo.preference.source import LABEL_COLUMNS, PairData, open_split, sources_of
 from spo.seeding import derive_seed
 
@@ -42,11 +43,15 @@ def _number(value: object) -> float:
     return float(value) if isinstance(value, int | float) else math.nan
 
 
+def label_rows(rows: Dataset) -> Iterator[Row]:
+    """Yields all rows without their images."""
+    table = rows.select_columns(list(LABEL_COLUMNS)).with_format("arrow")[:]
+    return (row for batch in table.to_batches() for row in batch.to_pylist())
+
+
 def usable_rows(rows: Dataset, need_has_label: bool = False) -> tuple[list[int], Counter]:
     """Returns the indices of the rows that `fault_of` passes, and the number of rows per fault."""
-    table = rows.select_columns(list(LABEL_COLUMNS)).with_format("arrow")[:]
-    labels = (row for batch in table.to_batches() for row in batch.to_pylist())
-    found = [fault_of(row, need_has_label) for row in labels]
+    found = [fault_of(row, need_has_label) for row in label_rows(rows)]
     usable = [index for index, fault in enumerate(found) if fault is None]
     return usable, Counter(fault for fault in found if fault is not None)
 
@@ -64,8 +69,9 @@ class UsableRows:
 
 def find_training_rows(data: PairData) -> UsableRows:
     """Finds usable rows to train on, in the first source of them that answers; UserError if none."""
+    own = read_filter(data.filter, data.filter_strategy) if data.filter else None
     found, failed = first_available(
-        sources_of(data), lambda each: find_usable_rows(each, each.train_split)
+        sources_of(data), lambda each: find_usable_rows(each, each.train_split, row_filter=own)
     )
     if found is None:
         raise UserError(
@@ -76,7 +82,9 @@ def find_training_rows(data: PairData) -> UsableRows:
     return replace(found, unavailable=tuple(lines))
 
 
-def find_usable_rows(data: PairData, split: str, need_has_label: bool = False) -> UsableRows:
+def find_usable_rows(
+    data: PairData, split: str, need_has_label: bool = False, row_filter: RowFilter | None = None
+) -> UsableRows:
     """Finds usable rows; looks at images, and at a stream, until a sound pair; UserError if none."""
     rows = open_split(data, split)
     if data.streaming:
@@ -84,6 +92,9 @@ def find_usable_rows(data: PairData, split: str, need_has_label: bool = False) -
         name = f"{data.source}, split {split!r}, streamed"
     else:
         usable, faults = usable_rows(rows, need_has_label)
+        if row_filter is not None:
+            kept = row_filter.apply(usable, rows)
+            usable, faults[FILTERED_OUT] = kept, len(usable) - len(kept)
         candidates = (rows[index] for index in usable)
         name = f"{data.source}, split {split!r}: {len(usable):,} of {len(rows):,} rows usable"
     seen = Counter()

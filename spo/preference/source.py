@@ -9,7 +9,7 @@ from pathlib import Path
 import datasets
 from datasets import Dataset, IterableDataset
 
-from spo.command_line.values import Checked, whole
+from spo.command_line.values import Checked, choice, number, whole
 from spo.data.prompt_sets import PICKAPIC
 from spo.data.prompts import saved_split
 from spo.errors import UserError
@@ -33,11 +33,17 @@ class PairData(Checked, section="data"):
     streaming: bool
     shuffle_buffer: int = whole()
     image_size: int = whole()
+    resize: str = choice("crop", "stretch")
     num_workers: int = whole(0)
     max_validation: int = whole(0)
+    filter: str
+    filter_strategy: int = number("1, 2 or 3", lambda strategy: strategy in (1, 2, 3))
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.filter and self.streaming:
+            reason = "its rows are found by their position, which a stream does not tell"
+            raise UserError(f"data.filter: {reason}; set data.streaming=False.")
         for name, theirs in self.columns.items():
             if name not in COLUMNS:
                 raise UserError(f"data.columns: {name!r} is none of {', '.join(COLUMNS)}.")

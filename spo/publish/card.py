@@ -13,6 +13,7 @@ from typing import Any
 
 import huggingface_hub
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from ml_collections import ConfigDict
 
 from spo.command_line.config_files import BASE, REPO_ROOT, leaves, load_config
 from spo.command_line.values import fill
@@ -30,7 +31,8 @@ from spo.run.tables import markdown_table
 _SECTION = re.compile(
     r"^<!-- spo:run (\{[^\n]*\}) -->\n.*?^<!-- spo:end -->", re.DOTALL | re.MULTILINE
 )
-_TITLES = {"gradspo": "GradSPO", "spo": "SPO"}
+_TITLES = {"gradspo": "GradSPO", "spo": "SPO", "lpo": "LPO"}
+_LATENT_REWARD = "latent_reward"
 # The settings that every card shows; further ones are shown if they differ from config/FAMILY.py.
 _SHOWN = {"lora.rank", "train.learning_rate", "train.beta", "sample.threshold"}
 _SHOWN |= {"sample.num_candidates", "sample.num_steps", "sample.guidance_scale"}
@@ -75,12 +77,18 @@ def _metadata(record: RunRecord, to: Destination) -> dict[str, Any]:
         # The Hub takes only ids; the name of a local folder means nothing there.
         "base_model": base if is_hub_id(base) else "",
         "license": to.license or (family.license if base == family.base_model else ""),
-        "tags": ["text-to-image", "lora", family.tag, algorithm_name(config.algorithm)],
+        "tags": ["text-to-image", "lora", family.tag, *_unique(_method_tags(config))],
         "widget": [
             {"text": prompt, "output": {"url": to.path(f"{SAMPLES}/{path.name}")}}
             for path, prompt in record.samples.items()
         ],
     }
+
+
+def _method_tags(config: ConfigDict) -> Iterator[str]:
+    yield algorithm_name(config.algorithm)
+    if config.preference.scorer == _LATENT_REWARD:
+        yield from ("lpo", "latent-reward-model")
 
 
 def _with_metadata(card: huggingface_hub.ModelCard) -> huggingface_hub.ModelCard:
@@ -114,11 +122,15 @@ def _section(record: RunRecord, to: Destination, metadata: dict[str, Any]) -> st
     environment.filters |= {"quoted": _quoted, "plain": _plain}
     environment.filters["summary_table"] = lambda each: escape(summary_table(each), quote=False)
     method = _TITLES.get(config.algorithm, algorithm_name(config.algorithm))
+    judged_in_latents = config.preference.scorer == _LATENT_REWARD
+    if judged_in_latents and config.algorithm != "lpo":
+        method += " with a latent reward model"
     facts = [(name, _plain(value)) for name, value in training_facts(record).items()]
     return environment.get_template("section.md.j2").render(
         record=record,
         to=to,
         config=config,
+        judged_in_latents=judged_in_latents,
         pretrained=config.pretrained,
         title=f"{method} on {config.pretrained.model.rpartition('/')[2]}",
         metadata=metadata,
@@ -145,12 +157,16 @@ def training_facts(record: RunRecord) -> dict[str, object]:
     """Returns how the LoRA was trained: what the run recorded, and the settings that matter."""
     config, preference, start = record.config, record.config.preference, record.start
     plan = fill(UpdatePlan, start["plan"]) if "plan" in start else None
-    scorers = {"step_aware_clip": preference.checkpoint, "pickscore": preference.backbone}
+    scorers = {
+        "step_aware_clip": preference.checkpoint,
+        "pickscore": preference.backbone,
+        _LATENT_REWARD: preference.kwargs.get("checkpoint"),
+    }
     values = {
         "algorithm": _TITLES.get(config.algorithm, config.algorithm),
         "base model": config.pretrained.model,
         "VAE": config.pretrained.vae,
-        "preference model": scorers.get(preference.scorer, preference.scorer),
+        "preference model": scorers.get(preference.scorer) or preference.scorer,
         "prompts": start["prompts"],
         "epochs": f"{record.epochs} of {config.num_epochs}" if record.epochs else None,
         "rollouts": record.rollouts or None,

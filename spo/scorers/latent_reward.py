@@ -77,6 +77,11 @@ class LatentRewardModel(nn.Module):
             pixels_per_latent  # along a side; SDXL's UNet reads the image's size
         )
 
+    @property
+    def text_encoders(self) -> list[nn.Module]:
+        """Returns the text encoders in the order of the tokenizers."""
+        return [e for e in (self.text_encoder, self.text_encoder_2) if e is not None]
+
     def encode_text(self, input_ids: Sequence[Tensor]) -> PromptText:
         """Returns the text of n prompts from token ids (n, L), one tensor for each text encoder."""
         first, *second = input_ids
