@@ -69,6 +69,9 @@ def _unloaded_latent_reward(
     place = local_folder(place, family, key)
     folder = LatentRewardFolder(place, key)
     unet, *texts = folder.configs().values()
+    width = texts[-1].get("projection_dim", 512)  # transformers' default
+    if Path(place, HEADS).is_file():
+        width = len(folder.heads().visual_projection)
     with device:
         network = down_path(unet)
         kinds = (CLIPTextModel, CLIPTextModelWithProjection)
@@ -76,9 +79,6 @@ def _unloaded_latent_reward(
             kind(kind.config_class.from_dict(config))
             for kind, config in zip(kinds, texts, strict=False)
         ]
-        width = encoders[-1].config.projection_dim
-        if Path(place, HEADS).is_file():
-            width = len(folder.heads().visual_projection)
         visual = nn.Linear(feature_width(unet), width, bias=False)
         # SDXL's second text encoder has a projection of its own.
         text = None if len(encoders) == 2 else nn.Linear(texts[0]["hidden_size"], width, bias=False)
