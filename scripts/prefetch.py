@@ -81,12 +81,13 @@ def of_preference_model(config: ConfigDict) -> Iterator[str]:
     from spo.preference.rows import find_training_rows, find_usable_rows
 
     recipe = spm_recipe.read_spm_recipe(config)
-    spm, labels, data = recipe.spm, recipe.labels, recipe.data
-    spm_recipe.build_spm(spm, recipe.seed, gradient_checkpointing=False)
-    yield f"preference model: {spm.init_from or spm.backbone}"
+    start, labels, data = recipe.start, recipe.labels, recipe.data
     check_source(recipe.base, recipe.family)
-    spm_recipe.build_preparation(recipe, torch.device("cpu"))
+    base = spm_recipe.build_preparation(recipe, torch.device("cpu")).backbone
     yield f"base model: {recipe.base.model}; labels: {labels.source}"
+    spm_recipe.build_scorer(recipe, base)
+    own = recipe.base.model if recipe.is_latent else start.backbone
+    yield f"preference model: {start.init_from or own}"
     # Last, because Pick-a-Pic is by far the largest.
     rows = find_training_rows(data)
     yield "\n".join([*rows.unavailable, rows.description])

@@ -44,6 +44,7 @@ SMALL = {
     "data.image_size": 16,
     "data.num_workers": 0,
     "eval_steps": 0,
+    "keep_best": False,
 }
 
 

@@ -86,7 +86,33 @@ SPM_SDXL = {
     "train.predict_batch_size": 4,
     "train.learning_rate": 1e-6,
 }
-SPM_DIFFERENCES = {"spm_sd15": {}, "spm_sdxl": SPM_SDXL}  # of each overlay from spm_base.py
+TRAINED_LRM_SD15 = {
+    "max_train_steps": 4000,
+    "eval_steps": 100,
+    "keep_best": True,
+    "preference.model": "latent_reward",
+    "data.resize": "stretch",
+    "train.global_batch_size": 128,
+    "train.num_timesteps": 20,
+    "train.learning_rate": 1e-5,
+    "train.warmup": "logarithmic",
+}
+TRAINED_LRM_SDXL = {k: v for k, v in TRAINED_LRM_SD15.items() if k != "max_train_steps"} | {
+    "family": "sdxl",
+    "pretrained.model": "stabilityai/stable-diffusion-xl-base-1.0",
+    "pretrained.vae": "madebyollin/sdxl-vae-fp16-fix",
+    "data.image_size": 1024,
+    "train.batch_size": 4,
+    "train.global_batch_size": 32,
+    "train.predict_batch_size": 4,
+    "train.warmup_steps": 1000,
+}
+SPM_DIFFERENCES = {  # of each overlay from spm_base.py
+    "spm_sd15": {},
+    "spm_sdxl": SPM_SDXL,
+    "lrm_sd15": TRAINED_LRM_SD15,
+    "lrm_sdxl": TRAINED_LRM_SDXL,
+}
 DIFFERENCES = {  # of each overlay from base.py
     "sd15": SD15,
     "sdxl": SDXL,
@@ -162,7 +188,10 @@ SPM_PAPER = {  # what both families share, and SD1.5
     "mixed_precision": "bf16",
     "preference.backbone": "yuvalkirstain/PickScore_v1",
     "preference.processor": "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
+    "preference.model": "step_aware_clip",
     "preference.init_from": "",
+    "preference.guidance_scale": 7.5,  # of LPO
+    "preference.guide_stages": False,
     "data.source": "pickapic-anonymous/pickapic_v1",
     "data.validation_split": "validation_unique",
     "data.image_size": 512,
@@ -170,7 +199,9 @@ SPM_PAPER = {  # what both families share, and SD1.5
     "labels.margin": 0.1,
     "train.batch_size": 16,
     "train.global_batch_size": 64,
+    "train.num_timesteps": 1000,
     "train.guidance_scale": 5.0,
+    "train.warmup": "linear",
     "train.learning_rate": 3e-6,
     "train.warmup_steps": 500,
     "train.adam_weight_decay": 0.3,
@@ -235,9 +266,11 @@ def test_every_overlay_is_tested():
         "base",
         "tiny",
         "small",
+        "small_lrm",
         "spm_base",
         "spm_tiny",
         "spm_hpdv3",
+        "lrm_tiny",
     }
 
 

@@ -32,6 +32,7 @@ SD21 = "stabilityai/stable-diffusion-2-1-base"
 LRM = "casiatao/LRM"
 SPM = "SPO-Diffusion-Models/Step-Aware_Preference_Models"
 CLIP_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+CLIP_L = "openai/clip-vit-large-patch14"
 PAIRS, OLD_PAIRS = PICKAPIC
 LIST = json.dumps([{"caption": c, "trainset_idx": i} for i, c in enumerate(("a fox", "a whale"))])
 TEST_LIST = json.dumps([{"prompt": "a fox"}, {"prompt": "an owl"}])
@@ -83,6 +84,7 @@ def hub(tmp_path_factory):
             SPM: {f"{n}_step-aware_preference_model.bin": spm for n in ("sd-v1-5", "sdxl")},
             "yuvalkirstain/PickScore_v1": clip,
             CLIP_H: clip,
+            CLIP_L: clip,
             "xswu/HPSv2": {"HPS_v2_compressed.pt": saved(halved)},
             "zai-org/ImageReward": {"ImageReward.pt": recorded["ImageReward.pt"]},
             "google-bert/bert-base-uncased": {n: recorded[n] for n in small} | bert,
@@ -153,7 +155,7 @@ def run(hub, worker, tmp_path):
 
 
 TRAINING = ["config/sd15.py", "config/sdxl.py", "config/spo_sd15.py", "config/spo_sdxl.py"]
-SPMS = ["config/spm_sd15.py", "config/spm_sdxl.py"]
+SPMS = ["config/spm_sd15.py", "config/spm_sdxl.py", "config/lrm_sd15.py", "config/lrm_sdxl.py"]
 EVALUATIONS = ["config/eval_base.py", "config/eval_sdxl.py"]
 JUDGED = [
     *("config/lpo_sd15.py", "config/lpo_sd21.py", "config/lpo_sdxl.py"),
@@ -178,7 +180,9 @@ def test_from_nothing_and_then_offline(run, hub, config):
     assert status == 0, output
 
 
-@pytest.mark.parametrize("config", ["config/sdxl.py", "config/spm_sdxl.py", "config/eval_sdxl.py"])
+@pytest.mark.parametrize(
+    "config", ["config/sdxl.py", "config/spm_sdxl.py", "config/lrm_sd15.py", "config/eval_sdxl.py"]
+)
 def test_prefetch_is_all_that_a_run_needs(run, config):
     changes = HEAD if config in EVALUATIONS else {}
     status, output, _ = run(config, changes=changes, prefetch=True)
@@ -204,6 +208,7 @@ WEIGHTS = {
     "base model of SDXL": ("config/sdxl.py", SDXL, "pretrained.model"),
     "preference model of SDXL": ("config/sdxl.py", SPM, "preference.checkpoint"),
     "SPM's labels": ("config/spm_sdxl.py", "yuvalkirstain/PickScore_v1", "preference.backbone"),
+    "LRM's projection": ("config/lrm_sd15.py", CLIP_L, "preference.text_projection"),
     "PickScore": (
         "config/eval_base.py",
         "yuvalkirstain/PickScore_v1",

@@ -35,6 +35,7 @@ ROOT = Path(__file__).resolve().parent.parent
 KINDS = {
     "train": ("tests/data/random_models.py", BASE, preflight),
     "spm": ("config/spm_tiny.py", SPM_BASE, check_training),
+    "lrm": ("config/lrm_tiny.py", SPM_BASE, check_training),
     "eval": ("config/eval_tiny.py", EVAL_BASE, plan_evaluation),
 }
 NUMBERS = [

@@ -34,7 +34,7 @@ from spo.evaluation.results import (
 )
 from spo.evaluation.run_report import TRAINING, draw_curves, panels_of, write_run_report
 from spo.method import metrics
-from spo.preference.spm_metrics import TIMESTEPS, step_metrics, validation_metrics
+from spo.preference.spm_metrics import step_metrics, validation_metrics
 from spo.run.folder import record_start
 from spo.run.tracking import Tracking
 from spo.types import Comparison
@@ -389,7 +389,11 @@ def test_long_runs_and_unknown_values(run_dir):
 
 def test_the_report_of_a_preference_model(tmp_path):
     totals = {"loss": 3.0, "steps": 4, "pairs": 8, "grad_norm": 2.0, "updates": 4}
-    counts = {f"t{t}": 6.0 for t in TIMESTEPS} | {"pairs": 8.0, "ties": 0.0, "damaged": 0.0}
+    counts = {f"t{t}": 6.0 for t in (0, 251, 501, 701, 951)} | {
+        "pairs": 8.0,
+        "ties": 0.0,
+        "damaged": 0.0,
+    }
     line = {"step": 4, **step_metrics(Counter(totals)), "peak_memory_gib": 1.0}
     lines = [{"step": 0, **validation_metrics(counts)}, line | validation_metrics(counts)]
     config = {"pretrained": {"model": "base"}}

@@ -13,7 +13,7 @@ from config import spm_base
 from spo.command_line.values import fill
 from spo.models.optimizers import ADAMW, OptimizerSettings
 from spo.preference.preparation import labels_of_scores
-from spo.preference.spm_learner import PairScorer, TrainSettings, pair_losses
+from spo.preference.spm_learner import SPMPairScorer, TrainSettings, pair_losses
 from spo.preference.spm_metrics import is_right
 from spo.preference.spm_recipe import SPMSource, build_spm
 from spo.scorers.clip import text_features
@@ -42,7 +42,7 @@ def test_scores_are_the_scaled_cosines():
     spm = build_spm(SPMSource(clip, clip, str(MODELS / "tiny-spm.bin")), 0, False)
     pixels, timesteps = randn(3, 2, 3, 32, 32, seed=1), torch.tensor([1, 501, 951])
     input_ids = torch.randint(500, (3, 77), generator=torch.Generator().manual_seed(2))
-    scores = PairScorer(spm)(pixels, timesteps, input_ids)
+    scores = SPMPairScorer(spm)(pixels, timesteps, input_ids)
     text = text_features(spm.model, input_ids)
     for i in (0, 1):
         image = spm.image_features(pixels[:, i], timesteps)

@@ -14,8 +14,8 @@ from spo.command_line.values import fill
 from spo.errors import UserError
 from spo.models.optimizers import ADAMW, OptimizerSettings
 from spo.preference.batches import RawBatch, decode_batch
-from spo.preference.preparation import PairNoise, Preparation, labels_of_scores
-from spo.preference.spm_learner import PairScorer, PreferenceLearner, TrainSettings
+from spo.preference.preparation import PairNoise, SPMPreparation, labels_of_scores
+from spo.preference.spm_learner import PreferenceLearner, SPMPairScorer, TrainSettings
 from spo.preference.spm_recipe import SPMSource, build_spm
 from spo.scorers import load_scorer
 from spo.scorers.clip import CLIPInputs
@@ -30,7 +30,8 @@ def batch_of(n, **changes):
 
 
 def preparation(backbone, *labels, seed=0, size=SIZE, at_once=8):
-    return Preparation(backbone, CLIPInputs(CLIP), size, 5.0, seed, at_once, *labels)
+    own = {"inputs": CLIPInputs(CLIP), "guidance_scale": 5.0}
+    return SPMPreparation(backbone, size, 1000, seed, at_once, *labels, **own)
 
 
 def make_learner(gradient_checkpointing=False, dtype=torch.float32, **changes):
@@ -40,19 +41,19 @@ def make_learner(gradient_checkpointing=False, dtype=torch.float32, **changes):
     changes |= {"max_train_steps": 10, "warmup_steps": 0}
     adamw = fill(OptimizerSettings, train, optimizer=ADAMW, learning_rate=1e-3)
     settings = fill(TrainSettings, train, optimizer=adamw, **changes)
-    return PreferenceLearner(spm, PairScorer(spm), settings, torch.device("cpu"), dtype)
+    scorer = SPMPairScorer(spm)
+    return PreferenceLearner(scorer, scorer, settings, torch.device("cpu"), dtype)
 
 
 def noise_for(backbone, timesteps, seed):
     n, shape = len(timesteps), (backbone.latent_shape[0], SIZE // 2, SIZE // 2)
-    return PairNoise(
-        torch.tensor(timesteps), randn(n, 2, *shape, seed=seed), randn(n, *shape, seed=seed + 1)
-    )
+    posterior, noise = randn(n, 2, *shape, seed=seed), randn(n, 1, *shape, seed=seed + 1)
+    return PairNoise(torch.tensor(timesteps), posterior, noise.expand_as(posterior))
 
 
 def gradients_of(learner, *minibatches):
     judged = [learner.backward(pairs, last=pairs is minibatches[-1]) for pairs in minibatches]
-    gradients = {name: p.grad.clone() for name, p in learner.spm.named_parameters()}
+    gradients = {name: p.grad.clone() for name, p in learner.scorer.learned().items()}
     learner.optimizer.zero_grad()
     return judged, gradients
 
@@ -79,7 +80,7 @@ def test_predictions_are_those_of_diffusers(backbone):
             latents = posterior.mean + posterior.std * noise.posterior[i, j][None]
             latents = latents * backbone.vae.config.scaling_factor
             t = torch.tensor([timesteps[i]])
-            noisy = scheduler.add_noise(latents, noise.noise[i][None], t)
+            noisy = scheduler.add_noise(latents, noise.noise[i, j][None], t)
             with torch.no_grad():
                 output = backbone.predict(backbone.unet, noisy, t, conditioning, 5.0)
                 x0 = scheduler.step(output, timesteps[i], noisy).pred_original_sample
@@ -124,7 +125,7 @@ def test_no_more_images_at_once_than_told(backbone, monkeypatch):
 
         monkeypatch.setattr(backbone, name, counted)
     parts = preparation(backbone, at_once=5).predicted_images(images, PROMPTS, noise)
-    assert sizes == [5, 5, 5, 1, 1, 1]
+    assert sizes == [5, 1, 5, 5, 1, 1]
     torch.testing.assert_close(parts, whole, atol=1e-4, rtol=1e-4)
 
 
@@ -140,7 +141,7 @@ def test_noise_depends_on_the_place_of_its_pair_alone(sd15):
     many = prepare.draw_noise("training", range(3000))
     assert many.timesteps.min() < 10 and 990 <= many.timesteps.max() < 1000
     assert abs(many.timesteps.float().mean() - 499.5) < 20
-    normal = torch.cat([many.posterior, many.noise[:, None]], dim=1)
+    normal = torch.cat([many.posterior, many.noise[:, :1]], dim=1)
     assert abs(normal.mean()) < 0.03 and abs(normal.std() - 1) < 0.03
 
 
@@ -166,7 +167,7 @@ def test_swapping_images_and_labels_changes_neither_loss_nor_gradient(sd15, monk
 def test_every_weight_gets_a_gradient(sd15):
     learner, batch = make_learner(), batch_of(4)
     _, gradients = gradients_of(learner, preparation(sd15).training_pairs(batch, 1.0))
-    assert set(gradients) == set(dict(learner.spm.named_parameters()))
+    assert set(gradients) == set(learner.scorer.learned())
     # A bias that shifts all keys alike has no effect on the softmax.
     assert all(g.abs().max() > 0 for name, g in gradients.items() if "k_proj.bias" not in name)
 
@@ -221,11 +222,14 @@ def test_validation_takes_the_clean_images_at_0_and_the_timestep_it_is_asked_for
     clean = batch.images.float() / 127.5 - 1
     assert np.isclose(clean.min(), -1, atol=1) and clean.max() <= 1
     expected = CLIPInputs(CLIP).prepare.stretched(clean.flatten(0, 1)).unflatten(0, (2, 2))
-    torch.testing.assert_close(prepare.validation_pixels(batch, 0), expected)
-    at_251 = prepare.validation_pixels(batch, 251)
-    assert torch.equal(at_251, prepare.validation_pixels(batch, 251))
-    assert not torch.equal(at_251, prepare.validation_pixels(batch, 951))
-    assert not torch.equal(at_251, preparation(sd15, seed=1).validation_pixels(batch, 251))
+    seen = dict(prepare.validation_images(batch))
+    assert list(seen) == [0, 251, 501, 701, 951]
+    torch.testing.assert_close(seen[0], expected)
+    again, other = (
+        dict(each.validation_images(batch)) for each in (prepare, preparation(sd15, seed=1))
+    )
+    assert torch.equal(seen[251], again[251]) and not torch.equal(seen[251], other[251])
+    assert not torch.equal(seen[251], seen[951])
 
 
 def test_pickscore_labels_replace_those_of_the_data(sd15):

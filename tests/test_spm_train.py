@@ -1,4 +1,4 @@
-"""Whole trainings of the SPM: their files, resuming, and agreement between processes."""
+"""Whole trainings of preference models: files, resuming, and agreement between processes."""
 
 import functools
 import json
@@ -16,13 +16,13 @@ from helpers import MODELS, scorer_source
 from labelled_pairs import make_row, write_splits
 from safetensors.torch import load_file
 
-from config import spm_tiny
+from config import lrm_tiny, spm_tiny
 from scripts.prefetch import prefetch
 from spo.command_line.config_files import leaves
 from spo.errors import RunError, Stopped, UserError
 from spo.launch.__main__ import SCRIPTS, load_script_config
-from spo.preference import spm_learner
-from spo.preference.preparation import Preparation
+from spo.preference import spm_learner, spm_metrics
+from spo.preference.preparation import SPMPreparation
 from spo.preference.spm_recipe import FIXED_KEYS, check_training
 from spo.preference.spm_trainer import train_preference_model
 from spo.run.checkpoint_folder import _seal, checkpoints, read_state
@@ -33,6 +33,7 @@ from spo.scorers.step_aware_clip import load_step_aware_clip
 
 ROOT = Path(__file__).resolve().parent.parent
 SPM = "step_aware_preference_model.safetensors"
+LRM = "latent_reward_model"
 TIMING = ("pairs_per_second", "peak_memory_gib")
 CHANGES = {
     "run_name": "run",
@@ -50,6 +51,15 @@ CHANGES = {
     "train.global_batch_size": 4,
     "train.warmup_steps": 1,
 }
+LRM_CHANGES = {
+    key: value for key, value in CHANGES.items() if not key.startswith("preference.")
+} | {
+    "preference.text_projection": str(MODELS / "tiny-clip"),
+    "eval_steps": 1,
+    "train.learning_rate": 1e-2,
+}
+BOTH = {"spm": (spm_tiny, CHANGES), "lrm": (lrm_tiny, LRM_CHANGES)}
+both = pytest.mark.parametrize("kind", BOTH)
 
 
 @pytest.fixture(scope="module")
@@ -70,22 +80,40 @@ def surroundings(tmp_path_factory):
         yield
 
 
-def make_config(logdir, data):
-    config = spm_tiny.get_config()
-    config.update_from_flattened_dict(CHANGES | {"logdir": str(logdir), "data.source": str(data)})
+def make_config(logdir, data, kind="spm"):
+    module, changes = BOTH[kind]
+    config = module.get_config()
+    config.update_from_flattened_dict(changes | {"logdir": str(logdir), "data.source": str(data)})
     return config
 
 
 @pytest.fixture
-def config(tmp_path, data):
-    return make_config(tmp_path, data)
+def kind():
+    """The model that is trained, an SPM unless a test is of both."""
+    return "spm"
+
+
+@pytest.fixture
+def config(tmp_path, data, kind):
+    return make_config(tmp_path, data, kind)
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory, data):
-    """Makes a run from start to end, with every checkpoint; tests must not change it."""
-    config = make_config(tmp_path_factory.mktemp("whole"), data)
-    return run(config, checkpoint_limit=0)
+def runs(tmp_path_factory, data):
+    """A function from a kind to its run from start to end, with every checkpoint."""
+
+    @functools.cache
+    def make(kind):
+        config = make_config(tmp_path_factory.mktemp("whole"), data, kind)
+        return run(config, checkpoint_limit=0)
+
+    return make
+
+
+@pytest.fixture
+def whole(runs, kind):
+    """A run from start to end, with every checkpoint; tests must not change it."""
+    return runs(kind)
 
 
 def run(config, **changes):
@@ -134,14 +162,27 @@ def test_a_run_that_lives_is_left_alone(config):
     assert list(folder.iterdir()) == []
 
 
+def weights_of(folder):
+    """Returns the model that a run ends with, or that of a checkpoint."""
+    if (folder / SPM).exists():
+        return load_file(folder / SPM)
+    if not (folder / LRM).is_dir():
+        return load_file(folder / f"{LRM}.safetensors")
+    heads = torch.load(folder / LRM / "state_dict.pt", weights_only=True)
+    found = {"visual_projection": heads["visual_projection"]["weight"]}
+    for file in (folder / LRM).rglob("*.safetensors"):
+        found |= {f"{file.parent.name}.{name}": t for name, t in load_file(file).items()}
+    return found | {"logit_scale": torch.tensor(heads["logit_scale"])}
+
+
 def equal_weights(one, other):
-    one, other = load_file(one / SPM), load_file(other / SPM)
+    one, other = weights_of(one), weights_of(other)
     assert set(one) == set(other)
     return all(torch.equal(one[name], other[name]) for name in one)
 
 
 def distance(one, other):
-    one, other = load_file(one / SPM), load_file(other / SPM)
+    one, other = weights_of(one), weights_of(other)
     return max((one[name] - other[name]).abs().max().item() for name in one)
 
 
@@ -180,20 +221,23 @@ def test_what_a_run_leaves_behind(config, whole):
     assert score.isfinite().all()
 
 
-def test_resumed_run_is_the_run_that_was_not_interrupted(config, whole, tmp_path, capsys):
+@both
+def test_resumed_run_is_the_run_that_was_not_interrupted(config, whole, tmp_path, capsys, kind):
     # As after an interruption: the first checkpoint, and metrics that went on.
     resumed = tmp_path / "resumed"
     shutil.copytree(whole, resumed)
     shutil.rmtree(resumed / "checkpoints" / "step_0000004")
-    (resumed / SPM).unlink()
+    model = SPM if kind == "spm" else LRM
+    (resumed / model).rename(tmp_path / model)
     with (resumed / "metrics.jsonl").open("a") as file:
         file.write('{"step": 5, "lo')
     run(config, run_name="resumed", resume_from="auto", checkpoint_limit=1)
     assert equal_weights(whole, resumed)
     out = capsys.readouterr().out
-    assert "24 of 24 rows usable" in out and str(resumed / SPM) in out
+    assert "24 of 24 rows usable" in out and str(resumed / model) in out
     assert "4 pairs per update = minibatch 2 x processes 1 x accumulation 2" in out
-    assert checkpoint_files(4) <= files_of(resumed) and not checkpoint_files(2) & files_of(resumed)
+    assert [folder.name for folder in checkpoints(resumed)] == ["step_0000004"]
+    assert equal_weights(*(checkpoints(folder)[-1] for folder in (whole, resumed)))
     assert read_metrics(whole) == read_metrics(resumed)
     states = [
         load_file(folder / "checkpoints/step_0000004/optimizer.safetensors")
@@ -204,9 +248,10 @@ def test_resumed_run_is_the_run_that_was_not_interrupted(config, whole, tmp_path
     # From its folder, under another name.
     branch = run(config, run_name="branch", resume_from=str(whole / "checkpoints" / "step_0000002"))
     assert equal_weights(whole, branch)
-    assert read_metrics(branch) == read_metrics(whole)[2:]
-    assert not equal_weights(whole, whole / "checkpoints" / "step_0000002")
-    other = run(config, run_name="other", seed=43, eval_steps=0)
+    lines = [line for line in read_metrics(whole) if line["step"] > 2]
+    assert read_metrics(branch) == lines
+    assert not equal_weights(*(whole / "checkpoints" / f"step_000000{step}" for step in (2, 4)))
+    other = run(config, run_name="other", seed=43, eval_steps=0, keep_best=False)
     assert not equal_weights(whole, other) and not (other / "accuracy.png").exists()
 
 
@@ -261,7 +306,8 @@ def test_a_damaged_checkpoint_is_passed_over_and_a_changed_key_told(
 def test_a_resumed_run_may_not_change_its_weights_or_rows():
     rows = {"seed", "data.train_split", "data.streaming", "data.shuffle_buffer"}
     rows |= {"data.filter", "data.filter_strategy"}
-    assert FIXED_KEYS.keys() == rows | {"family", "pretrained.model", "preference.backbone"}
+    models = {"pretrained.model", "preference.model", "preference.backbone"}
+    assert FIXED_KEYS.keys() == rows | models | {"family"}
     assert FIXED_KEYS.keys() <= leaves(spm_tiny.get_config()).keys()
 
 
@@ -283,10 +329,10 @@ def test_streaming_resumes_exactly_too(config, whole):
     assert read_metrics(table)[0] == read_metrics(whole)[0]
 
 
-def launch(config, tmp_path, processes, **changes):
-    arguments = {**CHANGES, "logdir": tmp_path, "data.source": config.data.source, **changes}
+def launch(config, tmp_path, processes, kind, **changes):
+    arguments = {**BOTH[kind][1], "logdir": tmp_path, "data.source": config.data.source, **changes}
     command = ["bash", "launch_spm.sh", "--cpu", f"--num_processes={processes}"]
-    command += ["--config=config/spm_tiny.py"]
+    command += [f"--config=config/{kind}_tiny.py"]
     command += [f"--config.{key}={value}" for key, value in arguments.items()]
     environment = os.environ | {
         "PYTHON": sys.executable,
@@ -299,12 +345,13 @@ def launch(config, tmp_path, processes, **changes):
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one_does(config, tmp_path):
+@both
+def test_two_processes_train_as_one_does(config, tmp_path, kind):
     """Pairs, weights and noise do not depend on the number of processes."""
     changes = {"max_train_steps": 6, "save_steps": 1, "checkpoint_limit": 0, "eval_steps": 6}
     # Close to plain gradient descent: Adam blows the rounding of tiny gradients up.
     changes |= {"train.adam_epsilon": 1.0, "train.learning_rate": 2e-3}
-    result = launch(config, tmp_path, 2, run_name="two", **changes)
+    result = launch(config, tmp_path, 2, kind, run_name="two", **changes)
     assert result.returncode == 0, result.stderr[-2000:]
     assert "4 pairs per update = minibatch 2 x processes 2 x accumulation 1" in result.stdout
     # 6 steps of 4 are all 24 rows, with the damaged one.
@@ -312,13 +359,15 @@ def test_two_processes_train_as_one_does(config, tmp_path):
     changes = {key.replace(".", "__"): value for key, value in changes.items()}
     one, two = run(config, **changes, train__batch_size=4), tmp_path / "two"
     start = one / "checkpoints" / "step_0000001"  # warm-up begins at 0
-    assert distance(one, two) < 1e-3 * distance(one, start)
+    last = [folder / "checkpoints" / "step_0000006" for folder in (one, two)]
+    assert distance(*last) < 1e-3 * distance(last[0], start)
     for a, b in zip(read_metrics(one), read_metrics(two), strict=True):
         assert a["step"] == b["step"] and a.get("pairs") == b.get("pairs")
         assert a.get("loss") == pytest.approx(b.get("loss"), abs=1e-4)
     assert read_metrics(one)[0] == read_metrics(two)[0]
 
 
+@both
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 @pytest.mark.parametrize("family", ["sd15", "sdxl"])
 def test_mixed_precision_keeps_the_weights_in_fp32(config, family, precision):
@@ -329,8 +378,9 @@ def test_mixed_precision_keeps_the_weights_in_fp32(config, family, precision):
         pretrained__model=str(MODELS / f"tiny-{family}"),
         max_train_steps=2,
         eval_steps=0,
+        keep_best=False,
     )
-    weights = load_file(run_dir / SPM)
+    weights = weights_of(run_dir)
     assert {t.dtype for t in weights.values()} == {torch.float32}
     assert all(t.isfinite().all() for t in weights.values())
     state = json.loads((run_dir / "checkpoints/step_0000002/training_state.json").read_text())
@@ -338,6 +388,34 @@ def test_mixed_precision_keeps_the_weights_in_fp32(config, family, precision):
     assert all(line["loss"] > 0 for line in read_metrics(run_dir))
 
 
+@pytest.mark.parametrize("kind", ["lrm"])
+def test_the_model_of_the_best_accuracy_is_exported(config, monkeypatch):
+    """Ties keep the earlier; a resumed run keeps what the run before it found."""
+    found = iter([0.4, 0.6, 0.7, 0.7, 0.1])
+    metrics = spm_metrics.validation_metrics
+
+    def measured(sums):
+        value = next(found)
+        # The mean over the timesteps counts, not the best of them.
+        return metrics(sums) | {"accuracy": {"1": value - 0.1, "951": value + 0.1}}
+
+    monkeypatch.setattr(spm_metrics, "validation_metrics", measured)
+    run_dir = run(config, save_steps=1, checkpoint_limit=0)
+    lines = read_metrics(run_dir)
+    assert [line["best_step"] for line in lines] == [0, 1, 2, 2, 2]
+    assert not (run_dir / "best.safetensors").exists()
+    steps = {step: run_dir / f"checkpoints/step_000000{step}" for step in (2, 3)}
+    found = iter([0.1])
+    resumed = run(config, run_name="resumed", resume_from=str(steps[3]))
+    assert equal_weights(run_dir, resumed)
+    kept, exported = load_file(steps[2] / f"{LRM}.safetensors"), weights_of(run_dir)
+    assert torch.equal(kept["visual_projection.weight"], exported["visual_projection"])
+    assert torch.equal(kept["unet.conv_in.weight"], exported["unet.conv_in.weight"])
+    later = load_file(steps[3] / f"{LRM}.safetensors")
+    assert not torch.equal(later["unet.conv_in.weight"], exported["unet.conv_in.weight"])
+
+
+@both
 def test_relabelling_with_pickscore(config):
     run_dir = run(config, labels__source="pickscore", labels__margin=0.0, max_train_steps=2)
     lines = read_metrics(run_dir)
@@ -356,16 +434,20 @@ def test_ties_alone_can_be_trained_on(config, tmp_path):
     assert lines[0]["validation_ties"] == 6 and lines[0]["accuracy"]["501"] is None
 
 
-def test_warm_start_begins_where_the_given_spm_is(config, whole):
-    changes = {"preference__init_from": str(whole / SPM), "train__learning_rate": 1e-12}
+@both
+def test_warm_start_begins_where_the_given_model_is(config, whole, kind):
+    model = whole / (SPM if kind == "spm" else LRM)
+    changes = {"preference__init_from": str(model), "train__learning_rate": 1e-12}
     warm = run(config, run_name="warm", **changes)
     assert distance(whole, warm) < 1e-6
-    assert read_metrics(warm)[0]["accuracy"] == read_metrics(whole)[-1]["accuracy"]
+    measured = {line["step"]: line.get("accuracy") for line in read_metrics(whole)}
+    step = read_metrics(whole)[-1].get("best_step", 4)
+    assert read_metrics(warm)[0]["accuracy"] == measured[step]
 
 
 def test_training_learns_what_the_labels_say(config, monkeypatch):
     """The base model, whose weights are random here, is replaced by a perfect one."""
-    monkeypatch.setattr(Preparation, "predicted_images", lambda self, images, *others: images)
+    monkeypatch.setattr(SPMPreparation, "predicted_images", lambda self, images, *others: images)
     run_dir = run(
         config,
         max_train_steps=40,
@@ -382,6 +464,7 @@ def test_training_learns_what_the_labels_say(config, monkeypatch):
     assert lines[-1]["loss"] < 0.6 * lines[1]["loss"]
 
 
+@both
 def test_a_loss_that_is_not_finite_stops_the_run(config, monkeypatch):
     own = spm_learner.pair_losses
 

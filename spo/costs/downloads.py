@@ -71,6 +71,7 @@ WEIGHTS = (
     Download("yuvalkirstain/PickScore_v1", ("config.json",), 0, "", "training: its architecture"),
     Download("laion/CLIP-ViT-H-14-laion2B-s32B-b79K", _CLIP, 0, "mit", "training, pickscore"),
     Download("yuvalkirstain/PickScore_v1", ("model.safetensors",), 3.9, "", "pickscore, spm"),
+    Download("openai/clip-vit-large-patch14", ("model.safetensors",), 1.7, "", "lrm of sd15"),
     Download("xswu/HPSv2", ("HPS_v2_compressed.pt",), 2.0, "", "hpsv2"),
     Download("xswu/HPSv2", ("HPS_v2.1_compressed.pt",), 2.0, "", "hpsv2.1"),
     Download("zai-org/ImageReward", ("ImageReward.pt",), 1.8, "", "imagereward"),

@@ -85,6 +85,15 @@ class Recipe:
         """Loads the base model onto a torch.device."""
         return Backbone(self.model, self.run.family, self.run.mixed_precision, device)
 
+    def drawing_images(self) -> "Recipe":
+        """Returns a recipe whose candidates can be decoded, whatever the scorer looks at.
+
+        With a seed they are the same: only the step in which they are compared differs.
+        """
+        rollout = replace(self.collect.rollout, looks_at="images")
+        collect = replace(self.collect, rollout=rollout)
+        return replace(self, model=replace(self.model, decodes=True), collect=collect)
+
     def load_sampler(self, backbone: Backbone) -> DDIM:
         """Returns the sampler of the rollout on this base model."""
         settings = self.sampler

@@ -48,13 +48,15 @@ def read_image(data: object) -> Image.Image:
     return read_picture(data)
 
 
-def decode_image(data: object, size: int) -> np.ndarray:
+def decode_image(data: object, size: int, stretch: bool = False) -> np.ndarray:
     """Returns a square RGB picture (size, size, 3) uint8 of `data`, as `read_image`.
 
     PIL's bilinear filter, which is antialiased, resizes the shorter side; the centre is cut out, as by
-    torchvision's Resize and CenterCrop.
+    torchvision's Resize and CenterCrop. With `stretch` both sides are resized and nothing is cut.
     """
     image = read_image(data)
+    if stretch:
+        return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR))
     width, height = image.size
     short = min(width, height)
     if short != size:
@@ -64,18 +66,20 @@ def decode_image(data: object, size: int) -> np.ndarray:
     return np.asarray(image)[top : top + size, left : left + size]
 
 
-def decode_pair(row: Row, size: int) -> np.ndarray | None:
+def decode_pair(row: Row, size: int, stretch: bool = False) -> np.ndarray | None:
     """Returns both images of a row, (2, size, size, 3) uint8; None if one is missing or damaged."""
     try:
-        return np.stack([decode_image(row[name], size) for name in IMAGE_COLUMNS])
+        return np.stack([decode_image(row[name], size, stretch) for name in IMAGE_COLUMNS])
     except ValueError:
         return None
 
 
-def decode_batch(raw: RawBatch, size: int, pool: Executor | None = None) -> PairBatch:
+def decode_batch(
+    raw: RawBatch, size: int, stretch: bool = False, pool: Executor | None = None
+) -> PairBatch:
     """Returns the tensors of a minibatch, whose rows `pool` decodes at the same time."""
     each = pool.map if pool is not None else map
-    pairs = list(each(lambda row: decode_pair(row, size), raw.rows))
+    pairs = list(each(lambda row: decode_pair(row, size, stretch), raw.rows))
     grey = np.full((2, size, size, 3), 128, np.uint8)
     images = torch.from_numpy(np.stack([grey if pair is None else pair for pair in pairs]))
     weights = [
@@ -91,7 +95,9 @@ def decode_batch(raw: RawBatch, size: int, pool: Executor | None = None) -> Pair
     )
 
 
-def decoded(batches: Iterator[RawBatch], size: int, workers: int) -> Iterator[PairBatch]:
+def decoded(
+    batches: Iterator[RawBatch], size: int, workers: int, stretch: bool = False
+) -> Iterator[PairBatch]:
     """Yields the tensors of `batches`, read and decoded ahead of their use by `workers` threads.
 
     0 workers decode on demand. Decoders release Python's lock, so threads do as well as processes.
@@ -99,10 +105,10 @@ def decoded(batches: Iterator[RawBatch], size: int, workers: int) -> Iterator[Pa
     """
     raws = _readable(batches)
     if workers == 0:
-        yield from (decode_batch(raw, size) for raw in raws)
+        yield from (decode_batch(raw, size, stretch) for raw in raws)
         return
     with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(workers) as pool:
-        found = (decode_batch(raw, size, pool) for raw in raws)
+        found = (decode_batch(raw, size, stretch, pool) for raw in raws)
         pending = deque(reader.submit(next, found, None) for _ in range(_AHEAD))
         while (batch := pending.popleft().result()) is not None:
             pending.append(reader.submit(next, found, None))

@@ -9,7 +9,7 @@ from pathlib import Path
 import datasets
 from datasets import Dataset, IterableDataset
 
-from spo.command_line.values import Checked, number, whole
+from spo.command_line.values import Checked, choice, number, whole
 from spo.data.prompt_sets import PICKAPIC
 from spo.data.prompts import saved_split
 from spo.errors import UserError
@@ -33,6 +33,7 @@ class PairData(Checked, section="data"):
     streaming: bool
     shuffle_buffer: int = whole()
     image_size: int = whole()
+    resize: str = choice("crop", "stretch")
     num_workers: int = whole(0)
     max_validation: int = whole(0)
     filter: str

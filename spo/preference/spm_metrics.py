@@ -10,8 +10,6 @@ from spo.preference.batches import DAMAGED_IMAGE, PairBatch
 from spo.preference.preparation import Preparation
 from spo.preference.spm_learner import PreferenceLearner, TrainingPairs
 
-TIMESTEPS = (0, 251, 501, 701, 951)  # of validation; 0: the clean images themselves
-
 
 def minibatch_sums(pairs: TrainingPairs, losses: Tensor, scores: Tensor) -> dict[str, Tensor]:
     """Returns sums over a minibatch of one process, as scalars: losses (n,), scores (n, 2)."""
@@ -50,7 +48,7 @@ def validation_sums(
     batches: Iterable[PairBatch], preparation: Preparation, learner: PreferenceLearner
 ) -> dict[str, Tensor]:
     """Counts this process's pairs ranked right per timestep, except ties and damaged ones; scalars."""
-    names = [*(f"t{t}" for t in TIMESTEPS), "pairs", "ties", "damaged"]
+    names = [*(f"t{t}" for t in preparation.validation_timesteps), "pairs", "ties", "damaged"]
     sums = {name: torch.zeros((), device=learner.device) for name in names}
     for batch in batches:
         labels, input_ids = preparation.labels(batch), preparation.input_ids(batch)
@@ -59,10 +57,9 @@ def validation_sums(
         sums["pairs"] += decided.sum()
         sums["ties"] += (sound & ~decided).sum()
         sums["damaged"] += (~sound).sum()
-        for t in TIMESTEPS:
-            pixels = preparation.validation_pixels(batch, t)
+        for t, images in preparation.validation_images(batch):
             timesteps = torch.full((len(labels),), t, device=labels.device)
-            scores = learner.scores(pixels, timesteps, input_ids)
+            scores = learner.scores(images, timesteps, *input_ids)
             sums[f"t{t}"] += (is_right(scores, labels) & decided).sum()
     return sums
 
@@ -74,9 +71,9 @@ def is_right(scores: Tensor, labels: Tensor) -> Tensor:
 
 def validation_metrics(sums: dict[str, float]) -> dict:
     """Returns metrics of `validation_sums` of all processes; accuracy None if every pair is a tie."""
-    pairs = sums["pairs"]
+    pairs, timesteps = sums["pairs"], [name[1:] for name in sums if name[1:].isdigit()]
     return {
-        "accuracy": {str(t): sums[f"t{t}"] / pairs if pairs else None for t in TIMESTEPS},
+        "accuracy": {t: sums[f"t{t}"] / pairs if pairs else None for t in timesteps},
         "validation_pairs": int(pairs),
         "validation_ties": int(sums["ties"]),
         "validation_damaged": int(sums["damaged"]),

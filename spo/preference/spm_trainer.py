@@ -1,4 +1,4 @@
-"""The training loop of the SPM: rows -> noised predictions -> scores -> loss -> update."""
+"""The training loop of preference models: rows -> noised pairs -> scores -> loss -> update."""
 
 import contextlib
 import math
@@ -20,6 +20,7 @@ from spo.method.metrics import peak_memory_gib
 from spo.models.backbone import DTYPES
 from spo.preference import spm_metrics
 from spo.preference.batches import DAMAGED_IMAGE, PairBatch, decoded
+from spo.preference.best import BestModel
 from spo.preference.rows import (
     Share,
     describe_faults,
@@ -28,16 +29,21 @@ from spo.preference.rows import (
     validation_batches,
 )
 from spo.preference.source import open_split
-from spo.preference.spm_learner import PairScorer, PreferenceLearner, save_spm
-from spo.preference.spm_recipe import CheckedTraining, build_preparation, build_spm, check_training
+from spo.preference.spm_learner import PreferenceLearner
+from spo.preference.spm_recipe import (
+    CheckedTraining,
+    build_preparation,
+    build_scorer,
+    check_training,
+)
 from spo.run.checkpoint_folder import new_checkpoint
-from spo.run.folder import METRICS, SPM_FILE
+from spo.run.folder import METRICS
 from spo.run.resume import checkpoint_facts
 from spo.run.session import Session, open_run_dir
 
 
 def train_preference_model(config: ConfigDict) -> None:
-    """Trains an SPM, in one process or as one of several that the launcher started.
+    """Trains an SPM or LRM, in one process or as one of several that the launcher started.
 
     Raises UserError for bad input before any model loads, RunError if a run cannot continue, and
     Stopped after a signal.
@@ -69,19 +75,21 @@ class PreferenceTrainer:
             if checked.validation is not None:
                 self.validation_rows = open_split(recipe.data, recipe.data.validation_split)
             self.preparation = build_preparation(recipe, workers.device)
-            spm = build_spm(recipe.spm, recipe.seed, recipe.train.gradient_checkpointing)
-        spm = spm.to(workers.device)
-        scorer, dtype = workers.wrap(PairScorer(spm)), DTYPES[recipe.mixed_precision]
-        device = workers.device
-        self.learner = PreferenceLearner(spm, scorer, recipe.train, device, dtype, workers.count)
+            scorer = build_scorer(recipe, self.preparation.backbone)
+        parallel, dtype = workers.wrap(scorer), DTYPES[recipe.mixed_precision]
+        settings = (recipe.train, workers.device, dtype, workers.count)
+        self.learner = PreferenceLearner(scorer, parallel, *settings)
         self.totals = Counter()  # metrics since the last line
         self.left_out = Counter(checked.train.faults)  # rows, by their faults
         self.line_is_due = False  # True between an optimizer step and its line of metrics
+        self.best = BestModel(self.session, self.learner)
         if self.session.saved is not None:
             with workers.together():
                 state = self.learner.load(self.session.saved)
             self.totals, self.left_out = Counter(state["totals"]), Counter(state["left_out"])
             self.line_is_due = state["line_is_due"]
+            if recipe.keep_best:
+                self.best.restore(state.get("best", {}), self.session.saved)
             self.session.say("\n".join([*checked.resume.describe(), *checked.changes]))
         data = {split: found and found.description for split, found in rows.items()}
         start = {"plan": asdict(plan), "data": data | {"unavailable": checked.train.unavailable}}
@@ -91,7 +99,7 @@ class PreferenceTrainer:
         self.session.start(recipe.tracker, recipe.config, start, counter="step", last=last)
 
     def run(self) -> None:
-        """Makes the remaining optimizer steps, then writes the SPM.
+        """Makes the remaining optimizer steps, then writes the model.
 
         Raises Stopped, with everything saved, after SIGTERM or SIGINT.
         """
@@ -100,11 +108,15 @@ class PreferenceTrainer:
 
         def finish() -> None:
             with writing(run_dir):
-                save_spm(run_dir, self.learner.spm)
+                self.best.take()
+                self.learner.scorer.export(run_dir)
             self.session.close()
 
         self.session.on_main(finish)
-        self.session.say(f"preference model: {run_dir / SPM_FILE}")
+        self.session.say(f"preference model: {run_dir / self.learner.scorer.exported}")
+        if self.best.found:
+            best = "step {step}, mean accuracy {accuracy:.4f}".format(**self.best.found)
+            self.session.say(f"of the best:      {best}")
         self.session.say(f"metrics:          {run_dir / METRICS}")
         self.session.say(f"rows left out:    {describe_faults(self.left_out) or 'none'}")
 
@@ -134,7 +146,7 @@ class PreferenceTrainer:
             raw = stream_batches(self.rows, seed, data.shuffle_buffer, self.share, start)
         else:
             raw = table_batches(self.rows, self.checked.train.indices, seed, self.share, start)
-        return decoded(raw, data.image_size, data.num_workers)
+        return decoded(raw, data.image_size, data.num_workers, data.resize == "stretch")
 
     def train_step(self, minibatches: Sequence[PairBatch]) -> None:
         """Makes an optimizer step on its minibatches; raises RunError if it is not finite."""
@@ -189,10 +201,12 @@ class PreferenceTrainer:
                 "totals": self.totals,
                 "left_out": self.left_out,
                 "line_is_due": self.line_is_due,
+                "best": self.best.found,
                 **checkpoint_facts(self.recipe.config, self.plan),
             }
             with new_checkpoint(run_dir, name, limit) as folder:
                 self.learner.save(folder, state)
+                self.best.copy_into(folder)
 
         return self.session.save_once(name, lambda: self.session.on_main(save))
 
@@ -213,12 +227,14 @@ class PreferenceTrainer:
         """Returns the accuracy on the validation rows, which all processes share."""
         data, usable = self.recipe.data, self.checked.validation.indices
         raw = validation_batches(self.validation_rows, usable, data.max_validation, self.share)
-        batches = decoded(raw, data.image_size, data.num_workers)
+        batches = decoded(raw, data.image_size, data.num_workers, data.resize == "stretch")
         batches = self.session.bar(batches, "validation: minibatches")
         with self.workers.together():  # a stream may fail in only one process
             batches = self.session.signals.watch(batches)
             sums = spm_metrics.validation_sums(batches, self.preparation, self.learner)
-        return spm_metrics.validation_metrics(self.workers.sum(sums))
+        measured = spm_metrics.validation_metrics(self.workers.sum(sums))
+        best = self.best.offer(measured["accuracy"]) if self.recipe.keep_best else {}
+        return measured | best
 
     def log(self, line: dict) -> None:
         """Writes a line of metrics, and draws the accuracy if the line has it."""

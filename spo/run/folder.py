@@ -25,6 +25,8 @@ METRICS = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
 SAMPLES, SAMPLES_INDEX = "samples", "samples.json"  # the newest validation images one by one
 SPM_FILE = "step_aware_preference_model.safetensors"
+LRM_FILE, LRM_FOLDER = "latent_reward_model.safetensors", "latent_reward_model"
+BEST = "best.safetensors"  # what learns of a preference model at its best, until the run ends
 REPORT, RESULTS, TABLE = "report.html", "results.json", "table.md"
 
 _LOCK, _HOLDER = ".lock", ".lock_holder"

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoTokenizer, CLIPConfig, CLIPModel
 from transformers.tokenization_utils_base import LARGE_INTEGER
 
@@ -121,10 +121,15 @@ def text_features(clip: CLIPModel, input_ids: Tensor) -> Tensor:
 
 def load_clip(backbone: str, section: str = "preference") -> CLIPModel:
     """Returns a CLIP with its weights, in fp32 on the CPU; raises UserError if it cannot be loaded."""
-    with loading(backbone, f"{section}.backbone"):
-        for path in Path(backbone).glob("*.bin"):
+    return load_part_of_clip(CLIPModel, backbone, f"{section}.backbone")
+
+
+def load_part_of_clip(kind: type, clip: str, key: str) -> nn.Module:
+    """Returns what class `kind` reads of a CLIP, in fp32 on the CPU; UserError names `key`."""
+    with loading(clip, key):
+        for path in Path(clip).glob("*.bin"):
             check_packed(path)
-        return load_network(CLIPModel, backbone, "CLIP", dtype=torch.float32)
+        return load_network(kind, clip, "CLIP", dtype=torch.float32)
 
 
 def clip_config(backbone: str, section: str = "preference") -> CLIPConfig:

@@ -146,6 +146,33 @@ class LatentRewardFolder:
                 )
         return configs
 
+    def check_family(self, family: str, unet: Mapping[str, Any]) -> None:
+        """Raises UserError unless `check` passes, and the model is of a base model's family.
+
+        `unet` is the config of the base model's UNet, with as many channels.
+        """
+        own = self.check()
+        is_of = "sdxl" if "text_encoder_2" in own else "sd15"
+        if is_of != family:
+            raise UserError(
+                f"{self.key}: {self.checkpoint!r} is of {is_of}, but family is {family!r}."
+            )
+        channels = (own["unet"].get("in_channels", 4), unet.get("in_channels", 4))
+        if channels[0] != channels[1]:
+            raise UserError(
+                f"{self.key}: {self.checkpoint!r} reads latents of {channels[0]} channels, but the "
+                f"base model's have {channels[1]}."
+            )
+
+    def whole_unet(self) -> UNet2DConditionModel:
+        """Returns the UNet with its up path, on the CPU in fp32; UserError if it cannot load."""
+        model, folder = self._place
+        try:
+            root = fetch(model, [str(PurePosixPath(folder, "unet"))], self.key)
+            return load_part(UNet2DConditionModel, root, "unet", torch.float32)
+        except LOAD_ERRORS as error:
+            raise UserError(f"{self.key}: {self.checkpoint!r}: {first_line(error)}") from error
+
     def load(self, dtype: torch.dtype = torch.float32, **options: Any) -> LatentRewardModel:
         """Returns the model on the CPU, networks in `dtype`, heads in fp32; UserError if it cannot.
 

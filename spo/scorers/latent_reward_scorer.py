@@ -70,16 +70,7 @@ def check_latent_reward(
     )
     weight_dtype(values["dtype"], section)
     key, checkpoint = f"{section}.checkpoint", values["checkpoint"]
-    own = LatentRewardFolder(checkpoint, key).check()
-    is_of = "sdxl" if "text_encoder_2" in own else "sd15"
-    if is_of != family:
-        raise UserError(f"{key}: {checkpoint!r} is of {is_of}, but family is {family!r}.")
-    channels = (own["unet"].get("in_channels", 4), configs["unet"].get("in_channels", 4))
-    if channels[0] != channels[1]:
-        raise UserError(
-            f"{key}: {checkpoint!r} reads latents of {channels[0]} channels, but the base model's have "
-            f"{channels[1]}."
-        )
+    LatentRewardFolder(checkpoint, key).check_family(family, configs["unet"])
     base = values["base"] or FAMILIES[family].base_model
     try:
         trained_on = ddim_scheduler(_base_config(base, f"scheduler/{SCHEDULER}", section))
