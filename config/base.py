@@ -40,7 +40,8 @@ def get_config() -> ConfigDict:
 
     # ---- speed, without another result but for rounding (docs/performance.md) ---------------------
     config.allow_tf32 = True  # GPUs round fp32 products, the scorer's above all, to 10 bits inside
-    # Memory layout of UNet and decoder; `scripts/benchmark.py --compare channels_last=true` tells.
+    # Memory layout of UNet, decoder and latent reward model; tells if it is faster:
+    # scripts/benchmark.py --compare=channels_last=true
     config.channels_last = False
     # torch.compile, at the first call: minutes that a long run gets back.
     config.compile = ConfigDict()

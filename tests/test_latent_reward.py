@@ -246,6 +246,7 @@ BAD = [  # what is done to the folder, and what the start of a run says
     (write(CONFIG, b"{}"), "a config of its networks has no 'cross_attention_dim'"),
     (edit(CONFIG, block_out_channels=[8, 16, 24, 32]), r"is \(24, 96\), but .* need \(24, 112\)"),
     (edit(CONFIG, block_out_channels=8), "'int' object is not iterable"),
+    (edit(CONFIG, block_out_channels=[]), "list index out of range"),
     (edit(CONFIG, cross_attention_dim=64), "UNet reads text of width 64, but .* make 32"),
     (edit(TEXT, hidden_size=48), "UNet reads text of width 32, but .* make 48"),
     (edit(CONFIG, in_channels=9), "reads latents of 9 channels, but the base model's have 4"),
@@ -410,6 +411,21 @@ def test_wrong_tensors_are_named(folder, change, message):
     rewrite(folder / UNET, change)
     said = rf"preference\.kwargs\.checkpoint: .*cannot be loaded \(UNet: its weights .*{message}"
     with pytest.raises(UserError, match=said):
+        load(folder=folder)
+
+
+@pytest.mark.parametrize(
+    ("file", "changes"),
+    [(TEXT, {"num_attention_heads": "x"}), (TEXT, {"num_hidden_layers": None})]
+    + [
+        (CONFIG, {"layers_per_block": "x"}),
+        (CONFIG, {"act_fn": "x"}),
+        (CONFIG, {"attention_head_dim": 0}),
+    ],
+)
+def test_configs_of_no_network(folder, file, changes):
+    edit(file, **changes)(folder)
+    with pytest.raises(UserError, match=r"^preference\.kwargs\.checkpoint: .* cannot be loaded"):
         load(folder=folder)
 
 

@@ -61,6 +61,9 @@ class Scorer:
         name = self.title or type(self).__name__
         raise UserError(f"compile.scorer: {name} has no method `compile`; set it to False.")
 
+    def channels_last(self) -> None:
+        """Lays out convolutions channels last, if the scorer is made of these."""
+
     def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
         """Returns features (B, ...), all that `score` needs of each prompt; called once per prompt.
 

@@ -32,6 +32,8 @@ from spo.scorers.latent_reward import (
 from spo.scorers.state_dicts import check_packed, is_stored
 
 HEADS = "state_dict.pt"
+# What values that no config has make its readers raise.
+_CONFIG_ERRORS = (ArithmeticError, AttributeError, LookupError, TypeError)
 _ENCODERS = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
 
 
@@ -129,7 +131,7 @@ class LatentRewardFolder:
         try:
             self._check_weights(configs)
             wanted = _projections(configs, len(heads.visual_projection))
-        except (KeyError, TypeError, ValueError) as error:
+        except (ValueError, *_CONFIG_ERRORS) as error:
             what = "a config of its networks has no " if isinstance(error, KeyError) else ""
             raise UserError(
                 f"{self.key}: {self.checkpoint!r}: {what}{first_line(error)}."
@@ -183,7 +185,7 @@ class LatentRewardFolder:
             root = fetch(model, folders, self.key)
             unet = _load_down_path(root / "unet", configs["unet"], dtype)
             encoders = [load_part(_ENCODERS[n], root, n, dtype) for n in configs if n in _ENCODERS]
-        except (*LOAD_ERRORS, KeyError, TypeError, AttributeError) as error:  # of odd configs, too
+        except (*LOAD_ERRORS, *_CONFIG_ERRORS) as error:
             raise UserError(
                 f"{self.key}: {self.checkpoint!r} cannot be loaded ({first_line(error)}); to download "
                 f"and check it: {PREFETCH}"
@@ -201,7 +203,7 @@ def _files_below(folder: Path) -> list[str]:
 def _projections(configs: Mapping[str, Mapping[str, Any]], out: int) -> dict[str, tuple[int, int]]:
     """Returns the shapes of the projections; `out` numbers are the features of an SD1.5's LRM.
 
-    Raises KeyError, TypeError or ValueError for configs that no UNet has, or that do not fit.
+    Raises ValueError for configs that do not fit, and _CONFIG_ERRORS.
     """
     unet, *encoders = configs.values()
     made, read = sum(each["hidden_size"] for each in encoders), unet["cross_attention_dim"]

@@ -43,6 +43,10 @@ class LatentRewardScorer(Scorer):
         for block in (*self.model.unet.down_blocks, self.model.unet.mid_block):
             block.compile()
 
+    def channels_last(self) -> None:
+        """Lays out the UNet channels last."""
+        self.model.unet.to(memory_format=torch.channels_last)
+
     def tokenize(self, prompts: Sequence[str]) -> list[Tensor]:
         """Returns token ids (n, L) of each text encoder."""
         return tokenize(self.tokenizers.values(), prompts)
