@@ -219,10 +219,18 @@ def test_a_pair_is_the_unit_of_training_memory():
     assert 3.5 * peaks[1] < peaks[4] <= 4 * peaks[1]
 
 
-@pytest.mark.parametrize("algorithm", ["gradspo", "spo"])
-def test_a_rollout_looks_at_numbers_once(algorithm, monkeypatch):
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"algorithm": "spo"},
+        LATENT_REWARD["sd15"],
+        {"family": "sdxl", "algorithm": "lpo"} | LATENT_REWARD["sdxl"],
+    ],
+)
+def test_a_rollout_looks_at_numbers_once(changes, monkeypatch):
     """Which waits for a GPU. The meta device has no numbers, and raises where one is asked for."""
-    models = load_models(read_recipe(small_config(algorithm=algorithm)), META)
+    models = load_models(read_recipe(small_config(**changes)), META)
     calls = []
     with load.meta_kernels():
         every_index = torch.Tensor.nonzero
