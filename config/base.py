@@ -40,7 +40,8 @@ def get_config() -> ConfigDict:
 
     # ---- speed, without another result but for rounding (docs/performance.md) ---------------------
     config.allow_tf32 = True  # GPUs round fp32 products, the scorer's above all, to 10 bits inside
-    # Memory layout of UNet and decoder; `scripts/benchmark.py --compare channels_last=true` tells.
+    # Memory layout of UNet, decoder and latent reward model; tells if it is faster:
+    # scripts/benchmark.py --compare=channels_last=true
     config.channels_last = False
     # torch.compile, at the first call: minutes that a long run gets back.
     config.compile = ConfigDict()
@@ -114,11 +115,11 @@ def get_config() -> ConfigDict:
     sample.pairing = "best_worst"
     # A pair is kept if softmax([win, lose]) differ by more (paper: 0.3 SD1.5, 0.4 SDXL); -1 keeps all.
     sample.threshold = FieldReference(0.3)
-    # In its place a threshold that rises with the noise from threshold_min at t = 1 to threshold_max at
-    # t = 951 (LPO): with the "sigma" or "variance" of the transition, or "linear"; threshold is None.
+    # In its place (threshold is None) one that rises with the noise (LPO): as the "sigma" or the
+    # "variance" of the transition, or "linear" in t.
     sample.threshold_schedule = placeholder(str)
-    sample.threshold_min = placeholder(float)
-    sample.threshold_max = placeholder(float)
+    sample.threshold_min = placeholder(float)  # the threshold at t = 1
+    sample.threshold_max = placeholder(float)  # and at t = 951
     # "branch": the last step draws K candidates as any other; "extend": each candidate of the
     # window before takes it once, and the images score that window (the official SDXL code).
     sample.final_step = "branch"
@@ -135,9 +136,7 @@ def get_config() -> ConfigDict:
     # The next three are of scorers that look at latents ("latent_reward"), which judge candidates in
     # the step that draws them; branch_from is then 0 in LPO.
     sample.score_batch_size = 16  # latents scored at once
-    sample.score_timestep = (
-        "t"  # they are told the timestep "t" drawn from (LPO), or the "next", t'
-    )
+    sample.score_timestep = "t"  # the timestep told: "t" drawn from (LPO), or the "next" one, t'
     sample.stop_at = 0  # first step that is not made; 0 makes all
     # What decodes the candidates for the preference model: None is the base model's VAE; a Hub id or
     # folder of a diffusers AutoencoderTiny ("madebyollin/taesd", for SDXL "madebyollin/taesdxl") does

@@ -22,7 +22,9 @@ from spo.errors import UserError
 CONFIG = define_config("config/sd15.py")
 REPEATS = flags.DEFINE_integer("repeats", 5, "measured iterations, after one that warms up")
 COMPARE = flags.DEFINE_multi_string(
-    "compare", [], "key=value[,key=value...]: a variant of the config; may be given several times"
+    "compare",
+    [],
+    "[FILE.py][,key=value...]: a variant of the config, or of another file; may be given several times",
 )
 ROUNDS = flags.DEFINE_integer("rounds", 3, "--compare: turns of each variant")
 RANDOM = flags.DEFINE_boolean("random", False, "random weights: nothing is downloaded")

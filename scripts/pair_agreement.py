@@ -5,7 +5,12 @@
 
 Rolls out the first prompts of the run exactly as training would, once, as the candidates do not depend
 on their scores. Each `--compare=KEY=VALUE` (decoder, threshold, preference model) judges them beside
-the config itself. `--config.lora.init_from=RUN` draws them with what a run has learned.
+the config itself, and so does the judge of another config, `--compare=FILE.py`, if all else is alike:
+
+    python scripts/pair_agreement.py --config=config/sd15.py --config.sample.branch_from=0 \\
+        --compare=config/gradspo_lrm_sd15.py
+
+`--config.lora.init_from=RUN` draws them with what a run has learned.
 """
 
 from pathlib import Path
@@ -17,7 +22,9 @@ from spo.command_line.flags import changed, define_config, exit_on_user_error, p
 from spo.errors import UserError
 
 CONFIG = define_config("config/sd15.py")
-COMPARE = flags.DEFINE_multi_string("compare", [], "KEY=VALUE that judges beside the config")
+COMPARE = flags.DEFINE_multi_string(
+    "compare", [], "KEY=VALUE or FILE.py that judges beside the config"
+)
 ROLLOUTS = flags.DEFINE_integer("rollouts", 4, "number of the run's rollouts")
 JSON = flags.DEFINE_string("json", "", "file for the figures")
 

@@ -1,9 +1,11 @@
 """What several test files need to build their cases."""
 
+import shutil
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderTiny, DDIMScheduler
+from diffusers import AutoencoderTiny, DDIMScheduler, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel
 
 from spo.method.collect import CollectSettings
 from spo.method.ddim import DDIM
@@ -72,6 +74,19 @@ def save_tiny_decoder(folder: Path, **changes) -> str:
     }
     AutoencoderTiny(**(settings | changes)).save_pretrained(folder)
     return str(folder)
+
+
+def tiny_sd21(folder: Path) -> Path:
+    """Writes the tiny SD1.5 with another text encoder, as wide as SD2.1's, and a UNet that reads it."""
+    shutil.copytree(model_folder("sd15"), folder)
+    torch.manual_seed(0)
+    text = CLIPTextConfig.from_pretrained(folder / "text_encoder")
+    text.update({"hidden_size": 1024, "num_hidden_layers": 1, "projection_dim": 1024})
+    CLIPTextModel(text).save_pretrained(folder / "text_encoder")
+    unet = UNet2DConditionModel.load_config(folder / "unet")
+    unet |= {"cross_attention_dim": 1024, "use_linear_projection": True}
+    UNet2DConditionModel.from_config(unet).save_pretrained(folder / "unet")
+    return folder
 
 
 def scorer_source(scorer: str, **changes) -> ScorerSource:

@@ -36,6 +36,30 @@ SIZES = {
     "train.batch_size": 1,
     "train.gradient_accumulation_steps": 3,
 }
+# On top of these: candidates judged by a latent reward model as they are drawn.
+_MODELS = "tests/data/golden/models"
+OF_SDXL = {"family": "sdxl", "pretrained.model": f"{_MODELS}/tiny-sdxl"}
+
+
+def judged(family, **changes):
+    """Changes of a small run, judged by the tiny latent reward model of a family."""
+    kwargs = {name: f"{_MODELS}/{kind}-{family}" for name, kind in _KINDS.items()}
+    judge = {"preference.scorer": "latent_reward", "preference.kwargs": kwargs}
+    return judge | (OF_SDXL if family == "sdxl" else {}) | changes
+
+
+_KINDS = {"checkpoint": "tiny-lrm", "base": "tiny"}
+LPO = {"algorithm": "lpo", "train.beta": 500.0, "sample.threshold": None} | {
+    "sample.threshold_schedule": "sigma",
+    "sample.threshold_min": 0.0,
+    "sample.threshold_max": 0.1,
+}
+JUDGED = {
+    "lpo_sd15": judged("sd15", **LPO),
+    "lpo_sdxl": judged("sdxl", **LPO),
+    "gradspo_lrm_sd15": judged("sd15"),
+    "gradspo_lrm_sdxl": judged("sdxl"),
+}
 minibatches = 0
 
 
@@ -62,7 +86,8 @@ def small_config(folder: Path, **changes):
     config = load_config(str(ROOT / "tests" / "data" / "random_models.py"))
     own = {"logdir": str(folder.parent), "run_name": folder.name, "resume_from": "auto"}
     changes = {name.replace("__", "."): value for name, value in changes.items()}
-    config.update_from_flattened_dict(SIZES | own | changes)
+    with config.unlocked():  # preference.kwargs takes any name
+        config.update_from_flattened_dict(SIZES | own | changes)
     return config
 
 
@@ -124,7 +149,7 @@ def read_metrics(run_dir: Path) -> list[dict]:
 def differences(whole: Path, other: Path) -> list[str]:
     """The results in which two complete runs differ."""
     names = [p.relative_to(whole) for p in whole.glob("validation/*.png")]
-    names += [Path(LORA), Path("ema", LORA)]
+    names += [name for name in (Path(LORA), Path("ema", LORA)) if (whole / name).exists()]
     different = [
         str(n)
         for n in names

@@ -12,6 +12,7 @@ import pytest
 import torch
 from helpers import save_tiny_decoder
 from small_runs import SIZES, read_metrics, run, small_config
+from test_benchmark import LATENT_REWARD as OF_FAMILY
 
 from spo.costs.pair_agreement import (
     Judged,
@@ -27,6 +28,14 @@ from spo.method.build import read_recipe
 from spo.method.collect import first_slices
 
 ROOT = Path(__file__).resolve().parent.parent
+LATENT_REWARD = {key.replace(".", "__"): value for key, value in OF_FAMILY["sd15"].items()}
+
+FALLING = {  # 0.02 at t = 1, and 0.015 at t = 251
+    "sample__threshold": None,
+    "sample__threshold_schedule": "linear",
+    "sample__threshold_min": 0.02,
+    "sample__threshold_max": 0.0,
+}
 
 
 def judged(scores, kept):
@@ -97,9 +106,16 @@ def run_script(*arguments):
     )
 
 
-def test_the_rollouts_are_those_of_training(tmp_path):
-    config = small_config(tmp_path / "run", num_epochs=1, sample__threshold=0.02)
-    recipe, plan = read_recipe(config), plan_batches(config, 1)
+@pytest.mark.parametrize(
+    "judge",
+    [
+        {"sample__threshold": 0.02},
+        LATENT_REWARD | FALLING | {"sample__score_timestep": "next"},
+    ],
+)
+def test_the_rollouts_are_those_of_training(tmp_path, judge):
+    config = small_config(tmp_path / "run", num_epochs=1, eval_interval=0, **judge)
+    recipe, plan = read_recipe(config).drawing_images(), plan_batches(config, 1)
     model, prompts = recipe.load_backbone(torch.device("cpu")), recipe.read_prompts().prompts
     slices = first_slices(len(prompts), plan, config.seed, rollouts=5)
     assert len(slices) == 2 and len({i for part in slices for i in part.prompt_ids}) == 4
@@ -111,11 +127,34 @@ def test_the_rollouts_are_those_of_training(tmp_path):
         slices[0].generator,
     )
     judged = concatenate([verdict for _, (verdict,) in steps])
-    run(tmp_path / "run", num_epochs=1, sample__threshold=0.02)
+    run(tmp_path / "run", num_epochs=1, eval_interval=0, **judge)
     (first, _) = read_metrics(tmp_path / "run")
     assert judged.scores.mean().item() == pytest.approx(first["score_mean"], abs=1e-5)
     assert judged.scores.std(dim=1).mean().item() == pytest.approx(first["score_spread"], rel=1e-4)
     assert judged.kept.sum() == first["pairs"] == 3 and len(judged.kept) == first["comparisons"]
+
+
+def test_judges_of_images_and_of_latents_judge_the_same_candidates(tmp_path):
+    found = {}
+    for config, other in (("models", "lrm"), ("lrm", "models")):
+        file = tmp_path / f"{config}.json"
+        result = run_script(
+            f"--config=tests/data/random_{config}.py",
+            "--config.eval_interval=0",
+            f"--compare=tests/data/random_{other}.py",
+            f"--json={file}",
+        )
+        assert result.returncode == 0, result.stderr[-2000:]
+        found[config] = json.loads(file.read_text())
+    one, other = (
+        found["models"]["tests/data/random_lrm.py"],
+        found["lrm"]["tests/data/random_models.py"],
+    )
+    assert set(one) == {"all", "t = 251", "t = 1"}
+    for key in one:
+        symmetric = ("comparisons", "best", "worst", "both", "kept", "correlation")
+        assert [one[key][k] for k in symmetric] == pytest.approx([other[key][k] for k in symmetric])
+    assert abs(one["all"]["correlation"]) < 0.99
 
 
 def test_the_script_compares_with_the_config(tmp_path):
@@ -130,8 +169,8 @@ def test_the_script_compares_with_the_config(tmp_path):
     assert same["both"] == same["kept"] == 1 and same["correlation"] == pytest.approx(1)
     tiny = figures[f"sample.decoder={folder}"]
     assert tiny["all"]["comparisons"] == 4 and tiny["all"]["correlation"] < 0.99
-    assert set(tiny) == {"all", "t = 1", "t = 0"}
-    assert tiny["t = 0"]["comparisons"] == 2
+    assert set(tiny) == {"all", "t = 251", "t = 1"}
+    assert tiny["t = 1"]["comparisons"] == 2
     # The config's own threshold is 0 and keeps all four.
     assert figures["sample.threshold=0.02"]["all"]["kept"] == 3 / 4
     assert re.search(r"^\| all +\| 4 +\| 1 +\| ", result.stdout, re.MULTILINE)
@@ -144,7 +183,7 @@ def test_the_script_compares_with_the_config(tmp_path):
         (["--compare=sample.decoder"], "config: 'sample.decoder' is not of the form KEY=VALUE"),
         (["--compare=sample.thresh=1"], "config: unknown key sample.thresh"),
         (["--compare=sample.threshold=x"], "config: sample.threshold=x: expected float"),
-        (["--compare=sample.threshold=None"], "config: sample.threshold cannot be None"),
+        (["--compare=sample.threshold=None"], "sample.threshold_schedule: without one"),
         (["--compare=sample.decoder=None", "--rollouts=0"], "--rollouts: 0 must be 1 or more."),
     ],
 )

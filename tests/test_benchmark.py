@@ -13,7 +13,7 @@ from torch import nn
 
 from spo.command_line.config_files import load_config
 from spo.costs import benchmark, count, load
-from spo.costs.count import CHECKPOINTED, Costs, LiveMemory, MetaMeter
+from spo.costs.count import CHECKPOINTED, SCORER, Costs, LiveMemory, MetaMeter
 from spo.costs.load import load_models
 from spo.costs.meter import (
     DECODING,
@@ -26,12 +26,23 @@ from spo.costs.meter import (
     flop_counter,
     train_on_pairs,
 )
+from spo.costs.unloaded_scorers import ARCHITECTURES
 from spo.errors import UserError
 from spo.method.build import read_recipe
 from spo.models.loading import ModelSource
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU, META = torch.device("cpu"), load.META
+LATENT_REWARD = {
+    family: {
+        "preference.scorer": "latent_reward",
+        "preference.kwargs": {
+            "checkpoint": str(MODELS / f"tiny-lrm-{family}"),
+            "base": str(MODELS / f"tiny-{family}"),
+        },
+    }
+    for family in ("sd15", "sdxl")
+}
 SIZES = {"sample.num_steps": 4, "sample.branch_from": 2, "sample.num_candidates": 3}
 
 
@@ -78,6 +89,8 @@ def test_flops_of_parts_within_parts_by_hand():
         ("sdxl", 5, {}),
         ("sdxl", 4, {"algorithm": "spo", "sample.num_inner_steps": 1}),
         ("sd15", 5, {"preference.scorer": "pickscore"}),
+        ("sd15", 5, LATENT_REWARD["sd15"] | {"eval_interval": 0}),
+        ("sdxl", 4, LATENT_REWARD["sdxl"] | {"algorithm": "lpo"}),
     ],
 )
 def test_shapes_alone_cost_what_real_models_cost(family, copies, changes):
@@ -95,10 +108,16 @@ def test_shapes_alone_cost_what_real_models_cost(family, copies, changes):
     assert costs.flops == measured | {CHECKPOINTED: again.flops[TRAINING]}
     assert all(costs.flops.values())
     # The rest encodes the prompt.
-    inner = sum(costs.flops[name] for name in (DENOISING, DECODING, SCORING))
+    inner = sum(costs.flops.get(name, 0) for name in (DENOISING, DECODING, SCORING))
     assert 0.5 * costs.flops[ROLLOUT] < inner < costs.flops[ROLLOUT]
     weights = sum(p.numel() * 4 for p in models.backbone.vae.parameters())
-    assert costs.resident_bytes["vae"] == weights
+    assert costs.resident_bytes["vae"] == weights  # of none, 0
+    *_, judge = [part for part in vars(models.scorer).values() if isinstance(part, nn.Module)]
+    assert costs.resident_bytes[SCORER] == sum(p.numel() * 4 for p in judge.parameters())
+    assert (weights == 0) == (not config.eval_interval)
+    looks_at_latents = "preference.kwargs" in changes
+    assert (DECODING in costs.flops) == (DECODING in costs.peak_bytes) != looks_at_latents
+    assert (SCORING in costs.peak_bytes) == looks_at_latents
     lora = sum(p.numel() * 4 for p in models.learner.lora.parameters.values())
     assert costs.resident_bytes["LoRAs, gradient, optimizer"] == copies * lora
     unet = sum(p.numel() * 4 for p in models.backbone.unet.parameters())
@@ -200,10 +219,18 @@ def test_a_pair_is_the_unit_of_training_memory():
     assert 3.5 * peaks[1] < peaks[4] <= 4 * peaks[1]
 
 
-@pytest.mark.parametrize("algorithm", ["gradspo", "spo"])
-def test_a_rollout_looks_at_numbers_once(algorithm, monkeypatch):
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"algorithm": "spo"},
+        LATENT_REWARD["sd15"],
+        {"family": "sdxl", "algorithm": "lpo"} | LATENT_REWARD["sdxl"],
+    ],
+)
+def test_a_rollout_looks_at_numbers_once(changes, monkeypatch):
     """Which waits for a GPU. The meta device has no numbers, and raises where one is asked for."""
-    models = load_models(read_recipe(small_config(algorithm=algorithm)), META)
+    models = load_models(read_recipe(small_config(**changes)), META)
     calls = []
     with load.meta_kernels():
         every_index = torch.Tensor.nonzero
@@ -250,7 +277,7 @@ def test_low_precision_is_autocast_on_these_models(merge):
     [("sd15", 859_520_964, 0.803, 2.515), ("sdxl", 2_567_463_684, 6.761, 10.470)],
 )
 def test_full_size_models_are_the_published_ones(family, unet, unet_teraflops, vae_teraflops):
-    source = ModelSource(str(load.ARCHITECTURES / family))
+    source = ModelSource(str(ARCHITECTURES / family))
     model = load.MetaBackbone(source, family, "fp16", META)
     sizes = {k: sum(p.numel() for p in v.parameters()) for k, v in model.networks().items()}
     text = {"sd15": {}, "sdxl": {"text_encoder_2": 694_659_840}}[family]
@@ -267,6 +294,37 @@ def test_full_size_models_are_the_published_ones(family, unet, unet_teraflops, v
         assert counter.get_total_flops() / 1e12 == pytest.approx(vae_teraflops, rel=1e-3)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("family", "most", "half_unet", "resident"),
+    [("sd15", 75, 0.261, 0.9e9), ("sdxl", 745, 2.933, 4.1e9)],
+)
+def test_a_latent_reward_model_at_full_size(family, most, half_unet, resident):
+    recipes = [read_recipe(load_config(f"config/{name}{family}.py")) for name in ("lpo_", "")]
+    ours, pixels = (count.count_costs(load_models(recipe, META), []) for recipe in recipes)
+    assert 0.98 * most < ours.flops[ROLLOUT] / 1e12 <= most < pixels.flops[ROLLOUT] / 2e12
+    # 20 steps of four candidates, each with its text and with the empty one.
+    assert ours.flops[SCORING] / 1e12 == pytest.approx(160 * half_unet, rel=2e-3)
+    assert ours.resident_bytes[SCORER] == pytest.approx(resident, rel=0.08)
+    peaks = []
+    for costs, recipe in zip((ours, pixels), recipes, strict=True):
+        collect = recipe.collect
+        judging = {DECODING: collect.decode_batch_size, SCORING: collect.score_batch_size}
+        sizes = {DENOISING: recipe.config["sample"]["batch_size"]} | judging
+        peaks.append(max(costs.bytes_of(part, sizes[part]) for part in costs.peak_bytes))
+    assert peaks[0] < 0.9 * peaks[1]
+
+
+@pytest.mark.parametrize("checkpoint", ["hf://casiatao/LRM/lrm_sd15", "user/name"])
+def test_a_latent_reward_model_on_the_hub_counts_as_the_published_one(checkpoint):
+    changes = LATENT_REWARD["sd15"] | {"preference.kwargs": {"checkpoint": checkpoint}}
+    model = load_models(read_recipe(small_config(**changes)), META).scorer.model
+    assert sum(p.numel() for p in model.unet.parameters()) == pytest.approx(349e6, rel=2e-3)
+    assert model.visual_projection.weight.shape == (768, 4800)
+    assert model.text_projection.weight.shape == (768, 768)
+    assert model.guidance_scale == 7.5  # by default
+
+
 def test_what_is_measured_on_a_cpu_is_as_large_as_the_config_says():
     config = load_config("config/small.py")
     config.sample.decoder = f"{config.pretrained.model}/decoder"
@@ -274,6 +332,10 @@ def test_what_is_measured_on_a_cpu_is_as_large_as_the_config_says():
     assert (
         round(sum(p.numel() for p in models.backbone.networks()["unet"].parameters()) / 1e6) == 18
     )
+    judge = load_models(read_recipe(load_config("config/small_lrm.py")), META).scorer.model
+    own, half = models.backbone.unet.state_dict(), judge.unet.state_dict()
+    base = {name.replace(".base_layer", ""): value.shape for name, value in own.items()}
+    assert half and all(base[name] == value.shape for name, value in half.items())
     latents = torch.ones(1, *models.backbone.latent_shape, device=META)
     with torch.no_grad():
         for decode in (models.backbone.decode, models.backbone.decode_candidates):
@@ -317,6 +379,10 @@ def test_an_iteration_is_timed_and_counted():
     [
         ({"preference.dtype": "int8"}, "preference.dtype: 'int8' is none of"),
         ({"preference.backbone": "./no"}, "preference.backbone: './no' is neither a folder"),
+        (
+            LATENT_REWARD["sd15"] | {"preference.kwargs": {"checkpoint": "./no"}},
+            "preference.kwargs.checkpoint: './no' is neither a folder",
+        ),
         ({"pretrained.model": "./no"}, "pretrained.model: './no' is neither a folder"),
         ({"pretrained.vae": str(MODELS)}, "pretrained.vae: no file .*config.json"),
         ({"pretrained.model": "user/name", "family": "sd3"}, "family: 'sd3' is none of"),

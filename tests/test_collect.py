@@ -50,10 +50,15 @@ class Means(Scorer):
 
 
 def collect(backbone, scorer=None, seed=0, **changes):
-    settings = replace(COLLECT, pairs=replace(COLLECT.pairs, **changes))
+    scorer = scorer or Means()
+    settings = replace(
+        COLLECT,
+        rollout=replace(COLLECT.rollout, looks_at=scorer.looks_at),
+        pairs=replace(COLLECT.pairs, **changes),
+    )
     return collect_rollout(
         backbone,
-        scorer or Means(),
+        scorer,
         backbone.sampler(4, eta=1.0),
         settings,
         PROMPTS[:2],
@@ -145,10 +150,12 @@ def test_a_scorer_of_latents_sees_the_noisy_latents_and_nothing_is_decoded(sd15,
 
     monkeypatch.setattr(sd15, "decode_candidates", refuse)
     found = collect(sd15, scorer)
-    assert [len(seen) for _, seen in scorer.seen] == [3, 3, 2, 3, 3, 2]
-    assert [t for t, _ in scorer.seen] == [1] * 3 + [0] * 3
+    assert [len(seen) for _, seen in scorer.seen] == [4, 4, 4, 4]
+    # Told, and recorded with, the timestep that they were drawn from.
+    assert [t for t, _ in scorer.seen] == [251, 251, 1, 1]
+    assert [c.score_timestep for c in found.comparisons] == [251, 1]
     for number, comparison in enumerate(found.comparisons):
-        latents = torch.cat([seen for _, seen in scorer.seen[3 * number : 3 * number + 3]])
+        latents = torch.cat([seen for _, seen in scorer.seen[2 * number : 2 * number + 2]])
         by_candidate = latents.unflatten(0, (4, 2))
         torch.testing.assert_close(
             comparison.scores, 100 * by_candidate.mean(dim=(2, 3, 4)), rtol=1e-5, atol=1e-4
@@ -168,4 +175,4 @@ def test_noisy_latents_that_are_not_finite_have_no_score(sd15):
             return torch.ones(len(seen))
 
     scores = collect(sd15, Blind()).comparisons[0].scores
-    assert scores.isnan().sum() == 3  # the first of each part
+    assert scores.isnan().sum() == 2  # the first of each part

@@ -10,7 +10,7 @@ from functools import partial
 import pytest
 import torch
 from helpers import MODELS
-from test_benchmark import CPU, SIZES, run_script, small_config
+from test_benchmark import CPU, LATENT_REWARD, SIZES, run_script, small_config
 
 from spo.command_line.flags import FLAGS, changed, define_config, parse_flags
 from spo.costs import benchmark
@@ -36,14 +36,22 @@ def without_weights(folder, family):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "precision", "scorer"),
-    [("sd15", "no", "step_aware_clip"), ("sdxl", "bf16", "pickscore")],
+    [
+        ("sd15", "no", "step_aware_clip"),
+        ("sdxl", "bf16", "pickscore"),
+        ("sdxl", "no", "latent_reward"),
+    ],
 )
 def test_random_weights_run(tmp_path, family, precision, scorer):
     folder = without_weights(tmp_path, family)
     assert not list(folder.rglob("*.safetensors"))
     changes = {"preference.scorer": scorer, "sample.batch_size": 1}
+    if scorer == "latent_reward":
+        changes |= LATENT_REWARD[family]
     config = small_config(family, mixed_precision=precision, **changes)
     config.pretrained.model = str(folder)
+    if scorer == "latent_reward":
+        config.preference.kwargs.checkpoint = str(without_weights(tmp_path, f"lrm-{family}"))
     models = load_models(read_recipe(config), CPU, random=True)
     assert type(models.backbone).autocast is Backbone.autocast
     dtypes = {p.dtype for p in models.backbone.vae.parameters()}
@@ -62,7 +70,7 @@ def test_random_weights_without_a_finite_score():
         benchmark.count_work(models)
 
 
-def test_rates_are_those_of_prompts_and_pairs_by_hand():
+def test_rates_are_those_of_pairs_by_hand():
     def turn(rollout, training):
         return {ROLLOUT: rollout, TRAINING: training}
 
@@ -70,7 +78,7 @@ def test_rates_are_those_of_prompts_and_pairs_by_hand():
     # Twice the prompts and four times the pairs at once.
     work = replace(WORK, prompts=4, pairs=40)
     variant = Measured(work, [turn([6.0], [2.0]), turn([6.0], [8.0])])
-    assert variant.ratios(ROLLOUT, baseline) == [2.0, 1.0]  # 2 in 6 s against 4 in 6 s; 2 in 3 s
+    assert variant.ratios(ROLLOUT, baseline) == [4.0, 2.0]  # 10 in 6 s against 40 in 6 s; 10 in 3 s
     assert variant.ratios(TRAINING, baseline) == [2.0, 0.5]
     assert baseline.ratios(ROLLOUT, baseline) == [1.0, 1.0]
     assert baseline.seconds(ROLLOUT) == [4.0, 6.0, 50.0, 3.0]
@@ -118,10 +126,18 @@ def test_changes_to_a_copy_of_the_config(parsed):
     for text, message in {
         "train.beta=x": "config: train.beta=x: expected float",
         "train.beta=None": "config: train.beta cannot be None",
+        "config/no.py": "config/no.py",
         "train.bata=1": "unknown key train.bata; did you mean train.beta",
     }.items():
         with pytest.raises(UserError, match=message):
             changed(parsed, text)
+
+
+def test_another_config_file_takes_what_the_command_line_sets(parsed):
+    other = changed(parsed, "config/lpo_sdxl.py,sample.stop_at=7")
+    assert (other.preference.scorer, other.train.beta) == ("latent_reward", 3)
+    assert (other.sample.stop_at, parsed.sample.stop_at) == (7, 0)
+    assert parsed.preference.scorer == "step_aware_clip"
 
 
 @pytest.mark.slow

@@ -34,6 +34,48 @@ SPO_SDXL = {
     "sample.num_inner_steps": 3,
     "train.batch_size": 2,
 }
+LRM = {  # the judge of LPO and what goes with it
+    "preference.scorer": "latent_reward",
+    "preference.kwargs.checkpoint": "hf://casiatao/LRM/lrm_sd15",
+    "preference.kwargs.base": "",
+    "preference.kwargs.guidance_scale": 7.5,
+    "preference.kwargs.guide_stages": False,
+    "preference.kwargs.dtype": "float16",
+    "sample.branch_from": 0,
+    "sample.score_batch_size": 20,
+    "sample.threshold": None,
+    "sample.threshold_schedule": "sigma",
+    "sample.threshold_min": 0.35,
+    "sample.threshold_max": 0.5,
+}
+LRM_SDXL = LRM | {
+    "preference.kwargs.checkpoint": "hf://casiatao/LRM/lrm_sdxl",
+    "sample.threshold_min": 0.45,
+    "sample.threshold_max": 0.6,
+}
+del LRM_SDXL["sample.score_batch_size"]  # as in base.py
+LPO = {"algorithm": "lpo", "num_epochs": 5, "train.beta": 500.0}
+LPO_SD15 = (
+    LRM
+    | LPO
+    | {
+        "sample.batch_size": 5,
+        "sample.global_batch_size": 20,
+        "train.global_batch_size": 40,
+    }
+)
+LPO_SD21 = LPO_SD15 | {"pretrained.model": "stabilityai/stable-diffusion-2-1-base"}
+LPO_SDXL = (
+    SDXL
+    | LRM_SDXL
+    | LPO
+    | {
+        "sample.batch_size": 4,
+        "sample.global_batch_size": 16,
+        "train.batch_size": 4,
+        "train.gradient_checkpointing": True,
+    }
+)
 SPM_SDXL = {
     "family": "sdxl",
     "max_train_steps": 7000,
@@ -44,7 +86,7 @@ SPM_SDXL = {
     "train.predict_batch_size": 4,
     "train.learning_rate": 1e-6,
 }
-LRM_SD15 = {
+TRAINED_LRM_SD15 = {
     "max_train_steps": 4000,
     "eval_steps": 100,
     "keep_best": True,
@@ -55,7 +97,7 @@ LRM_SD15 = {
     "train.learning_rate": 1e-5,
     "train.warmup": "logarithmic",
 }
-LRM_SDXL = {k: v for k, v in LRM_SD15.items() if k != "max_train_steps"} | {
+TRAINED_LRM_SDXL = {k: v for k, v in TRAINED_LRM_SD15.items() if k != "max_train_steps"} | {
     "family": "sdxl",
     "pretrained.model": "stabilityai/stable-diffusion-xl-base-1.0",
     "pretrained.vae": "madebyollin/sdxl-vae-fp16-fix",
@@ -68,8 +110,8 @@ LRM_SDXL = {k: v for k, v in LRM_SD15.items() if k != "max_train_steps"} | {
 SPM_DIFFERENCES = {  # of each overlay from spm_base.py
     "spm_sd15": {},
     "spm_sdxl": SPM_SDXL,
-    "lrm_sd15": LRM_SD15,
-    "lrm_sdxl": LRM_SDXL,
+    "lrm_sd15": TRAINED_LRM_SD15,
+    "lrm_sdxl": TRAINED_LRM_SDXL,
 }
 DIFFERENCES = {  # of each overlay from base.py
     "sd15": SD15,
@@ -94,6 +136,14 @@ DIFFERENCES = {  # of each overlay from base.py
     "official/spo_sdxl": SDXL
     | SPO_SDXL
     | {"train.max_grad_norm": None, "sample.final_step": "extend"},
+    "lpo_sd15": LPO_SD15,
+    "lpo_sd21": LPO_SD21,
+    "lpo_sdxl": LPO_SDXL,
+    "official/lpo_sd15": LPO_SD15 | {"train.max_grad_norm": None},
+    "official/lpo_sd21": LPO_SD21 | {"train.max_grad_norm": None},
+    "official/lpo_sdxl": LPO_SDXL | {"train.max_grad_norm": None},
+    "gradspo_lrm_sd15": SD15 | LRM,
+    "gradspo_lrm_sdxl": SDXL | LRM_SDXL,
 }
 PAPER = {  # what both families share, and SD1.5
     "seed": 42,
@@ -120,6 +170,16 @@ PAPER = {  # what both families share, and SD1.5
     "train.clip_eps": 0.1,
     "train.grad_scale": 0.5,
     "train.ema_decay": 0.9,
+    # LPO's, too; what other papers have is in DIFFERENCES.
+    "family": "sd15",
+    "lora.alpha": None,
+    "lora.target_modules": ("to_q", "to_k", "to_v", "to_out.0"),
+    "sample.timesteps": "model",
+    "sample.stop_at": 0,
+    "sample.score_timestep": "t",
+    "sample.num_inner_steps": 0,
+    "train.batch_size": 10,
+    "train.gradient_checkpointing": False,
 }
 
 
@@ -184,7 +244,8 @@ def test_a_base_says_which_keys_may_be_none(base):
     if base == BASE:
         optional |= {"lora.alpha", "sample.decoder", "sample.global_batch_size", "train.clip_eps"}
         optional |= {"train.max_grad_norm", "train.global_batch_size"}
-        optional |= {"train.gradient_accumulation_steps"}
+        optional |= {"train.gradient_accumulation_steps", "sample.threshold"}
+        optional |= {f"sample.threshold_{name}" for name in ("schedule", "min", "max")}
     assert set(leaves(config, only_optional=True)) == optional
 
 
@@ -205,6 +266,7 @@ def test_every_overlay_is_tested():
         "base",
         "tiny",
         "small",
+        "small_lrm",
         "spm_base",
         "spm_tiny",
         "spm_hpdv3",
@@ -216,7 +278,7 @@ def test_every_overlay_is_tested():
 def test_overlays_hold_their_differences_and_nothing_else(name):
     default = leaves(base.get_config())
     config = load_config(f"config/{name}.py")
-    different = {key: value for key, value in leaves(config).items() if value != default[key]}
+    different = {k: v for k, v in leaves(config).items() if v != default.get(k, ...)}
     assert different == DIFFERENCES[name]
 
 
@@ -227,12 +289,19 @@ def test_overlays_hold_their_differences_and_nothing_else(name):
         ("gradspo_sdxl", "official/sdxl"),
         ("spo_sd15", "official/spo_sd15"),
         ("spo_sdxl", "official/spo_sdxl"),
+        ("lpo_sd15", "official/lpo_sd15"),
+        ("lpo_sdxl", "official/lpo_sdxl"),
     ],
 )
 def test_official_overlays_are_the_settings_of_the_official_traces(trace, overlay):
     recorded = json.loads((GOLDEN / trace / "meta.json").read_text())["config"]
     config = load_config(f"config/{overlay}.py")
     assert (config.algorithm, config.family) == (recorded["algorithm"], recorded["family"])
+    if "lrm" in recorded:
+        judge = config.preference.kwargs
+        names = {"guidance_scale": "guidance_scale", "multi_scale_cfg": "guide_stages"}
+        assert {name: judge[own] for name, own in names.items()} == recorded["lrm"]
+        recorded["sample"]["threshold"] = None  # which the official code ignores beside a schedule
     assert {key: config.sample[key] for key in recorded["sample"]} == recorded["sample"]
     # The traces were made with a higher rate and small minibatches, to see something.
     of_the_trace = ("batch_size", "gradient_accumulation_steps", "learning_rate")

@@ -17,7 +17,7 @@ import pytest
 import torch
 from fake_hub import serve
 from finished_images import tiny_open_clip
-from helpers import MODELS
+from helpers import MODELS, tiny_sd21
 from labelled_pairs import make_row, write_rows
 from safetensors.torch import load
 
@@ -28,6 +28,8 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
+SD21 = "stabilityai/stable-diffusion-2-1-base"
+LRM = "casiatao/LRM"
 SPM = "SPO-Diffusion-Models/Step-Aware_Preference_Models"
 CLIP_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 CLIP_L = "openai/clip-vit-large-patch14"
@@ -72,6 +74,12 @@ def hub(tmp_path_factory):
         for name, files in {
             SD15: files_of(MODELS / "tiny-sd15"),
             SDXL: files_of(MODELS / "tiny-sdxl"),
+            SD21: files_of(tiny_sd21(folder / "sd21")),
+            LRM: {
+                f"lrm_{family}/{name}": content
+                for family in ("sd15", "sdxl")
+                for name, content in files_of(MODELS / f"tiny-lrm-{family}").items()
+            },
             "madebyollin/sdxl-vae-fp16-fix": files_of(MODELS / "tiny-sdxl" / "vae"),
             SPM: {f"{n}_step-aware_preference_model.bin": spm for n in ("sd-v1-5", "sdxl")},
             "yuvalkirstain/PickScore_v1": clip,
@@ -149,18 +157,24 @@ def run(hub, worker, tmp_path):
 TRAINING = ["config/sd15.py", "config/sdxl.py", "config/spo_sd15.py", "config/spo_sdxl.py"]
 SPMS = ["config/spm_sd15.py", "config/spm_sdxl.py", "config/lrm_sd15.py", "config/lrm_sdxl.py"]
 EVALUATIONS = ["config/eval_base.py", "config/eval_sdxl.py"]
+JUDGED = [
+    *("config/lpo_sd15.py", "config/lpo_sd21.py", "config/lpo_sdxl.py"),
+    *("config/gradspo_lrm_sd15.py", "config/gradspo_lrm_sdxl.py"),
+]
 HEAD = {"scorer_options": {"imagereward": {"head_width": 8}}}
 
 
-@pytest.mark.parametrize("config", [*TRAINING, *SPMS, *EVALUATIONS])
+@pytest.mark.parametrize("config", [*TRAINING, *JUDGED, *SPMS, *EVALUATIONS])
 def test_from_nothing_and_then_offline(run, hub, config):
     changes = HEAD if config in EVALUATIONS else {}
     status, output, start = run(config, changes=changes)
     assert status == 0, output
-    if config in TRAINING:
+    if config in (*TRAINING, *JUDGED):
         assert start["prompts"].startswith("2 prompts from official-4k (mit), http")
-        base = SDXL if "sdxl" in config else SD15
-        assert start["commits"].keys() >= {base, SPM, "yuvalkirstain/PickScore_v1", CLIP_H}
+        base = SDXL if "sdxl" in config else SD21 if "sd21" in config else SD15
+        judge = {LRM} if config in JUDGED else {SPM, "yuvalkirstain/PickScore_v1", CLIP_H}
+        vae = {"madebyollin/sdxl-vae-fp16-fix"} if base == SDXL else set()
+        assert start["commits"].keys() == {base, *judge, *vae}
         assert start["commits"][base] == hub.tip(base, "main").sha
     status, output, _ = run(config, changes=changes, fresh=False, offline=True)
     assert status == 0, output
@@ -177,6 +191,10 @@ def test_prefetch_is_all_that_a_run_needs(run, config):
     assert status == 0, output
 
 
+def test_prefetch_of_the_latent_reward_model(run):
+    test_prefetch_is_all_that_a_run_needs(run, "config/lpo_sd15.py")
+
+
 # What is broken: config that reads it, part of the paths that break, key that errors name.
 OPTIONS = "scorer_options"
 WEIGHTS = {
@@ -185,6 +203,8 @@ WEIGHTS = {
     "preference model": ("config/sd15.py", SPM, "preference.checkpoint"),
     "its CLIP": ("config/sd15.py", "yuvalkirstain/PickScore_v1", "preference.backbone"),
     "its processor": ("config/sd15.py", CLIP_H, "preference.processor"),
+    "LRM": ("config/lpo_sd15.py", LRM, "preference.kwargs.checkpoint"),
+    "base of the LRM": ("config/lpo_sd21.py", SD15, "preference.kwargs.base"),
     "base model of SDXL": ("config/sdxl.py", SDXL, "pretrained.model"),
     "preference model of SDXL": ("config/sdxl.py", SPM, "preference.checkpoint"),
     "SPM's labels": ("config/spm_sdxl.py", "yuvalkirstain/PickScore_v1", "preference.backbone"),

@@ -6,7 +6,7 @@ import sys
 import psutil
 import pytest
 import torch
-from test_benchmark import SIZES, small_config
+from test_benchmark import LATENT_REWARD, SIZES, small_config
 
 from spo.costs import count
 from spo.costs.count import CHECKPOINTED, Costs, count_costs, describe, print_estimate
@@ -24,7 +24,8 @@ COSTS = Costs(
     flops={ROLLOUT: 3 * 10**12, TRAINING: 10**12, CHECKPOINTED: 2 * 10**12},
     pairs=16,
     resident_bytes={"unet": 4 * GIB},
-    peak_bytes={DENOISING: GIB, DECODING: GIB // 2, TRAINING: 10 * GIB, CHECKPOINTED: 2 * GIB},
+    peak_bytes={DENOISING: GIB, DECODING: GIB // 2, SCORING: GIB // 4}
+    | {TRAINING: 10 * GIB, CHECKPOINTED: 2 * GIB},
 )
 LESS = "(train.gradient_checkpointing=true needs less)"
 
@@ -52,6 +53,7 @@ def test_lines_tell_the_costs():
         (TRAINING, 3, 30, f"lower train.batch_size to 2 {LESS}"),
         (DENOISING, 50, 10, "lower sample.batch_size to 5"),
         (DECODING, 50, 10, "lower sample.decode_batch_size to 10"),
+        (SCORING, 50, 10, "lower sample.score_batch_size to 20"),
         (TRAINING, 3, 10, f"train.batch_size = 1 does not fit either {LESS}"),
         (CHECKPOINTED, 3, 5, "train.batch_size = 1 does not fit either"),
     ],
@@ -59,7 +61,7 @@ def test_lines_tell_the_costs():
 def test_a_warning_names_the_key(part, batch, memory, advice):
     assert batch > COSTS.largest_batch(part, memory * GIB)
     training = CHECKPOINTED if part == CHECKPOINTED else TRAINING
-    sizes = {DENOISING: 0, DECODING: 0, training: 0} | {part: batch}
+    sizes = {DENOISING: 0, DECODING: 0, SCORING: 0, training: 0} | {part: batch}
     (line,) = [x for x in describe(COSTS, sizes, memory * GIB) if x.startswith("warning: ")]
     need = 4 + batch * COSTS.peak_bytes[part] / GIB
     assert line.startswith(f"warning: {part} of {batch} ") and line.endswith(f"; {advice}")
@@ -102,10 +104,24 @@ def test_only_what_does_not_fit_is_warned_of(said):
     ]
 
 
-def test_what_cannot_be_counted_stops_nothing(said):
-    config = small_config(estimate_costs=True, **{"preference.scorer": "my:scorer"})
+def test_a_scorer_of_latents_is_estimated_by_its_own_batch(said):
+    config = small_config(estimate_costs=True, **LATENT_REWARD["sd15"])
+    config.sample.score_batch_size = 100
+    assert "scoring of 24 latents will need" in said(config, GIB)[3]
+    costs = count_costs(load_models(read_recipe(config), META), [])
+    line = said(config, (costs.bytes_of(SCORING, 23) + 100) / 0.9)[3]
+    assert line.endswith("; lower sample.score_batch_size to 23")
+
+
+@pytest.mark.parametrize(
+    ("scorer", "part"),
+    [("scorers_for_tests:brightness", DECODING), ("test_image_scorers:latent_mean", SCORING)],
+)
+def test_what_cannot_be_counted_stops_nothing(said, scorer, part):
+    config = small_config(estimate_costs=True, **{"preference.scorer": scorer})
     assert "(without the preference model" in said(config, GIB)[1]
-    assert count_costs(load_models(read_recipe(config), META), []).flops[SCORING] == 0
+    costs = count_costs(load_models(read_recipe(config), META), [])
+    assert costs.flops[SCORING] == 0 and set(costs.peak_bytes) == {DENOISING, part}
     config.pretrained.model = "./no"
     lines = said(config, GIB)
     assert lines[1].startswith("estimate: none (UserError: pretrained.model: './no' is neither")

@@ -34,6 +34,7 @@ from spo.types import Candidates, Transition
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "assets" / "tiny"
 CLIP = str(TINY / "clip")
+NAMES = [name for name in SCORERS if name != "latent_reward"]  # see tests/test_latent_reward.py
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +110,7 @@ def test_the_step_aware_one_scores_at_zero(options):
     assert (scorer.title, scorer.scale) == ("SPM (t = 0)", 1)
 
 
-@pytest.mark.parametrize("name", SCORERS)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_score_is_of_one_image_and_its_prompt(options, name):
     check(name, options[name])
     scorer = load(name, options[name])
@@ -125,7 +126,7 @@ def test_a_score_is_of_one_image_and_its_prompt(options, name):
         assert len(set(found.tolist())) == 3
 
 
-@pytest.mark.parametrize("name", SCORERS)
+@pytest.mark.parametrize("name", NAMES)
 def test_any_mode_of_an_image_will_do(options, name):
     scorer = load(name, options[name])
     (image,) = pictures([(50, 40)])
@@ -149,7 +150,7 @@ class Trap:
 
 FILES = [
     (name, option)
-    for name in SCORERS
+    for name in NAMES
     for option in ("checkpoint", "head")
     if option in inspect.signature(find(SCORERS[name], {}, "scorers")).parameters
 ]
@@ -311,7 +312,7 @@ def test_every_kind_of_scorer_takes_finished_images_and_candidates(factory, titl
         scorer.compile()
 
 
-@pytest.mark.parametrize("name", SCORERS)
+@pytest.mark.parametrize("name", NAMES)
 def test_all_score_the_candidates_of_a_rollout(options, name, sd15):
     """Scorers of PIL images give candidates the scores of the same images, finished and scaled."""
     own = name in ("step_aware_clip", "pickscore")
@@ -383,6 +384,12 @@ def test_a_scorer_of_latents_sees_the_noisy_ones():
         torch.testing.assert_close(found, noisy.mean(dim=(2, 3, 4)) + timestep)
     with pytest.raises(UserError, match="latent_mean looks at latents, not at finished images"):
         scorer.score_images(pictures(), PROMPTS)
+
+
+def test_the_latent_reward_model_scores_no_finished_images():
+    message = "scorers: latent_reward looks at latents, not at finished images"
+    with pytest.raises(UserError, match=message):
+        check("latent_reward", {})
 
 
 def nothing(device):

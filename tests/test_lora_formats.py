@@ -234,17 +234,24 @@ def test_there_and_back_is_the_same_file(tmp_path, family, rank, alpha, dtype):
 
 
 @pytest.mark.parametrize(
-    ("family", "version"), [("sd15", "sd_v1"), ("sdxl", "sdxl_base_v1-0"), ("tiny", None)]
+    ("family", "version"),
+    [("sd15", "sd_v1"), ("sdxl", "sdxl_base_v1-0"), ("tiny", None), ("sd21", "sd_v2")],
 )
 def test_the_header_of_a_kohya_file(tmp_path, family, version):
     if family == "tiny":
         lora = random_lora({"mid_block.attentions.0.proj_in": (8, 8)}, 2, 1)
+    elif family == "sd21":  # which training takes for one of SD1.5
+        layer = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
+        lora = replace(random_lora({layer: (320, 1024)}, 2, 1), family="sd15")
     else:
         lora = full_size(family, 2, 1)
     header = metadata(written(lora, "kohya", tmp_path))
     assert header.items() >= lora.header.items()
     assert header.get("ss_base_model_version") == version
-    assert ("modelspec.architecture" in header) == (version is not None)
+    assert ("modelspec.architecture" in header) == (family in ("sd15", "sdxl"))
+    assert ("ss_v2" in header) == (family == "sd21")
+    read = read_lora_file(tmp_path / "x.safetensors", "SOURCE")
+    assert read.header == lora.header  # and none of what belongs to the format
     assert "lora_adapter_metadata" not in header  # which diffusers refuses beside alphas
 
 

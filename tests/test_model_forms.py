@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from single_files import write_single_file
 from transformers import CLIPTextModelWithProjection
 
-from spo.costs.load import _folder
+from spo.costs.unloaded_scorers import local_folder
 from spo.errors import UserError
 from spo.lora_io.convert import _stored_dtype, merged_pipeline
 from spo.lora_io.model_spec import read_specs
@@ -270,7 +270,7 @@ def test_a_single_file_of_another_size(tmp_path):
         load(path, "sd15")
     assert "ignore_mismatched_sizes" not in str(error.value)
     # Its costs are counted all the same.
-    assert _folder(path, "sd15", "pretrained.model").endswith("assets/architectures/sd15")
+    assert local_folder(path, "sd15", "pretrained.model").endswith("assets/architectures/sd15")
 
 
 def test_single_files_of_other_kinds(tmp_path):

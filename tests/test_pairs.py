@@ -44,6 +44,12 @@ SCORES = torch.tensor(
     ]
 )
 PROMPT_IDS = torch.tensor([70, 71, 72, 73])
+SIGMA = {  # LPO's, on SD1.5
+    "threshold": None,
+    "threshold_schedule": "sigma",
+    "threshold_min": 0.35,
+    "threshold_max": 0.5,
+}
 X, Z, NEXT, EPSILON = 1000, 2000, 3000, 4000  # what a number is of; plus 100 j + 10 k + b
 
 
@@ -237,11 +243,52 @@ def test_when_x_t_is_kept_once(changes, one_x_t):
         ({"threshold": 1.5}, "sample.threshold: 1.5 must be from 0 to 1, or -1"),
         ({"threshold": -0.5}, "sample.threshold: -0.5 must be"),
         ({"final_direction": "first"}, "sample.final_direction: 'first' is none of window, last"),
+        ({"threshold_schedule": "cosine"}, "threshold_schedule: 'cosine' is none of sigma, var"),
+        ({"threshold_schedule": "sigma"}, "sample.threshold: the sigma schedule goes from"),
+        (SIGMA | {"threshold": 0.3}, "sample.threshold: the sigma schedule goes from"),
+        (SIGMA | {"threshold_max": None}, "sample.threshold: the sigma schedule goes from"),
+        (SIGMA | {"threshold_min": -0.1}, "sample.threshold_min: -0.1 must be from 0 to 1"),
+        (SIGMA | {"threshold_max": 1.1}, "sample.threshold_max: 1.1 must be from 0 to 1"),
+        (SIGMA | {"threshold_max": float("nan")}, "sample.threshold_max: nan must be"),
+        ({"threshold": None}, "sample.threshold_schedule: without one, sample.threshold is a num"),
+        ({"threshold_min": 0.1}, "sample.threshold_schedule: without one, .* are None"),
     ],
 )
 def test_what_does_not_fit_is_named(changes, message):
     with pytest.raises(UserError, match=message):
         replace(PLAIN, **changes)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "ends", "expected"),
+    [
+        ("sigma", (0.35, 0.5), [0.35, 0.385276, 0.448277, 0.5, 0.5]),
+        ("sigma", (0.45, 0.6), [0.45, 0.485276, 0.548277, 0.6, 0.6]),
+        ("sigma", (0.5, 0.35), [0.5, 0.464724, 0.401723, 0.35, 0.35]),  # falls with the noise
+        ("variance", (0.35, 0.5), [0.35, 0.359978, 0.416486, 0.5, 0.5]),
+        # Not held at its end, as the tables are: 998 / 950 of the way at t = 999.
+        ("linear", (0.35, 0.5), [0.35, 0.365789, 0.428947, 0.5, 0.507579]),
+    ],
+)
+def test_thresholds_follow_the_noise(schedule, ends, expected):
+    """By hand from the tables of LPO's code: (s_k - s_0) / (s_19 - s_0), k = t // 50."""
+    low, high = ends
+    changes = SIGMA | {"threshold_schedule": schedule, "threshold_min": low, "threshold_max": high}
+    settings = replace(PLAIN, **changes)
+    found = [settings.threshold_at(t) for t in (1, 101, 501, 951, 999)]
+    assert found == pytest.approx(expected, abs=1e-6)
+    assert found[0] == low and found[3] == pytest.approx(high, abs=1e-12)
+
+
+def test_the_threshold_is_that_of_the_timestep_drawn_from_and_strict():
+    # Gaps 0.76, 0, 0.245 and 0.96: above 0.2 are three at t = 1, above 0.8 one at t = 951.
+    rising = SIGMA | {"threshold_min": 0.2, "threshold_max": 0.8}
+    for start, prompts in ((1, [70, 72, 73]), (951, [73])):
+        assert select(start=start, **rising).prompt_ids.tolist() == prompts
+    settings = replace(PLAIN, **SIGMA | {"threshold_min": 0.25, "threshold_max": 0.5})
+    candidates = Candidates(window(1, 1), None, 0, is_final=False)
+    gaps = torch.tensor([0.25, 0.25 + 2**-24])
+    assert differ_enough(candidates, gaps, settings).tolist() == [False, True]
 
 
 def winner_against_all(scores, generator):

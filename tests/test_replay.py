@@ -20,9 +20,14 @@ from spo.method import rollout
 from spo.method.build import read_recipe
 from spo.method.replay import TOLERANCES, Replay, failures, tolerances
 from spo.models.device import speed_up
+from spo.preference import replay as lrm_replay
+from spo.preference.replay import replay_latent_reward
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "replay_trace.py"
-TRACES = sorted(path.parent.name for path in GOLDEN.glob("*/meta.json"))
+FOUND = sorted(path.parent.name for path in GOLDEN.glob("*/meta.json"))
+FAMILIES = ("sd15", "sdxl")
+TRACES = [name for name in FOUND if not name.startswith("lrm_")]
+OF_LRM = [name for name in FOUND if name.startswith("lrm_")]
 COMPARED = {
     "timesteps",
     "permutation",
@@ -45,6 +50,9 @@ def test_all_traces_are_here():
     variants = ("gradspo_sd15_clip", "gradspo_sdxl_clip", "spo_sd15_all", "spo_sdxl_all")
     others = ("lpo_sd15_b", "lpo_sd15_all", "lpo_sd15_variance", "lpo_sdxl_all")
     assert set(TRACES) == {*algorithms, *variants, *others}
+    assert [
+        f"lrm_{what}_{family}" for what in ("forward", "train") for family in FAMILIES
+    ] == OF_LRM
 
 
 @pytest.mark.parametrize("trace", TRACES)
@@ -58,8 +66,57 @@ def test_a_trace_replays(trace):
     assert failures(rollouts, tolerances(replay.config)) == []
 
 
+SEEN = {
+    "forward": {"scores", "image_features", "text_features"},
+    "train": {"noisy_latents", "unit_features", "loss", "gradients"},
+}
+
+
+@pytest.mark.parametrize("trace", OF_LRM)
+def test_a_reward_model_replays(trace):
+    report = replay_latent_reward(GOLDEN / trace, MODELS)
+    assert report["failures"] == []
+    what = trace.split("_")[1]
+    cases = ["cfg", "cfg_all", "none"] if what == "forward" else ["batch 0", "batch 1"]
+    assert list(report["cases"]) == cases
+    assert all(set(deviations) == SEEN[what] for deviations in report["cases"].values())
+
+
+def noise_shared_by_the_images(own):
+    def draw(*arguments):
+        drawn = own(*arguments)
+        return replace(drawn, noise=drawn.noise[:, :1].expand_as(drawn.noise))
+
+    return draw
+
+
+@pytest.mark.parametrize(
+    ("trace", "changes", "quantity"),
+    [
+        ("lrm_train_sd15", {"guidance_scale": 1}, "gradients"),
+        ("lrm_train_sdxl", {"multi_scale_cfg": True}, "loss"),
+        ("lrm_train_sd15", {"logit_scale": 2.66}, "loss"),
+        ("lrm_train_sdxl", None, "noisy_latents"),
+    ],
+)
+def test_a_broken_training_of_the_reward_model_does_not_replay(
+    trace, changes, quantity, tmp_path, monkeypatch
+):
+    folder = shutil.copytree(GOLDEN / trace, tmp_path / trace)
+    meta = json.loads((folder / "meta.json").read_text())
+    if changes is None:
+        draw = noise_shared_by_the_images(lrm_replay._draw_noise)
+        monkeypatch.setattr(lrm_replay, "_draw_noise", draw)
+    meta["batches"] = [batch | (changes or {}) for batch in meta["batches"]]
+    (folder / "meta.json").write_text(json.dumps(meta))
+    failed = replay_latent_reward(folder, MODELS)["failures"]
+    assert sum(f": {quantity} " in failure for failure in failed) == 2, failed
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("trace", ["gradspo_sd15_clip", "gradspo_sdxl_clip"])
+@pytest.mark.parametrize(
+    "trace", ["gradspo_sd15_clip", "gradspo_sdxl_clip", "lpo_sd15", "lpo_sdxl"]
+)
 def test_a_trace_replays_with_other_memory_layout_and_recomputed_activations(trace):
     replay = Replay(GOLDEN / trace, MODELS)
     assert replay.learner.merged is not None  # as everywhere, by default
@@ -67,7 +124,9 @@ def test_a_trace_replays_with_other_memory_layout_and_recomputed_activations(tra
     layout = replace(replay.recipe.speed, channels_last=True)
     speed_up(replay.backbone, replay.scorer, layout)
     assert not replay.backbone.unet.conv_in.weight.is_contiguous()
-    assert failures(replay.run(), TOLERANCES) == []
+    if trace.startswith("lpo"):
+        assert not replay.scorer.model.unet.conv_in.weight.is_contiguous()
+    assert failures(replay.run(), tolerances(replay.config)) == []
 
 
 def remove_clips(replay):
@@ -224,7 +283,7 @@ def test_a_person_gets_a_table(monkeypatch, capsys):
         "failures": failures([{"losses": 1e-6, "ema": 1e-5}, {"losses": math.inf}], TOLERANCES),
     }
     script = runpy.run_path(str(SCRIPT))
-    monkeypatch.setitem(script["main"].__globals__, "replay_trace", lambda *_: report)
+    monkeypatch.setitem(script["main"].__globals__, "replay", lambda *_: report)
     monkeypatch.setattr(sys, "argv", ["replay_trace.py", "--trace=one", "--models=models"])
     assert script["main"]() == 1  # into a pipe
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)

@@ -15,7 +15,7 @@ from helpers import make_pairs
 from safetensors.torch import load_file, save_file
 
 from spo.errors import Stopped, UserError
-from spo.method import trainer
+from spo.method import rollout
 from spo.method.checkpoint import load_share, rollout_of
 from spo.method.metrics import Metrics
 from spo.method.pairs import best_worst
@@ -92,20 +92,25 @@ def test_a_signal_between_minibatches_loses_nothing(whole, stopped, tmp_path):
     assert [line["minibatches"] for line in read_metrics(resumed)] == [4, 4, 4, 4]
 
 
-def test_a_signal_in_a_rollout_draws_it_again(whole, tmp_path, monkeypatch):
-    own, calls = trainer.collect_rollout, []
+@pytest.mark.parametrize("judge", [None, *small_runs.JUDGED])
+def test_a_signal_in_a_rollout_draws_it_again(request, tmp_path, monkeypatch, judge):
+    changes = small_runs.JUDGED.get(judge, {})
+    whole = run(tmp_path / "whole", **changes) if changes else request.getfixturevalue("whole")
+    own, drawn = rollout._Walk.draw, []
 
-    def signalled(*arguments, **options):
-        calls.append(arguments)
-        if len(calls) == 2:
+    def signalled(*arguments):
+        drawn.append(arguments)
+        if len(drawn) == 5 + 4:  # of five draws of each rollout: the second one's first candidates
             os.kill(os.getpid(), signal.SIGINT)
-        return own(*arguments, **options)
+        return own(*arguments)
 
-    monkeypatch.setattr(trainer, "collect_rollout", signalled)
+    monkeypatch.setattr(rollout._Walk, "draw", signalled)
     folder = tmp_path / "run"
     with pytest.raises(Stopped, match="epoch_0000_rollout_000001:"):
-        run(folder)
-    assert differences(whole, run(folder)) == []
+        run(folder, **changes)
+    assert differences(whole, run(folder, **changes)) == []
+    assert len(read_metrics(whole)) == 4 and read_metrics(whole)[-1]["updates"] > 0
+    assert (whole / "ema").exists() == (not (judge or "").startswith("lpo"))
 
 
 def test_a_signal_between_validation_images(whole, tmp_path, monkeypatch):
@@ -239,7 +244,8 @@ def test_a_rollout_in_progress_keeps_every_key_of_sample_but_a_few(whole, stoppe
         "sample.global_batch_size",
         "sample.decode_batch_size",
         "sample.decoder",
-        "sample.threshold",
+        "sample.score_batch_size",
+        *(f"sample.threshold{name}" for name in ("", "_schedule", "_min", "_max")),
         "sample.keep_all_final",
     }
     assert all(between(key) is None for key in keys)

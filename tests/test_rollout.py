@@ -55,7 +55,7 @@ def account(settings, conditioning, seed, eta):
     """The same rollout once more: what is drawn when, then one latent at a time in numpy.
 
     Returns per window its transitions (timestep, x_t, noise, x_t'), all (K, B, C, h, w), and what is
-    scored; and the generator.
+    scored, None for a scorer of latents; and the generator.
     """
     num_steps, k, b = settings.num_steps, settings.num_candidates, len(conditioning)
     generator = torch.Generator().manual_seed(seed)
@@ -92,7 +92,8 @@ def account(settings, conditioning, seed, eta):
         x = np.stack([move(x[i], times[step], i, noise[i]) for i in range(b)])
         step += 1
     current, windows = np.stack([x] * k), []
-    while step < num_steps:
+    of_latents, end = settings.looks_at == "latents", settings.stop_at or num_steps
+    while step < end:
         if windows:
             index = torch.randint(0, k, (b,), generator=generator).numpy()
             x = np.stack([current[index[i], i] for i in range(b)])
@@ -107,12 +108,16 @@ def account(settings, conditioning, seed, eta):
             after = each(lambda i, x, z, t=t: move(x, t, i, z), current, noise)
             transitions.append((t, current, noise, after))
             current, step = after, step + 1
-        if step < num_steps:
+        if of_latents:
+            windows.append((transitions, None, max(t - stride, 0)))
+        elif step < num_steps:
             t = times[step]
             windows.append((transitions, each(lambda i, x, t=t: network(x, t, i)[1], current), t))
         else:
             last = 1 if settings.final_score_timestep == "t" else 0
             windows.append((transitions, current, last))
+    if of_latents:  # whose candidate to continue is drawn after the last comparison, too
+        torch.randint(0, k, (b,), generator=generator)
     return windows, generator
 
 
@@ -124,13 +129,16 @@ def check_against_account(settings, eta, prompts, seed):
         assert len(candidates.window) == len(transitions)
         for mine, (t, x, noise, after) in zip(candidates.window, transitions, strict=True):
             assert mine.timestep == t
+            assert mine.next_timestep == max(t - 1000 // settings.num_steps, 0)
             shared = np.broadcast_to(mine.latents.numpy(), x.shape)
             np.testing.assert_allclose(shared, x, rtol=1e-3, atol=1e-3)
             np.testing.assert_array_equal(mine.noise.numpy(), noise.astype(np.float32))
             np.testing.assert_allclose(mine.next_latents.numpy(), after, rtol=1e-3, atol=1e-3)
         assert candidates.window[0].latents.shape[0] == 1  # x_t of the branch is kept once
         assert candidates.score_timestep == timestep
-        np.testing.assert_allclose(candidates.latents.numpy(), scored, rtol=1e-3, atol=2e-3)
+        assert (candidates.latents is None) == (scored is None)
+        if scored is not None:
+            np.testing.assert_allclose(candidates.latents.numpy(), scored, rtol=1e-3, atol=2e-3)
     assert [c.is_final for c in found] == [False] * (len(found) - 1) + [True]
     # Nothing else was drawn: both generators go on alike.
     assert torch.equal(torch.rand(3, generator=generator), torch.rand(3, generator=drawn))
@@ -140,29 +148,31 @@ def check_against_account(settings, eta, prompts, seed):
 @st.composite
 def shapes(draw):
     num_steps = draw(st.integers(2, 9))
-    extend = draw(st.booleans())
+    of_latents, extend = draw(st.sampled_from([(False, False), (False, True), (True, False)]))
     branch_from = draw(st.integers(0, num_steps - (2 if extend else 1)))
+    stops = st.sampled_from([0, *range(branch_from + 1, num_steps + 1)])
     return RolloutSettings(
-        looks_at="images",
-        stop_at=0,
+        looks_at="latents" if of_latents else "images",
+        stop_at=draw(stops) if of_latents else 0,
         num_steps=num_steps,
         num_candidates=draw(st.integers(2, 3)),
         branch_from=branch_from,
-        num_inner_steps=draw(st.integers(0, num_steps - branch_from - 1)),
+        num_inner_steps=0 if of_latents else draw(st.integers(0, num_steps - branch_from - 1)),
         final_step="extend" if extend else "branch",
         final_score_timestep=draw(st.sampled_from(["zero", "t"])),
     )
 
 
-@hypothesis_settings(max_examples=40, deadline=None, derandomize=True)
+@hypothesis_settings(max_examples=60, deadline=None, derandomize=True)
 @given(shapes(), st.sampled_from([0.5, 1.0]), st.integers(1, 3), st.integers(0, 1000))
 def test_any_shape_is_as_accounted(settings, eta, prompts, seed):
     found = check_against_account(settings, eta, prompts, seed)
     # After branching, steps fill windows of 1 + inner transitions; extended, the last is one more.
-    steps = settings.num_steps - settings.branch_from - (settings.final_step == "extend")
+    branching = (settings.stop_at or settings.num_steps) - settings.branch_from
+    steps = branching - (settings.final_step == "extend")
     assert len(found) == math.ceil(steps / (1 + settings.num_inner_steps))
     used = sum(len(candidates.window) for candidates in found)
-    assert used == settings.num_steps - settings.branch_from
+    assert used == branching
 
 
 @pytest.mark.parametrize(
@@ -219,18 +229,39 @@ def test_every_candidate_may_carry_on():
     assert carried == {(prompt, k) for prompt in range(2) for k in range(3)}
 
 
-def test_the_network_runs_once_per_row():
-    rows = []
+@pytest.mark.parametrize(
+    ("changes", "rows"),
+    [
+        # Design: 130 rows per two halves of guidance, 65 = 5 + 15 * 4 per prompt.
+        ({"branch_from": 4}, [2] * 5 + [8] * 15),
+        # LPO: 40 rows, one pass of each prompt and step.
+        ({"looks_at": "latents", "branch_from": 0}, [2] * 20),
+        ({"looks_at": "latents", "branch_from": 4, "stop_at": 13}, [2] * 13),
+    ],
+)
+def test_the_network_runs_once_per_row(changes, rows):
+    seen = []
 
     def counted(latents, timestep, conditioning):
-        rows.append((timestep, len(latents)))
+        seen.append((timestep, len(latents)))
         return predict(latents, timestep, conditioning)
 
-    settings = replace(PLAIN, branch_from=4, num_candidates=4)
-    roll_out(settings, prompts=2, predict=counted)
-    # Design: 130 rows per two halves of guidance, 65 = 5 + 15 * 4 per prompt.
-    assert [t for t, _ in rows] == list(range(951, 0, -50))
-    assert [n for _, n in rows] == [2] * 5 + [8] * 15
+    roll_out(replace(PLAIN, num_candidates=4, **changes), prompts=2, predict=counted)
+    assert seen == list(zip(range(951, 0, -50), rows, strict=False))
+
+
+@pytest.mark.parametrize("branch_from", [0, 4])
+def test_scorers_of_images_and_of_latents_judge_the_same_candidates(branch_from):
+    images, latents = (
+        roll_out(replace(PLAIN, branch_from=branch_from, looks_at=looks_at), seed=3)[0]
+        for looks_at in ("images", "latents")
+    )
+    assert len(images) == len(latents) == 20 - branch_from
+    for theirs, mine in zip(images, latents, strict=True):
+        (theirs,), (mine,) = theirs.window, mine.window
+        assert mine.timestep == theirs.timestep and torch.equal(mine.noise, theirs.noise)
+        torch.testing.assert_close(mine.latents, theirs.latents)
+        torch.testing.assert_close(mine.next_latents, theirs.next_latents)
 
 
 @pytest.mark.parametrize(
@@ -242,6 +273,9 @@ def test_the_network_runs_once_per_row():
         ({"branch_from": 19, "final_step": "extend"}, "branch_from"),
         ({"branch_from": 4, "num_inner_steps": 16}, "num_inner_steps"),
         ({"num_inner_steps": -1}, "num_inner_steps"),
+        ({"branch_from": 4, "stop_at": 4}, "stop_at"),
+        ({"stop_at": 21}, "stop_at"),
+        ({"stop_at": -1}, "stop_at"),
     ],
 )
 def test_what_does_not_fit_is_named(changes, key):
@@ -259,6 +293,8 @@ def test_the_limits_fit():
     replace(PLAIN, branch_from=19)
     replace(PLAIN, branch_from=18, final_step="extend")
     replace(PLAIN, branch_from=4, num_inner_steps=15)
+    replace(PLAIN, branch_from=4, stop_at=5)
+    replace(PLAIN, branch_from=4, stop_at=20)
 
 
 def test_branching_makes_no_gradients():

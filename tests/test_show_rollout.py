@@ -31,6 +31,25 @@ def test_the_best_is_green_the_worst_red_and_one_continues(monkeypatch):
     assert "scored at 0" in labels[-1] and "gap" in labels[0]
 
 
+def test_a_judge_of_latents_scores_the_noisy_ones_of_the_same_pictures(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(rollout_picture, "grid", lambda rows, *labels, side: (rows, *labels))
+    drawn = []
+    for name, stop_at in (("models", 0), ("lrm", 0), ("lrm", 3)):
+        config = load_config(f"tests/data/random_{name}.py")
+        config.sample.num_steps, config.sample.branch_from, config.eval_interval = 4, 2, 0
+        config.sample.stop_at, config.sample.decode_batch_size = stop_at, 3
+        drawn.append(rollout_picture.draw_rollout(read_recipe(config), "a fox", "", seed=0))
+    (images, _, scored_images), (latents, _, scored_latents), (first, *_) = drawn
+    assert len(latents) == 2 and len(first) == 1
+    for one, other in zip(images, latents, strict=True):
+        assert [cell.image.tobytes() for cell in one] == [cell.image.tobytes() for cell in other]
+        assert [cell.caption for cell in one] != [cell.caption for cell in other]
+    assert "from t = 251\nscored at 1\n" in scored_images[0]
+    assert "from t = 251\nscored at 251\n" in scored_latents[0]
+    assert "from t = 1\nscored at 1\n" in scored_latents[1]
+
+
 @pytest.mark.slow
 def test_the_script_writes_under_runs_and_names_the_colours(tmp_path):
     for name in ("assets", "tests"):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -10,16 +11,19 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+from helpers import tiny_sd21
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from spo.command_line.config_files import load_config
-from spo.errors import RunError
+from spo.errors import RunError, UserError
 from spo.lora_io.read import read_lora_file
 from spo.lora_io.write import KOHYA_FILE
 from spo.method.losses import LOSSES, GradSPO
 from spo.method.preflight import preflight
 from spo.method.start import train
+from tests.small_runs import JUDGED, LPO, judged, run
 
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = ROOT / "tests" / "data" / "golden" / "models"
@@ -189,15 +193,19 @@ def assert_same_lora(one, other):
 
 
 @pytest.mark.slow
-def test_two_processes_train_what_one_trains(tmp_path):
+@pytest.mark.parametrize("judge", [None, "lpo_sd15", "gradspo_lrm_sd15"])
+def test_two_processes_train_what_one_trains(tmp_path, judge):
     """Slices are seeded by their place, and minibatches of all processes hold the same pairs."""
     sizes = {"sample__global_batch_size": 4, "train__global_batch_size": 6}
+    sizes |= JUDGED.get(judge, {}) | {"sample__threshold_min": None, "sample__threshold_max": None}
+    sizes |= {"sample__threshold_schedule": None, "sample__threshold": 0.0}  # keeps every pair
     for count in (1, 2):
         # The last rollout has one prompt: a process without any.
         launch(count, logdir=tmp_path, run_name=count, num_epochs=1, prompts__num=5, **sizes)
     assert_same_lora(tmp_path / "1", tmp_path / "2")
-    policy, ema = load_file(tmp_path / "1" / LORA), load_file(tmp_path / "1" / "ema" / LORA)
-    assert max((policy[key] - ema[key]).abs().max() for key in policy) > 1e-3
+    if judge != "lpo_sd15":
+        policy, ema = load_file(tmp_path / "1" / LORA), load_file(tmp_path / "1" / "ema" / LORA)
+        assert max((policy[key] - ema[key]).abs().max() for key in policy) > 1e-3
     lines = [read_metrics(tmp_path / str(count)) for count in (1, 2)]
     assert [line["pairs"] for line in lines[0]] == [line["pairs"] for line in lines[1]] == [24, 6]
     assert [line["updates"] for line in lines[0]] == [line["updates"] for line in lines[1]]
@@ -236,6 +244,62 @@ def test_sdxl_trains_through_the_same_code(config, tmp_path, algorithm):
     before = image_of(pipe)
     pipe.load_lora_weights(tmp_path / "run")
     assert (image_of(pipe) - before).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("judge", JUDGED)
+def test_judged_in_latent_space_without_a_vae(tmp_path, monkeypatch, judge):
+    """Its weights are read for validation images alone."""
+    monkeypatch.chdir(ROOT)
+    changes = JUDGED[judge] | {"num_epochs": 1, "sample.branch_from": 0}
+    model = shutil.copytree(MODELS / f"tiny-{judge[-4:]}", tmp_path / "base")
+    own = changes | {"pretrained.model": str(model)}
+    drawn = run(tmp_path / "drawn", **own)
+    assert len(list((drawn / "validation").glob("*.png"))) == 2
+    next((model / "vae").glob("*.safetensors")).unlink()
+    with pytest.raises(UserError, match="pretrained: .*vae: no weights"):
+        run(tmp_path / "refused", **own)
+    blind = run(tmp_path / "blind", **own, eval_interval=0)
+    assert not list(blind.glob("validation/*"))
+    assert (blind / LORA).read_bytes() == (drawn / LORA).read_bytes()
+    # Four comparisons of each of four prompts, at every timestep that their candidates were drawn at.
+    lines = read_metrics(blind)
+    assert sum(line["comparisons"] for line in lines) == 4 * 4
+    assert set(lines[0]["pairs_at"]) <= {"751", "501", "251", "1"} and lines[0]["updates"] > 0
+    pipeline = StableDiffusionXLPipeline if judge.endswith("xl") else StableDiffusionPipeline
+    pipe = pipeline.from_pretrained(MODELS / f"tiny-{judge[-4:]}")
+    before = image_of(pipe)
+    pipe.load_lora_weights(blind)
+    assert (image_of(pipe) - before).abs().max() > 1e-4
+
+
+def test_sd21_trains_with_the_reward_model_of_sd15(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    model = str(tiny_sd21(tmp_path / "sd21"))
+    folder = run(tmp_path / "run", **JUDGED["lpo_sd15"] | {"pretrained.model": model})
+    assert read_metrics(folder)[-1]["updates"] > 0
+    pipe = StableDiffusionPipeline.from_pretrained(model)
+    before = image_of(pipe)
+    pipe.load_lora_weights(folder)
+    after = image_of(pipe)
+    assert (after - before).abs().max() > 1e-4
+    pipe.unload_lora_weights()
+    pipe.load_lora_weights(folder, weight_name=KOHYA_FILE)  # the same, as other programs name it
+    torch.testing.assert_close(image_of(pipe), after)
+    with safe_open(folder / KOHYA_FILE, framework="pt") as file:
+        header = file.metadata()
+    assert header["ss_base_model_version"] == "sd_v2"
+    assert "modelspec.architecture" not in header
+
+
+def test_scores_of_latents_that_are_not_finite_stop_the_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    judge = shutil.copytree(MODELS / "tiny-lrm-sd15", tmp_path / "lrm")
+    saved = torch.load(judge / "state_dict.pt", weights_only=True)
+    torch.save(saved | {"logit_scale": 100.0}, judge / "state_dict.pt")  # whose exp overflows fp32
+    changes = judged("sd15", **LPO)
+    changes["preference.kwargs"] = changes["preference.kwargs"] | {"checkpoint": str(judge)}
+    with pytest.raises(RunError, match=r"scores are not finite at t = 251 for the prompts '"):
+        run(tmp_path / "run", **changes)
 
 
 def test_warm_start_begins_and_compares_with_the_given_lora(config, tmp_path):

@@ -142,10 +142,13 @@ def overridden(argv: Iterable[str]) -> list[str]:
 def changed(config: ConfigDict, changes: str) -> ConfigDict:
     """Returns a copy of parse_flags' config with `changes`, "key=value,key=value".
 
+    A .py file in front of them replaces the config but for what the command line sets by --config.
     Raises UserError for unknown keys and unfit values.
     """
-    copy = deepcopy(config)
-    items = re.split(r",(?=[\w.]+=)", changes)
+    copy, items = deepcopy(config), re.split(r",(?=[\w.]+=)", changes)
+    if items[0].endswith(".py") and "=" not in items[0]:
+        copy = load_config(items[0])
+        items[:1] = [f"{k}={v}" for k, v in FLAGS["config"].override_values.items()]
     for item in items:
         if "=" not in item:
             raise UserError(f"config: {item!r} is not of the form KEY=VALUE")

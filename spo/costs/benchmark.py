@@ -47,10 +47,9 @@ class Measured:
     def ratios(self, part: str, baseline: "Measured") -> list[float]:
         """Returns the rate of this config as a multiple of the baseline's, round by round.
 
-        Rates are prompts or pairs per second: a config may do more of them at once.
+        Rates are pairs per second: a config may do more of them at once, or of a prompt.
         """
-        unit = "pairs" if part == TRAINING else "prompts"
-        work = getattr(self.work, unit) / getattr(baseline.work, unit)
+        work = self.work.pairs / baseline.work.pairs
         turns = zip(baseline.turns, self.turns, strict=True)
         return [work * median(then[part]) / median(now[part]) for then, now in turns]
 
@@ -161,10 +160,11 @@ def print_costs(models: Models, prompts: int, tflops: float, num_gpus: int) -> d
     for title, unit, figures in (
         ("of a prompt; training: of a pair", "TFLOP", teraflops),
         ("all the time", "GiB", resident | {"sum": sum(resident.values())}),
-        ("on top, of a prompt, an image or a pair", "GiB", peaks),
+        ("on top, of a prompt, an image or latent, or a pair", "GiB", peaks),
     ):
         _print_table([title, unit], {name: [value] for name, value in figures.items()})
-    rows = {f"{key} ({part})": [fits[c][part] for c in CARDS] for part, key in BATCH_KEYS.items()}
+    keys = [(part, BATCH_KEYS[part]) for part in peaks]
+    rows = {f"{key} ({part})": [fits[c][part] for c in CARDS] for part, key in keys}
     _print_table(["largest that fits on a card of", *(f"{c} GiB" for c in CARDS)], rows)
     print(
         f"{hours:.3g} hours for {prompts} prompts over all epochs, on {num_gpus} GPUs at "

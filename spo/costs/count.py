@@ -36,10 +36,11 @@ SCORER = "scorer"  # the preference model's name among the networks
 BATCH_KEYS = {
     DENOISING: "sample.batch_size",
     DECODING: "sample.decode_batch_size",
+    SCORING: "sample.score_batch_size",
     TRAINING: "train.batch_size",
     CHECKPOINTED: "train.batch_size",
 }
-_UNITS = {DENOISING: "prompts", DECODING: "images", TRAINING: "pairs", CHECKPOINTED: "pairs"}
+_UNITS = {DENOISING: "prompts", DECODING: "images", SCORING: "latents"}  # training: pairs
 # The share of a card's memory left for CUDA itself, kernels' workspaces and fragmentation: assumed.
 SPARE = 0.1
 
@@ -53,15 +54,15 @@ class Costs:
     # In memory all the time, by network; no SCORER if the preference model is not known.
     resident_bytes: Mapping[str, int]
     # Largest set of tensors alive at once on top of that; denoising: of a prompt, decoding: of an
-    # image with its score, training: of a pair.
+    # image with its score, or scoring: of a latent, training: of a pair.
     peak_bytes: Mapping[str, int]
 
     def bytes_of(self, part: str, batch: int) -> int:
-        """Returns the memory of `batch` prompts, images or pairs in `part`, networks included."""
+        """Returns the memory of a `batch` of what `part` takes, networks included."""
         return sum(self.resident_bytes.values()) + batch * self.peak_bytes[part]
 
     def largest_batch(self, part: str, card_bytes: float) -> int:
-        """Returns how many prompts, images or pairs of `part` fit at once, 0 for none."""
+        """Returns how many of what `part` takes fit at once, 0 for none."""
         free = card_bytes * (1 - SPARE) - self.bytes_of(part, 0)
         return max(0, int(free // self.peak_bytes[part]))
 
@@ -80,14 +81,17 @@ def count_costs(models: Models, trainings: Sequence[str] = (TRAINING, CHECKPOINT
             # Recomputation in the backward pass also runs under autocast, as in training.
             with models.backbone.autocast():
                 train_on_pairs(models, pairs.select(slice(1)), 1, own)
-    peaks = meter.peak_bytes
+    decoding = [DECODING] if models.scorer.looks_at == "images" else []
+    parts = [DENOISING, *decoding, SCORING]
+    peaks = {name: meter.peak_bytes[name] for name in parts}
+    if decoding:
+        peaks[DECODING] = max(peaks[DECODING], peaks.pop(SCORING))
     return Costs(
-        flops={name: meter.flops[name] for name in (ROLLOUT, DENOISING, DECODING, SCORING)}
+        flops={name: meter.flops[name] for name in (ROLLOUT, *parts)}
         | {name: own.flops[TRAINING] for name, own in meters.items()},
         pairs=len(pairs),
         resident_bytes=_resident(models),
-        peak_bytes={DENOISING: peaks[DENOISING], DECODING: max(peaks[DECODING], peaks[SCORING])}
-        | {name: own.peak_bytes[TRAINING] for name, own in meters.items()},
+        peak_bytes=peaks | {name: own.peak_bytes[TRAINING] for name, own in meters.items()},
     )
 
 
@@ -206,11 +210,12 @@ def print_estimate(recipe: Recipe, plan: BatchPlan, device: str, processes: int)
         training = CHECKPOINTED if recipe.run.gradient_checkpointing else TRAINING
         costs = count_costs(models, [training])
         images = plan.slice_size * recipe.collect.rollout.num_candidates
-        sizes = {
-            DENOISING: plan.slice_size,
-            DECODING: min(images, recipe.collect.decode_batch_size),
-            training: plan.minibatch_size,
-        }
+        sizes = {DENOISING: plan.slice_size}
+        if DECODING in costs.peak_bytes:
+            sizes[DECODING] = min(images, recipe.collect.decode_batch_size)
+        else:
+            sizes[SCORING] = min(images, recipe.collect.score_batch_size)
+        sizes[training] = plan.minibatch_size
         print(*describe(costs, sizes, memory), sep="\n", flush=True)
     except Exception as error:
         print(f"estimate: none ({type(error).__name__}: {first_line(error)})", flush=True)
@@ -230,7 +235,7 @@ def describe(costs: Costs, sizes: Mapping[str, int], memory: float) -> list[str]
     ]
     for part, batch in sizes.items():
         size = _gib(costs.bytes_of(part, batch))
-        need = f"{part} of {batch} {_UNITS[part]} will need {size} GiB of memory"
+        need = f"{part} of {batch} {_UNITS.get(part, 'pairs')} will need {size} GiB of memory"
         fits, key = costs.largest_batch(part, memory), BATCH_KEYS[part]
         if batch <= fits:
             lines.append(f"estimate: {need}, and there are {_gib(memory)}")

@@ -6,7 +6,7 @@ device with shapes only. Training's own code runs on them.
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,32 +19,18 @@ import transformers
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
-from transformers import CLIPModel, CLIPTokenizer
 
-from spo.command_line.config_files import REPO_ROOT
+from spo.costs.unloaded_scorers import META, local_folder, tokenizer_for, unloaded_scorer
 from spo.errors import LOAD_ERRORS, UserError, first_line
-from spo.hub import is_hub_id
 from spo.launch.batch_plan import BatchPlan, plan_batches
 from spo.method.build import Recipe, build_learner
 from spo.method.learner import Learner
 from spo.method.losses import SPO, GradSPO
 from spo.models.backbone import Backbone
+from spo.models.decoder import vae_without_weights
 from spo.models.device import set_up_device, speed_up
 from spo.models.loading import ModelSource, check_source, freeze
-from spo.models.single_file import is_single_file, read_single_file
-from spo.scorers import Scorer, ScorerSource, check_scorer, load_scorer
-from spo.scorers.clip import CLIPInputs, clip_config, weight_dtype
-from spo.scorers.pickscore import PickScore
-from spo.scorers.step_aware_clip import StepAwareCLIP, StepAwareScorer
-
-ARCHITECTURES = REPO_ROOT / "assets" / "architectures"
-# The tokens themselves cost nothing; this tokenizer pads to the length that a model wants.
-_TOKENIZER = str(REPO_ROOT / "assets" / "tiny" / "clip")
-_SCORERS = {
-    "step_aware_clip": (StepAwareCLIP, StepAwareScorer),
-    "pickscore": (CLIPModel, PickScore),
-}
-META = torch.device("meta")
+from spo.scorers import Scorer, check_scorer, load_scorer
 
 
 @dataclass(frozen=True)
@@ -62,31 +48,34 @@ def load_models(recipe: Recipe, device: torch.device, random: bool = False) -> M
     """Returns the models of `recipe`, with a threshold that every comparison passes.
 
     `random` takes random weights and downloads nothing; on the meta device tensors have shapes only.
-    A base model, CLIP or decoder that is not a local folder then has the published architecture:
+    A base model, scorer or decoder that is not a local folder then has the published architecture:
     SD1.5's or SDXL's by its family, PickScore's, TAESD's. Raises UserError for a file that training
     would refuse.
     """
     run, plan = recipe.run, plan_batches(recipe.config, 1)
     set_up_device(device, run.allow_tf32)
-    source, kind, make_scorer = recipe.model, Backbone, load_scorer
-    if random or device == META:
+    source, kind, unloaded = recipe.model, Backbone, random or device == META
+    if unloaded:
         source = ModelSource(
-            _folder(source.model, run.family, "pretrained.model"),
-            vae=source.vae and _folder(source.vae, f"{run.family}/vae", "pretrained.vae"),
-            decoder=source.decoder and _folder(source.decoder, "taesd", "sample.decoder"),
+            local_folder(source.model, run.family, "pretrained.model"),
+            vae=source.vae and local_folder(source.vae, f"{run.family}/vae", "pretrained.vae"),
+            decoder=source.decoder and local_folder(source.decoder, "taesd", "sample.decoder"),
+            decodes=source.decodes,
         )
         kind = MetaBackbone if device == META else UnloadedBackbone
-        make_scorer = unloaded_scorer
     configs = check_source(source, run.family)
-    if make_scorer is load_scorer:
+    if not unloaded:
         check_scorer(recipe.scorer, run.family, configs)
     model = kind(source, run.family, run.mixed_precision, device)
     lora = recipe.lora.add_to(model.unet, seed=0)
-    scorer = make_scorer(recipe.scorer, device)
+    if unloaded:
+        scorer = unloaded_scorer(recipe.scorer, device, run.family)
+    else:
+        scorer = load_scorer(recipe.scorer, device)
     learner = build_learner(recipe, model, model.unet, lora, plan.accumulation_steps)
-    keep_all = {"threshold": -1.0, "threshold_schedule": None}
-    keep_all |= {"threshold_min": None, "threshold_max": None}
-    collect = replace(recipe.collect, pairs=replace(recipe.collect.pairs, **keep_all))
+    ends = {"threshold_schedule": None, "threshold_min": None, "threshold_max": None}
+    pairs = replace(recipe.collect.pairs, threshold=-1.0, **ends)
+    collect = replace(recipe.collect, pairs=pairs)
     if run.gradient_checkpointing:
         model.unet.enable_gradient_checkpointing()
     if device == META:
@@ -94,47 +83,11 @@ def load_models(recipe: Recipe, device: torch.device, random: bool = False) -> M
         learner.scaler = torch.amp.GradScaler(enabled=False)
         if not isinstance(learner.loss, GradSPO | SPO):  # a user's own loss may branch, too
             learner.loss = GradSPO(10.0, 0.1, 0.5) if learner.loss.uses_ema else SPO(10.0, 0.1)
-        # Images are independent: one by one they cost what they cost together.
-        collect = replace(collect, decode_batch_size=1)
+        # Images and latents are independent: one by one they cost what they cost together.
+        collect = replace(collect, decode_batch_size=1, score_batch_size=1)
     else:
         speed_up(model, scorer, recipe.speed)
     return Models(model, scorer, learner, replace(recipe, collect=collect), plan)
-
-
-def _folder(name: str, published: str, key: str) -> str:
-    """Returns a local folder, that of a file's architecture, or the published one for a Hub id."""
-    if Path(name).is_dir():
-        return name
-    if is_single_file(name):
-        return str(read_single_file(name, key).configs)
-    if not is_hub_id(name):
-        raise UserError(f"{key}: {name!r} is neither a folder nor a Hub id user/name.")
-    return str(ARCHITECTURES / published)
-
-
-def unloaded_scorer(source: ScorerSource, device: torch.device) -> Scorer:
-    """Returns a scorer without its weights; on the meta device a user's own costs nothing."""
-    if source.name not in _SCORERS:
-        return _FreeScorer() if device == META else load_scorer(source, device)
-    network, scorer = _SCORERS[source.name]
-    config = clip_config(_folder(source.options["backbone"], "clip_h", "preference.backbone"))
-    with device:
-        clip = network(config)
-    inputs = CLIPInputs(_TOKENIZER)
-    inputs.tokenizer.model_max_length = config.text_config.max_position_embeddings
-    inputs.prepare = replace(inputs.prepare, size=config.vision_config.image_size)
-    dtype = weight_dtype(source.options["dtype"], "preference")
-    return scorer(clip.to(dtype).requires_grad_(False).eval(), inputs, device)
-
-
-class _FreeScorer(Scorer):
-    """Stands for a user's own scorer, which may not run on shapes only."""
-
-    def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
-        return torch.empty(len(prompts), 1, device=META)
-
-    def score(self, images: Tensor, prompt_features: Tensor, timestep: int) -> Tensor:
-        return torch.empty(len(images), device=META)
 
 
 class UnloadedBackbone(Backbone):
@@ -146,16 +99,16 @@ class UnloadedBackbone(Backbone):
         options = {k: v for k, v in index.items() if not isinstance(v, list) and k[0] != "_"}
         try:
             parts = {k: self._part(folder / k, *v) for k, v in index.items() if isinstance(v, list)}
-            if source.vae is not None:
+            if not source.decodes:
+                parts["vae"] = vae_without_weights(parts["vae"].config)
+            elif source.vae is not None:
                 parts["vae"] = self._part(Path(source.vae), "diffusers", "AutoencoderKL")
         except LOAD_ERRORS as error:
             where = f"{source.model!r} (vae {source.vae!r}) cannot be read ({first_line(error)})"
             raise UserError(f"pretrained: a config file of {where}.") from error
         for name in [name for name in parts if name.startswith("tokenizer")]:
             encoder = parts[name.replace("tokenizer", "text_encoder")]
-            parts[name] = CLIPTokenizer.from_pretrained(
-                _TOKENIZER, model_max_length=encoder.config.max_position_embeddings
-            )
+            parts[name] = tokenizer_for(encoder)
         pipe = getattr(diffusers, index["_class_name"])(**parts, **options)
         return freeze(pipe, self.family, self.dtype)
 

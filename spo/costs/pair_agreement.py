@@ -28,7 +28,10 @@ from spo.types import Candidates, Comparison
 
 # A judge consists of these keys of `sample` and of the section `preference`; all other keys shape the
 # rollout.
-_JUDGE = ("decoder", "decode_batch_size", "threshold", "keep_all_final", "pairing")
+_JUDGE = (
+    *("decoder", "decode_batch_size", "score_batch_size", "score_timestep", "pairing"),
+    *("threshold", "threshold_schedule", "threshold_min", "threshold_max", "keep_all_final"),
+)
 
 
 class Judged(NamedTuple):
@@ -68,12 +71,13 @@ class Judge:
 
     def judge(self, candidates: Candidates, prompts: Sequence[str]) -> Judged:
         """Judges one comparison of each of B prompts; RunError if a score is not finite."""
-        size, pairs = self.settings.decode_batch_size, self.settings.pairs
+        settings, pairs = self.settings, self.settings.pairs
         decoding, features = partial(decode, self.decoder), self.scorer.encode_prompts(prompts)
-        scores = score_candidates(candidates, decoding, self.scorer, features, size)
+        scores = score_candidates(candidates, decoding, self.scorer, features, settings)
         chosen = choose(scores, pairs, Generator().manual_seed(0))
         gaps = chosen.gap(scores)
-        check_scores([Comparison(candidates.score_timestep, scores, gaps)], prompts)
+        told = settings.timestep_told(candidates, self.scorer)
+        check_scores([Comparison(told, scores, gaps)], prompts)
         return Judged(
             scores.T[chosen.prompts].cpu(),
             torch.stack([chosen.win, chosen.lose], dim=1).cpu(),
@@ -91,11 +95,12 @@ def judge_rollout(
 ) -> Iterator[tuple[int, list[Judged]]]:
     """Rolls out B prompts once with the UNet as it is.
 
-    Yields, step by step, the timestep that the scorers are told, and each judge's verdicts.
+    Yields, step by step, the timestep that the candidates are drawn from, and each judge's verdicts.
     """
     sampler, conditioning = recipe.load_sampler(model), model.encode_prompts(prompts)
     for candidates in roll_out(model, sampler, recipe.collect, conditioning, noise):
-        yield candidates.score_timestep, [judge.judge(candidates, prompts) for judge in judges]
+        timestep = candidates.window[0].timestep
+        yield timestep, [judge.judge(candidates, prompts) for judge in judges]
 
 
 def concatenate(parts: Sequence[Judged]) -> Judged:
@@ -116,8 +121,8 @@ def check_judges(recipes: Sequence[Recipe]) -> None:
                     f"{', '.join(keys)} and the keys of preference."
                 )
     for recipe in recipes:
-        check_source(recipe.model, recipe.run.family)
-        check_scorer(recipe.scorer)
+        configs = check_source(recipe.model, recipe.run.family)
+        check_scorer(recipe.scorer, recipe.run.family, configs)
 
 
 def load_judges(model: Backbone, recipes: Sequence[Recipe]) -> list[Judge]:
@@ -143,6 +148,8 @@ def compare_judges(named: Mapping[str, Recipe], rollouts: int) -> dict:
     """
     recipe, *_ = recipes = list(named.values())
     check_judges(recipes)
+    if any(each.collect.rollout.looks_at == "images" for each in recipes):
+        recipe = recipe.drawing_images()
     plan, prompts = plan_batches(recipe.config, 1), recipe.read_prompts().prompts
     model = recipe.load_backbone(PartialState().device)
     if recipe.lora.init_from:

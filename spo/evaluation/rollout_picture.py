@@ -1,5 +1,7 @@
 """Draws one prompt's rollout: the K candidates of every comparison, with their scores."""
 
+from itertools import islice
+
 import torch
 from accelerate import PartialState
 from PIL import Image
@@ -9,7 +11,7 @@ from tqdm import tqdm
 from spo.lora_io.find import find_lora, read_lora
 from spo.method.build import Recipe
 from spo.method.collect import roll_out, score_candidates
-from spo.method.pairs import Chosen, choose, differ_enough
+from spo.method.pairs import Chosen, PairSettings, choose, differ_enough
 from spo.models.loading import check_source
 from spo.run.pictures import Cell, grid
 from spo.scorers import check_scorer, load_scorer
@@ -20,11 +22,13 @@ from spo.types import Candidates
 def draw_rollout(recipe: Recipe, prompt: str, lora_spec: str, seed: int) -> Image.Image:
     """Rolls out `prompt` with a LoRA (run, file or Hub id; "" for the base model) and draws it.
 
-    One row per comparison: winners framed green, losers red, and the one with which the
-    rollout continues named. Raises UserError for a wrong model, scorer or LoRA.
+    One row per comparison: winners framed green, losers red, and the one with which the rollout
+    continues named. Images are what the next step predicts, also where the scorer looks at the noisy
+    latents. Raises UserError for a wrong model, scorer or LoRA.
     """
-    check_source(recipe.model, recipe.run.family)
-    check_scorer(recipe.scorer)
+    check_scorer(recipe.scorer, recipe.run.family, check_source(recipe.model, recipe.run.family))
+    stop = recipe.collect.rollout.stop_at or recipe.collect.rollout.num_steps
+    recipe = recipe.drawing_images()
     lora_path = find_lora(lora_spec, "--lora") if lora_spec else None
     device, collect = PartialState().device, recipe.collect
     model = recipe.load_backbone(device)
@@ -42,21 +46,30 @@ def draw_rollout(recipe: Recipe, prompt: str, lora_spec: str, seed: int) -> Imag
 
     seen, labels = [], []
     comparisons = roll_out(model, sampler, collect, conditioning, generator)
+    comparisons = islice(comparisons, stop - collect.rollout.branch_from)
     for candidates in tqdm(comparisons, desc="comparisons"):
         decoded.clear()
-        scores = score_candidates(candidates, decode, scorer, features, collect.decode_batch_size)
+        scores = score_candidates(candidates, decode, scorer, features, collect)
+        if scorer.looks_at == "latents":
+            for part in candidates.latents[:, 0].split(collect.decode_batch_size):
+                decode(part)
         chosen = choose(scores, collect.pairs, torch.Generator().manual_seed(seed))
         seen.append((candidates, scores, chosen, torch.cat(decoded)))
-        gaps = chosen.gap(scores)
-        kept = differ_enough(candidates, gaps, collect.pairs).any()
-        labels.append(
-            f"from t = {candidates.window[0].timestep}\nscored at {candidates.score_timestep}\n"
-            f"gap {gaps[0].item():.2f}\n" + ("pair" if kept else "no pair")
-        )
+        told = collect.timestep_told(candidates, scorer)
+        labels.append(_label(candidates, chosen.gap(scores), told, collect.pairs))
     following = [*(candidates for candidates, *_ in seen[1:]), None]
     rows = [_row(*one, after) for one, after in zip(seen, following, strict=True)]
     weights = f"LoRA {lora_spec}" if lora_spec else "base model"
     return grid(rows, f"{prompt}  ({weights})", labels, side=160)
+
+
+def _label(candidates: Candidates, gaps: Tensor, told: int, settings: PairSettings) -> str:
+    """Returns the words beside a row; the scorer was told the timestep `told`."""
+    kept = differ_enough(candidates, gaps, settings).any()
+    return (
+        f"from t = {candidates.window[0].timestep}\nscored at {told}\n"
+        f"gap {gaps[0].item():.2f}\n" + ("pair" if kept else "no pair")
+    )
 
 
 def _row(

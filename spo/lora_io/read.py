@@ -18,7 +18,7 @@ from spo.models.families import FAMILIES
 
 # Header entries that belong to a format, not to the LoRA.
 _OF_FORMAT = {"format", "lora_adapter_metadata", TARGETS}
-_OF_FORMAT |= {"ss_base_model_version", "modelspec.architecture"}
+_OF_FORMAT |= {"ss_base_model_version", "ss_v2", "modelspec.architecture"}
 # Beginnings of kohya's names that sd-scripts gives to the modules of one family alone.
 _KOHYA_OF = {"sd15": ("lora_te_",), "sdxl": ("lora_te1_", "lora_unet_input_", "lora_unet_output_")}
 _FP32_MAX = torch.finfo(torch.float32).max

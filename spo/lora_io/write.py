@@ -24,6 +24,7 @@ LORA_FILE = "pytorch_lora_weights.safetensors"
 # The same LoRA for other programs. diffusers, which takes a file that ends in LORA_FILE first, and our
 # own finder pass it over.
 KOHYA_FILE = "kohya_lora.safetensors"
+_SD2_WIDTH = 1024  # per token of Stable Diffusion 2.x, otherwise of the layers of SD1.5
 _ADAPTER = ".default."  # peft puts the adapter's name into the name of each parameter
 ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 TARGETS = "target_modules"  # header entry of our kohya files, and key of an adapter's config
@@ -53,14 +54,17 @@ class LoraWeights:
 
     def shape_family(self) -> str | None:
         """Returns the family by shapes and names; "" if it is neither's, None if they do not tell."""
-        widths = {
+        if widths := self.text_widths():
+            return next((n for n, f in FAMILIES.items() if widths == {f.prompt_embeds_width}), "")
+        return family_of_names(self.modules)
+
+    def text_widths(self) -> set[int]:
+        """Returns the numbers per token that the layers of its cross-attention read."""
+        return {
             module.down.shape[1]
             for name, module in self.modules.items()
             if name.endswith((".attn2.to_k", ".attn2.to_v"))
         }
-        if widths:
-            return next((n for n, f in FAMILIES.items() if widths == {f.prompt_embeds_width}), "")
-        return family_of_names(self.modules)
 
     def tensors(self) -> dict[str, Tensor]:
         """Returns A and B of each module under peft's names."""
@@ -145,6 +149,8 @@ def write_kohya(lora: LoraWeights, path: Path) -> None:
     if family:
         header["ss_base_model_version"] = FAMILIES[family].kohya_version
         header["modelspec.architecture"] = FAMILIES[family].architecture
+    elif lora.text_widths() == {_SD2_WIDTH}:
+        header |= {"ss_base_model_version": "sd_v2", "ss_v2": "True"}
     if lora.targets:
         header[TARGETS] = json.dumps(lora.targets)
     path.write_bytes(safetensors_bytes(tensors, lora.header | header))

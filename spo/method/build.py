@@ -85,6 +85,15 @@ class Recipe:
         """Loads the base model onto a torch.device."""
         return Backbone(self.model, self.run.family, self.run.mixed_precision, device)
 
+    def drawing_images(self) -> "Recipe":
+        """Returns a recipe whose candidates can be decoded, whatever the scorer looks at.
+
+        With a seed they are the same: only the step in which they are compared differs.
+        """
+        rollout = replace(self.collect.rollout, looks_at="images")
+        collect = replace(self.collect, rollout=rollout)
+        return replace(self, model=replace(self.model, decodes=True), collect=collect)
+
     def load_sampler(self, backbone: Backbone) -> DDIM:
         """Returns the sampler of the rollout on this base model."""
         settings = self.sampler
@@ -143,7 +152,7 @@ def read_recipe(config: ConfigDict) -> Recipe:
             "cannot use inner steps; set it to 0, or algorithm=spo."
         )
     scorer = candidate_scorer(**config.preference.to_dict())
-    judges = _what_it_judges(scorer, sample)
+    judges = _what_it_judges(scorer, config)
     require_number("prompts.num", config.prompts.num, "0 or more", lambda v: v >= 0)
     require_choice("hub.weights", config.hub.weights, ("policy", "ema"))
     require_number("hub.push_every", config.hub.push_every, "0 or more", lambda v: v >= 0)
@@ -179,9 +188,11 @@ def read_recipe(config: ConfigDict) -> Recipe:
     )
 
 
-def _what_it_judges(scorer: ScorerSource, sample: Mapping[str, Any]) -> str:
-    """Returns "images" or "latents"; UserError for a key of `sample` that means nothing to those."""
-    judges = looks_at(scorer)
+def _what_it_judges(scorer: ScorerSource, config: Mapping[str, Any]) -> str:
+    """Returns "images" or "latents"; UserError for a key of a config that means nothing to those."""
+    judges, sample = looks_at(scorer), config["sample"]
+    if judges == "latents" and config["compile"]["vae"] and not config["eval_interval"]:
+        raise UserError("compile.vae: nothing is decoded in this run; set it to False.")
     for name, off in _ONLY_OF.get(judges, {}).items():
         if sample[name] != off:
             raise UserError(

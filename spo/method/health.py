@@ -25,7 +25,8 @@ def check_scores(comparisons: Sequence[Comparison], prompts: Sequence[str]) -> N
             raise RunError(
                 f"scores are not finite at t = {comparison.score_timestep} for the prompts {where}; "
                 "the scorer or the sampler overflowed: try mixed_precision=bf16 or "
-                "preference.dtype=float32, or lower train.learning_rate."
+                "preference.dtype=float32 (of latent_reward: preference.kwargs.dtype), or lower "
+                "train.learning_rate."
             )
 
 

@@ -217,7 +217,11 @@ def replay_trace(trace: Path, models: Path) -> dict:
     torch.set_num_threads(1)  # sums in one order, whatever the number of cores
     replay = Replay(trace, models)
     rollouts = replay.run()
-    # JSON has no infinity: null stands for "not comparable", which is a failure too.
-    shown = [{k: v if math.isfinite(v) else None for k, v in r.items()} for r in rollouts]
     failed = failures(rollouts, tolerances(replay.config))
+    shown = [comparable(deviations) for deviations in rollouts]
     return {"trace": trace.name, "rollouts": shown, "failures": failed}
+
+
+def comparable(deviations: dict[str, float]) -> dict[str, float | None]:
+    """Returns deviations for JSON, which has no infinity: None is not comparable, a failure too."""
+    return {k: v if math.isfinite(v) else None for k, v in deviations.items()}

@@ -43,6 +43,7 @@ def speed_up(backbone: Backbone, scorer: Scorer, settings: SpeedSettings) -> Non
     if settings.channels_last:
         backbone.unet.to(memory_format=torch.channels_last)
         backbone.decoder.to(memory_format=torch.channels_last)
+        scorer.channels_last()
     if settings.compile_unet:
         backbone.unet.compile()
     if settings.compile_vae:

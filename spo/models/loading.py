@@ -59,7 +59,7 @@ def family_of(model: str, key: str) -> str:
     """Returns the family of a folder, Hub id or file; UserError that names `key` if it has none."""
     if is_single_file(model):
         return read_single_file(model, key).family
-    found = _read_json(model_file(model, "model_index.json", key), key).get("_class_name")
+    found = read_json(model_file(model, "model_index.json", key), key).get("_class_name")
     for family, pipeline in _PIPELINES.items():
         if pipeline.__name__ == found:
             return family
@@ -80,7 +80,7 @@ def check_source(
     if is_single_file(model):
         file = read_single_file(model, key, source.revision)
         model = str(file.configs)
-    index = _read_json(model_file(model, "model_index.json", key, source.revision), key)
+    index = read_json(model_file(model, "model_index.json", key, source.revision), key)
     found, wanted = index.get("_class_name"), _PIPELINES[family].__name__
     if file and file.family != family:
         found = _PIPELINES[file.family].__name__
@@ -90,7 +90,7 @@ def check_source(
             "the model or family."
         )
     paths = _config_files(source, model, _networks(index, key), key)
-    configs = {name: _read_json(path, key) for name, path in paths.items()}
+    configs = {name: read_json(path, key) for name, path in paths.items()}
     if file is not None:
         configs["scheduler"] |= file.schedule
         configs["unet"]["in_channels"] = file.channels
@@ -122,7 +122,8 @@ def _config_files(
     return paths
 
 
-def _read_json(file: Path, key: str) -> dict[str, Any]:
+def read_json(file: Path, key: str) -> dict[str, Any]:
+    """Returns the content of a config file; UserError that names `key` unless it is an object."""
     try:
         content = json.loads(file.read_text())
     except ValueError as error:
@@ -189,7 +190,7 @@ def _load(source: ModelSource, family: str, dtype: torch.dtype) -> DiffusionPipe
         parts["requires_safety_checker"] = False
     if is_single_file(source.model):
         return read_single_file(source.model, key, source.revision).load(dtype, **parts)
-    index = _read_json(model_file(source.model, "model_index.json", key, source.revision), key)
+    index = read_json(model_file(source.model, "model_index.json", key, source.revision), key)
     networks = {name: kind for name, kind in _networks(index, key).items() if name not in parts}
     folders = ["scheduler", "tokenizer", "tokenizer_2", *networks]
     root = fetch(source.model, folders, key, source.variant, source.revision)

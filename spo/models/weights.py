@@ -15,7 +15,7 @@ from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_ba
 from safetensors import safe_open
 from torch import nn
 
-from spo.errors import LOAD_ERRORS, first_line
+from spo.errors import first_line
 from spo.hub import list_files, model_file
 
 # What stands in files of some versions of a library alone, or belongs to another tower of a CLIP.
@@ -43,7 +43,7 @@ def load_network(kind: type, name: str, part: str, **options: Any) -> nn.Module:
         options |= {"ignore_mismatched_sizes": True, "trust_remote_code": False}
     try:
         network, info = kind.from_pretrained(name, output_loading_info=True, **options)
-    except LOAD_ERRORS as error:
+    except Exception as error:  # transformers has errors of its own for values of a config
         raise ValueError(f"{part}: {reason(error)}") from error
     extra = {key for key in info["unexpected_keys"] if not key.startswith(_OF_ANOTHER_TOWER)}
     if any(".base_layer." in key for key in extra):

@@ -61,6 +61,9 @@ class Scorer:
         name = self.title or type(self).__name__
         raise UserError(f"compile.scorer: {name} has no method `compile`; set it to False.")
 
+    def channels_last(self) -> None:
+        """Lays out convolutions channels last, if the scorer is made of these."""
+
     def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
         """Returns features (B, ...), all that `score` needs of each prompt; called once per prompt.
 
@@ -143,6 +146,11 @@ def looks_at(source: ScorerSource) -> str:
     return getattr(_factory(source), "looks_at", "images")
 
 
+def options_of(source: ScorerSource) -> Mapping[str, Any]:
+    """Returns a scorer's options, defaults included; raises UserError for a wrong one."""
+    return _bind(source, torch.device("cpu"))[1].arguments
+
+
 def load_scorer(source: ScorerSource, device: torch.device) -> Scorer:
     """Returns a scorer with its weights on `device`; raises UserError that names the config key."""
     factory, bound = _bind(source, device)
@@ -200,7 +208,7 @@ def named_files(source: ScorerSource) -> dict[str, str]:
 
     With the file of an open_clip tag in its place, and the code of a scorer that is not of `SCORERS`.
     """
-    values = _bind(source, torch.device("cpu"))[1].arguments | source.options
+    values = options_of(source) | source.options
     found = {}
     for key, value in values.items():
         every = value if isinstance(value, list | tuple) else [value]

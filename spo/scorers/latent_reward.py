@@ -77,6 +77,11 @@ class LatentRewardModel(nn.Module):
             pixels_per_latent  # along a side; SDXL's UNet reads the image's size
         )
 
+    @property
+    def text_encoders(self) -> list[nn.Module]:
+        """Returns the text encoders in the order of the tokenizers."""
+        return [e for e in (self.text_encoder, self.text_encoder_2) if e is not None]
+
     def encode_text(self, input_ids: Sequence[Tensor]) -> PromptText:
         """Returns the text of n prompts from token ids (n, L), one tensor for each text encoder."""
         first, *second = input_ids
@@ -132,8 +137,10 @@ class LatentRewardModel(nn.Module):
         embedding = unet.time_embedding(unet.get_time_embed(latents, timesteps))
         if self.text_encoder_2 is not None:
             height, width = (side * self.pixels_per_latent for side in latents.shape[-2:])
-            size = torch.tensor([[height, width, 0, 0, height, width]])
-            size = size.to(latents.device, non_blocking=True).expand(len(latents), -1)
+            size = latents.new_zeros(
+                len(latents), 6
+            )  # (H, W, 0, 0, H, W), without waiting for a GPU
+            size[:, 0::4], size[:, 1::4] = height, width
             added = {"text_embeds": pooled_text, "time_ids": size}
             embedding = embedding + unet.get_aug_embed(embedding, hidden, added)
         found, sample = [], unet.conv_in(latents)

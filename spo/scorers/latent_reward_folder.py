@@ -6,7 +6,7 @@ and the middle are read. Tokenizers and noise schedule are those of the base mod
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -20,7 +20,8 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from spo.command_line.values import expand
 from spo.errors import LOAD_ERRORS, UserError, first_line, in_one_line
-from spo.hub import PREFETCH, model_file
+from spo.hub import PREFETCH, is_hub_id, list_files, model_file
+from spo.models.loading import read_json
 from spo.models.weights import check_names, choose_weights, fetch, load_part
 from spo.scorers.latent_reward import (
     UP_PATH,
@@ -28,9 +29,11 @@ from spo.scorers.latent_reward import (
     down_path,
     feature_width,
 )
-from spo.scorers.state_dicts import check_packed
+from spo.scorers.state_dicts import check_packed, is_stored
 
 HEADS = "state_dict.pt"
+# What values that no config has make its readers raise.
+_CONFIG_ERRORS = (ArithmeticError, AttributeError, LookupError, TypeError)
 _ENCODERS = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
 
 
@@ -62,9 +65,8 @@ class LatentRewardFolder:
     @property
     def _place(self) -> tuple[str, str]:
         """Returns a folder or Hub id, and the folder in it."""
-        path = expand(self.checkpoint)
-        if Path(path).is_dir():
-            return path, ""
+        if not self.checkpoint.startswith("hf://"):
+            return expand(self.checkpoint), ""
         user, *rest = self.checkpoint.removeprefix("hf://").strip("/").split("/")
         return "/".join([user, *rest[:1]]), "/".join(rest[1:])
 
@@ -85,11 +87,7 @@ class LatentRewardFolder:
         return found | {name: self._config(name) for name in names}
 
     def _config(self, name: str) -> dict[str, Any]:
-        path = self.path(f"{name}/config.json")
-        try:
-            return dict(json.loads(path.read_text()))
-        except ValueError as error:
-            raise UserError(f"{self.key}: {path} is not a JSON file: {error}") from error
+        return read_json(self.path(f"{name}/config.json"), self.key)
 
     def heads(self) -> Heads:
         """Reads projections and temperature; raises UserError if one is missing or malformed."""
@@ -104,8 +102,11 @@ class LatentRewardFolder:
                 float(saved["logit_scale"]),
             )
             for weight in (heads.visual_projection, heads.text_projection):
-                if weight is not None and (weight.ndim != 2 or not weight.isfinite().all()):
-                    raise ValueError(f"a projection is {tuple(weight.shape)} or not finite")
+                if weight is not None and (weight.ndim != 2 or not is_stored(weight)):
+                    raise ValueError(f"a projection is {tuple(weight.shape)}, or not all there")
+            for values in (heads.visual_projection, heads.text_projection, heads.logit_scale):
+                if values is not None and not torch.as_tensor(values).isfinite().all():
+                    raise ValueError("a number is not finite")
         except Exception as error:  # depends on where a file is damaged, or what else it holds
             reason = f"{type(error).__name__}: {in_one_line(error)}"
             raise UserError(
@@ -114,17 +115,27 @@ class LatentRewardFolder:
             ) from error
         return heads
 
+    def _check_weights(self, parts: Iterable[str]) -> None:
+        """Raises ValueError if a network has no weights, or has the UNet's in a pickle alone."""
+        model, folder = self._place
+        files = list_files(model, self.key) if is_hub_id(model) else _files_below(Path(model))
+        for part in parts:
+            own = (PurePosixPath(f) for f in files if f.startswith(f"{folder}/{part}/".lstrip("/")))
+            file = choose_weights((path.name for path in own), None, part)
+            if part == "unet" and not file.is_safe:
+                raise ValueError(f"UNet: {file.name} is not in safe format; save .safetensors")
+
     def check(self) -> dict[str, dict[str, Any]]:
         """Returns `configs`; UserError unless all parts are there and fit, as small files tell."""
         configs, heads = self.configs(), self.heads()
-        text = configs["text_encoder"]
-        is_sdxl = "text_encoder_2" in configs
-        out = (
-            configs["text_encoder_2"]["projection_dim"] if is_sdxl else len(heads.visual_projection)
-        )
-        wanted = {"visual_projection": (out, feature_width(configs["unet"]))}
-        if not is_sdxl:
-            wanted["text_projection"] = (out, text["hidden_size"])
+        try:
+            self._check_weights(configs)
+            wanted = _projections(configs, len(heads.visual_projection))
+        except (ValueError, *_CONFIG_ERRORS) as error:
+            what = "a config of its networks has no " if isinstance(error, KeyError) else ""
+            raise UserError(
+                f"{self.key}: {self.checkpoint!r}: {what}{first_line(error)}."
+            ) from error
         for name, shape in wanted.items():
             weight = getattr(heads, name)
             if weight is None or tuple(weight.shape) != shape:
@@ -174,7 +185,7 @@ class LatentRewardFolder:
             root = fetch(model, folders, self.key)
             unet = _load_down_path(root / "unet", configs["unet"], dtype)
             encoders = [load_part(_ENCODERS[n], root, n, dtype) for n in configs if n in _ENCODERS]
-        except LOAD_ERRORS as error:
+        except (*LOAD_ERRORS, *_CONFIG_ERRORS) as error:
             raise UserError(
                 f"{self.key}: {self.checkpoint!r} cannot be loaded ({first_line(error)}); to download "
                 f"and check it: {PREFETCH}"
@@ -185,13 +196,34 @@ class LatentRewardFolder:
         return loaded
 
 
+def _files_below(folder: Path) -> list[str]:
+    return [path.relative_to(folder).as_posix() for path in folder.rglob("*")]
+
+
+def _projections(configs: Mapping[str, Mapping[str, Any]], out: int) -> dict[str, tuple[int, int]]:
+    """Returns the shapes of the projections; `out` numbers are the features of an SD1.5's LRM.
+
+    Raises ValueError for configs that do not fit, and _CONFIG_ERRORS.
+    """
+    unet, *encoders = configs.values()
+    made, read = sum(each["hidden_size"] for each in encoders), unet["cross_attention_dim"]
+    if made != read:
+        raise ValueError(f"its UNet reads text of width {read}, but its text encoders make {made}")
+    if len(encoders) == 1:
+        shapes = {"text_projection": (out, made)}
+    else:
+        shapes, out = {}, encoders[1]["projection_dim"]
+        added = unet["projection_class_embeddings_input_dim"] - 6 * unet["addition_time_embed_dim"]
+        if added != out:
+            raise ValueError(f"its UNet reads {added} numbers of pooled text, but gets {out}")
+    return shapes | {"visual_projection": (out, feature_width(unet))}
+
+
 def _load_down_path(
     folder: Path, config: Mapping[str, Any], dtype: torch.dtype
 ) -> UNet2DConditionModel:
     """Returns a UNet's down path and middle; the tensors of its up path are not read."""
     file = choose_weights((path.name for path in folder.glob("*")), None, "unet")
-    if not file.is_safe:
-        raise ValueError(f"UNet: {file.name} is not in safe format; save it as .safetensors")
     names = [file.name]
     if file.name.endswith(".json"):
         names = sorted(set(json.loads((folder / file.name).read_text())["weight_map"].values()))

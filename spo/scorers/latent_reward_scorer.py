@@ -1,6 +1,5 @@
 """The latent reward model as a scorer: loaded, checked against the base model, told prompts once."""
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,6 +13,7 @@ from spo.errors import LOAD_ERRORS, UserError, first_line
 from spo.hub import model_file
 from spo.method.ddim import ddim_scheduler
 from spo.models.families import FAMILIES
+from spo.models.loading import read_json
 from spo.models.weights import fetch
 from spo.scorers import Scorer
 from spo.scorers.clip import weight_dtype
@@ -42,6 +42,10 @@ class LatentRewardScorer(Scorer):
         """Compiles the UNet's blocks."""
         for block in (*self.model.unet.down_blocks, self.model.unet.mid_block):
             block.compile()
+
+    def channels_last(self) -> None:
+        """Lays out the UNet channels last."""
+        self.model.unet.to(memory_format=torch.channels_last)
 
     def tokenize(self, prompts: Sequence[str]) -> list[Tensor]:
         """Returns token ids (n, L) of each text encoder."""
@@ -72,7 +76,10 @@ def check_latent_reward(
     key, checkpoint = f"{section}.checkpoint", values["checkpoint"]
     LatentRewardFolder(checkpoint, key).check_family(family, configs["unet"])
     base = values["base"] or FAMILIES[family].base_model
-    trained_on = ddim_scheduler(_base_config(base, f"scheduler/{SCHEDULER}", section))
+    try:
+        trained_on = ddim_scheduler(_base_config(base, f"scheduler/{SCHEDULER}", section))
+    except ValueError as error:
+        raise UserError(f"{section}.base: {base!r} cannot be used: {error}.") from error
     judges = ddim_scheduler(configs["scheduler"])
     same_noise = torch.equal(trained_on.alphas_cumprod, judges.alphas_cumprod)
     kinds = [each.config.prediction_type for each in (trained_on, judges)]
@@ -89,7 +96,8 @@ def _is_scale(value: float) -> bool:
 
 
 def _base_config(base: str, name: str, section: str) -> dict[str, Any]:
-    return json.loads(model_file(expand(base), name, f"{section}.base").read_text())
+    key = f"{section}.base"
+    return read_json(model_file(expand(base), name, key), key)
 
 
 def load_latent_reward_scorer(
@@ -125,10 +133,14 @@ def load_latent_reward_scorer(
         guide_stages=guide_stages,
         pixels_per_latent=2 ** (len(widths) - 1),
     )
-    for tokenizer in tokenizers:
-        tokenizer.model_max_length = min(
-            tokenizer.model_max_length, model.text_encoder.config.max_position_embeddings
-        )
+    for tokenizer, encoder in zip(tokenizers, model.text_encoders, strict=True):
+        own, limit = encoder.config.vocab_size, encoder.config.max_position_embeddings
+        if not 5 <= len(tokenizer) <= own:  # transformers is content with a folder without files
+            raise UserError(
+                f"{key}: {base!r} has {len(tokenizer)} tokens, but the reward model knows {own}; name "
+                "the base model that it was trained on."
+            )
+        tokenizer.model_max_length = min(tokenizer.model_max_length, limit)
     return LatentRewardScorer(model, tokenizers, device)
 
 

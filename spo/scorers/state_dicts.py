@@ -32,10 +32,15 @@ def read_state_dict(file: Path | str, key: str) -> dict[str, Tensor]:
     if not isinstance(weights, dict) or not all(isinstance(v, Tensor) for v in weights.values()):
         raise UserError(f"{key}: {path} is not a state dict of tensors.")
     for name, tensor in weights.items():
-        if tensor.layout != torch.strided or tensor.nbytes > tensor.untyped_storage().nbytes():
+        if not is_stored(tensor):
             shape = tuple(tensor.shape)
             raise UserError(f"{key}: {path} has fewer numbers than its {name} {shape} needs.")
     return weights
+
+
+def is_stored(tensor: Tensor) -> bool:
+    """Returns whether each number of a tensor stands in its file, which may be a small one."""
+    return tensor.layout == torch.strided and tensor.nbytes <= tensor.untyped_storage().nbytes()
 
 
 def check_packed(path: Path) -> None:

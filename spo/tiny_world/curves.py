@@ -155,9 +155,9 @@ def draw(curves: Mapping[str, Sequence[Curve]], path: Path) -> None:
                 y, half = (np.array([s[name] for s in sums]) for name in ("gain", "gain_interval"))
                 axes.plot(x, y, label=arm, color=colour(i + 1))
                 axes.fill_between(x, y - half, y + half, color=colour(i + 1), alpha=0.15, lw=0)
-                axes.set_xlim(left=0)
         for axes, unit in zip(panels[-1], COSTS.values(), strict=True):
             axes.set_xlabel(unit)
+            axes.set_xlim(left=0)
         panels[0, -1].legend(loc="lower right")
         with replacing(path) as partial:
             figure.savefig(partial, dpi=110, format="png")
