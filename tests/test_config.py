@@ -271,6 +271,8 @@ def test_every_overlay_is_tested():
         "spm_tiny",
         "spm_hpdv3",
         "lrm_tiny",
+        "lpo_tiny",
+        "gradspo_lrm_tiny",
     }
 
 
