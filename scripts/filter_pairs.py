@@ -34,10 +34,10 @@ def main(_) -> None:
 
         from accelerate import PartialState  # torch takes seconds to load
 
+        from spo.preference.pair_recipe import read_pair_recipe
         from spo.preference.pair_scores import Scoring, score_split
-        from spo.preference.spm_recipe import read_spm_recipe
 
-        data = read_spm_recipe(CONFIG.value).data
+        data = read_pair_recipe(CONFIG.value).data
         if not VQA.value:
             print("no --vqa: vqascore_gap stays empty, and the filter does not ask for it")
         scoring = Scoring(options, VQA.value, BATCH_SIZE.value)

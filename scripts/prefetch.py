@@ -77,15 +77,15 @@ def of_preference_model(config: ConfigDict) -> Iterator[str]:
     import torch
 
     from spo.models.loading import check_source
-    from spo.preference import spm_recipe
+    from spo.preference import pair_recipe
     from spo.preference.rows import find_training_rows, find_usable_rows
 
-    recipe = spm_recipe.read_spm_recipe(config)
+    recipe = pair_recipe.read_pair_recipe(config)
     start, labels, data = recipe.start, recipe.labels, recipe.data
     check_source(recipe.base, recipe.family)
-    base = spm_recipe.build_preparation(recipe, torch.device("cpu")).backbone
+    base = pair_recipe.build_preparation(recipe, torch.device("cpu")).backbone
     yield f"base model: {recipe.base.model}; labels: {labels.source}"
-    spm_recipe.build_scorer(recipe, base)
+    pair_recipe.build_scorer(recipe, base)
     own = recipe.base.model if recipe.is_latent else start.backbone
     yield f"preference model: {start.init_from or own}"
     # Last, because Pick-a-Pic is by far the largest.

@@ -13,7 +13,7 @@ CONFIG = define_config("config/spm_sd15.py", base=SPM_BASE)
 
 def main(_):
     # A bad command line fails before torch loads.
-    from spo.preference.spm_trainer import train_preference_model
+    from spo.preference.pair_trainer import train_preference_model
 
     with exit_on_user_error():
         train_preference_model(CONFIG.value)

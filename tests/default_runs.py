@@ -25,7 +25,7 @@ from spo.command_line.flags import exit_on_user_error
 from spo.data import prompt_sets
 from spo.evaluation.evaluator import evaluate
 from spo.method.start import train
-from spo.preference.spm_trainer import train_preference_model
+from spo.preference.pair_trainer import train_preference_model
 
 SMALL = {
     "mixed_precision": "no",

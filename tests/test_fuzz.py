@@ -26,7 +26,7 @@ from spo.data.prompts import read_prompts
 from spo.evaluation.evaluator import plan_evaluation
 from spo.method.preflight import preflight
 from spo.method.start import train
-from spo.preference.spm_recipe import check_training
+from spo.preference.pair_recipe import check_training
 from spo.scorers import clip
 
 pytestmark = pytest.mark.slow

@@ -22,8 +22,8 @@ from spo.models.loading import ModelSource
 from spo.models.optimizers import ADAMW, OptimizerSettings
 from spo.preference.batches import RawBatch, decode_batch, decode_image
 from spo.preference.lrm import LatentBase, LRMPairScorer, LRMPreparation, LRMSource
-from spo.preference.spm_learner import PreferenceLearner, TrainSettings
-from spo.preference.spm_recipe import check_training
+from spo.preference.pair_learner import PreferenceLearner, TrainSettings
+from spo.preference.pair_recipe import check_training
 from spo.scorers.latent_reward import tokenize
 from spo.scorers.latent_reward_folder import LatentRewardFolder
 from spo.scorers.latent_reward_scorer import load_latent_reward_scorer
@@ -232,7 +232,7 @@ FAULTS = {
     "train.guidance_scale: 3.0 has no effect with preference.model=latent_reward, only with step_": {
         "train.guidance_scale": 3.0
     },
-    "preference.guidance_scale: 2.0 has no effect with preference.model=step_aware_clip, only": {
+    "preference.guidance_scale: 1.0 has no effect with preference.model=step_aware_clip, only": {
         "preference.model": "step_aware_clip",
         "preference.text_projection": "openai/clip-vit-large-patch14",
     },

@@ -13,7 +13,7 @@ from spo.lora_io.find import read_folded, read_lora
 from spo.lora_io.model_spec import read_specs
 from spo.models.backbone import Backbone
 from spo.models.loading import ModelSource
-from spo.preference.spm_recipe import SPMSource, build_spm
+from spo.preference.pair_recipe import SPMSource, build_spm
 from spo.scorers import load_scorer
 from spo.scorers.state_dicts import read_state_dict
 

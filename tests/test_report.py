@@ -34,7 +34,7 @@ from spo.evaluation.results import (
 )
 from spo.evaluation.run_report import TRAINING, draw_curves, panels_of, write_run_report
 from spo.method import metrics
-from spo.preference.spm_metrics import step_metrics, validation_metrics
+from spo.preference.pair_metrics import step_metrics, validation_metrics
 from spo.run.folder import record_start
 from spo.run.tracking import Tracking
 from spo.types import Comparison

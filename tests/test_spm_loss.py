@@ -12,10 +12,10 @@ from transformers import get_linear_schedule_with_warmup
 from config import spm_base
 from spo.command_line.values import fill
 from spo.models.optimizers import ADAMW, OptimizerSettings
+from spo.preference.pair_learner import SPMPairScorer, TrainSettings, pair_losses
+from spo.preference.pair_metrics import is_right
+from spo.preference.pair_recipe import SPMSource, build_spm
 from spo.preference.preparation import labels_of_scores
-from spo.preference.spm_learner import SPMPairScorer, TrainSettings, pair_losses
-from spo.preference.spm_metrics import is_right
-from spo.preference.spm_recipe import SPMSource, build_spm
 from spo.scorers.clip import text_features
 
 

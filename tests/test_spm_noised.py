@@ -14,9 +14,9 @@ from spo.command_line.values import fill
 from spo.errors import UserError
 from spo.models.optimizers import ADAMW, OptimizerSettings
 from spo.preference.batches import RawBatch, decode_batch
+from spo.preference.pair_learner import PreferenceLearner, SPMPairScorer, TrainSettings
+from spo.preference.pair_recipe import SPMSource, build_spm
 from spo.preference.preparation import PairNoise, SPMPreparation, labels_of_scores
-from spo.preference.spm_learner import PreferenceLearner, SPMPairScorer, TrainSettings
-from spo.preference.spm_recipe import SPMSource, build_spm
 from spo.scorers import load_scorer
 from spo.scorers.clip import CLIPInputs
 

@@ -21,10 +21,10 @@ from scripts.prefetch import prefetch
 from spo.command_line.config_files import leaves
 from spo.errors import RunError, Stopped, UserError
 from spo.launch.__main__ import SCRIPTS, load_script_config
-from spo.preference import spm_learner, spm_metrics
+from spo.preference import pair_learner, pair_metrics
+from spo.preference.pair_recipe import FIXED_KEYS, check_training
+from spo.preference.pair_trainer import train_preference_model
 from spo.preference.preparation import SPMPreparation
-from spo.preference.spm_recipe import FIXED_KEYS, check_training
-from spo.preference.spm_trainer import train_preference_model
 from spo.run.checkpoint_folder import _seal, checkpoints, read_state
 from spo.run.folder import locked
 from spo.scorers import load_scorer
@@ -262,7 +262,7 @@ def test_resumed_run_is_the_run_that_was_not_interrupted(config, whole, tmp_path
 )
 def test_a_signal_loses_nothing(config, whole, monkeypatch, where, call, step):
     """The sums for the next line survive, and an interrupted accuracy is measured again."""
-    owner = spm_learner if where == "pair_losses" else spm_learner.PreferenceLearner
+    owner = pair_learner if where == "pair_losses" else pair_learner.PreferenceLearner
     own, calls = getattr(owner, where), []
 
     def signalled(*arguments):
@@ -392,14 +392,14 @@ def test_mixed_precision_keeps_the_weights_in_fp32(config, family, precision):
 def test_the_model_of_the_best_accuracy_is_exported(config, monkeypatch):
     """Ties keep the earlier; a resumed run keeps what the run before it found."""
     found = iter([0.4, 0.6, 0.7, 0.7, 0.1])
-    metrics = spm_metrics.validation_metrics
+    metrics = pair_metrics.validation_metrics
 
     def measured(sums):
         value = next(found)
         # The mean over the timesteps counts, not the best of them.
         return metrics(sums) | {"accuracy": {"1": value - 0.1, "951": value + 0.1}}
 
-    monkeypatch.setattr(spm_metrics, "validation_metrics", measured)
+    monkeypatch.setattr(pair_metrics, "validation_metrics", measured)
     run_dir = run(config, save_steps=1, checkpoint_limit=0)
     lines = read_metrics(run_dir)
     assert [line["best_step"] for line in lines] == [0, 1, 2, 2, 2]
@@ -466,13 +466,13 @@ def test_training_learns_what_the_labels_say(config, monkeypatch):
 
 @both
 def test_a_loss_that_is_not_finite_stops_the_run(config, monkeypatch):
-    own = spm_learner.pair_losses
+    own = pair_learner.pair_losses
 
     def broken(scores, labels):
         losses = own(scores, labels)
         return torch.where(torch.arange(len(losses)) == 1, torch.nan, losses)
 
-    monkeypatch.setattr(spm_learner, "pair_losses", broken)
+    monkeypatch.setattr(pair_learner, "pair_losses", broken)
     with pytest.raises(RunError, match="gradient is not finite at step 1; the last"):
         run(config)
     checkpoints = Path(config.logdir) / "run" / "checkpoints"

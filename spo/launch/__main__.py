@@ -42,7 +42,7 @@ SCRIPTS = {
     "train_sd15.py": Script("config/sd15.py"),
     "train_sdxl.py": Script("config/sdxl.py"),
     "train_preference_model.py": Script(
-        "config/spm_sd15.py", SPM_BASE, plan_updates, "spo.preference.spm_recipe:check_training"
+        "config/spm_sd15.py", SPM_BASE, plan_updates, "spo.preference.pair_recipe:check_training"
     ),
     "evaluate.py": Script(EVAL_BASE, EVAL_BASE, None, "spo.evaluation.evaluator:plan_evaluation"),
 }

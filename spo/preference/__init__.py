@@ -1,7 +1,6 @@
-"""Training of preference models on labelled pairs of images.
+"""Training of preference models on labelled pairs of images: the SPM, and the LRM (lrm.py).
 
-Of the step-aware preference model (SPM), and of the latent reward model (LRM, in lrm.py).
-spm_recipe: config -> values, objects. source, rows, batches: labelled pairs -> tensors. preparation:
-tensors -> labels, pixels or noisy latents. spm_learner: these -> loss -> update. spm_trainer: the loop.
-best: the best model so far.
+pair_recipe: config -> values, objects. source, rows, batches: labelled pairs -> tensors. preparation:
+tensors -> labels, pixels or noisy latents. pair_learner: these -> loss -> update. best: the best model
+so far. pair_trainer: the loop. pair_scores, filter: which pairs other judges agree on.
 """

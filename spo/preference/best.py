@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from spo.atomic import replacing, writing
-from spo.preference.spm_learner import PreferenceLearner
+from spo.preference.pair_learner import PreferenceLearner
 from spo.run.folder import BEST
 from spo.run.session import Session
 

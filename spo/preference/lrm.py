@@ -19,8 +19,8 @@ from spo.hub import model_file
 from spo.models.backbone import Backbone
 from spo.models.loading import ModelSource, freeze, load_pipeline
 from spo.preference.batches import PairBatch
+from spo.preference.pair_learner import PairScorer
 from spo.preference.preparation import PairNoise, Preparation
-from spo.preference.spm_learner import PairScorer
 from spo.run.folder import LRM_FILE, LRM_FOLDER
 from spo.scorers.clip import load_part_of_clip, loading
 from spo.scorers.latent_reward import UP_PATH, LatentRewardModel, feature_width, tokenize

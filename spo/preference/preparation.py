@@ -16,7 +16,7 @@ from spo.command_line.values import Checked, choice, number
 from spo.errors import UserError
 from spo.models.backbone import Backbone
 from spo.preference.batches import PairBatch
-from spo.preference.spm_learner import TrainingPairs
+from spo.preference.pair_learner import TrainingPairs
 from spo.scorers import Scorer
 from spo.scorers.clip import CLIPInputs
 from spo.seeding import derive_seed

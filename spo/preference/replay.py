@@ -16,9 +16,9 @@ from torch import Tensor
 from spo.command_line.config_files import SPM_BASE, load_config
 from spo.method.replay import comparable, deviation
 from spo.models.loading import family_of
+from spo.preference.pair_learner import PreferenceLearner, TrainingPairs
+from spo.preference.pair_recipe import build_preparation, build_scorer, read_pair_recipe
 from spo.preference.preparation import PairNoise
-from spo.preference.spm_learner import PreferenceLearner, TrainingPairs
-from spo.preference.spm_recipe import build_preparation, build_scorer, read_spm_recipe
 from spo.scorers.latent_reward import tokenize, unit
 from spo.scorers.latent_reward_scorer import load_latent_reward_scorer
 
@@ -93,7 +93,7 @@ def _batch(
     meta: Mapping[str, Any], batch: Mapping[str, Any], trace: Mapping[str, Tensor], models: Path
 ) -> dict[str, float]:
     images = torch.stack([trace["pixel_values_0"], trace["pixel_values_1"]], dim=1)
-    recipe = read_spm_recipe(_config(meta, batch, models, images.shape[-1]))
+    recipe = read_pair_recipe(_config(meta, batch, models, images.shape[-1]))
     preparation = build_preparation(recipe, _CPU)
     scorer = build_scorer(recipe, preparation.backbone)
     learner = PreferenceLearner(scorer, scorer, recipe.train, _CPU, torch.float32)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
-from spo.preference.spm_learner import pair_losses
+from spo.preference.pair_learner import pair_losses
 from spo.scorers.clip import CLIPInputs, text_features
 from spo.tiny_world.fitting import Rounds, fit
 from spo.tiny_world.preferences import draw_labelled_pairs, split_captions

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from spo.atomic import PARTIAL
 from spo.command_line.config_files import SPM_BASE, load_config
-from spo.preference.spm_trainer import train_preference_model
+from spo.preference.pair_trainer import train_preference_model
 from spo.run.folder import LRM_FOLDER, SPM_FILE
 from spo.scorers.latent_reward import UP_PATH
 from spo.tiny_world.base_model import train_decoder, train_denoiser, train_vae

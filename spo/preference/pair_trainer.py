@@ -18,9 +18,16 @@ from spo.launch.workers import Workers
 from spo.method.health import check_skipped
 from spo.method.metrics import peak_memory_gib
 from spo.models.backbone import DTYPES
-from spo.preference import spm_metrics
+from spo.preference import pair_metrics
 from spo.preference.batches import DAMAGED_IMAGE, PairBatch, decoded
 from spo.preference.best import BestModel
+from spo.preference.pair_learner import PreferenceLearner
+from spo.preference.pair_recipe import (
+    CheckedTraining,
+    build_preparation,
+    build_scorer,
+    check_training,
+)
 from spo.preference.rows import (
     Share,
     describe_faults,
@@ -29,13 +36,6 @@ from spo.preference.rows import (
     validation_batches,
 )
 from spo.preference.source import open_split
-from spo.preference.spm_learner import PreferenceLearner
-from spo.preference.spm_recipe import (
-    CheckedTraining,
-    build_preparation,
-    build_scorer,
-    check_training,
-)
 from spo.run.checkpoint_folder import new_checkpoint
 from spo.run.folder import METRICS
 from spo.run.resume import checkpoint_facts
@@ -157,7 +157,7 @@ class PreferenceTrainer:
             # If no pair of an update is sound, its weights are 0 whatever they are divided by.
             pairs = self.preparation.training_pairs(batch, total or 1.0)
             scored = self.learner.backward(pairs, last=number == len(minibatches))
-            sums.append(spm_metrics.minibatch_sums(pairs, *scored))
+            sums.append(pair_metrics.minibatch_sums(pairs, *scored))
         summed = self.workers.sum({name: sum(part[name] for part in sums) for name in sums[0]})
         self.totals.update(summed, steps=1)
         update = self.learner.update()
@@ -217,7 +217,7 @@ class PreferenceTrainer:
         self.left_out += Counter({DAMAGED_IMAGE: int(totals[DAMAGED_IMAGE])})
         return {
             "step": self.learner.step,
-            **spm_metrics.step_metrics(totals),
+            **pair_metrics.step_metrics(totals),
             "learning_rate": self.learner.optimizer.param_groups[0]["lr"],
             "pairs_per_second": totals["pairs"] / seconds,
             "peak_memory_gib": peak_memory_gib(self.workers.device),
@@ -231,8 +231,8 @@ class PreferenceTrainer:
         batches = self.session.bar(batches, "validation: minibatches")
         with self.workers.together():  # a stream may fail in only one process
             batches = self.session.signals.watch(batches)
-            sums = spm_metrics.validation_sums(batches, self.preparation, self.learner)
-        measured = spm_metrics.validation_metrics(self.workers.sum(sums))
+            sums = pair_metrics.validation_sums(batches, self.preparation, self.learner)
+        measured = pair_metrics.validation_metrics(self.workers.sum(sums))
         best = self.best.offer(measured["accuracy"]) if self.recipe.keep_best else {}
         return measured | best
 

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from spo.preference.batches import DAMAGED_IMAGE, PairBatch
+from spo.preference.pair_learner import PreferenceLearner, TrainingPairs
 from spo.preference.preparation import Preparation
-from spo.preference.spm_learner import PreferenceLearner, TrainingPairs
 
 
 def minibatch_sums(pairs: TrainingPairs, losses: Tensor, scores: Tensor) -> dict[str, Tensor]:

@@ -19,10 +19,10 @@ from spo.models.backbone import DTYPES, Backbone
 from spo.models.loading import ModelSource, check_source, model_source
 from spo.models.optimizers import ADAMW, OptimizerSettings
 from spo.preference.lrm import LatentBase, LRMPairScorer, LRMPreparation, LRMSource
+from spo.preference.pair_learner import PairScorer, SPMPairScorer, TrainSettings, check_state
 from spo.preference.preparation import LabelSource, Preparation, SPMPreparation
 from spo.preference.rows import UsableRows, find_training_rows, find_usable_rows
 from spo.preference.source import PairData
-from spo.preference.spm_learner import PairScorer, SPMPairScorer, TrainSettings, check_state
 from spo.run.checkpoint_folder import read_state, reading
 from spo.run.folder import run_folder
 from spo.run.resume import Resume, changes, find_checkpoint
@@ -62,7 +62,7 @@ _MODELS = {
 
 
 @dataclass(frozen=True)
-class SPMRecipe(Checked):
+class PairRecipe(Checked):
     """A config as checked values; the config explains each field of its name."""
 
     family: str
@@ -101,7 +101,7 @@ class SPMRecipe(Checked):
         return bool(self.eval_steps and self.data.validation_split)
 
 
-def read_spm_recipe(config: ConfigDict) -> SPMRecipe:
+def read_pair_recipe(config: ConfigDict) -> PairRecipe:
     """Returns the values of `config`; raises UserError for a value that no run can work with."""
     check_leaves(leaves(config))
     values = json.loads(config.to_json())
@@ -112,7 +112,7 @@ def read_spm_recipe(config: ConfigDict) -> SPMRecipe:
     _check_keys(model, config)
     source, _ = _MODELS[model]
     return fill(
-        SPMRecipe,
+        PairRecipe,
         values,
         base=model_source(values["pretrained"]),
         start=fill(source, values["preference"]),
@@ -140,7 +140,7 @@ def _check_keys(model: str, config: ConfigDict) -> None:
 class CheckedTraining:
     """Everything that a run knows before its models load."""
 
-    recipe: SPMRecipe
+    recipe: PairRecipe
     plan: UpdatePlan
     train: UsableRows
     validation: UsableRows | None
@@ -151,7 +151,7 @@ class CheckedTraining:
 
 def check_training(config: ConfigDict, num_processes: int) -> CheckedTraining:
     """Checks config, files and rows without writing anything; raises UserError in one line."""
-    recipe = read_spm_recipe(config)
+    recipe = read_pair_recipe(config)
     data, labels = recipe.data, recipe.labels
     plan = plan_updates(config, num_processes)
     run_dir = run_folder(
@@ -207,7 +207,7 @@ def build_spm(source: SPMSource, seed: int, gradient_checkpointing: bool) -> Ste
     return spm.requires_grad_(True).train()
 
 
-def build_scorer(recipe: SPMRecipe, base: Backbone) -> PairScorer:
+def build_scorer(recipe: PairRecipe, base: Backbone) -> PairScorer:
     """Returns the model to train, on the device of `base`, a fresh LRM's networks out of that."""
     seed, gradient_checkpointing = recipe.seed, recipe.train.gradient_checkpointing
     if recipe.is_latent:
@@ -219,7 +219,7 @@ def build_scorer(recipe: SPMRecipe, base: Backbone) -> PairScorer:
     return scorer.to(base.device)
 
 
-def build_preparation(recipe: SPMRecipe, device: torch.device) -> Preparation:
+def build_preparation(recipe: PairRecipe, device: torch.device) -> Preparation:
     """Loads the base model and the labeller; raises UserError if one cannot be loaded."""
     labels, labeller = recipe.labels, None
     if labels.source == "pickscore":
