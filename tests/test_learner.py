@@ -132,7 +132,7 @@ def test_the_sampler_is_the_ema_or_the_policy(own_backbone, merge):
             learner.ema.update(random_weights(learner.lora, seed=2))
         with learner.drawing_network():
             sampled = unet_output(learner.backbone)
-        learner.lora.assign(policy if algorithm == "spo" else learner.ema)
+        learner.lora.assign(policy if learner.ema is None else learner.ema)
         expected = unet_output(learner.backbone)
         assert torch.equal(sampled, expected) != merge  # merged, it rounds otherwise
         torch.testing.assert_close(sampled, expected, rtol=1e-4, atol=1e-4)
