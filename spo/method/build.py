@@ -116,8 +116,8 @@ class Recipe:
         }
 
 
-# What each kind of scorer cannot use, and the value of the key that says so.
-_ONLY_OF = {
+# Keys of `sample` that mean nothing to scorers of latents or of images, and their values then.
+_OFF_FOR = {
     "latents": {
         "num_inner_steps": 0,
         "final_step": "branch",
@@ -193,7 +193,7 @@ def _what_it_judges(scorer: ScorerSource, config: Mapping[str, Any]) -> str:
     judges, sample = looks_at(scorer), config["sample"]
     if judges == "latents" and config["compile"]["vae"] and not config["eval_interval"]:
         raise UserError("compile.vae: nothing is decoded in this run; set it to False.")
-    for name, off in _ONLY_OF.get(judges, {}).items():
+    for name, off in _OFF_FOR.get(judges, {}).items():
         if sample[name] != off:
             raise UserError(
                 f"sample.{name}: {sample[name]!r} means nothing to {scorer.name}, which looks at "
