@@ -4,11 +4,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from helpers import COLLECT
 
 from spo.errors import UserError
 from spo.method.pairs import (
     Chosen,
-    PairSettings,
     best_worst,
     choose,
     concatenate_pairs,
@@ -19,19 +19,7 @@ from spo.method.pairs import (
 from spo.types import Candidates, Conditioning, Transition
 
 SHAPE = (1, 2, 2)
-PLAIN = PairSettings(
-    pairing="best_worst",
-    threshold=0.3,
-    threshold_schedule=None,
-    threshold_min=None,
-    threshold_max=None,
-    keep_all_final=False,
-    final_direction="window",
-    final_step="branch",
-    num_inner_steps=0,
-    shares_latents=True,
-    keep_predictions=False,
-)
+PLAIN = replace(COLLECT.pairs, threshold=0.3, keep_predictions=False)
 # As SPO's: every transition makes pairs, and after the first one win and lose have their own x_t.
 INNER = {"shares_latents": False, "num_inner_steps": 1}
 # Three candidates (rows) of four prompts (columns). Gaps of softmax([best, worst]) = tanh((b - w) / 2):

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from helpers import randn
+from helpers import COLLECT, randn
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -17,16 +17,7 @@ from spo.method.rollout import RolloutSettings, stepwise_rollout
 from spo.types import Conditioning
 
 SHAPE = (2, 3, 3)
-PLAIN = RolloutSettings(
-    looks_at="images",
-    stop_at=0,
-    num_steps=20,
-    num_candidates=3,
-    branch_from=2,
-    num_inner_steps=0,
-    final_step="branch",
-    final_score_timestep="zero",
-)
+PLAIN = replace(COLLECT.rollout, num_steps=20, num_candidates=3)
 SCHEDULER = {
     "beta_start": 0.00085,
     "beta_end": 0.012,

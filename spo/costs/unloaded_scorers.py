@@ -12,7 +12,7 @@ from transformers import CLIPModel, CLIPTextModel, CLIPTextModelWithProjection, 
 from spo.command_line.config_files import REPO_ROOT
 from spo.command_line.values import expand
 from spo.errors import UserError
-from spo.hub import is_hub_id
+from spo.hub import is_hub_id, repo_of
 from spo.models.single_file import is_single_file, read_single_file
 from spo.scorers import Scorer, ScorerSource, load_scorer, looks_at, options_of
 from spo.scorers.clip import CLIPInputs, clip_config, weight_dtype
@@ -63,10 +63,8 @@ def unloaded_scorer(source: ScorerSource, device: torch.device, family: str) -> 
 def _unloaded_latent_reward(
     options: Mapping[str, Any], device: torch.device, family: str
 ) -> LatentRewardScorer:
-    place, key = expand(options["checkpoint"]), "preference.kwargs.checkpoint"
-    if place.startswith("hf://"):
-        place = "/".join(place.removeprefix("hf://").split("/")[:2])
-    place = local_folder(place, family, key)
+    key = "preference.kwargs.checkpoint"
+    place = local_folder(repo_of(expand(options["checkpoint"])), family, key)
     folder = LatentRewardFolder(place, key)
     unet, *texts = folder.configs().values()
     width = texts[-1].get("projection_dim", 512)  # transformers' default

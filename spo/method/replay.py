@@ -204,9 +204,14 @@ def worst(deviations: dict[str, float], name: str, value: float) -> None:
 
 def failures(rollouts: list[dict[str, float]], limits: dict[str, float]) -> list[str]:
     """Returns a line for every quantity past its limit: "rollout 1: losses 3.0e-03 > 2e-05"."""
+    parts = (past(f"rollout {i}", found, limits) for i, found in enumerate(rollouts))
+    return [line for part in parts for line in part]
+
+
+def past(part: str, deviations: dict[str, float], limits: dict[str, float]) -> list[str]:
+    """Returns a line for every quantity of `part` past its limit."""
     return [
-        f"rollout {index}: {name} {value:.1e} > {limits[name]:g}"
-        for index, deviations in enumerate(rollouts)
+        f"{part}: {name} {value:.1e} > {limits[name]:g}"
         for name, value in deviations.items()
         if not value <= limits[name]
     ]

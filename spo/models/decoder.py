@@ -35,6 +35,11 @@ def decode(autoencoder: AutoencoderKL | AutoencoderTiny, latents: Tensor) -> Ten
     return autoencoder.decode(scaled, return_dict=False)[0].float()
 
 
+def pixels_per_latent(vae_config: Mapping[str, Any]) -> int:
+    """Returns a VAE's pixels per latent along a side, as diffusers' pipelines compute it."""
+    return 2 ** (len(vae_config.get("block_out_channels", (64,))) - 1)  # diffusers' default
+
+
 def vae_without_weights(config: Mapping[str, Any]) -> AutoencoderKL:
     """Returns a VAE that only tells its config: nothing is encoded or decoded."""
     with init_empty_weights():

@@ -17,13 +17,20 @@ from spo.command_line.values import Checked, number
 from spo.errors import UserError
 from spo.hub import model_file
 from spo.models.backbone import Backbone
+from spo.models.decoder import pixels_per_latent
 from spo.models.loading import ModelSource, freeze, load_pipeline
 from spo.preference.batches import PairBatch
 from spo.preference.pair_learner import PairScorer
 from spo.preference.preparation import PairNoise, Preparation
 from spo.run.folder import LRM_FILE, LRM_FOLDER
 from spo.scorers.clip import load_part_of_clip, loading
-from spo.scorers.latent_reward import UP_PATH, LatentRewardModel, feature_width, tokenize
+from spo.scorers.latent_reward import (
+    GUIDANCE,
+    UP_PATH,
+    LatentRewardModel,
+    feature_width,
+    tokenize,
+)
 from spo.scorers.latent_reward_export import save_latent_reward
 from spo.scorers.latent_reward_folder import LatentRewardFolder
 from spo.seeding import derive_seed
@@ -37,14 +44,14 @@ class LRMSource(Checked, section="preference"):
 
     init_from: str
     text_projection: str
-    guidance_scale: float = number("1 (off) or above", lambda v: v >= 1)
+    guidance_scale: float = number(*GUIDANCE)
     guide_stages: bool
 
     def check(self, family: str, configs: Mapping[str, Mapping[str, Any]], image_size: int) -> None:
         """Raises UserError unless the start fits a base model, by its `configs` and small files."""
         unet, size = configs["unet"], configs["unet"]["sample_size"]
         sides = {size} if isinstance(size, int) else set(size)
-        factor = 2 ** (len(configs["vae"].get("block_out_channels", "1")) - 1)
+        factor = pixels_per_latent(configs["vae"])
         if sides != {image_size / factor}:
             pixels = " x ".join(str(side * factor) for side in sides)
             raise UserError(

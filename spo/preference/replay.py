@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from spo.command_line.config_files import SPM_BASE, load_config
-from spo.method.replay import comparable, deviation
+from spo.method.replay import comparable, deviation, past
 from spo.models.loading import family_of
 from spo.preference.pair_learner import PreferenceLearner, TrainingPairs
 from spo.preference.pair_recipe import build_preparation, build_scorer, read_pair_recipe
@@ -37,17 +37,10 @@ _CPU = torch.device("cpu")
 def replay_latent_reward(trace: Path, models: Path) -> dict:
     """Replays a trace of scores or of training; returns deviations by case or batch, and failures."""
     torch.set_num_threads(1)  # sums in one order, whatever the number of cores
-    meta, tensors = (
-        json.loads((trace / "meta.json").read_text()),
-        load_file(trace / "trace.safetensors"),
-    )
+    meta = json.loads((trace / "meta.json").read_text())
+    tensors = load_file(trace / "trace.safetensors")
     found = dict((_scores if "cases" in meta else _batches)(meta, tensors, models))
-    failed = [
-        f"{name}: {quantity} {value:.1e} > {TOLERANCES[quantity]:g}"
-        for name, deviations in found.items()
-        for quantity, value in deviations.items()
-        if not value <= TOLERANCES[quantity]
-    ]
+    failed = [line for part in found.items() for line in past(*part, TOLERANCES)]
     shown = {name: comparable(case) for name, case in found.items()}
     return {"trace": trace.name, "cases": shown, "failures": failed}
 

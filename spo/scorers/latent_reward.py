@@ -20,6 +20,7 @@ from spo.data.token_lengths import readable
 
 UP_PATH = ("up_blocks", "conv_norm_out", "conv_act", "conv_out")  # of a UNet; never needed here
 LOGIT_SCALE = 2.6592  # log(1 / 0.07), where training starts
+GUIDANCE = ("1 (off) or above", lambda scale: scale >= 1)  # what a guidance scale must be
 
 
 @dataclass(frozen=True)

@@ -130,6 +130,14 @@ class LatentRewardFolder:
         configs, heads = self.configs(), self.heads()
         try:
             self._check_weights(configs)
+        except ValueError as error:
+            raise UserError(f"{self.key}: {self.checkpoint!r}: {first_line(error)}.") from error
+        self._check_heads(configs, heads)
+        return configs
+
+    def _check_heads(self, configs: Mapping[str, Mapping[str, Any]], heads: Heads) -> None:
+        """Raises UserError unless the projections fit the networks, and these each other."""
+        try:
             wanted = _projections(configs, len(heads.visual_projection))
         except (ValueError, *_CONFIG_ERRORS) as error:
             what = "a config of its networks has no " if isinstance(error, KeyError) else ""
@@ -144,7 +152,6 @@ class LatentRewardFolder:
                     f"{self.key}: {self.checkpoint!r}: {name} in {HEADS} is {found}, but its networks "
                     f"need {shape}."
                 )
-        return configs
 
     def check_family(self, family: str, unet: Mapping[str, Any]) -> None:
         """Raises UserError unless `check` passes, and the model is of a base model's family.
@@ -178,7 +185,8 @@ class LatentRewardFolder:
 
         `options` are the last arguments of LatentRewardModel.
         """
-        configs, heads = self.check(), self.heads()
+        configs, heads = self.configs(), self.heads()
+        self._check_heads(configs, heads)
         model, folder = self._place
         try:
             folders = [str(PurePosixPath(folder, name)) for name in configs]

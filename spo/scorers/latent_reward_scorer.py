@@ -12,12 +12,13 @@ from spo.command_line.values import expand, require_number
 from spo.errors import LOAD_ERRORS, UserError, first_line
 from spo.hub import model_file
 from spo.method.ddim import ddim_scheduler
+from spo.models.decoder import pixels_per_latent
 from spo.models.families import FAMILIES
 from spo.models.loading import read_json
 from spo.models.weights import fetch
 from spo.scorers import Scorer
 from spo.scorers.clip import weight_dtype
-from spo.scorers.latent_reward import LatentRewardModel, PromptText, tokenize
+from spo.scorers.latent_reward import GUIDANCE, LatentRewardModel, PromptText, tokenize
 from spo.scorers.latent_reward_folder import LatentRewardFolder
 
 
@@ -69,9 +70,7 @@ def check_latent_reward(
 
     `values` are the options of `load_latent_reward_scorer`, `configs` those of the base model's parts.
     """
-    require_number(
-        f"{section}.guidance_scale", values["guidance_scale"], "1 (off) or above", _is_scale
-    )
+    require_number(f"{section}.guidance_scale", values["guidance_scale"], *GUIDANCE)
     weight_dtype(values["dtype"], section)
     key, checkpoint = f"{section}.checkpoint", values["checkpoint"]
     LatentRewardFolder(checkpoint, key).check_family(family, configs["unet"])
@@ -89,10 +88,6 @@ def check_latent_reward(
             f"{key}: {checkpoint!r} was trained on the noise of {base!r}, but pretrained.model has "
             f"{what}; name an LRM trained on it, and its base model by {section}.base."
         )
-
-
-def _is_scale(value: float) -> bool:
-    return value >= 1
 
 
 def _base_config(base: str, name: str, section: str) -> dict[str, Any]:
@@ -126,12 +121,11 @@ def load_latent_reward_scorer(
         ]
     except LOAD_ERRORS as error:
         raise UserError(f"{key}: no tokenizer of {base!r} ({first_line(error)}).") from error
-    widths = _base_config(base, "vae/config.json", section)["block_out_channels"]
     model = folder.load(
         weight_dtype(dtype, section),
         guidance_scale=guidance_scale,
         guide_stages=guide_stages,
-        pixels_per_latent=2 ** (len(widths) - 1),
+        pixels_per_latent=pixels_per_latent(_base_config(base, "vae/config.json", section)),
     )
     for tokenizer, encoder in zip(tokenizers, model.text_encoders, strict=True):
         own, limit = encoder.config.vocab_size, encoder.config.max_position_embeddings
