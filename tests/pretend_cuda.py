@@ -1,0 +1,321 @@
+"""A GPU that is not there: CPU tensors that say they are on "cuda", checked as CUDA would check them.
+
+    with pretend_cuda() as gpu:  # then anything with device=torch.device("cuda")
+        ...
+    gpu.waits, gpu.operations  # by module of spo
+
+The CPU's kernels compute the values, so a run in fp32 gives the numbers of a run on the CPU. Checked, in
+forward and backward passes: an operation on tensors of two devices raises as on CUDA, and so does one of
+two dtypes that the CPU takes and CUDA refuses; what CUDA's autocast casts is cast; every point where
+Python waits for the GPU is recorded. Not checked: kernels, memory, speed, streams.
+
+How: the storage of a tensor carries a mark, so views and swaps of `.data` need no care. A
+TorchFunctionMode answers `.device` and takes "cuda" out of the calls; a TorchDispatchMode looks at the
+marks of every operation's inputs and marks its outputs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import accelerate.state
+import torch
+import torch.cuda.amp.common
+import torch.nn.functional as F
+import torch.utils.checkpoint
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils import _foreach_utils
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+import spo
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+_SPO = f"{Path(spo.__file__).parent}/"
+
+
+class DeviceMismatch(RuntimeError):
+    """Tensors of two devices in one operation."""
+
+
+class DtypeMismatch(RuntimeError):
+    """Floating-point numbers of two kinds in an operation that CUDA has for one kind only."""
+
+
+def is_marked(tensor: Tensor) -> bool:
+    # Inside vmap, with which transformers makes its masks, tensors have no storage.
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    return not wrapped and getattr(tensor.untyped_storage(), "is_on_gpu", False)
+
+
+def mark(value: Any, on_gpu: bool = True) -> Any:
+    """Marks the tensors of a result, and returns the result."""
+    for tensor in tree_leaves(value):
+        if isinstance(tensor, Tensor):
+            tensor.untyped_storage().is_on_gpu = on_gpu
+    return value
+
+
+class PretendedGpu:
+    """Counters of what happened on the GPU, by the innermost module of spo on the stack."""
+
+    def __init__(self) -> None:
+        self.operations: Counter[tuple[str, str]] = Counter()  # (module, operation)
+        self.waits: Counter[tuple[str, str]] = Counter()  # (module, "line: why")
+
+    def note_operation(self, name: str) -> None:
+        self.operations[_place()[0], name] += 1
+
+    def note_wait(self, why: str) -> None:
+        module, line = _place()
+        self.waits[module, f"{line}: {why}"] += 1
+
+
+def by_module(counts: Counter[tuple[str, str]]) -> Counter[str]:
+    """Returns the sums of a counter of PretendedGpu for each module of spo, as "method/rollout"."""
+    total: Counter[str] = Counter()
+    for (module, _), count in counts.items():
+        total[module] += count
+    return total
+
+
+def _place() -> tuple[str, int]:
+    frame = sys._getframe(1)
+    while frame is not None:
+        file = frame.f_code.co_filename
+        if file.startswith(_SPO):
+            return file[len(_SPO) : -len(".py")], frame.f_lineno
+        frame = frame.f_back
+    return "", 0
+
+
+# The operations that read their result's shape or value from the GPU.
+_WAITS = {"_local_scalar_dense", "nonzero", "equal", "masked_select", "bincount", "_unique2"} | {
+    "unique_consecutive",
+    "unique_dim",
+    "repeat_interleave",
+}
+_INDEXED = {"index", "_unsafe_index", "index_put", "index_put_", "_index_put_impl_"}
+# The CPU mixes fp32 weights with an input of 16 bits; all other products refuse on both.
+_ONE_DTYPE = {"native_layer_norm", "native_group_norm"}
+
+
+class _Operations(TorchDispatchMode):
+    """Checks and marks every operation, also those of a backward pass."""
+
+    def __init__(self, gpu: PretendedGpu) -> None:
+        super().__init__()
+        self.gpu = gpu
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        inputs = tree_leaves((args, kwargs))
+        tensors = [value for value in inputs if isinstance(value, Tensor)]
+        on_gpu = any(map(is_marked, tensors)) and self.check(func, args, tensors)
+        if on_gpu and any(isinstance(value, torch.Generator) for value in inputs):
+            raise DeviceMismatch(f"{func}: a generator on the CPU for a tensor on cuda:0")
+        out = func(*args, **kwargs)
+        if on_gpu:
+            mark(out)
+        return out
+
+    def check(self, func, args, tensors) -> bool:
+        """Tells if the operation runs on the GPU; raises what CUDA would."""
+        name = func._schema.name.partition("::")[2]
+        if name == "copy_":
+            if is_marked(tensors[0]) != is_marked(tensors[1]):
+                self.gpu.note_wait("copy between devices")
+            return is_marked(tensors[0])
+        self.gpu.note_operation(name)
+        waits = name in _WAITS
+        if name in _INDEXED:  # by indices of either device
+            found = [index for index in args[1] if index is not None]
+            tensors = [args[0], *args[2:3]]
+            waits = any(not is_marked(i) or i.dtype in (torch.bool, torch.uint8) for i in found)
+        if waits:
+            self.gpu.note_wait(name)
+        changed = tensors[0] if name.endswith("_") else None
+        for tensor in tensors:
+            # A number on the CPU is passed to the kernel.
+            if not is_marked(tensor) and (
+                tensor.dim() or tensor is changed or name in ("cat", "stack")
+            ):
+                found = ", ".join(f"{'cuda' if is_marked(t) else 'cpu'} {t.shape}" for t in tensors)
+                raise DeviceMismatch(f"{func}: expected all tensors on one device, found {found}")
+        kinds = {tensor.dtype for tensor in tensors if tensor.is_floating_point()}
+        if name in _ONE_DTYPE and len(kinds) > 1:
+            raise DtypeMismatch(f"{func}: expected one scalar type, found {kinds}")
+        return True
+
+
+def _autocast(*macros: str) -> set:
+    """Returns the Python functions for the operations that a list of CUDA's autocast names."""
+    header = (Path(torch.__file__).parent / "include/ATen/autocast_mode.h").read_text()
+    lists = [header.split(f"#define {macro}(_)")[1].split("\n\n")[0] for macro in macros]
+    names = {name for text in lists for name in re.findall(r"_\((\w+)", text)}
+    names |= {name.removeprefix("linalg_") for name in names}
+    names |= {"interpolate"} if "upsample_nearest2d" in names else set()  # calls it
+    names |= {f"__{r}{name}__" for name in names for r in ("", "r")}
+    places = (torch, Tensor, F, torch._C._nn, torch.linalg)
+    return {getattr(place, name) for name in names for place in places if hasattr(place, name)}
+
+
+_LOW = _autocast("AT_FORALL_LOWER_PRECISION_FP")
+_FULL = _autocast("AT_FORALL_FP32", "AT_FORALL_FP32_SET_OPT_DTYPE") | {torch.norm, Tensor.norm}
+
+
+class _Calls(TorchFunctionMode):
+    """Answers what Python asks of devices."""
+
+    def __init__(self, gpu: PretendedGpu) -> None:
+        super().__init__()
+        self.gpu = gpu
+        self.handlers = {
+            Tensor.device.__get__: lambda f, a, k: CUDA if is_marked(a[0]) else f(*a, **k),
+            Tensor.is_cuda.__get__: lambda f, a, k: is_marked(a[0]),
+            Tensor.is_cpu.__get__: lambda f, a, k: f(*a, **k) and not is_marked(a[0]),
+            Tensor.to: self.to,
+            Tensor.cuda: lambda f, a, k: self.to(Tensor.to, (a[0], CUDA), {}),
+            Tensor.cpu: lambda f, a, k: self.to(Tensor.to, (a[0], CPU), {}),
+            Tensor.pin_memory: self.pin_memory,
+            Tensor.backward: self.backward,
+            Tensor.numpy: self.numpy,
+            Tensor.__array__: self.numpy,
+            Tensor.tolist: self.tolist,
+        }
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if handler := self.handlers.get(func):
+            return handler(func, args, kwargs)
+        if kwargs.get("device") is not None:
+            return self.make(func, args, kwargs)
+        if torch.is_autocast_enabled("cuda") and (func in _LOW or func in _FULL):
+            args, kwargs = self.cast(func, args, kwargs)
+        return func(*args, **kwargs)
+
+    def make(self, func, args, kwargs):
+        """Makes a tensor on the device that a call names."""
+        device = torch.device(kwargs["device"])
+        if device.type not in ("cpu", "cuda"):
+            return func(*args, **kwargs)
+        on_gpu = device.type == "cuda"
+        if on_gpu and kwargs.get("generator") is not None:
+            raise DeviceMismatch(f"{func}: a generator on the CPU for a tensor on cuda:0")
+        if on_gpu and func in (torch.tensor, torch.as_tensor):
+            self.gpu.note_wait("a tensor of numbers")
+        out = func(*args, **kwargs | {"device": CPU})
+        return mark(out.clone() if any(out is value for value in args) else out, on_gpu)
+
+    def cast(self, func, args, kwargs):
+        """Casts the arguments as CUDA's autocast does."""
+        if func in _FULL and kwargs.get("dtype") is not None:
+            return args, kwargs
+        target = torch.get_autocast_dtype("cuda") if func in _LOW else torch.float32
+        kinds = (torch.float32, torch.float16, torch.bfloat16)
+
+        def one(value: Tensor) -> Tensor:
+            return value.to(target) if value.dtype in kinds and is_marked(value) else value
+
+        return tree_map_only(Tensor, one, (args, kwargs))
+
+    def to(self, func, args, kwargs):
+        tensor, *rest = args
+        asked = [*rest, *kwargs.values()]
+        devices = [torch.device(v) for v in asked if isinstance(v, str | torch.device)]
+        here = there = is_marked(tensor)
+        for device in devices:
+            there = device.type == "cuda"
+        for other in asked:
+            there = is_marked(other) if isinstance(other, Tensor) else there
+        if not tensor.is_meta and CPU not in devices and not any(d.type == "meta" for d in devices):
+            rest = [CPU if isinstance(v, str | torch.device) else v for v in rest]
+            kwargs = kwargs | ({"device": CPU} if kwargs.get("device") is not None else {})
+        moved = func(tensor, *rest, **kwargs)
+        if here == there or moved.is_meta:
+            return moved
+        pinned = getattr(tensor.untyped_storage(), "is_pinned", False)
+        if here or not (pinned and any(value is True for value in asked)):
+            self.gpu.note_wait("copy to the CPU" if here else "copy of memory that is not pinned")
+        return mark(moved.clone() if moved is tensor else moved, there)
+
+    def pin_memory(self, func, args, kwargs):
+        if is_marked(args[0]):
+            raise RuntimeError("cannot pin a tensor on cuda: only dense CPU tensors can be pinned")
+        pinned = args[0].clone()
+        pinned.untyped_storage().is_pinned = True
+        return pinned
+
+    def backward(self, func, args, kwargs):
+        with self:  # which is off here: what is computed again in a backward pass must see the GPU
+            torch.autograd.backward(args, kwargs.pop("gradient"), **kwargs)
+
+    def numpy(self, func, args, kwargs):
+        if is_marked(args[0]):
+            raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu().")
+        return func(*args, **kwargs)
+
+    def tolist(self, func, args, kwargs):
+        if is_marked(args[0]):
+            self.gpu.note_wait("tolist")
+        return func(*args, **kwargs)
+
+
+def _grouped(group):
+    """Returns the function that foreach kernels are called by, with the pretended device in its keys."""
+
+    def grouped(*args, **kwargs):
+        return {
+            (CUDA if any(is_marked(t) for t in lists[0] if t is not None) else device, dtype): (
+                lists,
+                index,
+            )
+            for (device, dtype), (lists, index) in group(*args, **kwargs).items()
+        }
+
+    return grouped
+
+
+@contextlib.contextmanager
+def pretend_cuda() -> Iterator[PretendedGpu]:
+    """Within the context there is one GPU, as far as Python can tell."""
+    gpu = PretendedGpu()
+    group = _foreach_utils._group_tensors_by_device_and_dtype
+    checks = torch.utils.checkpoint._allowed_determinism_checks_to_fns
+    memory = SimpleNamespace(total_memory=80 * 2**30)
+    patches = [
+        mock.patch.dict("os.environ", {"ACCELERATE_TORCH_DEVICE": "cuda"}),
+        mock.patch("accelerate.state.check_cuda_p2p_ib_support", lambda: True),
+        mock.patch("torch.cuda.amp.common.amp_definitely_not_available", lambda: False),
+        mock.patch("torch.cuda.is_bf16_supported", lambda *_, **__: True),
+        mock.patch("torch.cuda.synchronize", lambda *_: gpu.note_wait("synchronize")),
+        mock.patch("torch.cuda.max_memory_allocated", lambda *_: 0),
+        mock.patch("torch.cuda.get_device_properties", lambda *_: memory),
+        # Its check of devices would run where handlers of this mode are at work, and see the CPU.
+        mock.patch.dict(checks, {"default": lambda x: {"shape": x.shape, "dtype": x.dtype}}),
+        *(
+            mock.patch.object(module, group.__name__, _grouped(group))
+            for module in list(sys.modules.values())
+            if getattr(module, group.__name__, None) is group
+        ),
+    ]
+    state = dict(accelerate.state.PartialState._shared_state)
+    with contextlib.ExitStack() as stack:
+        for patch in patches:
+            stack.enter_context(patch)
+        accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+        try:
+            with _Operations(gpu), _Calls(gpu):
+                yield gpu
+        finally:
+            accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+            accelerate.state.PartialState._shared_state.update(state)
