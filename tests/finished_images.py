@@ -9,6 +9,7 @@ from PIL import Image
 
 from spo.scorers import Scorer, check_scorer, image_scorer, load_scorer
 
+ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
 PROMPTS = ("a fox reading a map", "Tiny house, in a meadow", "blue whale " * 40)  # one is truncated
 SIZES = ((96, 64), (40, 72), (64, 64))  # landscape, portrait, square
@@ -75,3 +76,26 @@ def tiny_open_clip(folder: Path, **changes) -> Path:
             parameter.add_(0.3 * torch.randn_like(parameter) * (parameter.ndim < 3))
     save_file(clip.state_dict(), folder / "open_clip_model.safetensors")
     return folder
+
+
+def tiny_scorers(folder: Path) -> dict[str, dict]:
+    """Returns options of each scorer of finished images that name tiny local models; writes some."""
+    clip = tiny_open_clip(folder / "tiny")
+    torch.save({"weight": torch.linspace(-1, 1, 16)[None], "bias": torch.ones(1)}, folder / "head.pth")
+    open_clip = {"model": str(clip), "checkpoint": str(clip / "open_clip_model.safetensors")}
+    recorded = ROOT / "tests" / "data" / "imagereward"
+    tiny = ROOT / "assets" / "tiny"
+    of_clip = {"backbone": str(tiny / "clip"), "processor": str(tiny / "clip")}
+    return {
+        "pickscore": of_clip,
+        "hpsv2": open_clip,
+        "hpsv2.1": open_clip,
+        "aesthetic": open_clip | {"head": str(folder / "head.pth")},
+        "clipscore": open_clip,
+        "imagereward": {
+            "checkpoint": str(recorded / "ImageReward.pt"),
+            "tokenizer": str(recorded),
+            "head_width": 8,
+        },
+        "step_aware_clip": of_clip | {"checkpoint": str(tiny / "spm.safetensors")},
+    }

@@ -20,7 +20,7 @@ import contextlib
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -35,7 +35,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils import _foreach_utils
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 import spo
 
@@ -59,10 +59,20 @@ def is_marked(tensor: Tensor) -> bool:
 
 def mark(value: Any, on_gpu: bool = True) -> Any:
     """Marks the tensors of a result, and returns the result."""
-    for tensor in tree_leaves(value):
-        if isinstance(tensor, Tensor):
-            tensor.untyped_storage().is_on_gpu = on_gpu
+    for tensor in _tensors([value]):
+        tensor.untyped_storage().is_on_gpu = on_gpu
     return value
+
+
+def _tensors(values: Iterable[Any]) -> list[Tensor]:
+    """Returns the tensors among the arguments of an operation, also those in lists."""
+    found = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, list | tuple):
+            found += _tensors(value)
+    return found
 
 
 class PretendedGpu:
@@ -118,10 +128,9 @@ class _Operations(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        inputs = tree_leaves((args, kwargs))
-        tensors = [value for value in inputs if isinstance(value, Tensor)]
+        tensors = _tensors((*args, *kwargs.values()))
         on_gpu = any(map(is_marked, tensors)) and self.check(func, args, tensors)
-        if on_gpu and any(isinstance(value, torch.Generator) for value in inputs):
+        if on_gpu and kwargs.get("generator") is not None:
             raise DeviceMismatch(f"{func}: a generator on the CPU for a tensor on cuda:0")
         out = func(*args, **kwargs)
         if on_gpu:
@@ -186,6 +195,9 @@ class _Calls(TorchFunctionMode):
             Tensor.to: self.to,
             Tensor.cuda: lambda f, a, k: self.to(Tensor.to, (a[0], CUDA), {}),
             Tensor.cpu: lambda f, a, k: self.to(Tensor.to, (a[0], CPU), {}),
+            Tensor.new_tensor: lambda f, a, k: self.make(
+                f, a, {"device": CUDA if is_marked(a[0]) else CPU} | k
+            ),
             Tensor.pin_memory: self.pin_memory,
             Tensor.backward: self.backward,
             Tensor.numpy: self.numpy,
@@ -211,7 +223,7 @@ class _Calls(TorchFunctionMode):
         on_gpu = device.type == "cuda"
         if on_gpu and kwargs.get("generator") is not None:
             raise DeviceMismatch(f"{func}: a generator on the CPU for a tensor on cuda:0")
-        if on_gpu and func in (torch.tensor, torch.as_tensor):
+        if on_gpu and func in (torch.tensor, torch.as_tensor, Tensor.new_tensor):
             self.gpu.note_wait("a tensor of numbers")
         out = func(*args, **kwargs | {"device": CPU})
         return mark(out.clone() if any(out is value for value in args) else out, on_gpu)

@@ -10,7 +10,7 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
-from finished_images import CPU, PROMPTS, check, load, pictures, score, tiny_open_clip
+from finished_images import CPU, PROMPTS, check, load, pictures, score, tiny_scorers
 from helpers import COLLECT, randn
 from PIL import Image
 from scorers_for_tests import ImageBrightness
@@ -40,28 +40,7 @@ NAMES = [name for name in SCORERS if name != "latent_reward"]  # see tests/test_
 @pytest.fixture(scope="module")
 def options(tmp_path_factory):
     """Returns options for each scorer that name tiny local models."""
-    folder = tiny_open_clip(tmp_path_factory.mktemp("clip") / "tiny")
-    recorded = ROOT / "tests" / "data" / "imagereward"
-    head = folder.parent / "head.pth"
-    torch.save({"weight": torch.linspace(-1, 1, 16)[None], "bias": torch.ones(1)}, head)
-    open_clip = {"model": str(folder), "checkpoint": str(folder / "open_clip_model.safetensors")}
-    return {
-        "pickscore": {"backbone": CLIP, "processor": CLIP},
-        "hpsv2": open_clip,
-        "hpsv2.1": open_clip,
-        "aesthetic": open_clip | {"head": str(head)},
-        "clipscore": open_clip,
-        "imagereward": {
-            "checkpoint": str(recorded / "ImageReward.pt"),
-            "tokenizer": str(recorded),
-            "head_width": 8,
-        },
-        "step_aware_clip": {
-            "checkpoint": str(TINY / "spm.safetensors"),
-            "backbone": CLIP,
-            "processor": CLIP,
-        },
-    }
+    return tiny_scorers(tmp_path_factory.mktemp("scorers"))
 
 
 def clip_pixels(image, size=32):
