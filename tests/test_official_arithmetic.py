@@ -9,14 +9,14 @@ from helpers import MODELS, random_weights
 from spo.command_line.config_files import load_config
 from spo.costs.load import load_models
 from spo.costs.meter import DECODING, ROLLOUT, SCORING, TRAINING, Meter, draw_pairs, train_on_pairs
-from spo.gpu_check.official import average_weights, official_arithmetic
+from spo.gpu_check.official import official_arithmetic
 from spo.method.build import read_recipe
 
 CPU = torch.device("cpu")
 CONFIG = str(Path(__file__).parent / "data" / "random_models.py")
 SIZES = {"sample.num_steps": 4, "sample.branch_from": 2, "sample.num_candidates": 3}
-# Without clipping of the gradients, whose norm then would be another one's; learns in the 1st step.
-COMMON = {"train.clip_eps": 1e-3, "train.learning_rate": 1e-3}
+# As wide as to leave gradients to most pairs of a policy that is far from the base model.
+COMMON = {"train.clip_eps": 0.9, "train.learning_rate": 1e-3}
 PROMPTS, MINIBATCH = 2, 2
 
 
@@ -60,22 +60,26 @@ def test_it_draws_the_same_pairs_and_learns_the_same(family):
     assert theirs.backbone.unet is theirs.learner.unet
     assert len(pairs) == 4 and torch.equal(pairs.timesteps, own.timesteps)
     for name in ("latents", "noises", "next_latents"):
-        torch.testing.assert_close(getattr(pairs, name), getattr(own, name), atol=1e-4, rtol=0)
+        torch.testing.assert_close(getattr(pairs, name), getattr(own, name), atol=2e-4, rtol=0)
     assert trained(theirs, own) == pytest.approx(trained(ours, own), abs=1e-6)
     policy, ema = ours.learner.lora.parameters, dict(theirs.learner.ema_unet.named_parameters())
     for name, parameter in theirs.learner.lora.parameters.items():
-        torch.testing.assert_close(parameter, policy[name], atol=2e-4, rtol=0)
-        torch.testing.assert_close(ema[name], ours.learner.ema[name], atol=2e-4, rtol=0)
-        assert (parameter - before[name]).abs().max() > 5e-4
+        torch.testing.assert_close(parameter, policy[name], atol=2e-5, rtol=0)
+        torch.testing.assert_close(ema[name], ours.learner.ema[name], atol=2e-5, rtol=0)
+        assert (parameter - before[name]).abs().max() > 5e-4, name
 
 
 def test_all_weights_are_averaged():
-    learner = official_arithmetic(load("sd15")).learner
+    models = load("sd15", **{"train.accumulation_steps": 2})
+    learner = official_arithmetic(models).learner
     policy, ema = learner.unet.conv_in.weight, learner.ema_unet.conv_in.weight
-    expected = 0.9 * ema + 0.1 * policy.data.add_(1)
-    average_weights(learner.ema_unet, learner.unet, 0.9)
-    torch.testing.assert_close(ema, expected)
-    assert not torch.equal(ema, learner.reference_unet.conv_in.weight)
+    pairs, before = draw_pairs(models, 1, Meter(CPU), apart=False), ema.clone()
+    policy.data.add_(1)
+    learner.train_minibatch(pairs, 0)
+    assert torch.equal(ema, before)
+    learner.train_minibatch(pairs, 1)
+    torch.testing.assert_close(ema, before + 1 - learner.settings.ema_decay)
+    assert torch.equal(learner.reference_unet.conv_in.weight, before)
     assert not any("lora" in name for name, _ in learner.reference_unet.named_parameters())
 
 
