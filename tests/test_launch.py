@@ -66,6 +66,7 @@ def world_of(**options):
 def gpus(monkeypatch):
     """A function that pretends that the machine has a number of GPUs, and a restored environment."""
     monkeypatch.setattr(os, "environ", dict(os.environ))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     return lambda number: monkeypatch.setattr(torch.cuda, "device_count", lambda: number)
 
 

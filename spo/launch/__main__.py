@@ -127,19 +127,24 @@ def load_script_config(path: str, script: Script, script_args: list[str]) -> Con
 def plan_world(options: argparse.Namespace) -> World:
     """Returns the processes that `options` ask for, by default one for each GPU or one on the CPU.
 
-    Raises UserError if GPUs are missing, if machines lack an address and if they cannot share the
-    processes equally.
+    Raises UserError if GPUs are missing or torch cannot use them, if machines lack an address and
+    if they cannot share the processes equally.
     """
     if sys.stdout.isatty():
         print("loading torch", flush=True)
     import torch  # slow, and not needed to find a mistake on the command line
 
+    from spo.models.gpu import check_driver
+
     machines = options.num_machines
     per_machine = 1 if options.cpu else torch.cuda.device_count()
     if not per_machine:
         raise UserError(
-            "no GPU found, and this needs one; `bash launch_tiny.sh` trains a tiny model without"
+            f"no GPU found by torch {torch.__version__}, and this needs one; `bash launch_tiny.sh` "
+            "trains a tiny model without"
         )
+    if not options.cpu:
+        check_driver()
     processes = per_machine * machines if options.num_processes is None else options.num_processes
     if min(processes, machines) < 1 or processes % machines:
         raise UserError(

@@ -25,6 +25,7 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from spo.command_line.flags import is_orphan
 from spo.errors import RunError, UserError
+from spo.models.gpu import check_driver
 from spo.types import PreferencePairs
 
 
@@ -44,6 +45,7 @@ class Workers(contextlib.AbstractContextManager):
                     f"distributed_type {name} in the accelerate config: every process holds the whole "
                     "model here; use MULTI_GPU."
                 )
+        check_driver()
         ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
         self._timeout = timedelta(seconds=rank_timeout)
         group = InitProcessGroupKwargs(timeout=self._timeout)
