@@ -5,6 +5,7 @@ import subprocess
 import warnings
 from collections.abc import Iterator
 
+import psutil
 import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
@@ -12,6 +13,7 @@ from accelerate.utils import parse_flag_from_env
 from spo.errors import RunError, UserError, first_line
 
 _DRIVERS = {"12": "525", "13": "580"}  # the oldest for each CUDA, of NVIDIA's release notes
+TRAINING_KEYS = "lower train.batch_size, or set train.gradient_checkpointing=true"
 
 
 def pick_device() -> torch.device:
@@ -44,14 +46,22 @@ def check_driver() -> None:
         ) from error
 
 
-def free_memory(index: int) -> tuple[int, int]:
-    """Returns the bytes of a GPU that no process holds, and all its bytes.
+def device_memory(device: str, processes: int) -> tuple[float, float]:
+    """Returns bytes of memory: those that each process can have, and those that others hold.
 
-    Asks nvidia-smi, as torch.cuda.mem_get_info starts CUDA on the GPU, which takes memory itself.
+    `processes` share a CPU's free memory, or have a GPU each: the numbers of the fullest.
     """
+    if device == "cuda":
+        return min(map(_gpu_memory, range(processes)))
+    return psutil.virtual_memory().available / processes, 0
+
+
+def _gpu_memory(index: int) -> tuple[int, int]:
+    # torch.cuda.mem_get_info would start CUDA on the GPU, which takes memory itself.
     gpu = torch.cuda.get_device_properties(index)
     free = _ask_nvidia_smi("memory.free", f"--id=GPU-{gpu.uuid}")  # in MiB
-    return int(free) * 2**20 if free.isdecimal() else gpu.total_memory, gpu.total_memory
+    free = int(free) * 2**20 if free.isdecimal() else gpu.total_memory
+    return free, gpu.total_memory - free
 
 
 def _ask_nvidia_smi(field: str, *options: str) -> str:
