@@ -1,10 +1,13 @@
 """The launcher: what it starts on GPUs and on the CPU, and what it says instead."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 from accelerate.commands.config import load_config_from_file
@@ -66,6 +69,7 @@ def world_of(**options):
 def gpus(monkeypatch):
     """A function that pretends that the machine has a number of GPUs, and a restored environment."""
     monkeypatch.setattr(os, "environ", dict(os.environ))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     return lambda number: monkeypatch.setattr(torch.cuda, "device_count", lambda: number)
 
 
@@ -236,6 +240,57 @@ def test_two_machines_by_options_and_on_the_cpu(gpus):
         world_of(cpu=True, **place, num_processes=3)
     with pytest.raises(UserError, match="--main_process_ip is missing"):
         world_of(cpu=True, num_machines=2, machine_rank=0)
+
+
+@pytest.fixture
+def network(monkeypatch, gpus):
+    """A machine, node1, whose name is of the loopback and whose way to the others is eth1."""
+    gpus(1)
+    os.environ.pop("GLOO_SOCKET_IFNAME", None)
+    names = {"node1": "127.0.1.1", "localhost": "127.0.0.1"}
+
+    class Probe(socket.socket):
+        def connect(self, place):
+            self.to = place
+            if place[0] == "10.9.9.9":
+                raise OSError("Network is unreachable")
+
+        def getsockname(self):
+            assert self.to == ("10.0.0.1", 29500) and self.type == socket.SOCK_DGRAM
+            return "10.0.0.2", 40000
+
+    def resolve(host, port, type):
+        return [(socket.AF_INET, type, 17, "", (names.get(host, host), port))]
+
+    found = {"lo": "127.0.0.1", "eth0": "192.168.0.2", "eth1": "10.0.0.2"}
+    addresses = {name: [SimpleNamespace(address=address)] for name, address in found.items()}
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    monkeypatch.setattr(socket, "socket", Probe)
+    monkeypatch.setattr(psutil, "net_if_addrs", lambda: addresses)
+
+
+@pytest.mark.parametrize(
+    ("address", "own", "expected"),
+    [
+        ("10.0.0.1", "", "eth1"),
+        ("10.0.0.1", "ib0", "ib0"),
+        ("10.9.9.9", "", ""),  # no way there
+        ("127.0.0.1", "", ""),
+        ("localhost", "", ""),
+        ("node1", "ib0", "ib0"),
+    ],
+)
+def test_gloo_takes_the_interface_towards_the_first_machine(network, address, own, expected):
+    os.environ |= {"GLOO_SOCKET_IFNAME": own} if own else {}
+    world_of(num_machines=2, machine_rank=1, main_process_ip=address)
+    assert os.environ.get("GLOO_SOCKET_IFNAME", "") == expected
+
+
+def test_a_first_machine_that_others_cannot_reach_is_one_line(network):
+    with pytest.raises(
+        UserError, match="--main_process_ip=node1 means 127.0.1.1 here, which no other"
+    ):
+        world_of(num_machines=2, machine_rank=0, main_process_ip="node1")
 
 
 def test_weights_that_differ_from_those_of_rank_0_stop_the_run(monkeypatch):

@@ -1,6 +1,10 @@
 """Trackers: what they are given, and how wandb is chosen to be offline."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from accelerate import PartialState
@@ -50,3 +54,56 @@ def test_wandb_without_a_key_runs_offline_and_says_so(tmp_path, monkeypatch, cap
     run.close()
     assert capsys.readouterr().out.startswith("wandb: offline, no API key is set")
     assert list(tmp_path.glob("wandb/offline-run-*/run-*.wandb"))
+
+
+# Lets packages seem not to be installed.
+HIDE = """
+from importlib.machinery import PathFinder
+own = PathFinder.find_spec
+def find_spec(cls, name, *rest):
+    return None if name.partition(".")[0] in {hidden} else own(name, *rest)
+PathFinder.find_spec = classmethod(find_spec)
+"""
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def without(tmp_path):
+    """A function that runs a command in which packages seem not to be installed."""
+
+    def run(hidden, *command):
+        (tmp_path / "sitecustomize.py").write_text(HIDE.format(hidden=hidden))
+        env = {"PYTHONPATH": f"{tmp_path}:{ROOT}:{ROOT / 'tests'}", "PYTHON": sys.executable}
+        return subprocess.run(
+            command, cwd=ROOT, env=os.environ | env, capture_output=True, text=True
+        )
+
+    return run
+
+
+@pytest.mark.slow
+def test_without_a_tracker_a_run_needs_no_wandb(without, tmp_path):
+    code = f"""
+import importlib.util
+from pathlib import Path
+from tests.small_runs import run
+assert importlib.util.find_spec("wandb") is None and importlib.util.find_spec("peft")
+run(Path("{tmp_path}/run"), num_epochs=1, eval_interval=0, tracker__name="none")
+"""
+    result = without(["wandb", "datasets", "open_clip"], sys.executable, "-c", code)
+    assert result.returncode == 0, result.stderr
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    ("hidden", "more", "expected"),
+    [
+        (["wandb", "datasets", "open_clip"], [], (0, f"{sys.executable}\n", "")),
+        (["peft", "wandb"], [], (2, "", "lacks peft: unset it")),
+        (["wandb"], ["wandb"], (2, "", "lacks wandb: unset it")),
+    ],
+)
+def test_a_python_of_ones_own_needs_only_what_a_run_imports(without, hidden, more, expected):
+    result = without(hidden, "bash", "scripts/setup_env.sh", *more)
+    status, out, err = expected
+    assert (result.returncode, result.stdout) == (status, out) and err in result.stderr

@@ -7,7 +7,6 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-from accelerate import PartialState
 from ml_collections import ConfigDict
 from torch import Generator, Tensor, nn
 from tqdm import tqdm
@@ -21,6 +20,7 @@ from spo.method.health import check_scores
 from spo.method.pairs import choose, differ_enough
 from spo.models.backbone import Backbone
 from spo.models.decoder import decode, load_decoder
+from spo.models.gpu import pick_device
 from spo.models.loading import check_source
 from spo.run.tables import markdown_table
 from spo.scorers import Scorer, check_scorer, load_scorer
@@ -151,7 +151,7 @@ def compare_judges(named: Mapping[str, Recipe], rollouts: int) -> dict:
     if any(each.collect.rollout.looks_at == "images" for each in recipes):
         recipe = recipe.drawing_images()
     plan, prompts = plan_batches(recipe.config, 1), recipe.read_prompts().prompts
-    model = recipe.load_backbone(PartialState().device)
+    model = recipe.load_backbone(pick_device())
     if recipe.lora.init_from:
         build_lora(recipe, model.unet)
     judges, found = load_judges(model, recipes), defaultdict(list)

@@ -3,7 +3,6 @@
 from itertools import islice
 
 import torch
-from accelerate import PartialState
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
@@ -12,6 +11,7 @@ from spo.lora_io.find import find_lora, read_lora
 from spo.method.build import Recipe
 from spo.method.collect import roll_out, score_candidates
 from spo.method.pairs import Chosen, PairSettings, choose, differ_enough
+from spo.models.gpu import pick_device
 from spo.models.loading import check_source
 from spo.run.pictures import Cell, grid
 from spo.scorers import check_scorer, load_scorer
@@ -30,7 +30,7 @@ def draw_rollout(recipe: Recipe, prompt: str, lora_spec: str, seed: int) -> Imag
     stop = recipe.collect.rollout.stop_at or recipe.collect.rollout.num_steps
     recipe = recipe.drawing_images()
     lora_path = find_lora(lora_spec, "--lora") if lora_spec else None
-    device, collect = PartialState().device, recipe.collect
+    device, collect = pick_device(), recipe.collect
     model = recipe.load_backbone(device)
     if lora_path is not None:
         lora = recipe.lora.add_to(model.unet, seed=0)
