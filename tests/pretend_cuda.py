@@ -1,17 +1,17 @@
-"""A GPU that is not there: CPU tensors that say they are on "cuda", checked as CUDA would check them.
+"""A GPU that is not there: CPU tensors that say they are on "cuda", checked as CUDA checks its own.
 
     with pretend_cuda() as gpu:  # then anything with device=torch.device("cuda")
         ...
     gpu.waits, gpu.operations  # by module of spo
 
-The CPU's kernels compute the values, so a run in fp32 gives the numbers of a run on the CPU. Checked, in
-forward and backward passes: an operation on tensors of two devices raises as on CUDA, and so does one of
-two dtypes that the CPU takes and CUDA refuses; what CUDA's autocast casts is cast; every point where
-Python waits for the GPU is recorded. Not checked: kernels, memory, speed, streams.
+The CPU's kernels compute the values, so a run in fp32 gives the numbers of a run on the CPU. In forward
+and backward passes an operation on tensors of two devices raises as on CUDA, and so does one of two
+dtypes that the CPU takes and CUDA refuses; what CUDA's autocast casts is cast; every point where Python
+waits for the GPU is recorded. Kernels, memory, speed and streams are not pretended.
 
-How: the storage of a tensor carries a mark, so views and swaps of `.data` need no care. A
-TorchFunctionMode answers `.device` and takes "cuda" out of the calls; a TorchDispatchMode looks at the
-marks of every operation's inputs and marks its outputs.
+The storage of a tensor carries a mark, so views and swaps of `.data` need no care. A TorchFunctionMode
+answers `.device` and takes "cuda" out of the calls; a TorchDispatchMode looks at the marks of every
+operation's inputs and marks its outputs.
 """
 
 from __future__ import annotations
@@ -20,9 +20,8 @@ import contextlib
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -35,7 +34,6 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils import _foreach_utils
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
 
 import spo
 
@@ -75,6 +73,17 @@ def _tensors(values: Iterable[Any]) -> list[Tensor]:
     return found
 
 
+def _changed(kind: type | tuple[type, ...], change: Callable[[Any], Any], value: Any) -> Any:
+    """Returns arguments in which `change` was applied to those of a kind, also in lists."""
+    if isinstance(value, kind):
+        return change(value)
+    if isinstance(value, dict):
+        return {name: _changed(kind, change, part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_changed(kind, change, part) for part in value]
+    return value
+
+
 class PretendedGpu:
     """Counters of what happened on the GPU, by the innermost module of spo on the stack."""
 
@@ -109,11 +118,8 @@ def _place() -> tuple[str, int]:
 
 
 # The operations that read their result's shape or value from the GPU.
-_WAITS = {"_local_scalar_dense", "nonzero", "equal", "masked_select", "bincount", "_unique2"} | {
-    "unique_consecutive",
-    "unique_dim",
-    "repeat_interleave",
-}
+_WAITS = {"_local_scalar_dense", "nonzero", "equal", "masked_select", "bincount"}
+_WAITS |= {"_unique2", "unique_consecutive", "unique_dim", "repeat_interleave"}
 _INDEXED = {"index", "_unsafe_index", "index_put", "index_put_", "_index_put_impl_"}
 # The CPU mixes fp32 weights with an input of 16 bits; all other products refuse on both.
 _ONE_DTYPE = {"native_layer_norm", "native_group_norm"}
@@ -129,7 +135,8 @@ class _Operations(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         tensors = _tensors((*args, *kwargs.values()))
-        on_gpu = any(map(is_marked, tensors)) and self.check(func, args, tensors)
+        on_gpu = self.check(func, args, tensors) if any(map(is_marked, tensors)) else not tensors
+        on_gpu = on_gpu and (bool(tensors) or _is_of_engine())
         if on_gpu and kwargs.get("generator") is not None:
             raise DeviceMismatch(f"{func}: a generator on the CPU for a tensor on cuda:0")
         out = func(*args, **kwargs)
@@ -200,9 +207,9 @@ class _Calls(TorchFunctionMode):
             ),
             Tensor.pin_memory: self.pin_memory,
             Tensor.backward: self.backward,
-            Tensor.numpy: self.numpy,
-            Tensor.__array__: self.numpy,
-            Tensor.tolist: self.tolist,
+            Tensor.numpy: self.read,
+            Tensor.__array__: self.read,
+            Tensor.tolist: self.read,
         }
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -223,6 +230,8 @@ class _Calls(TorchFunctionMode):
         on_gpu = device.type == "cuda"
         if on_gpu and kwargs.get("generator") is not None:
             raise DeviceMismatch(f"{func}: a generator on the CPU for a tensor on cuda:0")
+        if on_gpu:
+            self.gpu.note_operation(func.__name__)
         if on_gpu and func in (torch.tensor, torch.as_tensor, Tensor.new_tensor):
             self.gpu.note_wait("a tensor of numbers")
         out = func(*args, **kwargs | {"device": CPU})
@@ -238,63 +247,66 @@ class _Calls(TorchFunctionMode):
         def one(value: Tensor) -> Tensor:
             return value.to(target) if value.dtype in kinds and is_marked(value) else value
 
-        return tree_map_only(Tensor, one, (args, kwargs))
+        return _changed(Tensor, one, args), _changed(Tensor, one, kwargs)
 
     def to(self, func, args, kwargs):
-        tensor, *rest = args
-        asked = [*rest, *kwargs.values()]
-        devices = [torch.device(v) for v in asked if isinstance(v, str | torch.device)]
+        """Moves or casts a tensor: to(device, dtype), to(other), with flags."""
+        tensor, asked = args[0], [*args[1:], *kwargs.values()]
         here = there = is_marked(tensor)
-        for device in devices:
-            there = device.type == "cuda"
-        for other in asked:
-            there = is_marked(other) if isinstance(other, Tensor) else there
-        if not tensor.is_meta and CPU not in devices and not any(d.type == "meta" for d in devices):
-            rest = [CPU if isinstance(v, str | torch.device) else v for v in rest]
-            kwargs = kwargs | ({"device": CPU} if kwargs.get("device") is not None else {})
-        moved = func(tensor, *rest, **kwargs)
+        for value in asked:
+            if isinstance(value, Tensor):
+                there = is_marked(value)
+            elif isinstance(value, str | torch.device):
+                there = torch.device(value).type == "cuda"
+        args, kwargs = (_changed((str, torch.device), _or_cpu, v) for v in (args, kwargs))
+        moved = func(*args, **kwargs)
         if here == there or moved.is_meta:
             return moved
+        self.gpu.note_operation("to")
         pinned = getattr(tensor.untyped_storage(), "is_pinned", False)
         if here or not (pinned and any(value is True for value in asked)):
             self.gpu.note_wait("copy to the CPU" if here else "copy of memory that is not pinned")
         return mark(moved.clone() if moved is tensor else moved, there)
 
     def pin_memory(self, func, args, kwargs):
-        if is_marked(args[0]):
-            raise RuntimeError("cannot pin a tensor on cuda: only dense CPU tensors can be pinned")
         pinned = args[0].clone()
         pinned.untyped_storage().is_pinned = True
         return pinned
 
     def backward(self, func, args, kwargs):
+        loss, gradient = args[0], kwargs.pop("gradient")
+        if not is_marked(loss):
+            return func(loss, gradient, **kwargs)
+        gradient = torch.ones_like(loss) if gradient is None else gradient
         with self:  # which is off here: what is computed again in a backward pass must see the GPU
-            torch.autograd.backward(args, kwargs.pop("gradient"), **kwargs)
+            _run_engine(loss, gradient)
 
-    def numpy(self, func, args, kwargs):
+    def read(self, func, args, kwargs):
         if is_marked(args[0]):
-            raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu().")
-        return func(*args, **kwargs)
-
-    def tolist(self, func, args, kwargs):
-        if is_marked(args[0]):
+            if func is not Tensor.tolist:
+                raise TypeError("can't convert cuda:0 tensor to numpy. Use Tensor.cpu() first")
             self.gpu.note_wait("tolist")
         return func(*args, **kwargs)
 
 
-def _grouped(group):
-    """Returns the function that foreach kernels are called by, with the pretended device in its keys."""
+def _or_cpu(device: str | torch.device) -> torch.device:
+    device = torch.device(device)
+    return CPU if device.type == "cuda" else device
 
-    def grouped(*args, **kwargs):
-        return {
-            (CUDA if any(is_marked(t) for t in lists[0] if t is not None) else device, dtype): (
-                lists,
-                index,
-            )
-            for (device, dtype), (lists, index) in group(*args, **kwargs).items()
-        }
 
-    return grouped
+def _run_engine(loss: Tensor, gradient: Tensor) -> None:
+    flags = {"allow_unreachable": True, "accumulate_grad": True}
+    torch.autograd.graph._engine_run_backward((loss,), (gradient,), False, False, (), **flags)
+
+
+def _is_of_engine() -> bool:
+    """Tells if autograd's engine makes a tensor, as it does for lack of a gradient, and not Python."""
+    frame = sys._getframe(1)
+    while frame is not None and frame.f_code is not _Calls.__torch_function__.__code__:
+        if frame.f_code is _run_engine.__code__:
+            return True
+        frame = frame.f_back
+    return False
 
 
 @contextlib.contextmanager
@@ -303,7 +315,11 @@ def pretend_cuda() -> Iterator[PretendedGpu]:
     gpu = PretendedGpu()
     group = _foreach_utils._group_tensors_by_device_and_dtype
     checks = torch.utils.checkpoint._allowed_determinism_checks_to_fns
-    memory = SimpleNamespace(total_memory=80 * 2**30)
+
+    def grouped(*args, **kwargs):
+        found = group(*args, **kwargs).items()
+        return {(lists[0][0].device, dtype): (lists, i) for (_, dtype), (lists, i) in found}
+
     patches = [
         mock.patch.dict("os.environ", {"ACCELERATE_TORCH_DEVICE": "cuda"}),
         mock.patch("accelerate.state.check_cuda_p2p_ib_support", lambda: True),
@@ -311,11 +327,11 @@ def pretend_cuda() -> Iterator[PretendedGpu]:
         mock.patch("torch.cuda.is_bf16_supported", lambda *_, **__: True),
         mock.patch("torch.cuda.synchronize", lambda *_: gpu.note_wait("synchronize")),
         mock.patch("torch.cuda.max_memory_allocated", lambda *_: 0),
-        mock.patch("torch.cuda.get_device_properties", lambda *_: memory),
+        torch.backends.cudnn.flags(enabled=True),  # which a run sets for good
         # Its check of devices would run where handlers of this mode are at work, and see the CPU.
         mock.patch.dict(checks, {"default": lambda x: {"shape": x.shape, "dtype": x.dtype}}),
         *(
-            mock.patch.object(module, group.__name__, _grouped(group))
+            mock.patch.object(module, group.__name__, grouped)
             for module in list(sys.modules.values())
             if getattr(module, group.__name__, None) is group
         ),
