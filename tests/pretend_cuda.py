@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import accelerate.state
 import torch
 import torch.cuda.amp.common
 import torch.nn.functional as F
@@ -75,13 +74,11 @@ def _tensors(values: Iterable[Any]) -> list[Tensor]:
 
 def _changed(kind: type | tuple[type, ...], change: Callable[[Any], Any], value: Any) -> Any:
     """Returns arguments in which `change` was applied to those of a kind, also in lists."""
-    if isinstance(value, kind):
-        return change(value)
     if isinstance(value, dict):
         return {name: _changed(kind, change, part) for name, part in value.items()}
     if isinstance(value, list | tuple):
         return [_changed(kind, change, part) for part in value]
-    return value
+    return change(value) if isinstance(value, kind) else value
 
 
 class PretendedGpu:
@@ -89,14 +86,13 @@ class PretendedGpu:
 
     def __init__(self) -> None:
         self.operations: Counter[tuple[str, str]] = Counter()  # (module, operation)
-        self.waits: Counter[tuple[str, str]] = Counter()  # (module, "line: why")
+        self.waits: Counter[tuple[str, str]] = Counter()  # (module, "line: operation")
 
-    def note_operation(self, name: str) -> None:
-        self.operations[_place()[0], name] += 1
-
-    def note_wait(self, why: str) -> None:
+    def note(self, operation: str, waits: bool = False) -> None:
         module, line = _place()
-        self.waits[module, f"{line}: {why}"] += 1
+        self.operations[module, operation] += 1
+        if waits:
+            self.waits[module, f"{line}: {operation}"] += 1
 
 
 def by_module(counts: Counter[tuple[str, str]]) -> Counter[str]:
@@ -137,10 +133,9 @@ class _Operations(TorchDispatchMode):
         tensors = _tensors((*args, *kwargs.values()))
         on_gpu = self.check(func, args, tensors) if any(map(is_marked, tensors)) else not tensors
         on_gpu = on_gpu and (bool(tensors) or _is_of_engine())
-        if on_gpu and kwargs.get("generator") is not None:
-            raise DeviceMismatch(f"{func}: a generator on the CPU for a tensor on cuda:0")
         out = func(*args, **kwargs)
         if on_gpu:
+            _refuse_generator(func, kwargs)
             mark(out)
         return out
 
@@ -148,23 +143,19 @@ class _Operations(TorchDispatchMode):
         """Tells if the operation runs on the GPU; raises what CUDA would."""
         name = func._schema.name.partition("::")[2]
         if name == "copy_":
-            if is_marked(tensors[0]) != is_marked(tensors[1]):
-                self.gpu.note_wait("copy between devices")
+            self.gpu.note(name, waits=is_marked(tensors[0]) != is_marked(tensors[1]))
             return is_marked(tensors[0])
-        self.gpu.note_operation(name)
         waits = name in _WAITS
         if name in _INDEXED:  # by indices of either device
             found = [index for index in args[1] if index is not None]
             tensors = [args[0], *args[2:3]]
             waits = any(not is_marked(i) or i.dtype in (torch.bool, torch.uint8) for i in found)
-        if waits:
-            self.gpu.note_wait(name)
+        self.gpu.note(name, waits)
         changed = tensors[0] if name.endswith("_") else None
         for tensor in tensors:
-            # A number on the CPU is passed to the kernel.
-            if not is_marked(tensor) and (
-                tensor.dim() or tensor is changed or name in ("cat", "stack")
-            ):
+            # A number on the CPU is handed to the kernel, but by these.
+            is_strict = tensor is changed or name in ("cat", "stack")
+            if not is_marked(tensor) and (tensor.dim() or is_strict):
                 found = ", ".join(f"{'cuda' if is_marked(t) else 'cpu'} {t.shape}" for t in tensors)
                 raise DeviceMismatch(f"{func}: expected all tensors on one device, found {found}")
         kinds = {tensor.dtype for tensor in tensors if tensor.is_floating_point()}
@@ -202,9 +193,6 @@ class _Calls(TorchFunctionMode):
             Tensor.to: self.to,
             Tensor.cuda: lambda f, a, k: self.to(Tensor.to, (a[0], CUDA), {}),
             Tensor.cpu: lambda f, a, k: self.to(Tensor.to, (a[0], CPU), {}),
-            Tensor.new_tensor: lambda f, a, k: self.make(
-                f, a, {"device": CUDA if is_marked(a[0]) else CPU} | k
-            ),
             Tensor.pin_memory: self.pin_memory,
             Tensor.backward: self.backward,
             Tensor.numpy: self.read,
@@ -216,6 +204,8 @@ class _Calls(TorchFunctionMode):
         kwargs = kwargs or {}
         if handler := self.handlers.get(func):
             return handler(func, args, kwargs)
+        if func is Tensor.new_tensor and is_marked(args[0]):
+            kwargs = {"device": CUDA} | kwargs
         if kwargs.get("device") is not None:
             return self.make(func, args, kwargs)
         if torch.is_autocast_enabled("cuda") and (func in _LOW or func in _FULL):
@@ -228,12 +218,10 @@ class _Calls(TorchFunctionMode):
         if device.type not in ("cpu", "cuda"):
             return func(*args, **kwargs)
         on_gpu = device.type == "cuda"
-        if on_gpu and kwargs.get("generator") is not None:
-            raise DeviceMismatch(f"{func}: a generator on the CPU for a tensor on cuda:0")
         if on_gpu:
-            self.gpu.note_operation(func.__name__)
-        if on_gpu and func in (torch.tensor, torch.as_tensor, Tensor.new_tensor):
-            self.gpu.note_wait("a tensor of numbers")
+            of_numbers = func in (torch.tensor, torch.as_tensor, Tensor.new_tensor)
+            self.gpu.note(func.__name__, waits=of_numbers)
+            _refuse_generator(func, kwargs)
         out = func(*args, **kwargs | {"device": CPU})
         return mark(out.clone() if any(out is value for value in args) else out, on_gpu)
 
@@ -247,7 +235,7 @@ class _Calls(TorchFunctionMode):
         def one(value: Tensor) -> Tensor:
             return value.to(target) if value.dtype in kinds and is_marked(value) else value
 
-        return _changed(Tensor, one, args), _changed(Tensor, one, kwargs)
+        return _changed(Tensor, one, (args, kwargs))
 
     def to(self, func, args, kwargs):
         """Moves or casts a tensor: to(device, dtype), to(other), with flags."""
@@ -258,14 +246,13 @@ class _Calls(TorchFunctionMode):
                 there = is_marked(value)
             elif isinstance(value, str | torch.device):
                 there = torch.device(value).type == "cuda"
-        args, kwargs = (_changed((str, torch.device), _or_cpu, v) for v in (args, kwargs))
+        args, kwargs = _changed((str, torch.device), _without_gpu, (args, kwargs))
         moved = func(*args, **kwargs)
         if here == there or moved.is_meta:
             return moved
-        self.gpu.note_operation("to")
         pinned = getattr(tensor.untyped_storage(), "is_pinned", False)
-        if here or not (pinned and any(value is True for value in asked)):
-            self.gpu.note_wait("copy to the CPU" if here else "copy of memory that is not pinned")
+        non_blocking = any(value is True for value in asked)
+        self.gpu.note("to the CPU" if here else "to the GPU", waits=not (pinned and non_blocking))
         return mark(moved.clone() if moved is tensor else moved, there)
 
     def pin_memory(self, func, args, kwargs):
@@ -274,24 +261,25 @@ class _Calls(TorchFunctionMode):
         return pinned
 
     def backward(self, func, args, kwargs):
-        loss, gradient = args[0], kwargs.pop("gradient")
-        if not is_marked(loss):
-            return func(loss, gradient, **kwargs)
-        gradient = torch.ones_like(loss) if gradient is None else gradient
+        loss, gradient = args[0], kwargs["gradient"]
         with self:  # which is off here: what is computed again in a backward pass must see the GPU
-            _run_engine(loss, gradient)
+            _run_engine(loss, torch.ones_like(loss) if gradient is None else gradient)
 
     def read(self, func, args, kwargs):
         if is_marked(args[0]):
             if func is not Tensor.tolist:
                 raise TypeError("can't convert cuda:0 tensor to numpy. Use Tensor.cpu() first")
-            self.gpu.note_wait("tolist")
+            self.gpu.note("tolist", waits=True)
         return func(*args, **kwargs)
 
 
-def _or_cpu(device: str | torch.device) -> torch.device:
-    device = torch.device(device)
-    return CPU if device.type == "cuda" else device
+def _without_gpu(device: str | torch.device) -> torch.device:
+    return CPU if torch.device(device).type == "cuda" else torch.device(device)
+
+
+def _refuse_generator(func, kwargs) -> None:
+    if kwargs.get("generator") is not None:
+        raise DeviceMismatch(f"{func}: expected a generator on one device with the tensor")
 
 
 def _run_engine(loss: Tensor, gradient: Tensor) -> None:
@@ -322,28 +310,20 @@ def pretend_cuda() -> Iterator[PretendedGpu]:
 
     patches = [
         mock.patch.dict("os.environ", {"ACCELERATE_TORCH_DEVICE": "cuda"}),
+        mock.patch.dict("accelerate.state.PartialState._shared_state", clear=True),
+        mock.patch.dict("accelerate.state.AcceleratorState._shared_state", clear=True),
         mock.patch("accelerate.state.check_cuda_p2p_ib_support", lambda: True),
         mock.patch("torch.cuda.amp.common.amp_definitely_not_available", lambda: False),
         mock.patch("torch.cuda.is_bf16_supported", lambda *_, **__: True),
-        mock.patch("torch.cuda.synchronize", lambda *_: gpu.note_wait("synchronize")),
         mock.patch("torch.cuda.max_memory_allocated", lambda *_: 0),
         torch.backends.cudnn.flags(enabled=True),  # which a run sets for good
         # Its check of devices would run where handlers of this mode are at work, and see the CPU.
         mock.patch.dict(checks, {"default": lambda x: {"shape": x.shape, "dtype": x.dtype}}),
-        *(
-            mock.patch.object(module, group.__name__, grouped)
-            for module in list(sys.modules.values())
-            if getattr(module, group.__name__, None) is group
-        ),
     ]
-    state = dict(accelerate.state.PartialState._shared_state)
+    for module in list(sys.modules.values()):
+        if getattr(module, group.__name__, None) is group:
+            patches.append(mock.patch.object(module, group.__name__, grouped))
     with contextlib.ExitStack() as stack:
-        for patch in patches:
-            stack.enter_context(patch)
-        accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
-        try:
-            with _Operations(gpu), _Calls(gpu):
-                yield gpu
-        finally:
-            accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
-            accelerate.state.PartialState._shared_state.update(state)
+        for context in (*patches, _Operations(gpu), _Calls(gpu)):
+            stack.enter_context(context)
+        yield gpu

@@ -1,9 +1,10 @@
 """All that a GPU does, on one that is not there: devices, dtypes, and how often Python waits for it."""
 
-import __future__
+from __future__ import annotations
 
 import functools
 import inspect
+import pkgutil
 import sys
 import textwrap
 
@@ -17,31 +18,26 @@ from pretend_cuda import CPU, CUDA, DeviceMismatch, DtypeMismatch, by_module, pr
 
 from config import lrm_tiny, spm_tiny
 from spo.errors import Stopped
-from spo.method import rollout
 from spo.method.build import build_learner, build_lora, read_recipe
 from spo.method.collect import collect_rollout
-from spo.method.learner import Learner
 from spo.method.replay import Replay
-from spo.models import decoder
-from spo.models.backbone import DTYPES, Backbone
+from spo.models.backbone import DTYPES
 from spo.preference.batches import RawBatch, decode_batch
 from spo.preference.pair_learner import PreferenceLearner
 from spo.preference.pair_recipe import build_preparation, build_scorer, read_pair_recipe
 from spo.preference.replay import replay_latent_reward
 from spo.scorers import SCORERS, clip, image_scorer, load_scorer
-from spo.scorers.latent_reward import LatentRewardModel
-from spo.scorers.latent_reward_scorer import LatentRewardScorer
-from spo.scorers.pickscore import CLIPScorer
-from spo.scorers.step_aware_clip import StepAwareScorer
 from tests import small_runs
 from tests.small_runs import OF_SDXL, ROOT, differences, judged, run, small_config
 
 slow = pytest.mark.slow
 WEIGHTS = {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}
-OF_METHOD = {f"method/{name}" for name in ("rollout", "collect", "pairs", "losses", "ddim")}
-OF_BOTH = OF_METHOD | {"method/learner", "models/backbone", "models/lora", "models/optimizers"}
-OF_KIND = {
-    "spm": {"scorers/step_aware_clip", "scorers/clip", "models/decoder"},
+COVERED = {
+    f"method/{name}" for name in ("rollout", "collect", "pairs", "losses", "learner", "ddim")
+}
+COVERED |= {"models/backbone", "models/lora", "models/optimizers"}
+COVERED_BY = {
+    "spm": {"scorers/step_aware_clip", "scorers/pickscore", "scorers/clip", "models/decoder"},
     "lrm": {"scorers/latent_reward", "scorers/latent_reward_scorer"},
 }
 
@@ -72,25 +68,20 @@ def changes_of(kind, family, precision):
     """GradSPO by an SPM with merged LoRA; or SPO by an LRM, with neither EMA nor merging."""
     changes = {"mixed_precision": precision, "sample.num_steps": 3, "sample.branch_from": 1}
     if kind == "spm":
-        own = OF_SDXL if family == "sdxl" else {}
-        return changes | own | {"preference.dtype": WEIGHTS[precision], "algorithm": "gradspo"}
-    own = judged(family, **changes)
-    own["preference.kwargs"] = own["preference.kwargs"] | {"dtype": WEIGHTS[precision]}
-    unmerged = {"lora.merge": False, "train.gradient_checkpointing": True}
-    return own | unmerged | {"algorithm": "spo", "eval_interval": 0}
+        changes |= OF_SDXL if family == "sdxl" else {}
+        return changes | {"algorithm": "gradspo", "preference.dtype": WEIGHTS[precision]}
+    changes |= judged(family) | {"algorithm": "spo", "eval_interval": 0}
+    changes["preference.kwargs"] = changes["preference.kwargs"] | {"dtype": WEIGHTS[precision]}
+    return changes | {"lora.merge": False, "train.gradient_checkpointing": True}
 
 
-def train_lora(device, kind, family, precision, waits=None):
-    """Returns the numbers of a rollout, an update by two minibatches, and a second rollout.
-
-    `waits` are counted once the models are loaded.
-    """
+def train_lora(device, kind, family, precision, loaded=lambda: None):
+    """Returns the numbers of a rollout, an update by two minibatches, and a second rollout."""
     recipe = read_recipe(small_config(ROOT / "none", **changes_of(kind, family, precision)))
     backbone, scorer = recipe.load_backbone(device), load_scorer(recipe.scorer, device)
     lora = build_lora(recipe, backbone.unet)
     learner = build_learner(recipe, backbone, backbone.unet, lora, accumulation_steps=2)
-    if waits is not None:
-        waits.clear()
+    loaded()
 
     def collect():
         rows, generator = torch.arange(2, device=device), torch.Generator().manual_seed(7)
@@ -110,9 +101,18 @@ def train_lora(device, kind, family, precision, waits=None):
     return {name: value.detach().cpu() for name, value in found.items()}
 
 
-def check_lora(kind, family, precision):
+@pytest.fixture(autouse=True)
+def surroundings(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    clip._per_channel.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("kind", "family", "precision"), matrix(("spm", "sd15", "no"), ("lrm", "sdxl", "fp16"))
+)
+def test_rollouts_and_updates_with_no_wait_that_is_not_needed(kind, family, precision):
     with pretend_cuda() as gpu:
-        found = train_lora(CUDA, kind, family, precision, gpu.waits)
+        found = train_lora(CUDA, kind, family, precision, gpu.waits.clear)
     expected = {"method/collect": 2}  # which pairs are kept, once in each of two rollouts
     # Tokens of prompts, of SD1.5's empty prompt, of SDXL's second encoder; SDXL's image sizes.
     expected["models/backbone"] = 2 * {"sd15": 2, "sdxl": 3}[family]
@@ -128,25 +128,17 @@ def check_lora(kind, family, precision):
     assert waits == expected, f"waits: {gpu.waits}"
     compare(found, on_the_cpu(train_lora, kind, family, "no"), precision)
     operations = by_module(gpu.operations)
-    assert OF_BOTH | OF_KIND[kind] <= operations.keys() and sum(operations.values()) > 8000
-
-
-@pytest.fixture(autouse=True)
-def surroundings(monkeypatch):
-    monkeypatch.chdir(ROOT)
-    clip._per_channel.cache_clear()
-
-
-@pytest.mark.parametrize(
-    ("kind", "family", "precision"), matrix(("spm", "sd15", "no"), ("lrm", "sdxl", "fp16"))
-)
-def test_rollouts_and_updates_with_no_wait_that_is_not_needed(kind, family, precision):
-    check_lora(kind, family, precision)
+    assert COVERED | COVERED_BY[kind] <= operations.keys() and sum(operations.values()) > 8000
 
 
 @pytest.mark.parametrize("family", ["sd15", pytest.param("sdxl", marks=slow)])
 def test_a_run_stopped_and_resumed_leaves_what_one_on_the_cpu_leaves(tmp_path, monkeypatch, family):
-    changes = {"prompts.num": 2, "num_epochs": 1, **(OF_SDXL if family == "sdxl" else {})}
+    changes = {
+        "prompts.num": 2,
+        "num_epochs": 1,
+        "eval.num_images": 1,
+        **(OF_SDXL if family == "sdxl" else {}),
+    }
     whole = run(tmp_path / "cpu" / "run", **changes)
     monkeypatch.setattr(small_runs, "minibatches", 0)
     monkeypatch.setenv("SIGNAL", "15")
@@ -159,13 +151,12 @@ def test_a_run_stopped_and_resumed_leaves_what_one_on_the_cpu_leaves(tmp_path, m
     assert (resumed / "starts.jsonl").read_text().count('"device": "cuda"') == 2
 
 
-TRACES = ("gradspo_sd15", "gradspo_sdxl_clip", "spo_sd15_all", "spo_sdxl", "lpo_sd15_b")
-TRACES += ("lpo_sdxl_all", "lrm_forward_sd15", "lrm_forward_sdxl", "lrm_train_sdxl")
+TRACES = ["gradspo_sd15", "gradspo_sdxl_clip", "spo_sd15_all", "spo_sdxl", "lpo_sd15_b"]
+TRACES += ["lpo_sdxl_all", "lrm_forward_sdxl", "lrm_train_sd15", "lrm_train_sdxl"]
 
 
-@pytest.mark.parametrize(
-    "trace", ["lrm_train_sd15", *(pytest.param(t, marks=slow) for t in TRACES)]
-)
+@slow
+@pytest.mark.parametrize("trace", TRACES)
 def test_a_trace_replays_exactly_as_on_the_cpu(trace):
     def deviations(device):
         if trace.startswith("lrm_"):
@@ -243,63 +234,60 @@ def test_a_scorer_of_finished_images_and_of_candidates(options, name):
 
 
 TAKEN_OUT = [
-    ("spm", "no", rollout, "_to", "drawn.to(device, non_blocking=True)", "drawn"),
-    ("spm", "no", CLIPScorer, "encode_prompts", ".to(self.device)", ""),
-    ("spm", "no", StepAwareScorer, "score", ", device=images.device", ""),
-    ("spm", "no", Backbone, "predict", ", device=latents.device", ""),
-    ("spm", "no", Backbone, "encode_prompts", ", device=self.device", ""),
-    ("spm", "fp16", Backbone, "predict", "latents.to(self.dtype)", "latents"),
-    ("spm", "bf16", decoder, "decode", "latents.to(autoencoder.dtype)", "latents"),
-    ("lrm", "no", LatentRewardScorer, "encode_prompts", "ids.to(self.device)", "ids"),
-    ("lrm", "no", LatentRewardScorer, "score", ", device=images.device", ""),
-    ("lrm", "fp16", LatentRewardModel, "_pooled", "latents.to(hidden.dtype)", "latents"),
-    # An index on the CPU is allowed, and waits.
-    ("lrm", "no", Learner, "_epsilon", ", device=latents.device", ""),
+    ("spm", "sd15", "no", "method.rollout._to", "drawn.to(device, non_blocking=True)", "drawn"),
+    ("spm", "sd15", "no", "scorers.pickscore.CLIPScorer.encode_prompts", ".to(self.device)", ""),
+    ("spm", "sdxl", "no", "models.backbone.Backbone.encode_prompts", ", device=self.device", ""),
+    ("spm", "sdxl", "no", "models.backbone.Backbone.predict", ", device=latents.device", ""),
+    ("spm", "sdxl", "fp16", "models.backbone.Backbone.predict", ".to(self.dtype)", ""),
+    ("spm", "sdxl", "bf16", "models.decoder.decode", ".to(autoencoder.dtype)", ""),
+    (
+        "spm",
+        "sd15",
+        "no",
+        "method.learner.Learner._epsilon",
+        ", device=latents.device",
+        "",
+    ),  # waits
 ]
 
 
-@pytest.mark.parametrize(("kind", "precision", "owner", "name", "old", "new"), TAKEN_OUT)
-def test_a_move_or_a_cast_that_is_taken_out_is_missed(
-    monkeypatch, kind, precision, owner, name, old, new
+@pytest.mark.parametrize(("kind", "family", "precision", "place", "old", "new"), TAKEN_OUT)
+def test_a_move_or_a_cast_taken_out_is_missed(
+    monkeypatch, kind, family, precision, place, old, new
 ):
-    own = getattr(owner, name)
+    owner, _, name = f"spo.{place}".rpartition(".")
+    owner = pkgutil.resolve_name(owner)
+    own, made = getattr(owner, name), {}
     source = textwrap.dedent(inspect.getsource(own))
     assert old in source
-    code = compile(source.replace(old, new), "", "exec", __future__.annotations.compiler_flag)
-    made = {}
-    exec(code, inspect.unwrap(own).__globals__, made)
-    for place in [owner, *(module for key, module in sys.modules.items() if key[:4] == "spo.")]:
-        if getattr(place, name, None) is own:
-            monkeypatch.setattr(place, name, made[name])
+    exec(source.replace(old, new), inspect.unwrap(own).__globals__, made)
+    for user in [owner, *(module for key, module in sys.modules.items() if key[:4] == "spo.")]:
+        if getattr(user, name, None) is own:
+            monkeypatch.setattr(user, name, made[name])
     with pytest.raises((RuntimeError, AssertionError), match="on one device|type|^waits"):
-        check_lora(kind, "sdxl", precision)
+        test_rollouts_and_updates_with_no_wait_that_is_not_needed(kind, family, precision)
 
 
 def test_what_cuda_refuses_and_where_it_waits():
     with pretend_cuda() as gpu:
-        a, b = torch.ones(2, 3, device="cuda"), torch.ones(2, 3)
+        a, b, seed = torch.ones(2, 3, device="cuda"), torch.ones(2, 3), torch.Generator()
         assert a.device == CUDA and a.is_cuda and not a.is_cpu and b.device == CPU
         assert (b.to(a.device) + a).sum().item() == 12
         assert (a * torch.tensor(2.0)).is_cuda  # a number
-        index = torch.zeros(1, dtype=torch.long, device=CUDA)
-        for refused in (
-            lambda: a + b,
-            lambda: b.add_(a),
-            lambda: torch.cat([a, b]),
-            lambda: b[index],
-            lambda: torch.randn(2, generator=torch.Generator(), device=CUDA),
-            lambda: a.normal_(generator=torch.Generator()),
-        ):
-            pytest.raises(DeviceMismatch, refused)
+        pytest.raises(DeviceMismatch, torch.add, a, b)
+        pytest.raises(DeviceMismatch, b.add_, a)
+        pytest.raises(DeviceMismatch, torch.cat, [a, b])
+        pytest.raises(DeviceMismatch, lambda: b[a.long()])
+        pytest.raises(DeviceMismatch, torch.randn, 2, generator=seed, device=CUDA)
+        pytest.raises(DeviceMismatch, a.normal_, generator=seed)
         pytest.raises(TypeError, a.numpy)
+        F.layer_norm(b.half(), (3,), torch.ones(3))  # which a CPU takes
         weight = torch.ones(3, device=CUDA)
-        F.layer_norm(b.half(), (3,), weight.cpu())  # which a CPU takes
         pytest.raises(DtypeMismatch, F.layer_norm, a.half(), (3,), weight)
         with torch.autocast("cuda", torch.float16):
             assert F.layer_norm(a.half(), (3,), weight).dtype == torch.float32
             assert (a @ a.T).dtype == torch.float16 and (b @ b.T).dtype == torch.float32
         gpu.waits.clear()
         _ = a.nonzero(), a[a > 0], a.tolist(), bool(a.sum() > 0), a.cpu(), b.cuda(), a.copy_(b)
-        assert sum(gpu.waits.values()) == 7
-        b.pin_memory().to(CUDA, non_blocking=True)
+        b.pin_memory().to(CUDA, non_blocking=True)  # as the only one does not
         assert sum(gpu.waits.values()) == 7
