@@ -74,9 +74,9 @@ def all_checks() -> list[Check]:
     ]
     full = [
         Check("sd15", f"{here}.speed:full_size", "sd15", 85, (sd15,)),
-        Check("sd15 switches", f"{here}.speed:switches", "switches", 40, (sd15,)),
-        Check("sdxl switches", f"{here}.speed:switches", "switches", 40, (sdxl,)),
+        Check("sd15 switches", f"{here}.speed:switches", "sd15 switches", 40, (sd15,)),
         Check("sdxl", f"{here}.speed:full_size", "sdxl", 95, (sdxl,)),
+        Check("sdxl switches", f"{here}.speed:switches", "sdxl switches", 40, (sdxl,)),
         Check("sd15 compiled", f"{here}.speed:compiled", "compiled", 60, (sd15,)),
     ]
     return [*found, *side, *full]
