@@ -13,6 +13,7 @@ from spo.errors import RunError, Stopped, UserError
 from spo.launch.__main__ import parse_options, plan_world
 from spo.launch.workers import Workers
 from spo.method.learner import Learner
+from spo.models import gpu
 from spo.models.backbone import Backbone
 from spo.models.gpu import check_driver, device_memory, pick_device
 from spo.scorers.latent_reward_scorer import LatentRewardScorer
@@ -47,6 +48,17 @@ def machine(monkeypatch, tmp_path):
 def test_a_machine_without_a_gpu_or_with_a_usable_one_is_fine(machine, gpus, usable):
     machine(gpus, usable)
     check_driver()
+
+
+def test_gpus_that_cannot_talk_directly_talk_through_the_cpu(machine, monkeypatch):
+    names = ("NCCL_P2P_DISABLE", "NCCL_IB_DISABLE")
+    machine(2, True)
+    check_driver()
+    assert not os.environ.keys() & {*names}
+    monkeypatch.setattr(gpu, "check_cuda_p2p_ib_support", lambda: False)
+    os.environ["NCCL_IB_DISABLE"] = "0"  # the user's
+    check_driver()
+    assert [os.environ[name] for name in names] == ["1", "0"]
 
 
 @pytest.mark.parametrize("start", [pick_device, lambda: Workers(120), check_driver])
