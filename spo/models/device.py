@@ -1,6 +1,7 @@
 """Faster execution of the same arithmetic; `config.compile` and its neighbours explain each."""
 
 import ctypes
+import os
 from dataclasses import dataclass
 
 import torch
@@ -21,9 +22,19 @@ class SpeedSettings:
     compile_scorer: bool
 
 
-def set_up_device(device: torch.device, allow_tf32: bool) -> None:
-    """Turns TF32 on or off on a GPU; on a CPU, keeps freed memory for the next activation."""
+def set_up_device(device: torch.device, allow_tf32: bool, deterministic: bool = False) -> None:
+    """Sets up a GPU's arithmetic; on a CPU, keeps freed memory for the next activation.
+
+    `deterministic` takes kernels that give the same bits each time; else cuDNN tries which of its
+    convolutions is the fastest for each shape, of which a run has few.
+    """
     if device.type == "cuda":
+        if deterministic:
+            # Read when cuBLAS starts.
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.utils.deterministic.fill_uninitialized_memory = False
+        torch.use_deterministic_algorithms(deterministic)
+        torch.backends.cudnn.benchmark = not deterministic
         torch.backends.cuda.matmul.allow_tf32 = allow_tf32
         torch.backends.cudnn.allow_tf32 = allow_tf32
     elif device.type == "cpu":
