@@ -72,8 +72,6 @@ class OnRanks(Brightness):
             os.kill(os.getpid(), signal.SIGSTOP)
         if self.calls == self.event_at and self.event == "raise":
             raise RuntimeError("out of luck")
-        if self.calls == self.event_at and self.event == "fill":
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB.")
         if self.calls == self.event_at and self.event == "refuse":
             raise UserError("data: of no use")
         return torch.zeros_like(scores) if self.calls >= self.ties_at else scores

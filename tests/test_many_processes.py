@@ -184,14 +184,6 @@ def test_bad_data_that_one_rank_meets_is_one_line_of_the_run(tmp_path):
     assert "Traceback" not in err
 
 
-def test_a_full_gpu_is_one_line_of_the_run(tmp_path):
-    scorer = {"event": "fill", "rank": 1, "at": 2}
-    status, err = launch(2, *arguments(tmp_path, scorer, prompts__num=4))
-    assert status == 1 and "Traceback" not in err
-    (error,) = [line for line in err.splitlines() if line.startswith("error:")]
-    assert "the scoring of candidates" in error and "lower sample.decode_batch_size" in error
-
-
 def train_on_two_machines(*options):
     """Two launchers, as on two machines, both on this one."""
     place = ["--cpu", "--num_processes=2", "--num_machines=2", "--main_process_ip=127.0.0.1"]

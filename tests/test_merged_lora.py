@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import add_tiny_lora, load_backbone, random_weights, unet_output
+from torch.autograd import _unsafe_preserve_version_counter as unsafe_preserve_version_counter
 
 from spo.command_line.config_files import load_config
 from spo.method.build import read_recipe
@@ -55,18 +56,15 @@ def test_made_anew_when_the_lora_has_changed_and_only_then(own_backbone, monkeyp
     every = len(lora.layers)
     assert every > 0
     assert number_merged(ema) == every
-    assert number_merged(ema) == number_merged(dict(ema)) == 0
-    next(iter(ema.values())).mul_(2)  # as an EMA update changes it
+    assert number_merged(ema) == 0
+    with unsafe_preserve_version_counter(tuple(ema.values())):  # as kernels of other libraries
+        next(iter(ema.values())).mul_(2)
+    merged.forget(ema)
     assert number_merged(ema) == every
-    assert number_merged({name: w.clone() for name, w in ema.items()}) == every
+    merged.forget(lora.parameters)  # which are not what is merged
+    assert number_merged(ema) == 0
+    assert number_merged(lora.parameters) == every
     assert number_merged(ema) == every
-    assert number_merged(lora.parameters) == every
-    assert number_merged(lora.parameters) == 0
-    optimizer = torch.optim.AdamW(lora.parameters.values(), lr=0.1)
-    for parameter in lora.parameters.values():
-        parameter.grad = torch.ones_like(parameter)
-    optimizer.step()
-    assert number_merged(lora.parameters) == every
 
 
 def test_an_exception_leaves_the_base_as_it_was(own_backbone):

@@ -1,17 +1,21 @@
 """AdamW with moments of 8 bits: bitsandbytes' own where it is installed, and a stand-in for it."""
 
+import contextlib
 import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers import unet_output
 from safetensors.torch import load_file
 from torch import nn
+from torch.autograd import _unsafe_preserve_version_counter as unsafe_preserve_version_counter
 
 from spo.costs.count import count_costs
 from spo.costs.load import META, load_models
 from spo.errors import UserError
 from spo.method.build import read_recipe
+from spo.method.learner import Learner
 from spo.models.optimizers import check_optimizer, make_optimizer, moment_bytes
 from tests.small_runs import differences, run, small_config
 
@@ -21,7 +25,10 @@ RUN = {"train__optimizer": "adamw8bit", "eval_interval": 0, "lora__rank": 128}
 
 
 class StandIn(torch.optim.Optimizer):
-    """State as bitsandbytes.optim.AdamW8bit keeps it, and a momentum that makes use of it."""
+    """State as bitsandbytes.optim.AdamW8bit keeps it, and a momentum that makes use of it.
+
+    Like its kernels it changes parameters behind torch's back: their version stays.
+    """
 
     def __init__(self, parameters, lr=1e-3, betas=(0.9, 0.999), weight_decay=0.0, eps=1e-8):
         super().__init__(parameters, {"lr": lr})
@@ -30,7 +37,8 @@ class StandIn(torch.optim.Optimizer):
     def step(self):
         for parameter in self.param_groups[0]["params"]:
             if parameter.grad is not None:
-                self._step(parameter, self.state[parameter])
+                with unsafe_preserve_version_counter(parameter):
+                    self._step(parameter, self.state[parameter])
 
     @torch.no_grad()
     def _step(self, parameter, state):
@@ -103,6 +111,33 @@ def test_a_resumed_run_is_the_whole_run(library, tmp_path):
     }
     run(part, **RUN)
     assert differences(whole, part) == []
+
+
+def test_candidates_are_drawn_with_what_was_learned(tmp_path, monkeypatch):
+    """By the merged LoRA (the default), which is merged once a rollout."""
+    put(monkeypatch, StandIn)
+    drawing, learners, moves, merges = Learner.drawing_network, [], [], []
+
+    @contextlib.contextmanager
+    def checked(learner):
+        learners.append(learner)
+        expected = unet_output(learner.backbone)  # not merged
+        with learner.lora.using(None):
+            moves.append((expected - unet_output(learner.backbone)).abs().max())
+        with drawing(learner):
+            torch.testing.assert_close(
+                unet_output(learner.backbone), expected, rtol=1e-3, atol=1e-3
+            )
+            yield
+
+    addmm = torch.addmm
+    monkeypatch.setattr(torch, "addmm", lambda *a, **k: merges.append(0) or addmm(*a, **k))
+    monkeypatch.setattr(Learner, "drawing_network", checked)
+    changes = {"algorithm": "spo", "train__learning_rate": 1e3}
+    run(tmp_path / "run", **(RUN | changes))
+    assert len(merges) == len(learners) * len(learners[0].lora.layers) and len(learners) == 4
+    first, *later = moves
+    assert first == 0 and min(later) > 1
 
 
 def test_a_resumed_run_keeps_its_optimizer(tmp_path, monkeypatch):

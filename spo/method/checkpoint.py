@@ -121,10 +121,12 @@ def load_checkpoint(folder: Path, learner: Learner, plan: BatchPlan, rank: int) 
     numbers = read_state(folder)
     with reading(folder):
         learner.lora.assign(parameter_names(load_file(folder / LORA_FILE)))
+        learner.changed(learner.lora.parameters)
         if learner.ema is not None:
             ema = parameter_names(load_file(folder / "ema" / LORA_FILE))
             for name, tensor in learner.ema.items():
                 tensor.copy_(ema[name])
+            learner.changed(learner.ema)
         restore_optimizer(learner.optimizer, learner.lora.parameters, load_file(folder / OPTIMIZER))
         files = _process_files(folder, numbers["plan"])
         share, left = load_share(files, rank, plan.num_processes)

@@ -113,6 +113,7 @@ class Learner:
         by_update = self.settings.ema_every == "optimizer_step" and step.is_update
         if self.ema is not None and (by_window or by_update):
             update_ema(self.ema, self.lora.parameters, self.settings.ema_decay)
+            self.changed(self.ema)
         return step
 
     def predict(self, pairs: PreferencePairs) -> NoisePredictions:
@@ -146,9 +147,15 @@ class Learner:
     def _update_policy(self) -> Update:
         parameters, limit = self.lora.parameters.values(), self.settings.max_grad_norm
         update = apply_gradients(self.optimizer, self.scaler, parameters, limit)
+        self.changed(self.lora.parameters)
         self.updates += not update.skipped
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if update.skipped else 0
         return update
+
+    def changed(self, weights: Mapping[str, Tensor]) -> None:
+        """Says that `weights`, the policy's parameters or the EMA, have changed in place."""
+        if self.merged is not None:
+            self.merged.forget(weights)
 
     def drawing_network(self) -> contextlib.AbstractContextManager:
         """Within the context the UNet is the network that draws candidates, without gradients."""

@@ -1,6 +1,7 @@
 """The GPUs of this machine: whether torch can use them, and what memory they have left."""
 
 import contextlib
+import os
 import subprocess
 import warnings
 from collections.abc import Iterator
@@ -8,7 +9,7 @@ from collections.abc import Iterator
 import psutil
 import torch
 from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env
+from accelerate.utils import check_cuda_p2p_ib_support, parse_flag_from_env
 
 from spo.errors import RunError, UserError, first_line
 
@@ -25,14 +26,19 @@ def pick_device() -> torch.device:
 def check_driver() -> None:
     """Raises UserError for GPUs that torch counts but cannot use: accelerate would take the CPU.
 
-    torch counts GPUs without starting CUDA, so also under a driver that is too old.
+    torch counts GPUs without starting CUDA, so also under a driver that is too old. GPUs that cannot
+    talk directly under an old driver will talk through the CPU, as `accelerate launch` lets them.
     """
     if parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.cuda.device_count():
         return
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the reason, which torch.cuda.init raises again
-        if torch.cuda.is_available():
-            return
+        usable = torch.cuda.is_available()
+    if usable:
+        if not check_cuda_p2p_ib_support():  # several GeForce RTX 40: accelerate would refuse them
+            for name in ("NCCL_P2P_DISABLE", "NCCL_IB_DISABLE"):
+                os.environ.setdefault(name, "1")
+        return
     try:
         torch.cuda.init()
     except RuntimeError as error:

@@ -125,15 +125,23 @@ def is_in_use(unet: nn.Module) -> bool:
 class MergedLora:
     """W + alpha / rank B A of each weight W that a LoRA changes, for passes without gradients.
 
-    A pass costs as much as the base model's. The sums are recomputed when the LoRA has changed. The
-    originals are kept, so the base model comes back bit for bit, which subtracting would not do.
-    Takes the memory of these weights once more, in their dtype, from its first use.
+    A pass costs as much as the base model's. The sums are kept until other weights are used, or
+    until `forget`. The originals are kept, so the base model comes back bit for bit, which subtracting
+    would not do. Takes the memory of these weights once more, in their dtype, from its first use.
     """
 
     def __init__(self, lora: Lora) -> None:
         self._lora = lora
         self._merged: dict[str, Tensor] = {}
-        self._made_of: list[tuple[Tensor, int]] = []
+        self._made_of: Mapping[str, Tensor] | None = None
+
+    def forget(self, weights: Mapping[str, Tensor]) -> None:
+        """Says that `weights` have changed: their next use merges them anew.
+
+        No tensor tells: optimizers with kernels of their own do not raise its version.
+        """
+        if self._made_of is weights:
+            self._made_of = None
 
     @contextlib.contextmanager
     def using(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
@@ -152,12 +160,9 @@ class MergedLora:
 
     @torch.no_grad()
     def _merge(self, weights: Mapping[str, Tensor]) -> None:
-        versions = [(tensor, tensor._version) for tensor in weights.values()]  # in-place changes
-        if len(versions) == len(self._made_of) and all(
-            now is then and n == m
-            for (now, n), (then, m) in zip(versions, self._made_of, strict=True)
-        ):
+        if self._made_of is weights:
             return
+        self._made_of = None  # until all sums are of these weights
         for name, layer in self._lora.layers.items():
             base = layer.base_layer.weight
             down, up = (weights[f"{name}.lora_{factor}.default.weight"] for factor in "AB")
@@ -167,4 +172,4 @@ class MergedLora:
                 self._merged[name].copy_(merged)
             else:
                 self._merged[name] = merged.to(base.dtype)
-        self._made_of = versions
+        self._made_of = weights
