@@ -81,7 +81,9 @@ def tiny_open_clip(folder: Path, **changes) -> Path:
 def tiny_scorers(folder: Path) -> dict[str, dict]:
     """Returns options of each scorer of finished images that name tiny local models; writes some."""
     clip = tiny_open_clip(folder / "tiny")
-    torch.save({"weight": torch.linspace(-1, 1, 16)[None], "bias": torch.ones(1)}, folder / "head.pth")
+    torch.save(
+        {"weight": torch.linspace(-1, 1, 16)[None], "bias": torch.ones(1)}, folder / "head.pth"
+    )
     open_clip = {"model": str(clip), "checkpoint": str(clip / "open_clip_model.safetensors")}
     recorded = ROOT / "tests" / "data" / "imagereward"
     tiny = ROOT / "assets" / "tiny"

@@ -17,7 +17,7 @@ from pretend_cuda import CPU, CUDA, DeviceMismatch, DtypeMismatch, by_module, pr
 from config import lrm_tiny, spm_tiny
 from spo.errors import Stopped
 from spo.method.build import build_learner, build_lora, read_recipe
-from spo.method.collect import collect_rollout
+from spo.method.collect import collect_rollout, join
 from spo.method.replay import Replay
 from spo.preference.batches import RawBatch, decode_batch
 from spo.preference.pair_learner import PreferenceLearner
@@ -56,7 +56,7 @@ def changes_of(kind, family, precision):
     if kind == "spm":
         changes |= OF_SDXL if family == "sdxl" else {}
         return changes | {"algorithm": "gradspo", "preference.dtype": WEIGHTS[precision]}
-    changes |= judged(family) | {"algorithm": "spo", "eval_interval": 0}
+    changes |= judged(family) | {"algorithm": "spo"}
     changes["preference.kwargs"] = changes["preference.kwargs"] | {"dtype": WEIGHTS[precision]}
     return changes | {"lora.merge": False, "train.gradient_checkpointing": True}
 
@@ -65,20 +65,22 @@ def train_lora(device, kind, family, precision, loaded=lambda: None):
     """Returns the numbers of a rollout, an update by two minibatches, and a second rollout."""
     recipe = read_recipe(small_config(ROOT / "none", **changes_of(kind, family, precision)))
     backbone, scorer = recipe.load_backbone(device), load_scorer(recipe.scorer, device)
+    seed, noise = torch.Generator().manual_seed(7), randn(1, *backbone.latent_shape, seed=1)
+    found = {"drawn": backbone.draw(["a fox"], noise, "euler_a", 2, 5.0, [seed])}
     lora = build_lora(recipe, backbone.unet)
     learner = build_learner(recipe, backbone, backbone.unet, lora, accumulation_steps=2)
     loaded()
 
     def collect():
-        rows, generator = torch.arange(2, device=device), torch.Generator().manual_seed(7)
-        drawn_with = backbone, scorer, learner.sampler, recipe.collect
+        asked = PROMPTS[:2], torch.arange(2, device=device), seed.manual_seed(7)
         with learner.drawing_network():
-            return collect_rollout(*drawn_with, PROMPTS[:2], rows, generator)
+            found = collect_rollout(backbone, scorer, learner.sampler, recipe.collect, *asked)
+        nothing = join((), backbone, recipe.collect.pairs)  # as a process without prompts has
+        return join((nothing, found), backbone, recipe.collect.pairs)
 
     first = collect()
-    halves = [first.pairs.select(slice(i, i + 2)) for i in (0, 2)]
-    steps = [learner.train_minibatch(half, i) for i, half in enumerate(halves)]
-    found = {"scores": torch.cat([comparison.scores for comparison in first.comparisons])}
+    steps = [learner.train_minibatch(first.pairs.select(slice(i, i + 2)), i) for i in (0, 2)]
+    found["scores"] = torch.cat([comparison.scores for comparison in first.comparisons])
     found["losses"] = torch.stack([step.output.loss for step in steps])
     found["latents"] = collect().pairs.latents
     for weights in (lora.parameters, learner.ema or {}):
@@ -98,9 +100,9 @@ def surroundings(monkeypatch):
 def test_rollouts_and_updates_with_no_wait_that_is_not_needed(kind, family, precision):
     with pretend_cuda() as gpu:
         found = train_lora(CUDA, kind, family, precision, gpu.waits.clear)
-    # In each of two rollouts: which pairs are kept; tokens of the prompts, of SD1.5's empty prompt, of
-    # SDXL's second encoder, and SDXL's image sizes.
-    expected = {"method/collect": 2, "models/backbone": 2 * (2 if family == "sd15" else 3)}
+    # In each of two rollouts which pairs are kept; for prompts and for none the tokens, SD1.5's of the
+    # empty prompt, SDXL's of the second encoder, and SDXL's image sizes.
+    expected = {"method/collect": 2, "models/backbone": 4 * (2 if family == "sd15" else 3)}
     if kind == "spm":
         expected |= {"scorers/pickscore": 2, "scorers/clip": 2}  # tokens; mean and deviation, once
     else:
@@ -112,8 +114,7 @@ def test_rollouts_and_updates_with_no_wait_that_is_not_needed(kind, family, prec
     assert by_module(gpu.waits) == expected, f"waits: {gpu.waits}"
     check(found, train_lora, kind, family, precision)
     assert (found["losses"] - 0.693).abs().max() < 0.05
-    operations = by_module(gpu.operations)
-    assert COVERED | COVERED_BY[kind] <= operations.keys() and sum(operations.values()) > 8000
+    assert COVERED | COVERED_BY[kind] <= by_module(gpu.operations).keys()
 
 
 @pytest.mark.parametrize("family", ["sd15", pytest.param("sdxl", marks=slow)])
@@ -151,8 +152,8 @@ def train_preference_model(device, kind, family, precision):
     """Returns the numbers of an update of a preference model, and its scores after it."""
     config = {"spm": spm_tiny, "lrm": lrm_tiny}[kind].get_config()
     clip, parts = str(MODELS / "tiny-clip"), ("backbone", "processor")
-    changes = {f"labels.{name}": clip for name in parts} | {"labels.source": "pickscore"}
-    own = ("text_projection",) if kind == "lrm" else parts
+    own, labels = (parts, "data") if kind == "spm" else (("text_projection",), "pickscore")
+    changes = {f"labels.{name}": clip for name in parts} | {"labels.source": labels}
     changes |= {f"preference.{name}": clip for name in own}
     changes |= {"family": family, "pretrained.model": str(MODELS / f"tiny-{family}")}
     changes |= {"mixed_precision": precision, "data.image_size": 16}
@@ -164,8 +165,8 @@ def train_preference_model(device, kind, family, precision):
     learner = PreferenceLearner(
         scorer, scorer, recipe.train, device, getattr(torch, WEIGHTS[precision])
     )
-    if precision == "fp16":  # the scale to which overflows bring it
-        learner.scaler = torch.amp.GradScaler(device.type, init_scale=64.0)
+    # With the scale to which overflows would bring it.
+    learner.scaler = torch.amp.GradScaler(device.type, 64.0, enabled=precision == "fp16")
     batch = decode_batch(RawBatch([make_row(i) for i in range(4)], range(4)), 16)
     losses, scores = learner.backward(preparation.training_pairs(batch, 4.0), last=True)
     found = {"losses": losses, "scores": scores, "grad_norm": learner.update().grad_norm}
@@ -229,9 +230,8 @@ def test_a_move_or_a_cast_taken_out_is_missed(monkeypatch, family, precision, pl
     source = textwrap.dedent(inspect.getsource(own))
     assert taken in source
     exec(source.replace(taken, ""), inspect.unwrap(own).__globals__, made)
-    modules = [module for key, module in sys.modules.items() if key.startswith("spo.")]
-    for user in (pkgutil.resolve_name(owner), *modules):
-        if getattr(user, name, None) is own:
+    for user in [pkgutil.resolve_name(owner), *sys.modules.values()]:
+        if vars(user).get(name) is own:
             monkeypatch.setattr(user, name, made[name])
     with pytest.raises((RuntimeError, AssertionError), match="on one device|type|^waits"):
         test_rollouts_and_updates_with_no_wait_that_is_not_needed("spm", family, precision)
