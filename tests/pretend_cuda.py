@@ -288,11 +288,11 @@ def _run_engine(loss: Tensor, gradient: Tensor) -> None:
 
 
 def _is_of_engine() -> bool:
-    """Tells if autograd's engine makes a tensor, as it does for lack of a gradient, and not Python."""
+    """Tells if autograd's engine makes a tensor on the GPU, as it does for lack of a gradient."""
     frame = sys._getframe(1)
     while frame is not None and frame.f_code is not _Calls.__torch_function__.__code__:
         if frame.f_code is _run_engine.__code__:
-            return True
+            return is_marked(frame.f_locals["loss"])
         frame = frame.f_back
     return False
 
