@@ -40,6 +40,7 @@ def get_config() -> ConfigDict:
 
     # ---- speed, without another result but for rounding (docs/performance.md) ---------------------
     config.allow_tf32 = True  # GPUs round fp32 products, the scorer's above all, to 10 bits inside
+    config.deterministic = False  # the same bits every time on a GPU of one kind, but slower
     # Memory layout of UNet, decoder and latent reward model; tells if it is faster:
     # scripts/benchmark.py --compare=channels_last=true
     config.channels_last = False

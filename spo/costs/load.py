@@ -53,7 +53,7 @@ def load_models(recipe: Recipe, device: torch.device, random: bool = False) -> M
     would refuse.
     """
     run, plan = recipe.run, plan_batches(recipe.config, 1)
-    set_up_device(device, run.allow_tf32)
+    set_up_device(device, run.allow_tf32, run.deterministic)
     source, kind, unloaded = recipe.model, Backbone, random or device == META
     if unloaded:
         source = ModelSource(

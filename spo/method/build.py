@@ -57,6 +57,7 @@ class RunSettings(Checked):
     checkpoint_limit: int = not_negative()
     eval_interval: int = not_negative()
     allow_tf32: bool
+    deterministic: bool
     gradient_checkpointing: bool  # train.gradient_checkpointing
 
 

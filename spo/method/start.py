@@ -42,7 +42,7 @@ def make_trainer(ready: Preflight, workers: Workers) -> Trainer:
     session = Session(ready.run_dir, workers, ready.resume.checkpoint)
     session.say(ready.prompts.describe())
     session.say(plan.describe())
-    set_up_device(workers.device, recipe.run.allow_tf32)
+    set_up_device(workers.device, recipe.run.allow_tf32, recipe.run.deterministic)
     with workers.together():
         backbone = recipe.load_backbone(workers.device)
         scorer = load_scorer(recipe.scorer, workers.device)

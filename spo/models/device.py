@@ -1,6 +1,7 @@
 """Faster execution of the same arithmetic; `config.compile` and its neighbours explain each."""
 
 import ctypes
+import os
 from dataclasses import dataclass
 
 import torch
@@ -21,9 +22,19 @@ class SpeedSettings:
     compile_scorer: bool
 
 
-def set_up_device(device: torch.device, allow_tf32: bool) -> None:
-    """Turns TF32 on or off on a GPU; on a CPU, keeps freed memory for the next activation."""
+def set_up_device(
+    device: torch.device, allow_tf32: bool = True, deterministic: bool = False
+) -> None:
+    """Chooses a GPU's kernels: with or without TF32, the fastest or those that repeat their bits.
+
+    On a CPU, keeps freed memory for the next activation. Call it before any work on the device.
+    """
     if device.type == "cuda":
+        if deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
+        torch.use_deterministic_algorithms(deterministic)
+        # Times all kernels for a shape once, and may choose others in the next run.
+        torch.backends.cudnn.benchmark = not deterministic
         torch.backends.cuda.matmul.allow_tf32 = allow_tf32
         torch.backends.cudnn.allow_tf32 = allow_tf32
     elif device.type == "cpu":
