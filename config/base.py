@@ -39,9 +39,8 @@ def get_config() -> ConfigDict:
     config.rank_timeout = 1800
 
     # ---- speed, without another result but for rounding (docs/performance.md) ---------------------
-    # The same bits at each run on GPUs of one kind, with slower kernels; CPUs always do that.
-    config.deterministic = False
     config.allow_tf32 = True  # GPUs round fp32 products, the scorer's above all, to 10 bits inside
+    config.deterministic = False  # the same bits every time on a GPU of one kind, but slower
     # Memory layout of UNet, decoder and latent reward model; tells if it is faster:
     # scripts/benchmark.py --compare=channels_last=true
     config.channels_last = False

@@ -22,18 +22,18 @@ class SpeedSettings:
     compile_scorer: bool
 
 
-def set_up_device(device: torch.device, allow_tf32: bool, deterministic: bool = False) -> None:
-    """Sets up a GPU's arithmetic; on a CPU, keeps freed memory for the next activation.
+def set_up_device(
+    device: torch.device, allow_tf32: bool = True, deterministic: bool = False
+) -> None:
+    """Chooses a GPU's kernels: with or without TF32, the fastest or those that repeat their bits.
 
-    `deterministic` takes kernels that give the same bits each time; else cuDNN tries which of its
-    convolutions is the fastest for each shape, of which a run has few.
+    On a CPU, keeps freed memory for the next activation. Call it before any work on the device.
     """
     if device.type == "cuda":
         if deterministic:
-            # Read when cuBLAS starts.
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-            torch.utils.deterministic.fill_uninitialized_memory = False
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
         torch.use_deterministic_algorithms(deterministic)
+        # Times all kernels for a shape once, and may choose others in the next run.
         torch.backends.cudnn.benchmark = not deterministic
         torch.backends.cuda.matmul.allow_tf32 = allow_tf32
         torch.backends.cudnn.allow_tf32 = allow_tf32
