@@ -5,6 +5,9 @@ import os
 from dataclasses import dataclass
 
 import torch
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.resnet import ResnetBlock2D
+from torch import nn
 
 from spo.models.backbone import Backbone
 from spo.scorers import Scorer
@@ -56,8 +59,20 @@ def speed_up(backbone: Backbone, scorer: Scorer, settings: SpeedSettings) -> Non
         backbone.decoder.to(memory_format=torch.channels_last)
         scorer.channels_last()
     if settings.compile_unet:
-        backbone.unet.compile()
+        compile_blocks(backbone.unet)
     if settings.compile_vae:
-        backbone.decoder.decoder.compile()
+        backbone.decoder.decoder.compile(dynamic=False)
     if settings.compile_scorer:
         scorer.compile()
+
+
+def compile_blocks(unet: nn.Module) -> None:
+    """Compiles the blocks that a UNet repeats, for static shapes, instead of the whole of it.
+
+    Blocks of equal shapes share what is compiled, which takes a fraction of the time.
+    """
+    # A block's code is compiled for each of its shapes, with and without LoRA and gradients.
+    torch._dynamo.config.recompile_limit = 64
+    for module in unet.modules():
+        if isinstance(module, BasicTransformerBlock | ResnetBlock2D):
+            module.compile(dynamic=False)
