@@ -40,12 +40,11 @@ def main(_) -> None:
         configs = {"baseline": CONFIG.value}
         configs |= {change: changed(CONFIG.value, change) for change in COMPARE.value}
 
-        from accelerate import PartialState  # torch takes seconds to load
-
-        from spo.costs import benchmark
+        from spo.costs import benchmark  # torch takes seconds to load
         from spo.costs.load import META as META_DEVICE
         from spo.costs.load import load_models
         from spo.method.build import read_recipe
+        from spo.models.gpu import pick_device
 
         recipes = {name: read_recipe(config) for name, config in configs.items()}
 
@@ -56,7 +55,7 @@ def main(_) -> None:
             models = load_models(recipe, META_DEVICE)
             figures = benchmark.print_costs(models, prompts, TFLOPS.value, NUM_GPUS.value)
         else:
-            device, rounds = PartialState().device, ROUNDS.value if COMPARE.value else 1
+            device, rounds = pick_device(), ROUNDS.value if COMPARE.value else 1
             loaders = {n: partial(load_models, r, device, RANDOM.value) for n, r in recipes.items()}
             figures = benchmark.print_times(loaders, rounds, REPEATS.value)
             figures = {"variants": figures} if COMPARE.value else figures["baseline"]

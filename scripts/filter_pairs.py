@@ -32,8 +32,7 @@ def main(_) -> None:
     with exit_on_user_error():
         options, output = check_flags()
 
-        from accelerate import PartialState  # torch takes seconds to load
-
+        from spo.models.gpu import pick_device  # torch takes seconds to load
         from spo.preference.pair_recipe import read_pair_recipe
         from spo.preference.pair_scores import Scoring, score_split
 
@@ -41,7 +40,7 @@ def main(_) -> None:
         if not VQA.value:
             print("no --vqa: vqascore_gap stays empty, and the filter does not ask for it")
         scoring = Scoring(options, VQA.value, BATCH_SIZE.value)
-        split, device = SPLIT.value or data.train_split, PartialState().device
+        split, device = SPLIT.value or data.train_split, pick_device()
         print(score_split(data, split, scoring, output, device))
 
 

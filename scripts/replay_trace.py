@@ -12,6 +12,8 @@ import json
 import sys
 from pathlib import Path
 
+import torch
+
 from spo.command_line.values import path
 from spo.method.replay import replay_trace
 from spo.preference.replay import replay_latent_reward
@@ -22,18 +24,19 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--trace", type=path, required=True, help="folder with meta.json")
     parser.add_argument("--models", type=path, required=True, help="folder of the trace's models")
+    parser.add_argument("--device", default="cpu", help="where to compute, such as cuda")
     parser.add_argument("--json", action="store_true", help="one JSON object, on a terminal too")
     options = parser.parse_args()
-    report = replay(options.trace, options.models)
+    report = replay(options.trace, options.models, torch.device(options.device))
     as_json = options.json or not sys.stdout.isatty()
     print(json.dumps(report) if as_json else table(report))
     return 1 if report["failures"] else 0
 
 
-def replay(trace: Path, models: Path) -> dict:
+def replay(trace: Path, models: Path, device: torch.device) -> dict:
     """Replays rollouts and training, or the scores or the training of a reward model."""
     meta = json.loads((trace / "meta.json").read_text())
-    return (replay_trace if "rollouts" in meta else replay_latent_reward)(trace, models)
+    return (replay_trace if "rollouts" in meta else replay_latent_reward)(trace, models, device)
 
 
 def table(report: dict) -> str:

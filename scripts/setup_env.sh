@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
 # Prints a Python that has this project's packages, first making .venv where there is none.
 #   PYTHON=$(bash scripts/setup_env.sh [MODULE ...])     MODULE: what it must have besides
-# $PYTHON is taken as it is. An active virtual or conda environment is taken if it has them all.
+# $PYTHON is taken as it is, if it has what every run needs. An active virtual or conda environment is
+# taken if it has them all.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-modules="absl accelerate datasets diffusers matplotlib ml_collections open_clip peft torch transformers wandb"
+needed="absl accelerate diffusers matplotlib ml_collections peft torch transformers"
+modules="$needed datasets open_clip wandb"
 
 say() { echo "$*" >&2; }  # stdout is for the answer
 
@@ -32,7 +34,7 @@ find_base_python() {
 }
 
 if [ -n "${PYTHON:-}" ]; then
-    missing=$(missing_modules "$PYTHON" $modules "$@")
+    missing=$(missing_modules "$PYTHON" $needed "$@")
     if [ -n "$missing" ]; then
         say "error: PYTHON=$PYTHON lacks $missing: unset it to use .venv, or install" \
             "'-r requirements.lock.txt -e .[dev]' there"

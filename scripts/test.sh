@@ -4,7 +4,7 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}  # for an environment without this package
-PYTHON=$(bash scripts/setup_env.sh pytest xdist hypothesis ruff) || exit
+PYTHON=$(bash scripts/setup_env.sh datasets open_clip wandb pytest xdist hypothesis ruff) || exit
 selection=(-m "not slow")
 if [ "${1:-}" = --all ]; then
     selection=()

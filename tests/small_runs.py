@@ -67,7 +67,7 @@ minibatches = 0
 class SignallingGradSPO(GradSPO):
     """GradSPO, which sends this process the signal of SIGNAL before the minibatch of SIGNAL_AT.
 
-    The loss of minibatch NAN_AT is not a number.
+    The loss of minibatch NAN_AT is not a number; for minibatch FULL_AT a GPU's memory is full.
     """
 
     def __call__(self, predictions, pairs, sampler):
@@ -75,6 +75,8 @@ class SignallingGradSPO(GradSPO):
         minibatches += 1
         if minibatches == int(os.environ.get("SIGNAL_AT", 0)):
             os.kill(os.getpid(), int(os.environ["SIGNAL"]))
+        if minibatches == int(os.environ.get("FULL_AT", 0)):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB.")
         output = super().__call__(predictions, pairs, sampler)
         if minibatches == int(os.environ.get("NAN_AT", 0)):
             output = replace(output, loss=output.loss * torch.nan)

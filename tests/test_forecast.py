@@ -74,8 +74,8 @@ def test_a_warning_names_the_key(part, batch, memory, advice):
 def said(monkeypatch, capsys):
     """Returns a function: the lines that the launcher prints on a device with so much memory."""
 
-    def lines(config, memory):
-        monkeypatch.setattr(count, "device_memory", lambda device, processes: memory)
+    def lines(config, memory, held=0):
+        monkeypatch.setattr(count, "device_memory", lambda device, processes: (memory, held))
         print_estimate(read_recipe(config), plan_batches(config, 1), "cpu", processes=1)
         return capsys.readouterr().out.splitlines()
 
@@ -96,6 +96,8 @@ def test_only_what_does_not_fit_is_warned_of(said):
     assert lines[4].endswith(f"lower train.batch_size to 7 {LESS}")
     config.sample.decode_batch_size = 100
     assert "decoding of 6 images" in said(config, GIB)[3]
+    *_, line = said(config, 50 * GIB, held=30 * GIB)
+    assert line == "estimate: other processes hold 30 GiB of a GPU's memory"
     lines = said(config, costs.bytes_of(TRAINING, 0) / 0.9)
     assert [x.rpartition("; ")[2] for x in lines[2:]] == [
         "sample.batch_size = 1 does not fit either",
@@ -151,7 +153,8 @@ def test_counting_leaves_dtypes_alone():
 
 def test_a_cpu_shares_what_is_free():
     free = psutil.virtual_memory().available
-    assert 0 < count.device_memory("cpu", processes=4) <= free / 3
+    available, held = count.device_memory("cpu", processes=4)
+    assert 0 < available <= free / 3 and held == 0
 
 
 def test_the_launcher_says_the_estimate_and_the_run_its_rate_once(tmp_path, capsys, monkeypatch):

@@ -1,10 +1,14 @@
 """The launcher: what it starts on GPUs and on the CPU, and what it says instead."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import MagicMock
 
+import psutil
 import pytest
 import torch
 from accelerate.commands.config import load_config_from_file
@@ -66,6 +70,7 @@ def world_of(**options):
 def gpus(monkeypatch):
     """A function that pretends that the machine has a number of GPUs, and a restored environment."""
     monkeypatch.setattr(os, "environ", dict(os.environ))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     return lambda number: monkeypatch.setattr(torch.cuda, "device_count", lambda: number)
 
 
@@ -236,6 +241,36 @@ def test_two_machines_by_options_and_on_the_cpu(gpus):
         world_of(cpu=True, **place, num_processes=3)
     with pytest.raises(UserError, match="--main_process_ip is missing"):
         world_of(cpu=True, num_machines=2, machine_rank=0)
+
+
+@pytest.mark.parametrize(
+    ("address", "own", "expected"),
+    [
+        ("10.0.0.1", "", "eth1"),
+        ("10.0.0.1", "ib0", "ib0"),
+        ("node1", "ib0", "ib0"),
+        ("127.0.0.1", "", ""),
+        ("localhost", "", ""),
+    ],
+)
+def test_gloo_takes_the_interface_towards_the_first_machine(
+    gpus, monkeypatch, address, own, expected
+):
+    gpus(1)
+    os.environ["GLOO_SOCKET_IFNAME"] = own
+    names, probe = {"node1": "127.0.1.1", "localhost": "127.0.0.1"}, MagicMock()
+    probe.return_value.__enter__.return_value.getsockname.return_value = "10.0.0.2", 40000
+    monkeypatch.setattr(socket, "socket", probe)
+    resolved = lambda host, port, **_: [(2, 2, 17, "", (names.get(host, host), port))]  # noqa: E731
+    monkeypatch.setattr(socket, "getaddrinfo", resolved)
+    found = {"lo": "127.0.0.1", "eth0": "192.168.0.2", "eth1": "10.0.0.2"}
+    addresses = {name: [SimpleNamespace(address=address)] for name, address in found.items()}
+    monkeypatch.setattr(psutil, "net_if_addrs", lambda: addresses)
+    world_of(num_machines=2, machine_rank=1, main_process_ip=address)
+    assert os.environ["GLOO_SOCKET_IFNAME"] == expected
+    os.environ["GLOO_SOCKET_IFNAME"] = ""
+    with pytest.raises(UserError, match="--main_process_ip=node1 means 127.0.1.1 here, which no"):
+        world_of(num_machines=2, machine_rank=0, main_process_ip="node1")
 
 
 def test_weights_that_differ_from_those_of_rank_0_stop_the_run(monkeypatch):

@@ -479,6 +479,23 @@ def test_a_loss_that_is_not_finite_stops_the_run(config, monkeypatch):
     assert not checkpoints.exists()
 
 
+@pytest.mark.parametrize(
+    ("owner", "method", "keys"),
+    [
+        (SPMPreparation, "training_pairs", "prediction .*: lower train.predict_batch_size;"),
+        (pair_learner.PreferenceLearner, "backward", "a minibatch .*: lower train.batch_size, or"),
+        (SPMPreparation, "validation_images", "validation .*: lower train.predict_batch_size or"),
+    ],
+)
+def test_full_memory_is_one_line_that_names_the_key(config, monkeypatch, owner, method, keys):
+    def full(*arguments, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB.")
+
+    monkeypatch.setattr(owner, method, full)
+    with pytest.raises(RunError, match=keys):
+        run(config, eval_steps=1)
+
+
 class Malicious:
     def __reduce__(self):
         return os.mkdir, ("executed",)

@@ -7,8 +7,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import psutil
-import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -29,6 +27,7 @@ from spo.costs.meter import (
 from spo.errors import first_line
 from spo.launch.batch_plan import BatchPlan
 from spo.method.build import Recipe
+from spo.models.gpu import device_memory
 from spo.models.optimizers import moment_bytes
 
 CHECKPOINTED = "training, gradient checkpointing"
@@ -43,6 +42,7 @@ BATCH_KEYS = {
 _UNITS = {DENOISING: "prompts", DECODING: "images", SCORING: "latents"}  # training: pairs
 # The share of a card's memory left for CUDA itself, kernels' workspaces and fragmentation: assumed.
 SPARE = 0.1
+_IDLE = 2**29  # bytes of a GPU that the driver and a screen may hold
 
 
 @dataclass(frozen=True)
@@ -206,7 +206,7 @@ def print_estimate(recipe: Recipe, plan: BatchPlan, device: str, processes: int)
     """
     print("estimate: counting what a step costs, which takes seconds ...", flush=True)
     try:
-        models, memory = load_models(recipe, META), device_memory(device, processes)
+        models, (memory, held) = load_models(recipe, META), device_memory(device, processes)
         training = CHECKPOINTED if recipe.run.gradient_checkpointing else TRAINING
         costs = count_costs(models, [training])
         images = plan.slice_size * recipe.collect.rollout.num_candidates
@@ -217,6 +217,8 @@ def print_estimate(recipe: Recipe, plan: BatchPlan, device: str, processes: int)
             sizes[SCORING] = min(images, recipe.collect.score_batch_size)
         sizes[training] = plan.minibatch_size
         print(*describe(costs, sizes, memory), sep="\n", flush=True)
+        if held > _IDLE:
+            print(f"estimate: other processes hold {_gib(held)} GiB of a GPU's memory", flush=True)
     except Exception as error:
         print(f"estimate: none ({type(error).__name__}: {first_line(error)})", flush=True)
 
@@ -246,13 +248,6 @@ def describe(costs: Costs, sizes: Mapping[str, int], memory: float) -> list[str]
         there = f"of {_gib(memory)} there are {_gib(memory * (1 - SPARE))} for it"
         lines.append(f"warning: {need}, and {there}; {advice}")
     return lines
-
-
-def device_memory(device: str, processes: int) -> float:
-    """Returns the bytes of a GPU, or of a CPU's free memory the share of each of its processes."""
-    if device == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    return psutil.virtual_memory().available / processes
 
 
 def _gib(size: float) -> str:

@@ -9,7 +9,6 @@ from itertools import product
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
 from PIL import Image
 from tqdm import tqdm
 
@@ -22,6 +21,7 @@ from spo.lora_io.model_spec import ModelSpec, read_specs, split_spec, split_weig
 from spo.models.backbone import DTYPES, SCHEDULERS, Backbone
 from spo.models.device import set_up_device
 from spo.models.families import FAMILIES
+from spo.models.gpu import pick_device
 from spo.models.loading import ModelSource, check_source, family_of
 from spo.run.folder import CONFIG
 from spo.run.pictures import Cell, grid, write_png
@@ -92,7 +92,7 @@ def draw_samples(
     models: Sequence[ModelSpec], prompts: Sequence[str], settings: SampleSettings, out: Path
 ) -> Path:
     """Writes OUT/MODEL/NUMBER_seedSEED.png of every image, and the grid; returns the grid's path."""
-    device = PartialState().device
+    device = pick_device()
     set_up_device(device)
     precision = settings.mixed_precision or ("fp16" if device.type == "cuda" else "no")
     jobs = list(product(prompts, settings.seeds))

@@ -3,7 +3,6 @@
 from itertools import islice
 
 import torch
-from accelerate import PartialState
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
@@ -13,6 +12,7 @@ from spo.method.build import Recipe
 from spo.method.collect import roll_out, score_candidates
 from spo.method.pairs import Chosen, PairSettings, choose, differ_enough
 from spo.models.device import set_up_device
+from spo.models.gpu import pick_device
 from spo.models.loading import check_source
 from spo.run.pictures import Cell, grid
 from spo.scorers import check_scorer, load_scorer
@@ -31,7 +31,7 @@ def draw_rollout(recipe: Recipe, prompt: str, lora_spec: str, seed: int) -> Imag
     stop = recipe.collect.rollout.stop_at or recipe.collect.rollout.num_steps
     recipe = recipe.drawing_images()
     lora_path = find_lora(lora_spec, "--lora") if lora_spec else None
-    device, collect = PartialState().device, recipe.collect
+    device, collect = pick_device(), recipe.collect
     set_up_device(device, recipe.run.allow_tf32, recipe.run.deterministic)
     model = recipe.load_backbone(device)
     if lora_path is not None:

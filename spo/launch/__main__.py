@@ -7,14 +7,18 @@ Passes signals on and ends with the exit status of the run: 0 done, 1 failed, 2 
 """
 
 import argparse
+import contextlib
 import os
 import shlex
+import socket
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
+import psutil
 from ml_collections import ConfigDict
 
 from spo.command_line.config_files import BASE, EVAL_BASE, SPM_BASE
@@ -127,19 +131,24 @@ def load_script_config(path: str, script: Script, script_args: list[str]) -> Con
 def plan_world(options: argparse.Namespace) -> World:
     """Returns the processes that `options` ask for, by default one for each GPU or one on the CPU.
 
-    Raises UserError if GPUs are missing, if machines lack an address and if they cannot share the
-    processes equally.
+    Raises UserError if GPUs are missing or torch cannot use them, if machines lack an address and
+    if they cannot share the processes equally.
     """
     if sys.stdout.isatty():
         print("loading torch", flush=True)
     import torch  # slow, and not needed to find a mistake on the command line
 
+    from spo.models.gpu import check_driver
+
     machines = options.num_machines
     per_machine = 1 if options.cpu else torch.cuda.device_count()
     if not per_machine:
         raise UserError(
-            "no GPU found, and this needs one; `bash launch_tiny.sh` trains a tiny model without"
+            f"no GPU found by torch {torch.__version__}, and this needs one; `bash launch_tiny.sh` "
+            "trains a tiny model without"
         )
+    if not options.cpu:
+        check_driver()
     processes = per_machine * machines if options.num_processes is None else options.num_processes
     if min(processes, machines) < 1 or processes % machines:
         raise UserError(
@@ -161,7 +170,33 @@ def plan_world(options: argparse.Namespace) -> World:
         if getattr(options, name) is None:
             raise UserError(f"{machines} machines: --{name} is missing")
     place = options.machine_rank, options.main_process_ip, port or PORT
+    choose_interface(options.main_process_ip, port or PORT)
     return World(processes, here, machines, *place)
+
+
+def choose_interface(address: str, port: int) -> None:
+    """Lets gloo listen on the network interface towards the first machine, unless the user chose one.
+
+    By itself gloo takes the address of the host's name, often one that no other machine can reach.
+    Raises UserError if the first machine's name stands for such an address.
+    """
+    if os.environ.get("GLOO_SOCKET_IFNAME"):
+        return
+    with contextlib.suppress(OSError):  # torch tells better that a machine cannot be reached
+        family, *_, place = socket.getaddrinfo(address, port, type=socket.SOCK_DGRAM)[0]
+        if ip_address(place[0]).is_loopback:
+            if address in ("localhost", place[0]):  # all machines are this one
+                return
+            raise UserError(
+                f"--main_process_ip={address} means {place[0]} here, which no other machine can reach: "
+                "give this machine's address in the network"
+            )
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect(place)  # sends nothing
+            own = probe.getsockname()[0]
+        for name, addresses in psutil.net_if_addrs().items():
+            if own in {each.address for each in addresses}:
+                os.environ["GLOO_SOCKET_IFNAME"] = name
 
 
 if __name__ == "__main__":

@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from spo.command_line.flags import is_orphan
-from spo.errors import RunError, UserError
+from spo.errors import RunError, Stopped, UserError
+from spo.models.gpu import check_driver
 from spo.types import PreferencePairs
 
 
@@ -44,6 +45,7 @@ class Workers(contextlib.AbstractContextManager):
                     f"distributed_type {name} in the accelerate config: every process holds the whole "
                     "model here; use MULTI_GPU."
                 )
+        check_driver()
         ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
         self._timeout = timedelta(seconds=rank_timeout)
         group = InitProcessGroupKwargs(timeout=self._timeout)
@@ -54,10 +56,16 @@ class Workers(contextlib.AbstractContextManager):
         self.is_main = self.accelerator.is_main_process
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
-        """Leaves the process group."""
+        """Leaves the process group; after an error without waiting for the other processes."""
         if isinstance(error, Exception) and not is_orphan():
             # Before the connections close: errors that follow from this one must be later.
             get_error_handler().record_exception(error)
+        if error is not None and not isinstance(error, Stopped) and self.device.type == "cuda":
+            # Destroying NCCL's group waits for its collectives, which the others may never join. torch
+            # aborts what is left of it when the process ends.
+            if "_on_cpu" in vars(self):
+                dist.destroy_process_group(self._on_cpu)
+            return
         self.accelerator.end_training()
 
     def wrap(self, unet: nn.Module) -> nn.Module:

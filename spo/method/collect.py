@@ -22,6 +22,7 @@ from spo.method.pairs import (
 from spo.method.position import Position, TrainingState, chunks_left, epoch_order
 from spo.method.rollout import RolloutSettings, stepwise_rollout
 from spo.models import lora
+from spo.models.gpu import memory_hint
 from spo.seeding import derive_seed
 from spo.types import Candidates, Comparison, Conditioning, PreferencePairs
 
@@ -137,14 +138,16 @@ def score_candidates(
     at_images = scorer.looks_at == "images"
     latents = candidates.latents if at_images else candidates.window[-1].next_latents
     timestep = settings.timestep_told(candidates, scorer)
-    batch_size = settings.decode_batch_size if at_images else settings.score_batch_size
+    key = "decode_batch_size" if at_images else "score_batch_size"
+    batch_size = getattr(settings, key)
     k, b = latents.shape[:2]
     prompts = torch.arange(b, device=latents.device).repeat(k)
     scores = []
     rows_of = zip(latents.flatten(0, 1).split(batch_size), prompts.split(batch_size), strict=True)
     for part, rows in rows_of:
-        seen = decode(part) if at_images else part
-        found = scorer.score(seen, prompt_features[rows], timestep).float()
+        with memory_hint("the scoring of candidates", f"lower sample.{key}"):
+            seen = decode(part) if at_images else part
+            found = scorer.score(seen, prompt_features[rows], timestep).float()
         # Checked here as a mask: looking at the numbers would wait for the GPU.
         overflowed = ~seen.isfinite().flatten(1).all(dim=1)
         scores.append(found.masked_fill(overflowed.to(found.device), torch.nan))

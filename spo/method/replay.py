@@ -18,9 +18,11 @@ from spo.command_line.config_files import BASE, load_config
 from spo.method import losses
 from spo.method.build import build_learner, read_recipe
 from spo.method.collect import Collected, collect_rollout
+from spo.models.device import set_up_device
 from spo.scorers import load_scorer
 from spo.types import PreferencePairs
 
+CPU = torch.device("cpu")
 TOLERANCES = {
     "timesteps": 0,
     "permutation": 0,
@@ -86,12 +88,12 @@ def trace_config(meta: dict, models: Path) -> ConfigDict:
 class Replay:
     """A learner in the state in which a trace begins, to be compared with the trace."""
 
-    def __init__(self, trace: Path, models: Path) -> None:
+    def __init__(self, trace: Path, models: Path, device: torch.device = CPU) -> None:
         self.meta = json.loads((trace / "meta.json").read_text())
         self.trace = load_file(trace / "trace.safetensors")
         self.config = config = trace_config(self.meta, models)
         self.recipe = read_recipe(config)
-        device = torch.device("cpu")
+        set_up_device(device, allow_tf32=False)
         self.backbone = self.recipe.load_backbone(device)
         self.scorer = load_scorer(self.recipe.scorer, device)
         unet, accumulation = self.backbone.unet, config.train.gradient_accumulation_steps or 1
@@ -99,7 +101,8 @@ class Replay:
         lora.assign(self.recorded("init.policy."))
         self.learner = build_learner(self.recipe, self.backbone, unet, lora, accumulation)
         if self.learner.ema is not None:
-            self.learner.ema.update(self.recorded("init.ema."))
+            for name, tensor in self.recorded("init.ema.").items():
+                self.learner.ema[name].copy_(tensor)
 
     def recorded(self, prefix: str) -> dict[str, Tensor]:
         """Returns the trace's tensors whose names start with `prefix`, by the rest of the name."""
@@ -118,9 +121,10 @@ class Replay:
         recorded, spec = self.recorded(f"it{index}."), self.meta["rollouts"][index]
         prompts, generator = spec["prompts"], torch.Generator().manual_seed(spec["seed"])
         with self.learner.drawing_network():
-            sampler, settings, ids = self.learner.sampler, self.recipe.collect, range(len(prompts))
+            sampler, settings = self.learner.sampler, self.recipe.collect
             drawn_with = self.backbone, self.scorer, sampler, settings
-            collected = collect_rollout(*drawn_with, prompts, torch.tensor(ids), generator)
+            rows = torch.arange(len(prompts), device=self.backbone.device)
+            collected = collect_rollout(*drawn_with, prompts, rows, generator)
         pairs, deviations = collected.pairs, self.compare_pairs(collected, recorded)
         if self.config.algorithm == "lpo":
             copies = self.config.sample.num_candidates
@@ -130,7 +134,7 @@ class Replay:
                 worst(deviations, "token_ids", deviation(mine.repeat(copies, 1), expected))
         permutation = torch.randperm(len(pairs), generator=generator)
         deviations["permutation"] = deviation(permutation, recorded["perm"])
-        self.train(pairs.select(permutation), recorded, deviations)
+        self.train(pairs.select(permutation.to(rows.device)), recorded, deviations)
         after = {"policy": self.learner.lora.parameters, "ema": self.learner.ema}
         for name, weights in after.items():
             for key, expected in self.recorded(f"it{index}.after.{name}.").items():
@@ -191,10 +195,10 @@ class Replay:
 
 def deviation(mine: Tensor, expected: Tensor) -> float:
     """Returns the largest absolute difference, infinite for other shapes or values not finite."""
-    mine = mine.detach()
+    mine = mine.detach().cpu()
     if mine.shape != expected.shape:
         return math.inf
-    difference = (mine.double() - expected.double()).abs().flatten()
+    difference = (mine.double() - expected.cpu().double()).abs().flatten()
     return max(difference.nan_to_num(nan=math.inf).tolist(), default=0.0)
 
 
@@ -217,10 +221,10 @@ def past(part: str, deviations: dict[str, float], limits: dict[str, float]) -> l
     ]
 
 
-def replay_trace(trace: Path, models: Path) -> dict:
+def replay_trace(trace: Path, models: Path, device: torch.device = CPU) -> dict:
     """Replays the trace of a folder; returns its deviations, and its failures if there are any."""
     torch.set_num_threads(1)  # sums in one order, whatever the number of cores
-    replay = Replay(trace, models)
+    replay = Replay(trace, models, device)
     rollouts = replay.run()
     failed = failures(rollouts, tolerances(replay.config))
     shown = [comparable(deviations) for deviations in rollouts]

@@ -18,6 +18,7 @@ from spo.method.collect import Collected, Slice, collect_rollout, join, slices_o
 from spo.method.health import check_faults, check_scores, check_skipped, find_faults
 from spo.method.metrics import Metrics, note_rollout, peak_memory_gib, time_left
 from spo.method.position import Position, RolloutInProgress, TrainingState, chunks_left, epoch_order
+from spo.models.gpu import TRAINING_KEYS, memory_hint
 from spo.run.folder import METRICS
 from spo.types import PreferencePairs
 
@@ -85,7 +86,8 @@ class Trainer:
             for pairs in self.minibatches():
                 # Predictions of policy, reference and EMA -> loss -> update of the policy -> EMA.
                 index = self.rollout.used // (self.plan.minibatch_size * self.workers.count)
-                step = self.learner.train_minibatch(pairs, index)
+                with memory_hint("a minibatch", TRAINING_KEYS):
+                    step = self.learner.train_minibatch(pairs, index)
                 self.trained.append((pairs, step))
                 self.rollout = self.rollout.after(pairs, step, self.workers.count)
             self.complete_rollout(chunk, prompts_per_epoch=len(order))
@@ -114,7 +116,7 @@ class Trainer:
 
     def _collect_slice(self, part: Slice) -> Collected:
         prompts = [self.prompts[i] for i in part.prompt_ids]
-        with self.learner.drawing_network():
+        with memory_hint("a rollout", "lower sample.batch_size"), self.learner.drawing_network():
             collected = collect_rollout(
                 self.backbone,
                 self.scorer,

@@ -19,6 +19,7 @@ from spo.method.health import check_skipped
 from spo.method.metrics import peak_memory_gib
 from spo.models.backbone import DTYPES
 from spo.models.device import set_up_device
+from spo.models.gpu import TRAINING_KEYS, memory_hint
 from spo.preference import pair_metrics
 from spo.preference.batches import DAMAGED_IMAGE, PairBatch, decoded
 from spo.preference.best import BestModel
@@ -157,8 +158,10 @@ class PreferenceTrainer:
         sums = []
         for number, batch in enumerate(minibatches, start=1):
             # If no pair of an update is sound, its weights are 0 whatever they are divided by.
-            pairs = self.preparation.training_pairs(batch, total or 1.0)
-            scored = self.learner.backward(pairs, last=number == len(minibatches))
+            with memory_hint("the base model's prediction", "lower train.predict_batch_size"):
+                pairs = self.preparation.training_pairs(batch, total or 1.0)
+            with memory_hint("a minibatch", TRAINING_KEYS):
+                scored = self.learner.backward(pairs, last=number == len(minibatches))
             sums.append(pair_metrics.minibatch_sums(pairs, *scored))
         summed = self.workers.sum({name: sum(part[name] for part in sums) for name in sums[0]})
         self.totals.update(summed, steps=1)
@@ -231,7 +234,8 @@ class PreferenceTrainer:
         raw = validation_batches(self.validation_rows, usable, data.max_validation, self.share)
         batches = decoded(raw, data.image_size, data.num_workers, data.resize == "stretch")
         batches = self.session.bar(batches, "validation: minibatches")
-        with self.workers.together():  # a stream may fail in only one process
+        hint = memory_hint("the validation", "lower train.predict_batch_size or train.batch_size")
+        with self.workers.together(), hint:  # a stream may fail in only one process
             batches = self.session.signals.watch(batches)
             sums = pair_metrics.validation_sums(batches, self.preparation, self.learner)
         measured = pair_metrics.validation_metrics(self.workers.sum(sums))

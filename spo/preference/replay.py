@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from spo.command_line.config_files import SPM_BASE, load_config
-from spo.method.replay import comparable, deviation, past
+from spo.method.replay import CPU, comparable, deviation, past
+from spo.models.device import set_up_device
 from spo.models.loading import family_of
 from spo.preference.pair_learner import PreferenceLearner, TrainingPairs
 from spo.preference.pair_recipe import build_preparation, build_scorer, read_pair_recipe
@@ -31,15 +32,15 @@ TOLERANCES = {
     "loss": 1e-5,
     "gradients": 1e-3,  # norm of the difference over the norm, the largest of all parameters
 }
-_CPU = torch.device("cpu")
 
 
-def replay_latent_reward(trace: Path, models: Path) -> dict:
+def replay_latent_reward(trace: Path, models: Path, device: torch.device = CPU) -> dict:
     """Replays a trace of scores or of training; returns deviations by case or batch, and failures."""
     torch.set_num_threads(1)  # sums in one order, whatever the number of cores
+    set_up_device(device, allow_tf32=False)
     meta = json.loads((trace / "meta.json").read_text())
     tensors = load_file(trace / "trace.safetensors")
-    found = dict((_scores if "cases" in meta else _batches)(meta, tensors, models))
+    found = dict((_scores if "cases" in meta else _batches)(meta, tensors, models, device))
     failed = [line for part in found.items() for line in past(*part, TOLERANCES)]
     shown = {name: comparable(case) for name, case in found.items()}
     return {"trace": trace.name, "cases": shown, "failures": failed}
@@ -47,12 +48,12 @@ def replay_latent_reward(trace: Path, models: Path) -> dict:
 
 @torch.no_grad()
 def _scores(
-    meta: Mapping[str, Any], trace: Mapping[str, Tensor], models: Path
+    meta: Mapping[str, Any], trace: Mapping[str, Tensor], models: Path, device: torch.device
 ) -> Iterator[tuple[str, dict[str, float]]]:
     """Yields the deviations of the scores of fixed latents, case by case."""
     for name, case in meta["cases"].items():
         scorer = load_latent_reward_scorer(
-            _CPU,
+            device,
             "preference.kwargs",
             checkpoint=str(models / meta["lrm"]),
             base=str(models / meta["base_model"]),
@@ -60,7 +61,8 @@ def _scores(
             guide_stages=case["multi_scale_cfg"],
         )
         text = scorer.encode_prompts(meta["prompts"])
-        seen = trace["latents"], trace["timesteps"], text, scorer.empty
+        given = (trace[name].to(device) for name in ("latents", "timesteps"))
+        seen = *given, text, scorer.empty
         mine = {
             "scores": scorer.model.score(*seen),
             "image_features": scorer.model.image_features(*seen),
@@ -72,28 +74,34 @@ def _scores(
 
 
 def _batches(
-    meta: Mapping[str, Any], trace: Mapping[str, Tensor], models: Path
+    meta: Mapping[str, Any], trace: Mapping[str, Tensor], models: Path, device: torch.device
 ) -> Iterator[tuple[str, dict[str, float]]]:
     """Yields the deviations of a training's input, features, loss and gradients, batch by batch."""
     for index, batch in enumerate(meta["batches"]):
         own = {
             k.removeprefix(f"b{index}."): v for k, v in trace.items() if k.startswith(f"b{index}.")
         }
-        yield f"batch {index}", _batch(meta, batch, own, models)
+        yield f"batch {index}", _batch(meta, batch, own, models, device)
 
 
 def _batch(
-    meta: Mapping[str, Any], batch: Mapping[str, Any], trace: Mapping[str, Tensor], models: Path
+    meta: Mapping[str, Any],
+    batch: Mapping[str, Any],
+    trace: Mapping[str, Tensor],
+    models: Path,
+    device: torch.device,
 ) -> dict[str, float]:
+    trace = {name: tensor.to(device) for name, tensor in trace.items()}
     images = torch.stack([trace["pixel_values_0"], trace["pixel_values_1"]], dim=1)
     recipe = read_pair_recipe(_config(meta, batch, models, images.shape[-1]))
-    preparation = build_preparation(recipe, _CPU)
+    preparation = build_preparation(recipe, device)
     scorer = build_scorer(recipe, preparation.backbone)
-    learner = PreferenceLearner(scorer, scorer, recipe.train, _CPU, torch.float32)
+    learner = PreferenceLearner(scorer, scorer, recipe.train, device, torch.float32)
     scorer.model.logit_scale.data.fill_(batch["logit_scale"])
     noise = _draw_noise(batch["seed"], trace["timesteps"], preparation.latent_shape)
     latents = preparation.noisy_latents(images, noise)
     input_ids = tokenize(preparation.backbone.tokenizers.values(), batch["prompts"])
+    input_ids = [ids.to(device) for ids in input_ids]
     weights = 1 / trace["num_examples_per_prompt"]
     weights = weights / weights.sum()
     pairs = TrainingPairs(latents, noise.timesteps, input_ids, trace["label_0"], weights)
@@ -145,7 +153,8 @@ def _draw_noise(seed: int, timesteps: Tensor, latent_shape: tuple[int, int, int]
     generator, shape = torch.Generator().manual_seed(seed), (2 * len(timesteps), *latent_shape)
     posterior = torch.randn(shape, generator=generator)
     noise = torch.empty(shape).to(memory_format=torch.channels_last).normal_(generator=generator)
-    return PairNoise(timesteps, _by_pair(posterior), _by_pair(noise.contiguous()))
+    drawn = (_by_pair(part).to(timesteps.device) for part in (posterior, noise.contiguous()))
+    return PairNoise(timesteps, *drawn)
 
 
 def _by_pair(rows: Tensor) -> Tensor:

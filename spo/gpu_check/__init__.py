@@ -1,0 +1,1 @@
+"""Checks and measures this project on a machine with one GPU: `bash scripts/check_gpu.sh`."""

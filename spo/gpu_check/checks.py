@@ -1,0 +1,102 @@
+"""The checks, most valuable first; each runs in a process of its own and returns figures."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from spo.plugins import find
+
+TRACES, MODELS = Path("tests/data/golden"), Path("tests/data/golden/models")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a check runs, and how much of it."""
+
+    device: str  # "cuda" or "cpu"
+    out: Path  # folder of all checks' files
+    small: bool  # tiny sizes, to find the check's own faults on a CPU
+    deadline: float = float("inf")  # of time.time(): what is left then is left out
+
+    def file(self, name: str) -> Path:
+        """Returns where the figures of the check `name` are."""
+        return self.out / f"{name.replace(' ', '_').replace('/', '_')}.json"
+
+    @property
+    def seconds_left(self) -> float:
+        return self.deadline - time.time()
+
+
+@dataclass(frozen=True)
+class Check:
+    """A function `(place, *arguments) -> figures`; figures["failures"] says what is wrong.
+
+    `seconds` is its limit on a GPU. Checks of one group run side by side, groups one after another.
+    """
+
+    name: str
+    function: str  # "module:name"
+    group: str
+    seconds: int
+    arguments: tuple[str, ...] = field(default=())
+
+    def run(self, place: Place) -> dict[str, Any]:
+        """Runs the check in this process."""
+        function: Callable[..., dict[str, Any]] = find(self.function, {}, "check")
+        return function(place, *self.arguments)
+
+
+def all_checks() -> list[Check]:
+    """Returns the checks in their order."""
+    here = "spo.gpu_check"
+    found = [Check("card", f"{here}.card:card", "card", 60)]
+    recorded = sorted(path.parent.name for path in TRACES.glob("*/meta.json"))
+    sd15, sdxl = "config/sd15.py", "config/sdxl.py"
+    side = [
+        Check("compile cache", f"{here}.speed:compiled", "correct", 130, (sd15,)),
+        Check(f"costs {sd15}", f"{here}.speed:costs", "correct", 90, (sd15,)),
+        Check(f"costs {sdxl}", f"{here}.speed:costs", "correct", 90, (sdxl,)),
+        Check("tiny fp32", f"{here}.runs:tiny_world", "correct", 130, ("no",)),
+        Check("tiny fp16", f"{here}.runs:tiny_world", "correct", 130, ("fp16",)),
+        Check("tiny bf16", f"{here}.runs:tiny_world", "correct", 130, ("bf16",)),
+        *(Check(f"trace {n}", f"{here}.checks:trace", "correct", 120, (n,)) for n in recorded),
+        Check("resume", f"{here}.runs:killed_and_resumed", "correct", 130),
+        Check("repeat", f"{here}.runs:repeated", "correct", 130, ("false",)),
+        Check("repeat deterministic", f"{here}.runs:repeated", "correct", 130, ("true",)),
+        Check("nccl", f"{here}.runs:world_of_one", "correct", 120),
+        Check("sdxl spo fp16", f"{here}.runs:small_sdxl", "correct", 120),
+        Check("overflow", f"{here}.overflow:overflow", "correct", 90),
+    ]
+    full = [
+        Check("sd15", f"{here}.speed:full_size", "sd15", 85, (sd15,)),
+        Check("sd15 switches", f"{here}.speed:switches", "sd15 switches", 40, (sd15,)),
+        Check("sdxl", f"{here}.speed:full_size", "sdxl", 95, (sdxl,)),
+        Check("sdxl switches", f"{here}.speed:switches", "sdxl switches", 40, (sdxl,)),
+        Check("sd15 compiled", f"{here}.speed:compiled", "compiled", 60, (sd15,)),
+    ]
+    return [*found, *side, *full]
+
+
+def trace(place: Place, name: str) -> dict[str, Any]:
+    """Replays a recorded run of the official code in fp32, TF32 off, to the CPU's tolerances."""
+    import torch
+
+    from spo.method.replay import replay_trace
+    from spo.preference.replay import replay_latent_reward
+
+    folder = TRACES / name
+    recorded = json.loads((folder / "meta.json").read_text())
+    replay = replay_trace if "rollouts" in recorded else replay_latent_reward
+    report = replay(folder, MODELS, torch.device(place.device))
+    parts = report.get("cases") or dict(enumerate(report["rollouts"]))
+    worst: dict[str, float] = {}
+    for part in parts.values():
+        for quantity, value in part.items():
+            worst[quantity] = max(worst.get(quantity, 0.0), value if value is not None else 1e9)
+    text = ", ".join(f"{quantity} {value:.0e}" for quantity, value in worst.items() if value)
+    return {"summary": text, "worst": worst, "failures": report["failures"]}
