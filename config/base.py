@@ -39,15 +39,14 @@ def get_config() -> ConfigDict:
     config.rank_timeout = 1800
 
     # ---- speed, without another result but for rounding (docs/performance.md) ---------------------
-    # The same bits at each run on GPUs of one kind, with slower kernels; CPUs always do that.
-    config.deterministic = False
     config.allow_tf32 = True  # GPUs round fp32 products, the scorer's above all, to 10 bits inside
+    config.deterministic = False  # the same bits every time on a GPU of one kind, but slower
     # Memory layout of UNet, decoder and latent reward model; tells if it is faster:
     # scripts/benchmark.py --compare=channels_last=true
     config.channels_last = False
     # torch.compile, at the first call: minutes that a long run gets back.
     config.compile = ConfigDict()
-    config.compile.unet = False  # merged, base and policy passes are compiled one by one
+    config.compile.unet = False  # its transformer and residual blocks
     config.compile.vae = False  # its decoder, or sample.decoder in its place
     config.compile.scorer = False  # its vision tower
 

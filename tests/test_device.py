@@ -1,7 +1,9 @@
 """What makes the same arithmetic faster leaves the numbers as they are."""
 
 import ctypes
+import os
 import platform
+import re
 from dataclasses import replace
 from functools import partialmethod
 
@@ -18,12 +20,18 @@ from helpers import (
 )
 from torch import nn
 
+from spo.costs import load, pair_agreement
 from spo.errors import UserError
+from spo.evaluation import rollout_picture
+from spo.method import start
+from spo.method.build import read_recipe
 from spo.models.device import SpeedSettings, set_up_device, speed_up
 from spo.models.lora import MergedLora
 from spo.scorers import ImageScorer, load_scorer
+from tests.small_runs import ROOT, small_config
 
-CPU = torch.device("cpu")
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 PLAIN = SpeedSettings(
     channels_last=False,
     compile_unet=False,
@@ -88,9 +96,59 @@ def test_a_scorer_that_cannot_be_compiled():
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another allocator")
 def test_freed_memory_is_kept():
     assert hasattr(ctypes.CDLL(None), "mallopt")
-    set_up_device(CPU, allow_tf32=True)
+    set_up_device(CPU)
     process = psutil.Process()
     held = torch.ones(50_000_000)  # 200 MB
     during = process.memory_info().rss
     del held
     assert during - process.memory_info().rss < 100e6
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_kernels_of_a_gpu(deterministic, monkeypatch):
+    products, convolutions = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = products.allow_tf32, convolutions.allow_tf32, convolutions.benchmark
+    monkeypatch.delenv(WORKSPACE, raising=False)
+    try:
+        for allow_tf32 in (True, False):
+            set_up_device(GPU, allow_tf32, deterministic)
+            assert products.allow_tf32 == convolutions.allow_tf32 == allow_tf32
+            assert convolutions.benchmark != deterministic
+            assert torch.are_deterministic_algorithms_enabled() == deterministic
+            assert os.environ.get(WORKSPACE) == (":4096:8" if deterministic else None)
+        monkeypatch.setenv(WORKSPACE, ":16:8")
+        set_up_device(GPU, True, deterministic)
+        assert os.environ[WORKSPACE] == ":16:8"
+    finally:
+        products.allow_tf32, convolutions.allow_tf32, convolutions.benchmark = before
+        torch.use_deterministic_algorithms(False)
+
+
+def take_device(name, recipe, config):
+    if name == "start":
+        start.train(config)
+    elif name == "load":
+        load.load_models(recipe, CPU)
+    elif name == "pair_agreement":
+        pair_agreement.compare_judges({"config": recipe}, 1)
+    else:
+        rollout_picture.draw_rollout(recipe, "a fox", "", seed=0)
+
+
+@pytest.mark.parametrize("module", [start, load, pair_agreement, rollout_picture])
+def test_a_device_is_set_up_as_the_config_says(module, tmp_path, monkeypatch):
+    def stop(*how):
+        raise LookupError(*how)
+
+    config = small_config(tmp_path / "run", allow_tf32=False, deterministic=True)
+    monkeypatch.setattr(module, "set_up_device", stop)
+    with pytest.raises(LookupError) as stopped:
+        take_device(module.__name__.rpartition(".")[2], read_recipe(config), config)
+    assert stopped.value.args == (CPU, False, True)
+
+
+def test_whoever_takes_a_device_sets_it_up():
+    texts = [path.read_text() for path in (ROOT / "spo").rglob("*.py")]
+    takes = re.compile(r"= pick_device\(\)|with Workers\(")
+    found = ["  set_up_device(" in text for text in texts if takes.search(text)]
+    assert len(found) >= 6 and all(found), found

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import unet_output
-from safetensors.torch import load_file
+from helpers import randn, unet_output
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.autograd import _unsafe_preserve_version_counter as unsafe_preserve_version_counter
 
@@ -16,7 +16,13 @@ from spo.costs.load import META, load_models
 from spo.errors import UserError
 from spo.method.build import read_recipe
 from spo.method.learner import Learner
-from spo.models.optimizers import check_optimizer, make_optimizer, moment_bytes
+from spo.models.optimizers import (
+    check_optimizer,
+    make_optimizer,
+    moment_bytes,
+    optimizer_tensors,
+    restore_optimizer,
+)
 from tests.small_runs import differences, run, small_config
 
 CPU = torch.device("cpu")
@@ -81,6 +87,48 @@ def library(request, monkeypatch):
 def put(monkeypatch, optimizer):
     module = SimpleNamespace(AdamW8bit=optimizer)
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", module)
+
+
+class OnGPU(nn.Parameter):
+    is_cuda = True
+
+
+def some_steps(optimizer, parameters, steps):
+    for step in steps:
+        for name, parameter in parameters.items():
+            parameter.grad = randn(*parameter.shape, seed=10 * step + len(name))
+        optimizer.step()
+
+
+@pytest.mark.parametrize("kind", [nn.Parameter, OnGPU])
+@pytest.mark.parametrize("kind_before", [nn.Parameter, OnGPU])
+def test_adamw_goes_on_fused_or_not(kind, kind_before, tmp_path):
+    """On a GPU it is fused, and goes on from the checkpoint of either."""
+
+    def make(of):
+        parameters = {"a": of(torch.ones(40, 8)), "bc": of(torch.ones(3))}
+        return make_optimizer("adamw", parameters.values(), lr=0.1), parameters
+
+    whole, expected = make(nn.Parameter)
+    some_steps(whole, expected, range(5))
+    before, parameters = make(kind_before)
+    some_steps(before, parameters, range(3))
+    save_file(optimizer_tensors(before, parameters), tmp_path / "optimizer.safetensors")
+    optimizer, resumed = make(kind)
+    assert bool(optimizer.defaults["fused"]) == (kind is OnGPU)
+    for name, parameter in resumed.items():
+        parameter.data.copy_(parameters[name].data)
+    restore_optimizer(optimizer, resumed, load_file(tmp_path / "optimizer.safetensors"))
+    some_steps(optimizer, resumed, range(3, 5))
+    for name, parameter in resumed.items():
+        assert optimizer.state[parameter]["step"] == 5
+        torch.testing.assert_close(parameter.data, expected[name].data, rtol=1e-5, atol=1e-6)
+    meta = {"a": nn.Parameter(torch.ones(40, 8, device="meta"))}
+    elsewhere = torch.optim.AdamW(meta.values())
+    elsewhere.defaults["fused"] = optimizer.defaults["fused"]
+    restore_optimizer(elsewhere, meta, {"step:a": torch.tensor(3.0)})
+    on = elsewhere.state[meta["a"]]["step"].device.type
+    assert on == ("meta" if kind is OnGPU else "cpu")
 
 
 def test_its_moments_take_the_bytes_that_are_counted(library):

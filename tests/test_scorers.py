@@ -222,6 +222,25 @@ def test_low_precision_comes_close(spm_scorer, dtype):
     assert not torch.equal(found, exact)
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("name", ["step_aware_clip", "pickscore"])
+def test_candidates_that_are_nearly_the_same_are_told_apart(name, dtype):
+    """What follows the projection loses nothing: best and worst are those of exact arithmetic."""
+    scorer, projected = load_scorer(scorer_source(name, dtype=dtype), CPU), []
+    for layer in (scorer.clip.text_projection, scorer.clip.visual_projection):
+        layer.register_forward_hook(lambda *seen: projected.append(seen[-1].double()))
+    text = scorer.encode_prompts(["a fox"])
+    drawn = randn(50, 1, 3, 16, 16, seed=0) + 0.003 * randn(50, 4, 3, 16, 16, seed=1)
+    found = torch.stack([scorer.score(images / 3, text, 301) for images in drawn])
+    features, *of_images = projected
+    cosines = F.cosine_similarity(torch.stack(of_images), features, dim=-1)
+    exact = scorer.clip.logit_scale.double().exp() * cosines
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-5)
+    for best in (torch.argmax, torch.argmin):
+        assert (best(found, dim=1) == best(exact, dim=1)).float().mean() > 0.95
+
+
 @pytest.mark.parametrize("scorer", ["step_aware_clip", "pickscore"])
 def test_prompts_have_the_tokenizers_own_length(tmp_path, monkeypatch, scorer):
     processor = tmp_path / "processor"

@@ -20,6 +20,7 @@ from spo.method.health import check_scores
 from spo.method.pairs import choose, differ_enough
 from spo.models.backbone import Backbone
 from spo.models.decoder import decode, load_decoder
+from spo.models.device import set_up_device
 from spo.models.gpu import pick_device
 from spo.models.loading import check_source
 from spo.run.tables import markdown_table
@@ -151,7 +152,9 @@ def compare_judges(named: Mapping[str, Recipe], rollouts: int) -> dict:
     if any(each.collect.rollout.looks_at == "images" for each in recipes):
         recipe = recipe.drawing_images()
     plan, prompts = plan_batches(recipe.config, 1), recipe.read_prompts().prompts
-    model = recipe.load_backbone(pick_device())
+    device = pick_device()
+    set_up_device(device, recipe.run.allow_tf32, recipe.run.deterministic)
+    model = recipe.load_backbone(device)
     if recipe.lora.init_from:
         build_lora(recipe, model.unet)
     judges, found = load_judges(model, recipes), defaultdict(list)

@@ -34,6 +34,7 @@ from spo.launch.workers import Workers
 from spo.lora_io.model_spec import ModelSpec, read_specs, use_loras
 from spo.method.health import check_images
 from spo.models.backbone import Backbone
+from spo.models.device import set_up_device
 from spo.models.loading import check_source, model_source
 from spo.models.plain_images import sample_images
 from spo.run.folder import CONFIG, TABLE, locked, run_folder, versions, writable
@@ -113,6 +114,7 @@ def evaluate(config: ConfigDict) -> None:
                 plan = plan_evaluation(config, workers.count)
                 held.enter_context(locked(plan.folder))
                 _open_folder(plan, json.loads(config.to_json()))
+        set_up_device(workers.device)
         Evaluation(workers.from_main(plan), config.to_dict(), workers).run()
 
 

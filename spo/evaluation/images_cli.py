@@ -19,6 +19,7 @@ from spo.errors import UserError
 from spo.hub import public_name
 from spo.lora_io.model_spec import ModelSpec, read_specs, split_spec, split_weight, use_loras
 from spo.models.backbone import DTYPES, SCHEDULERS, Backbone
+from spo.models.device import set_up_device
 from spo.models.families import FAMILIES
 from spo.models.gpu import pick_device
 from spo.models.loading import ModelSource, check_source, family_of
@@ -92,6 +93,7 @@ def draw_samples(
 ) -> Path:
     """Writes OUT/MODEL/NUMBER_seedSEED.png of every image, and the grid; returns the grid's path."""
     device = pick_device()
+    set_up_device(device)
     precision = settings.mixed_precision or ("fp16" if device.type == "cuda" else "no")
     jobs = list(product(prompts, settings.seeds))
     rows: list[list[Cell]] = [[] for _ in jobs]

@@ -11,6 +11,7 @@ from spo.lora_io.find import find_lora, read_lora
 from spo.method.build import Recipe
 from spo.method.collect import roll_out, score_candidates
 from spo.method.pairs import Chosen, PairSettings, choose, differ_enough
+from spo.models.device import set_up_device
 from spo.models.gpu import pick_device
 from spo.models.loading import check_source
 from spo.run.pictures import Cell, grid
@@ -31,6 +32,7 @@ def draw_rollout(recipe: Recipe, prompt: str, lora_spec: str, seed: int) -> Imag
     recipe = recipe.drawing_images()
     lora_path = find_lora(lora_spec, "--lora") if lora_spec else None
     device, collect = pick_device(), recipe.collect
+    set_up_device(device, recipe.run.allow_tf32, recipe.run.deterministic)
     model = recipe.load_backbone(device)
     if lora_path is not None:
         lora = recipe.lora.add_to(model.unet, seed=0)

@@ -37,9 +37,8 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=3600, help="limit of all checks together")
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="checks or groups")
     parser.add_argument("--run", help=argparse.SUPPRESS)  # one check, in this process
-    parser.add_argument("--deadline", type=float, default=float("inf"), help=argparse.SUPPRESS)
     options = parser.parse_args()
-    place = Place("cpu" if options.cpu else "cuda", options.out, options.cpu, options.deadline)
+    place = Place("cpu" if options.cpu else "cuda", options.out, options.cpu, options.run or "")
     if options.run:
         return run_here(options.run, place)
     checks = [c for c in all_checks() if not options.only or {c.name, c.group} & {*options.only}]
@@ -79,7 +78,7 @@ def run_check(check: Check, place: Place, ends: float) -> tuple[str, dict[str, A
             "--out",
             str(place.out),
         ]
-        command += [f"--deadline={began + limit}", *(["--cpu"] if place.small else [])]
+        command += ["--cpu"] if place.small else []
         file = place.file(check.name)
         log = file.with_suffix(".log")
         status = call(command, log, limit)
@@ -87,8 +86,8 @@ def run_check(check: Check, place: Place, ends: float) -> tuple[str, dict[str, A
             json.loads(file.read_text()) if file.is_file() else {"tail": log.read_text()[-2000:]}
         )
     seconds = time.time() - began
-    failures = figures.get("failures") or [figures.get("tail", "").strip().rpartition("\n")[2]]
-    text = figures.get("summary", "") if status == PASSED else "; ".join(failures)
+    text = "; ".join(figures.get("failures", [])) or figures.get("summary", "")
+    text = text or figures.get("tail", "").strip().rpartition("\n")[2]
     print(f"{check.name:22} {status:9} {seconds:5.0f} s  {text[:300]}", flush=True)
     return check.name, {"status": status, "seconds": seconds, **figures}
 

@@ -180,9 +180,9 @@ class Learner:
 
 @torch.no_grad()
 def update_ema(ema: Mapping[str, Tensor], policy: Mapping[str, Tensor], decay: float) -> None:
-    """Sets ema = decay ema + (1 - decay) policy, in place, tensor by tensor."""
-    for name, average in ema.items():
-        average.lerp_(policy[name], 1 - decay)
+    """Sets ema = decay ema + (1 - decay) policy, in place."""
+    # All at once: on a GPU a few kernels instead of one for each of SDXL's 1,120 tensors.
+    torch._foreach_lerp_(list(ema.values()), [policy[name] for name in ema], 1 - decay)
 
 
 @torch.no_grad()

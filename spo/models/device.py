@@ -5,6 +5,9 @@ import os
 from dataclasses import dataclass
 
 import torch
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.resnet import ResnetBlock2D
+from torch import nn
 
 from spo.models.backbone import Backbone
 from spo.scorers import Scorer
@@ -22,18 +25,18 @@ class SpeedSettings:
     compile_scorer: bool
 
 
-def set_up_device(device: torch.device, allow_tf32: bool, deterministic: bool = False) -> None:
-    """Sets up a GPU's arithmetic; on a CPU, keeps freed memory for the next activation.
+def set_up_device(
+    device: torch.device, allow_tf32: bool = True, deterministic: bool = False
+) -> None:
+    """Chooses a GPU's kernels: with or without TF32, the fastest or those that repeat their bits.
 
-    `deterministic` takes kernels that give the same bits each time; else cuDNN tries which of its
-    convolutions is the fastest for each shape, of which a run has few.
+    On a CPU, keeps freed memory for the next activation. Call it before any work on the device.
     """
     if device.type == "cuda":
         if deterministic:
-            # Read when cuBLAS starts.
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-            torch.utils.deterministic.fill_uninitialized_memory = False
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
         torch.use_deterministic_algorithms(deterministic)
+        # Times all kernels for a shape once, and may choose others in the next run.
         torch.backends.cudnn.benchmark = not deterministic
         torch.backends.cuda.matmul.allow_tf32 = allow_tf32
         torch.backends.cudnn.allow_tf32 = allow_tf32
@@ -56,8 +59,20 @@ def speed_up(backbone: Backbone, scorer: Scorer, settings: SpeedSettings) -> Non
         backbone.decoder.to(memory_format=torch.channels_last)
         scorer.channels_last()
     if settings.compile_unet:
-        backbone.unet.compile()
+        compile_blocks(backbone.unet)
     if settings.compile_vae:
-        backbone.decoder.decoder.compile()
+        backbone.decoder.decoder.compile(dynamic=False)
     if settings.compile_scorer:
         scorer.compile()
+
+
+def compile_blocks(unet: nn.Module) -> None:
+    """Compiles the blocks that a UNet repeats, for static shapes, instead of the whole of it.
+
+    Blocks of equal shapes share what is compiled, which takes a fraction of the time.
+    """
+    # A block's code is compiled for each of its shapes, with and without LoRA and gradients.
+    torch._dynamo.config.recompile_limit = 64
+    for module in unet.modules():
+        if isinstance(module, BasicTransformerBlock | ResnetBlock2D):
+            module.compile(dynamic=False)

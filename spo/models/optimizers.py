@@ -68,7 +68,8 @@ def make_optimizer(
     """
     parameters = list(parameters)
     if name == ADAMW or parameters[0].is_meta:
-        return torch.optim.AdamW(parameters, **options)
+        # On a GPU one kernel for all parameters; elsewhere torch's default.
+        return torch.optim.AdamW(parameters, fused=parameters[0].is_cuda or None, **options)
     try:
         from bitsandbytes.optim import AdamW8bit
     except ImportError as error:
@@ -138,6 +139,8 @@ def restore_optimizer(
         if kind == "step" and not tensor.is_floating_point():
             value = tensor.item()  # bitsandbytes counts its steps in Python
         else:
-            # AdamW keeps `step` on the CPU. Copied: kernels may round differently on mapped files.
-            value = tensor.to("cpu" if kind == "step" else parameter.device, copy=True)
+            # AdamW keeps `step` on the CPU unless it is fused.
+            on_cpu = kind == "step" and not optimizer.defaults["fused"]
+            # Copied: kernels may round differently on mapped files.
+            value = tensor.to("cpu" if on_cpu else parameter.device, copy=True)
         optimizer.state[parameter][kind] = value

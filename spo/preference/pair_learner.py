@@ -126,9 +126,8 @@ class SPMPairScorer(PairScorer):
         """Returns fp32 scores (n, 2) of normalised pixels (n, 2, 3, S, S)."""
         spm = self.model
         image = spm.image_features(pixels.flatten(0, 1), timesteps.repeat_interleave(2))
-        text = text_features(spm.model, input_ids).float()
-        # In fp32, whatever the precision of the features.
-        cosines = (image.float().unflatten(0, (-1, 2)) * text[:, None]).sum(dim=-1)
+        text = text_features(spm.model, input_ids)
+        cosines = (image.unflatten(0, (-1, 2)) * text[:, None]).sum(dim=-1)
         return spm.model.logit_scale.exp() * cosines
 
     def export(self, run_dir: Path) -> None:

@@ -18,6 +18,7 @@ from spo.launch.workers import Workers
 from spo.method.health import check_skipped
 from spo.method.metrics import peak_memory_gib
 from spo.models.backbone import DTYPES
+from spo.models.device import set_up_device
 from spo.models.gpu import TRAINING_KEYS, memory_hint
 from spo.preference import pair_metrics
 from spo.preference.batches import DAMAGED_IMAGE, PairBatch, decoded
@@ -71,6 +72,7 @@ class PreferenceTrainer:
         described = [found.description for found in rows.values() if found is not None]
         self.session.say("\n".join([*checked.train.unavailable, *described]))
         self.session.say(plan.describe())
+        set_up_device(workers.device)
         with workers.together():
             self.rows = open_split(recipe.data, recipe.data.train_split)
             if checked.validation is not None:

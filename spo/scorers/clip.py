@@ -114,8 +114,8 @@ def loading(model: str, key: str) -> Iterator[None]:
 
 
 def text_features(clip: CLIPModel, input_ids: Tensor) -> Tensor:
-    """Returns unit-norm text features (n, D); the end-of-text token hides the padding behind it."""
-    features = clip.text_projection(clip.text_model(input_ids=input_ids).pooler_output)
+    """Returns unit-norm fp32 text features (n, D); the end-of-text token hides the padding after it."""
+    features = clip.text_projection(clip.text_model(input_ids=input_ids).pooler_output).float()
     return features / features.norm(dim=-1, keepdim=True)
 
 

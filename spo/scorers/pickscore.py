@@ -48,8 +48,9 @@ class PickScore(CLIPScorer):
     def _score_pixels(self, pixels: Tensor, prompt_features: Tensor) -> Tensor:
         projection = self.clip.visual_projection
         pooled = self.clip.vision_model(pixels.to(projection.weight.dtype)).pooler_output
-        cosine = F.cosine_similarity(projection(pooled), prompt_features, dim=-1)
-        return (self.clip.logit_scale.exp() * cosine).float()
+        # In fp32: 16 bits are too few for the small differences between candidates.
+        cosine = F.cosine_similarity(projection(pooled).float(), prompt_features, dim=-1)
+        return self.clip.logit_scale.float().exp() * cosine
 
 
 def load_pickscore(

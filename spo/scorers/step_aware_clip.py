@@ -66,7 +66,7 @@ class StepAwareCLIP(nn.Module):
         self.model.t_embedder = TimestepEmbedder(width)
 
     def image_features(self, pixels: Tensor, timesteps: Tensor) -> Tensor:
-        """Returns unit-norm features (n, D) of normalised pixels (n, 3, S, S) at timesteps (n,)."""
+        """Returns unit fp32 features (n, D) of normalised pixels (n, 3, S, S) and timesteps (n,)."""
         embedding = self.model.t_embedder(timesteps)
         vision = self.model.vision_model
         hidden = vision.pre_layrnorm(vision.embeddings(pixels))
@@ -74,13 +74,13 @@ class StepAwareCLIP(nn.Module):
             hidden = layer(hidden, embedding)
         shift, scale = vision.adaLN_modulation(embedding).chunk(2, dim=-1)
         pooled = _modulate(vision.post_layernorm(hidden[:, 0]), shift, scale)
-        features = self.model.visual_projection(pooled)
+        features = self.model.visual_projection(pooled).float()
         return features / features.norm(dim=-1, keepdim=True)
 
     def score(self, pixels: Tensor, timesteps: Tensor, text: Tensor) -> Tensor:
-        """Returns exp(logit_scale) cos(image, text), (n,), for unit-norm text features (n, D)."""
+        """Returns exp(logit_scale) cos(image, text), (n,) fp32, for unit-norm text features (n, D)."""
         cosine = (self.image_features(pixels, timesteps) * text).sum(dim=-1)
-        return self.model.logit_scale.exp() * cosine
+        return self.model.logit_scale.float().exp() * cosine
 
 
 def fresh_step_aware_clip(clip: CLIPModel, seed: int) -> StepAwareCLIP:
@@ -140,7 +140,7 @@ class StepAwareScorer(CLIPScorer):
     def score(self, images: Tensor, prompt_features: Tensor, timestep: int) -> Tensor:
         pixels = self.inputs.prepare(images).to(self.clip.visual_projection.weight.dtype)
         timesteps = torch.full((len(images),), timestep, device=images.device)
-        return self.spm.score(pixels, timesteps, prompt_features).float()
+        return self.spm.score(pixels, timesteps, prompt_features)
 
 
 def load_step_aware_scorer(
