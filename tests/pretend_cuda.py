@@ -154,7 +154,7 @@ class _Operations(TorchDispatchMode):
         changed = tensors[0] if name.endswith("_") else None
         for tensor in tensors:
             # A number on the CPU is handed to the kernel, but by these.
-            is_strict = tensor is changed or name in ("cat", "stack")
+            is_strict = tensor is changed or name.startswith(("cat", "stack", "_fused"))
             if not is_marked(tensor) and (tensor.dim() or is_strict):
                 found = ", ".join(f"{'cuda' if is_marked(t) else 'cpu'} {t.shape}" for t in tensors)
                 raise DeviceMismatch(f"{func}: expected all tensors on one device, found {found}")

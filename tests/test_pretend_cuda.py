@@ -83,14 +83,16 @@ def train_lora(device, kind, family, precision, loaded=lambda: None):
     found["scores"] = torch.cat([comparison.scores for comparison in first.comparisons])
     found["losses"] = torch.stack([step.output.loss for step in steps])
     found["latents"] = collect().pairs.latents
-    for weights in (lora.parameters, learner.ema or {}):
-        found |= {f"{name} {len(found)}": tensor for name, tensor in weights.items()}
+    found |= {**lora.parameters, **{f"ema {k}": v for k, v in (learner.ema or {}).items()}}
     return {name: value.detach().cpu() for name, value in found.items()}
 
 
 @pytest.fixture(autouse=True)
 def surroundings(monkeypatch):
     monkeypatch.chdir(ROOT)
+    # Fused as on a GPU, so that the CPU rounds alike.
+    adamw = torch.optim.AdamW
+    monkeypatch.setattr(torch.optim, "AdamW", lambda *a, **k: adamw(*a, **k | {"fused": True}))
     clip._per_channel.cache_clear()
 
 
@@ -100,16 +102,15 @@ def surroundings(monkeypatch):
 def test_rollouts_and_updates_with_no_wait_that_is_not_needed(kind, family, precision):
     with pretend_cuda() as gpu:
         found = train_lora(CUDA, kind, family, precision, gpu.waits.clear)
-    # In each of two rollouts which pairs are kept; for prompts and for none the tokens, SD1.5's of the
-    # empty prompt, SDXL's of the second encoder, and SDXL's image sizes.
+    # Which pairs are kept; tokens, of SD1.5's empty prompt too, of SDXL's both encoders; its sizes.
     expected = {"method/collect": 2, "models/backbone": 4 * (2 if family == "sd15" else 3)}
     if kind == "spm":
         expected |= {"scorers/pickscore": 2, "scorers/clip": 2}  # tokens; mean and deviation, once
     else:
         expected["scorers/latent_reward_scorer"] = 2 if family == "sd15" else 4  # tokens
         expected["method/ddim"] = 1  # the table of transitions of SPO's loss, once
-    if precision == "fp16":  # GradScaler asks for overflows once, and twice for its scale
-        expected["models/optimizers"] = 3
+    if precision == "fp16":  # GradScaler's scale, before and after the update
+        expected["models/optimizers"] = 2
     expected[""] = by_module(gpu.waits)[""]  # what this file reads at the end
     assert by_module(gpu.waits) == expected, f"waits: {gpu.waits}"
     check(found, train_lora, kind, family, precision)
@@ -165,7 +166,6 @@ def train_preference_model(device, kind, family, precision):
     learner = PreferenceLearner(
         scorer, scorer, recipe.train, device, getattr(torch, WEIGHTS[precision])
     )
-    # With the scale to which overflows would bring it.
     learner.scaler = torch.amp.GradScaler(device.type, 64.0, enabled=precision == "fp16")
     batch = decode_batch(RawBatch([make_row(i) for i in range(4)], range(4)), 16)
     losses, scores = learner.backward(preparation.training_pairs(batch, 4.0), last=True)
@@ -242,7 +242,6 @@ def test_what_cuda_refuses_and_where_it_waits():
         a, b, seed = torch.ones(2, 3, device="cuda"), torch.ones(2, 3), torch.Generator()
         assert a.device == CUDA and a.is_cuda and not a.is_cpu and b.device == CPU
         assert (b.to(a.device) + a).sum().item() == 12 and (a * torch.tensor(2.0)).is_cuda
-        pytest.raises(DeviceMismatch, torch.add, a, b)
         pytest.raises(DeviceMismatch, b.add_, a)
         pytest.raises(DeviceMismatch, torch.cat, [a, b])
         pytest.raises(DeviceMismatch, lambda: b[a.long()])
