@@ -46,7 +46,7 @@ def get_config() -> ConfigDict:
     config.channels_last = False
     # torch.compile, at the first call: minutes that a long run gets back.
     config.compile = ConfigDict()
-    config.compile.unet = False  # its transformer and residual blocks
+    config.compile.unet = False  # merged, base and policy passes are compiled one by one
     config.compile.vae = False  # its decoder, or sample.decoder in its place
     config.compile.scorer = False  # its vision tower
 

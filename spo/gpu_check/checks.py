@@ -49,20 +49,23 @@ class Check:
 def all_checks() -> list[Check]:
     """Returns the checks in their order."""
     here = "spo.gpu_check"
+    sd15, sdxl = "config/sd15.py", "config/sdxl.py"
     recorded = sorted(path.parent.name for path in TRACES.glob("*/meta.json"))
     return [
         Check("card", f"{here}.card:card", "card", 60),
         *(Check(f"trace {n}", f"{here}.checks:trace", "correct", 120, (n,)) for n in recorded),
-        Check("tiny fp16", f"{here}.runs:tiny_world", "correct", 150, ("fp16",)),
-        Check("tiny bf16", f"{here}.runs:tiny_world", "correct", 150, ("bf16",)),
+        Check("tiny fp16", f"{here}.runs:tiny_world", "correct", 240, ("fp16",)),
+        Check("tiny bf16", f"{here}.runs:tiny_world", "correct", 240, ("bf16",)),
         Check("resume", f"{here}.runs:killed_and_resumed", "correct", 150),
         Check("repeat", f"{here}.runs:repeated", "correct", 150, ("false",)),
         Check("repeat deterministic", f"{here}.runs:repeated", "correct", 150, ("true",)),
         Check("nccl", f"{here}.runs:world_of_one", "correct", 120),
         Check("sdxl spo", f"{here}.runs:small_sdxl", "correct", 120),
         Check("overflow", f"{here}.overflow:overflow", "correct", 90),
-        Check("sd15", f"{here}.speed:full_size", "full size", 300, ("config/sd15.py",)),
-        Check("sdxl", f"{here}.speed:full_size", "full size", 300, ("config/sdxl.py",)),
+        Check("sd15", f"{here}.speed:full_size", "sd15", 120, (sd15,)),
+        Check("sdxl", f"{here}.speed:full_size", "sdxl", 180, (sdxl,)),
+        Check("sd15 compiled", f"{here}.speed:compiled", "sd15 compiled", 300, (sd15,)),
+        Check("sdxl compiled", f"{here}.speed:compiled", "sdxl compiled", 400, (sdxl,)),
     ]
 
 

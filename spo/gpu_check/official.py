@@ -7,7 +7,7 @@ code
   reference (the base model without LoRA);
 - the LoRA runs beside the weights under autocast, also without gradients, and peft casts its input;
 - the preference model encodes the text of every image that it scores;
-- the final images are decoded and scored twice;
+- the VAE decodes as diffusers has it, the final images twice, and they are scored twice;
 - the EMA averages all weights of the UNet, frozen ones included, tensor by tensor, each time that
   `accumulation_steps` minibatches of a rollout are done;
 - a minibatch passes through the reference, then the EMA, then the policy, all with guidance.
@@ -63,6 +63,7 @@ class OfficialLearner(Learner):
             replace(learner.settings, merge=False),
         )
         self.scaler = learner.scaler
+        self.backbone.vae.decoder.mid_block._forward_hooks.clear()  # our keep_contiguous
         for layer in self.lora.layers.values():
             layer.cast_input_dtype_enabled = True  # peft's default
         self.ema_unet = deepcopy(self.unet).requires_grad_(False)

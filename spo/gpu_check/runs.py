@@ -69,7 +69,7 @@ def call(arguments: list[str], **environment: str) -> str:
 
 
 def tiny_world(place: Place, precision: str) -> dict[str, Any]:
-    """Trains config/tiny.py, half as long as launch_tiny.sh does, and compares it with the base model."""
+    """Trains config/tiny.py, on half of its prompts, and compares the result with the base model."""
     name, began = f"tiny_{precision}", time.time()
     few = {"prompts.num": 16 if place.small else 64, "eval.num_images": 2}
     call(command(place, name, "config/tiny.py", mixed_precision=precision, **few))

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import gc
 import json
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, replace
+from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -21,14 +20,12 @@ from spo.costs.benchmark import ITERATION, run_iteration
 from spo.costs.count import count_costs
 from spo.costs.load import META, Models, load_models
 from spo.costs.meter import DECODING, DENOISING, ROLLOUT, SCORING, TRAINING, Meter, flop_counter
-from spo.costs.unloaded_scorers import local_folder, unloaded_scorer
 from spo.errors import first_line
 from spo.gpu_check.card import median_seconds
 from spo.gpu_check.checks import Place
 from spo.gpu_check.official import official_arithmetic
 from spo.gpu_check.profiling import profile
-from spo.method.build import Recipe, read_recipe
-from spo.models.device import speed_up
+from spo.method.build import read_recipe
 from spo.types import Conditioning, PreferencePairs
 
 # A rollout of the config's prompts and candidates that is shorter: 4 of its 16 comparisons.
@@ -37,162 +34,111 @@ SMALL = (
     "sample.num_steps=4,sample.branch_from=1,sample.batch_size=2,sample.global_batch_size=None,"
     "train.batch_size=4,train.global_batch_size=None"
 )
-FAST = "sample.decoder={},train.ema_prediction=rollout,preference.dtype=float16"
 TAESD, SMALL_DECODER = "madebyollin/taesd", "assets/architectures/small/decoder"
-EXACT, COMPILED, FASTEST, OFFICIAL = "exact", "exact, compiled", "fast, compiled", "official"
+FAST = "sample.decoder={},train.ema_prediction=rollout,preference.dtype=float16"
+COMPILE = "compile.unet=true,compile.vae=true"
+EXACT, FASTER, OFFICIAL, COMPILED = "exact", "fast", "official", "exact, compiled"
 FIRST, MINIBATCH = "denoising, before branching", "minibatch"
 
 
-def recipe_of(place: Place, path: str, *changes: str) -> Recipe:
-    """Returns the recipe of a config with a short rollout, or of config/small.py in its place."""
-    changes = ("tracker.name=none", SMALL if place.small else SHORT, *changes)
-    return read_recipe(
-        changed(load_config("config/small.py" if place.small else path), ",".join(changes))
-    )
-
-
 def full_size(place: Place, path: str) -> dict[str, Any]:
-    """Measures exact mode, eager and compiled, fast mode, and the official arithmetic.
-
-    A failure of one leaves the others. Loading and compiling leave the GPU to other checks, measuring
-    does not.
-    """
+    """Measures exact mode, the official arithmetic and fast mode; one's failure leaves the others."""
     bench = Bench(place, path)
-    bench.attempt("loading", bench.load)
-    bench.attempt("compilation", bench.compile)
-    bench.attempt(EXACT, bench.measure_eager)
-    bench.attempt(COMPILED, bench.measure)
-    bench.attempt("loading for fast mode", bench.make_fast)
-    bench.attempt(FASTEST, bench.measure)
-    bench.attempt("loading for the official arithmetic", bench.make_official)
-    bench.attempt(OFFICIAL, bench.measure)
+    bench.attempt(EXACT, bench.measure)
+    bench.attempt(OFFICIAL, lambda: bench.measure(change=official_arithmetic))
+    decoder = SMALL_DECODER if place.small else TAESD
+    bench.attempt(FASTER, lambda: bench.measure(FAST.format(decoder)))
+    bench.attempt("profile", bench.profile)
     bench.attempt("costs", bench.count_costs)
     return bench.found
 
 
+def compiled(place: Place, path: str) -> dict[str, Any]:
+    """Measures exact mode compiled; on a CPU the decoder alone, as the UNet takes minutes."""
+    bench = Bench(place, path)
+    bench.attempt(COMPILED, lambda: bench.measure("compile.vae=true" if place.small else COMPILE))
+    return bench.found
+
+
 class Bench:
-    """The models of a config at full size, and what has been found of them so far."""
+    """The iteration of a config at full size, and what has been found of it so far."""
 
     def __init__(self, place: Place, path: str) -> None:
         self.place, self.path, self.device = place, path, torch.device(place.device)
-        self.recipe = recipe_of(place, path)
         self.variants: dict[str, Any] = {}
         self.found: dict[str, Any] = {"variants": self.variants, "failures": []}
 
-    def attempt(self, name: str, work: Callable[[], Any]) -> None:
-        """Does some work and notes its result, if it has one, or its failure; on disk at once."""
+    def attempt(self, name: str, work: Callable[[], dict[str, Any]]) -> None:
+        """Does some work and notes its result or its failure, on disk at once."""
         began = time.time()
+        to = self.found if name in ("profile", "costs") else self.variants
         try:
-            result = work()
+            to[name] = work()
         except Exception as error:  # whatever a kernel or a compiler raises
             self.found["failures"].append(f"{name}: {type(error).__name__}: {first_line(error)}")
             traceback.print_exc()
-            result = None
-        if name in (EXACT, COMPILED, FASTEST, OFFICIAL) and result is not None:
-            self.variants[name] = result
-        elif result is not None:
-            self.found[name] = result
         seconds = {n: v["seconds"][ITERATION] for n, v in self.variants.items()}
         self.found["summary"] = ", ".join(f"{n} {value:.2f} s" for n, value in seconds.items())
         self.place.file(self.place.name).write_text(json.dumps(self.found, indent=1))
-        print(f"{name}: {time.time() - began:.1f} s", json.dumps(result)[:2000], flush=True)
-
-    def load(self) -> None:
-        self.models = load_models(self.recipe, self.device, random=True)
-
-    def compile(self) -> dict[str, float]:
-        """Returns the seconds of the first calls; on a CPU compilation of a UNet takes minutes."""
-        if not self.place.small:
-            settings = replace(self.recipe.speed, compile_unet=True, compile_vae=True)
-            speed_up(self.models.backbone, self.models.scorer, settings)
-        return first_calls(self.models)
-
-    def measure_eager(self) -> dict[str, Any]:
-        with alone(self.place), torch.compiler.set_stance("force_eager"):
-            measured = measure(self.models, self.place, None)
-            self.flops = measured["flops_of_calls"]
-            self.found["profile"] = profile(calls_of(self.models), self.device)
-            if self.models.plan.minibatch_size == 1:
-                two = replace(self.models, plan=replace(self.models.plan, minibatch_size=2))
-                call = calls_of(two)[MINIBATCH]
-                self.found["seconds_of_two_pairs"] = median_seconds(call, self.device, 2, 1)
-        return measured
-
-    def measure(self) -> dict[str, Any]:
-        """Measures the models, whose calls take the FLOPs of `self.flops`."""
-        with alone(self.place):
-            return measure(self.models, self.place, self.flops)
-
-    def make_fast(self) -> None:
-        """Turns the models into those of fast mode: the UNet stays, as it was compiled."""
-        decoder = SMALL_DECODER if self.place.small else TAESD
-        recipe = recipe_of(self.place, self.path, FAST.format(decoder))
-        backbone, learner = self.models.backbone, self.models.learner
-        folder = local_folder(recipe.model.decoder, "taesd", "sample.decoder")
-        backbone.decoder = backbone._load_decoder(folder).to(self.device)
-        if not self.place.small:
-            backbone.decoder.decoder.compile(dynamic=False)
-        self.flops = {k: v for k, v in self.flops.items() if k not in (DECODING, MINIBATCH)}
-        learner.settings = replace(learner.settings, ema_prediction="rollout")
-        own = self.models.recipe.collect
-        collect = replace(own, pairs=replace(own.pairs, keep_predictions=True))
-        self.models = replace(
-            self.models,
-            scorer=unloaded_scorer(recipe.scorer, self.device, recipe.run.family),
-            recipe=replace(self.models.recipe, collect=collect),
-        )
-        first_calls(self.models)
-
-    def make_official(self) -> None:
-        del self.models
-        torch.compiler.reset()  # holds memory, too
+        print(f"{name}: {time.time() - began:.1f} s", json.dumps(to.get(name))[:2000], flush=True)
         gc.collect()
         torch.cuda.empty_cache()
-        self.flops = self.variants[EXACT]["flops_of_calls"]
-        self.models = official_arithmetic(load_models(self.recipe, self.device, random=True))
+
+    def models(self, change: str = "") -> Models:
+        """Returns the models of the config with a short rollout, or of config/small.py in its place."""
+        changes = [
+            "tracker.name=none",
+            SMALL if self.place.small else SHORT,
+            *filter(None, [change]),
+        ]
+        config = load_config("config/small.py" if self.place.small else self.path)
+        return load_models(
+            read_recipe(changed(config, ",".join(changes))), self.device, random=True
+        )
+
+    def measure(
+        self, settings: str = "", change: Callable[[Models], Models] = lambda models: models
+    ) -> dict[str, Any]:
+        began = time.time()
+        models = change(self.models(settings))
+        loading = {"seconds_of_loading": time.time() - began}
+        return loading | measure(models, self.place, count="compile" not in settings)
+
+    def profile(self) -> dict[str, Any]:
+        return profile(calls_of(self.models()), self.device)
 
     def count_costs(self) -> dict[str, Any]:
-        return asdict(count_costs(load_models(self.recipe, META), [TRAINING]))
+        """Counts on shapes; the memory of the largest part is what the launcher foretells."""
+        self.device = META
+        models = self.models()
+        costs = count_costs(models, [TRAINING])
+        settings, prompts = models.recipe.collect, models.plan.slice_size
+        images = min(prompts * settings.rollout.num_candidates, decoded_at_once(self))
+        sizes = {DENOISING: prompts, DECODING: images, TRAINING: models.plan.minibatch_size}
+        needed = max(costs.bytes_of(part, size) for part, size in sizes.items())
+        return asdict(costs) | {"estimated_gib": needed / 2**30}
 
 
-@contextlib.contextmanager
-def alone(place: Place) -> Iterator[None]:
-    """Within the context no other check measures; frees the memory that is not in use."""
-    with (place.out / "measuring.lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-        gc.collect()
-        torch.cuda.empty_cache()
-
-
-def first_calls(models: Models) -> dict[str, float]:
-    """Returns the seconds of each first call, which compile what is to be compiled."""
-    seconds = {}
-    for name, call in calls_of(models).items():
-        began = time.perf_counter()
-        call()
-        seconds[name] = time.perf_counter() - began
-        print("first", name, seconds[name], flush=True)
-    torch.cuda.empty_cache()
-    return seconds
-
-
-def measure(models: Models, place: Place, flops: Mapping[str, int] | None) -> dict[str, Any]:
+def measure(models: Models, place: Place, count: bool) -> dict[str, Any]:
     """Returns seconds and rates of the calls and of one iteration, and its peak memory.
 
-    `flops` are those of the calls, None to count them here, which compiled code does not allow.
+    `count` counts the calls' FLOPs, which compiled code does not allow.
     """
-    device, calls = torch.device(place.device), calls_of(models)
-    counted, seconds = {}, {}
-    for name, call in calls.items():
-        with flop_counter() if flops is None else contextlib.nullcontext() as counter:
+    device, calls = torch.device(place.device), {}
+    card = place.file("card")
+    peak = json.loads(card.read_text())["tflops_16_bit"] if card.is_file() else float("nan")
+    for name, call in calls_of(models).items():
+        began = time.perf_counter()
+        with flop_counter() if count else contextlib.nullcontext() as counter:
             call()
-        counted[name] = flops.get(name) if counter is None else counter.get_total_flops()
-        seconds[name] = median_seconds(call, device, repeats=1 if place.small else 3, warm_up=1)
-    found: dict[str, Any] = {"flops_of_calls": counted}
-    found["calls"] = {name: {"seconds": each} for name, each in seconds.items()}
-    for name in filter(counted.get, counted):
-        found["calls"][name]["tflops"] = counted[name] / seconds[name] / 1e12
+        calls[name] = {"seconds_of_first": time.perf_counter() - began}
+        seconds = median_seconds(call, device, repeats=1 if place.small else 3, warm_up=1)
+        calls[name]["seconds"] = seconds
+        if counter is not None:
+            calls[name]["tflops"] = counter.get_total_flops() / seconds / 1e12
+            calls[name]["share_of_peak"] = calls[name]["tflops"] / peak
+        print(name, calls[name], flush=True)
+    found: dict[str, Any] = {"calls": calls}
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     meter = Meter(device)
