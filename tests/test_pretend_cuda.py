@@ -90,8 +90,7 @@ def train_lora(device, kind, family, precision, loaded=lambda: None):
 @pytest.fixture(autouse=True)
 def surroundings(monkeypatch):
     monkeypatch.chdir(ROOT)
-    # Fused as on a GPU, so that the CPU rounds alike.
-    adamw = torch.optim.AdamW
+    adamw = torch.optim.AdamW  # fused as on a GPU, so that the CPU rounds alike
     monkeypatch.setattr(torch.optim, "AdamW", lambda *a, **k: adamw(*a, **k | {"fused": True}))
     clip._per_channel.cache_clear()
 
@@ -120,8 +119,9 @@ def test_rollouts_and_updates_with_no_wait_that_is_not_needed(kind, family, prec
 
 @pytest.mark.parametrize("family", ["sd15", pytest.param("sdxl", marks=slow)])
 def test_a_run_stopped_and_resumed_leaves_what_one_on_the_cpu_leaves(tmp_path, monkeypatch, family):
-    own = OF_SDXL if family == "sdxl" else {}
-    changes = own | {"prompts.num": 2, "num_epochs": 1, "eval.num_images": 1}
+    changes = {"prompts.num": 2, "num_epochs": 1, "eval.num_images": 1}
+    changes |= OF_SDXL if family == "sdxl" else {}
+    changes["train.gradient_accumulation_steps"] = 2  # stopped between two updates
     whole = run(tmp_path / "cpu" / "run", **changes)
     monkeypatch.setattr(small_runs, "minibatches", 0)
     monkeypatch.setenv("SIGNAL", "15")
