@@ -86,15 +86,12 @@ class Bench:
 
     def models(self, change: str = "") -> Models:
         """Returns the models of the config with a short rollout, or of config/small.py in its place."""
-        changes = [
-            "tracker.name=none",
-            SMALL if self.place.small else SHORT,
-            *filter(None, [change]),
-        ]
-        config = load_config("config/small.py" if self.place.small else self.path)
-        return load_models(
-            read_recipe(changed(config, ",".join(changes))), self.device, random=True
+        path, size = ("config/small.py", SMALL) if self.place.small else (self.path, SHORT)
+        config = changed(
+            load_config(path), ",".join(("tracker.name=none", size, change)).rstrip(",")
         )
+        self.recipe = read_recipe(config)  # of the last models
+        return load_models(self.recipe, self.device, random=True)
 
     def measure(
         self, settings: str = "", change: Callable[[Models], Models] = lambda models: models
@@ -113,7 +110,9 @@ class Bench:
         models = self.models()
         costs = count_costs(models, [TRAINING])
         settings, prompts = models.recipe.collect, models.plan.slice_size
-        images = min(prompts * settings.rollout.num_candidates, decoded_at_once(self))
+        images = min(
+            prompts * settings.rollout.num_candidates, self.recipe.collect.decode_batch_size
+        )
         sizes = {DENOISING: prompts, DECODING: images, TRAINING: models.plan.minibatch_size}
         needed = max(costs.bytes_of(part, size) for part, size in sizes.items())
         return asdict(costs) | {"estimated_gib": needed / 2**30}
