@@ -25,6 +25,7 @@ from spo.gpu_check.checks import Check, Place, all_checks
 from spo.run.tables import markdown_table
 
 PASSED, FAILED, TIMED_OUT, LEFT_OUT = "passed", "failed", "timed out", "left out"
+COMMAND = (sys.executable, "-m", "spo.gpu_check")
 LEAST = 15  # seconds without which no check begins
 
 
@@ -69,25 +70,20 @@ def run_check(check: Check, place: Place, ends: float) -> tuple[str, dict[str, A
     if limit < LEAST:
         status, figures = LEFT_OUT, {}
     else:
-        command = [
-            sys.executable,
-            "-m",
-            "spo.gpu_check",
-            "--run",
-            check.name,
-            "--out",
-            str(place.out),
-        ]
+        command = [*COMMAND, "--run", check.name, "--out", str(place.out)]
         command += ["--cpu"] if place.small else []
         file = place.file(check.name)
+        file.unlink(missing_ok=True)
         log = file.with_suffix(".log")
         status = call(command, log, limit)
         figures = (
-            json.loads(file.read_text()) if file.is_file() else {"tail": log.read_text()[-2000:]}
-        )
+            json.loads(file.read_text()) if file.is_file() else {}
+        )  # so far, if it did not end
+        if status != PASSED and not figures.get("failures"):
+            figures["tail"] = log.read_text().strip()[-2000:]
     seconds = time.time() - began
-    text = "; ".join(figures.get("failures", [])) or figures.get("summary", "")
-    text = text or figures.get("tail", "").strip().rpartition("\n")[2]
+    failures = [*figures.get("failures", []), figures.get("tail", "").rpartition("\n")[2]]
+    text = "; ".join(filter(None, [*failures, figures.get("summary")]))
     print(f"{check.name:22} {status:9} {seconds:5.0f} s  {text[:300]}", flush=True)
     return check.name, {"status": status, "seconds": seconds, **figures}
 
