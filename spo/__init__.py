@@ -19,6 +19,7 @@ To understand or change the method read types.py, then method/ in the order of i
     evaluation/       models -> images -> scores -> who wins -> report
     preference/       the training of the preference models
     costs/            seconds, FLOPs and memory of a run, measured or counted
+    gpu_check/        what a machine with a GPU is asked in one command
     tiny_world/       a base model, a preference model and pairs small enough for a CPU
 
     errors.py  seeding.py  plugins.py ("module:name")  hub.py  atomic.py (whole files or none)
