@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Checks and measures this project on a machine with one GPU: traces of the official code, tiny runs,
 # full-size iterations with random weights. Needs no network; a line for each check, then a table.
-#   bash scripts/check_gpu.sh [--out DIR] [--seconds N] [--only NAME ...]     about 7 minutes of an H100
+#   bash scripts/check_gpu.sh [--out DIR] [--seconds N] [--only NAME ...]     compilation comes last
 #   bash scripts/check_gpu.sh --cpu        every check at tiny size on a CPU, to find their own faults
 #   bash scripts/check_gpu.sh --pack [PYTHON_VERSION]     before, where there is a network: wheels of
 #       what a machine with PyTorch, transformers, accelerate and peft lacks, into .wheels

@@ -3,9 +3,9 @@
     python scripts/measure_memory.py
 
 Runs the same forward passes twice, each in a process of its own: with the base pipeline only, and with
-all three in use after an optimizer step. Exits with status 1 if peak resident memory grows by 0.2 of
-the UNet's bytes or more, not counting LoRAs, optimizer and the weights that the EMA is merged into. The
-UNet has random weights and the shape of SD1.5's, at 0.4 of its width.
+all three in use after an optimizer step. Exits with status 1 if peak memory (a GPU's, on a CPU the
+process's) grows by 0.2 of the UNet's bytes or more, not counting LoRAs, optimizer and the weights that
+the EMA is merged into. The UNet has random weights and the shape of SD1.5's, at 0.4 of its width.
 """
 
 import json
@@ -20,13 +20,15 @@ import torch
 
 from spo.command_line.config_files import load_config
 from spo.costs.count import tensor_bytes
-from spo.costs.load import ARCHITECTURES, UnloadedBackbone
+from spo.costs.load import UnloadedBackbone
+from spo.costs.unloaded_scorers import ARCHITECTURES
 from spo.method.build import build_learner, read_recipe
 from spo.method.metrics import peak_memory_gib
+from spo.models.gpu import pick_device
 from spo.models.loading import ModelSource
 from spo.types import PreferencePairs
 
-LIMIT, CPU = 0.2, torch.device("cpu")
+LIMIT = 0.2
 
 
 def main() -> int:
@@ -49,10 +51,11 @@ def main() -> int:
 
 def measure(model: Path, networks: bool) -> dict[str, float]:
     """Returns GiB after three forward passes: of the base model, or of policy, EMA and reference."""
-    backbone = UnloadedBackbone(ModelSource(str(model)), "sd15", "no", CPU)
+    device = pick_device()
+    backbone = UnloadedBackbone(ModelSource(str(model)), "sd15", "no", device)
     sizes = {"UNet": gib(backbone.unet.parameters()), "known": 0.0}
-    text, t = backbone.encode_prompts(["one", "two"]), torch.tensor([701, 301])
-    latents = torch.randn(2, 1, *backbone.latent_shape)
+    text, t = backbone.encode_prompts(["one", "two"]), torch.tensor([701, 301], device=device)
+    latents = torch.randn(2, 1, *backbone.latent_shape, device=device)
     if networks:
         recipe = read_recipe(load_config("config/small.py"))
         lora = recipe.lora.add_to(backbone.unet, seed=0)
@@ -62,14 +65,14 @@ def measure(model: Path, networks: bool) -> dict[str, float]:
         learner.optimizer.step()
         both = latents.expand(-1, 2, -1, -1, -1)
         with torch.no_grad():
-            learner.predict(PreferencePairs(t, latents, both, both, torch.arange(2), text))
+            learner.predict(PreferencePairs(t, latents, both, both, t, text))
         # Policy, its gradient, EMA, and AdamW's two moments; then weights that a LoRA is merged into.
         merged = gib(layer.weight for layer in lora.layers.values())
         sizes["known"] = 5 * gib(lora.parameters.values()) + merged
     for _ in range(0 if networks else 3):
         with torch.no_grad():
             backbone.predict(backbone.unet, latents[:, 0], t, text, 5.0)
-    return sizes | {"peak": peak_memory_gib(CPU)}
+    return sizes | {"peak": peak_memory_gib(device)}
 
 
 def gib(tensors: Iterable[torch.Tensor]) -> float:

@@ -443,3 +443,11 @@ def test_command_line(tmp_path):
 def test_bad_input_is_one_line(arguments, message):
     result = run_script("--config=config/tiny.py", *arguments)
     assert (result.returncode, result.stderr) == (2, message + "\n")
+
+
+@pytest.mark.slow
+def test_the_networks_cost_no_second_unet():
+    command = [sys.executable, "scripts/measure_memory.py"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "the rest of the difference" in done.stdout
