@@ -17,7 +17,7 @@ from tests.small_runs import ROOT
 
 @pytest.fixture
 def place(tmp_path):
-    return Place("cpu", tmp_path, small=True, name="one")
+    return Place("cpu", tmp_path, "one")
 
 
 @pytest.mark.slow

@@ -39,7 +39,7 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="checks or groups")
     parser.add_argument("--run", help=argparse.SUPPRESS)  # one check, in this process
     options = parser.parse_args()
-    place = Place("cpu" if options.cpu else "cuda", options.out, options.cpu, options.run or "")
+    place = Place("cpu" if options.cpu else "cuda", options.out, options.run or "")
     if options.run:
         return run_here(options.run, place)
     checks = [c for c in all_checks() if not options.only or {c.name, c.group} & {*options.only}]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,15 @@ TRACES, MODELS = Path("tests/data/golden"), Path("tests/data/golden/models")
 
 @dataclass(frozen=True)
 class Place:
-    """Where a check runs, and how much of it."""
+    """Where a check runs: on "cuda", or on "cpu" at tiny size, which finds its own faults."""
 
-    device: str  # "cuda" or "cpu"
+    device: str
     out: Path  # folder of all checks' files
-    small: bool  # tiny sizes, to find the checks' own faults on a CPU
     name: str = ""  # of the check that runs
+
+    @property
+    def small(self) -> bool:
+        return self.device == "cpu"
 
     def file(self, name: str) -> Path:
         """Returns where the figures of the check `name` are."""
@@ -38,7 +41,7 @@ class Check:
     function: str  # "module:name"
     group: str
     seconds: int
-    arguments: tuple[str, ...] = field(default=())
+    arguments: tuple[str, ...] = ()
 
     def run(self, place: Place) -> dict[str, Any]:
         """Runs the check in this process."""

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from spo.gpu_check.checks import Place
 from spo.run.checkpoint_folder import checkpoints
 
+LINES = ("quality", "difference", "win", "faithful")  # of scripts/evaluate_tiny.py
 LORA = "pytorch_lora_weights.safetensors"
 LAUNCHER = ("-m", "spo.launch", "--num_processes", "1")
 RANDOM = "tests/data/random_models.py"  # tiny models without anything to learn
@@ -51,7 +52,7 @@ def command(place: Place, name: str, config: str, *launcher: str, **changes: Any
 
 
 def start(place: Place) -> tuple[str, ...]:
-    return (*LAUNCHER, "--cpu") if place.device == "cpu" else LAUNCHER
+    return (*LAUNCHER, "--cpu") if place.small else LAUNCHER
 
 
 def call(arguments: list[str], **environment: str) -> str:
@@ -83,18 +84,15 @@ def tiny_world(place: Place, precision: str) -> dict[str, Any]:
     return {
         "summary": f"quality {gain['mean']:+.2f}, trained in {trained - began:.0f} s",
         "verdict": verdict,
-        "lines": [line for line in lines.splitlines() if line.split(" ")[0] in FIVE],
+        "lines": [line for line in lines.splitlines() if line.startswith(LINES)],
         "seconds_of_training": trained - began,
         "failures": failures,
     }
 
 
-FIVE = ("quality", "difference", "win", "faithful", "pictures")
-
-
 def killed_and_resumed(place: Place) -> dict[str, Any]:
     """Kills a run after its first checkpoint, resumes it, and compares it with one left alone."""
-    changes = SHORT | {"mixed_precision": "fp16" if place.device == "cuda" else "no"}
+    changes = SHORT | {"mixed_precision": "no" if place.small else "fp16"}
     changes["deterministic"] = True
     call(command(place, "whole", RANDOM, **changes))
     killed = command(place, "killed", RANDOM, **changes, resume_from="auto")
@@ -108,25 +106,20 @@ def killed_and_resumed(place: Place) -> dict[str, Any]:
     process.wait()
     call(killed)
     compared = compare(place.out / "runs" / "whole", folder)
-    failures = (
-        [] if compared["equal"] else [f"the resumed run differs by {compared['difference']:.1e}"]
-    )
+    failures = unequal(compared)
     failures += [] if was_running else ["the run ended before it could be killed"]
     return {"summary": f"equal: {compared['equal']}", **compared, "failures": failures}
 
 
 def repeated(place: Place, deterministic: str) -> dict[str, Any]:
     """Compares two runs of one seed bit for bit."""
-    precision = "fp16" if place.device == "cuda" else "no"
+    precision = "no" if place.small else "fp16"
     changes = SHORT | {"mixed_precision": precision, "deterministic": deterministic}
     names = [f"repeat_{deterministic}_{i}" for i in (1, 2)]
     for name in names:
         call(command(place, name, RANDOM, **changes))
     compared = compare(*(place.out / "runs" / name for name in names))
-    required = deterministic == "true" or place.device == "cpu"
-    failures = (
-        [f"differs by {compared['difference']:.1e}"] if required and not compared["equal"] else []
-    )
+    failures = unequal(compared) if place.small or deterministic == "true" else []
     summary = f"equal: {compared['equal']}, largest difference {compared['difference']:.1e}"
     return {"summary": summary, **compared, "failures": failures}
 
@@ -138,10 +131,14 @@ def compare(one: Path, other: Path) -> Mapping[str, Any]:
     return {"equal": max(differences) == 0, "difference": max(differences)}
 
 
+def unequal(compared: Mapping[str, Any]) -> list[str]:
+    return [] if compared["equal"] else [f"the LoRAs differ by {compared['difference']:.1e}"]
+
+
 def world_of_one(place: Place) -> dict[str, Any]:
     """Trains in a process group of one process: DDP, NCCL and gloo, as far as one GPU goes."""
     launcher = "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1"
-    cpu = {"ACCELERATE_USE_CPU": "true"} if place.device == "cpu" else {}
+    cpu = {"ACCELERATE_USE_CPU": "true"} if place.small else {}
     call(command(place, "nccl", RANDOM, *launcher, **SHORT), **cpu)
     return {"summary": "trained", "failures": []}
 
@@ -152,8 +149,8 @@ def small_sdxl(place: Place) -> dict[str, Any]:
         "algorithm": "spo",
         "family": "sdxl",
         "pretrained.model": "tests/data/golden/models/tiny-sdxl",
-        "mixed_precision": "fp16" if place.device == "cuda" else "bf16",
-        "preference.dtype": "float16" if place.device == "cuda" else "bfloat16",
+        "mixed_precision": "bf16" if place.small else "fp16",
+        "preference.dtype": "bfloat16" if place.small else "float16",
     }
     call(command(place, "sdxl_spo", RANDOM, **changes))
     return {"summary": "trained", "failures": []}
