@@ -1,6 +1,8 @@
 """The checks of a machine with a GPU: they run on a CPU, and one that fails stops no other."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 
@@ -76,7 +78,8 @@ def test_a_vae_decodes_alike_in_contiguous_memory():
 def test_the_command_on_a_cpu(tmp_path):
     command = ["bash", "scripts/check_gpu.sh", "--cpu", "--out", str(tmp_path)]
     command += ["--only", "card", "sd15", "sdxl spo", "nccl", "overflow", "repeat"]
-    done = subprocess.run(command, cwd=ROOT, env=None, capture_output=True, text=True, timeout=580)
+    python = os.environ | {"PYTHON": sys.executable}
+    done = subprocess.run(command, cwd=ROOT, env=python, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads((tmp_path / "gpu_report.json").read_text())
     assert {result["status"] for result in report.values()} == {"passed"}
@@ -85,3 +88,22 @@ def test_the_command_on_a_cpu(tmp_path):
     assert list(variants) == ["exact", "official", "fast"]
     assert all(variant["seconds"]["rollout"] > 0 for variant in variants.values())
     assert report["sd15"]["costs"]["estimated_gib"] > 0
+
+
+def test_a_python_that_lacks_the_packages_is_one_line(tmp_path):
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\nexit 1\n")
+    python.chmod(0o755)
+    shutil.copytree(ROOT / "scripts", tmp_path / "scripts")
+    done = subprocess.run(
+        ["bash", "scripts/check_gpu.sh"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHON": str(python)},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(
+        f"error: {python} lacks the packages: run `bash scripts/setup_env.sh`"
+    )
+    assert done.stderr.count("\n") == 1
