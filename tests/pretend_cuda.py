@@ -309,7 +309,10 @@ def pretend_cuda() -> Iterator[PretendedGpu]:
         return {(lists[0][0].device, dtype): (lists, i) for (_, dtype), (lists, i) in found}
 
     patches = [
-        mock.patch.dict("os.environ", {"ACCELERATE_TORCH_DEVICE": "cuda"}),
+        # Other tests leave the launcher's choice of the CPU behind.
+        mock.patch.dict(
+            "os.environ", {"ACCELERATE_TORCH_DEVICE": "cuda", "ACCELERATE_USE_CPU": "false"}
+        ),
         mock.patch.dict("accelerate.state.PartialState._shared_state", clear=True),
         mock.patch.dict("accelerate.state.AcceleratorState._shared_state", clear=True),
         mock.patch("accelerate.state.check_cuda_p2p_ib_support", lambda: True),
