@@ -34,7 +34,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--cpu", action="store_true", help="tiny sizes, on the CPU")
-    parser.add_argument("--out", type=Path, default=Path("gpu_check"), help="folder of the report")
+    parser.add_argument("--out", type=Path, default=Path("runs/gpu_check"), help="folder of the report")
     parser.add_argument("--seconds", type=float, default=3600, help="limit of all checks together")
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="checks or groups")
     parser.add_argument("--run", help=argparse.SUPPRESS)  # one check, in this process
