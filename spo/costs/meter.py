@@ -1,7 +1,6 @@
 """Measures the parts of an iteration, in seconds and FLOPs, on the calls that training makes."""
 
 import contextlib
-import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from unittest import mock
@@ -11,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from spo.costs.load import Models
 from spo.method.collect import collect_rollout
+from spo.models.gpu import now
 from spo.types import PreferencePairs
 
 ROLLOUT, TRAINING = "rollout", "training"
@@ -44,9 +44,9 @@ class Meter:
     @contextlib.contextmanager
     def part(self, name: str) -> Iterator[None]:
         """Counts everything within the context as `name`; parts may lie within parts."""
-        flops, started = self.total_flops(), self.now()
+        flops, started = self.total_flops(), now(self.device)
         yield
-        self.seconds[name] += self.now() - started
+        self.seconds[name] += now(self.device) - started
         self.flops[name] += self.total_flops() - flops
 
     @contextlib.contextmanager
@@ -60,12 +60,6 @@ class Meter:
 
     def measured(self, function: Callable, name: str) -> Callable:
         return self.part(name)(function)
-
-    def now(self) -> float:
-        """Returns the seconds on a clock, once the device has finished its work."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
 
     def total_flops(self) -> int:
         return 0 if self.counter is None else self.counter.get_total_flops()

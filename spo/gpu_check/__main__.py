@@ -34,7 +34,9 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--cpu", action="store_true", help="tiny sizes, on the CPU")
-    parser.add_argument("--out", type=Path, default=Path("runs/gpu_check"), help="folder of the report")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/gpu_check"), help="folder of the report"
+    )
     parser.add_argument("--seconds", type=float, default=3600, help="limit of all checks together")
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="checks or groups")
     parser.add_argument("--run", help=argparse.SUPPRESS)  # one check, in this process
@@ -76,9 +78,8 @@ def run_check(check: Check, place: Place, ends: float) -> tuple[str, dict[str, A
         file.unlink(missing_ok=True)
         log = file.with_suffix(".log")
         status = call(command, log, limit)
-        figures = (
-            json.loads(file.read_text()) if file.is_file() else {}
-        )  # so far, if it did not end
+        # Of a check that did not end: what it had found.
+        figures = json.loads(file.read_text()) if file.is_file() else {}
         if status != PASSED and not figures.get("failures"):
             figures["tail"] = log.read_text().strip()[-2000:]
     seconds = time.time() - began

@@ -4,36 +4,20 @@ from __future__ import annotations
 
 import platform
 import statistics
-import time
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 
 from spo.gpu_check.checks import Place
-
-PACKAGES = (
-    "torch",
-    "torchvision",
-    "triton",
-    "diffusers",
-    "transformers",
-    "accelerate",
-    "peft",
-    "numpy",
-)
+from spo.models.gpu import now
+from spo.run.folder import versions
 
 
 def card(place: Place) -> dict[str, Any]:
     """Returns versions, the card's name and memory, and its peaks."""
     device = torch.device(place.device)
-    found: dict[str, Any] = {"python": platform.python_version(), "packages": {}}
-    for name in PACKAGES:
-        try:
-            found["packages"][name] = version(name)
-        except PackageNotFoundError:
-            found["packages"][name] = None
+    found: dict[str, Any] = {"packages": versions()}
     found["name"] = platform.processor() or platform.machine()
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
@@ -69,14 +53,7 @@ def median_seconds(
     """Returns the median seconds of a call, the device's work included."""
     seconds = []
     for _ in range(warm_up + repeats):
-        synchronize(device)
-        began = time.perf_counter()
+        began = now(device)
         call()
-        synchronize(device)
-        seconds.append(time.perf_counter() - began)
+        seconds.append(now(device) - began)
     return statistics.median(seconds[warm_up:])
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

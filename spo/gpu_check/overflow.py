@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spo.gpu_check.checks import Place
+from spo.models.backbone import DTYPES
 
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+KINDS = ("fp16", "bf16")
 # (rows, heads, tokens, channels of a head): largest self-attentions of the UNets, and the VAE's.
 ATTENTIONS = {
     "sd15": (4, 8, 4096, 40),
@@ -33,8 +34,8 @@ def overflow(place: Place) -> dict[str, Any]:
             given = [torch.randn(shape, device=device, generator=generator) for _ in range(3)]
             given[0], given[1] = scale * given[0], scale * given[1]
             expected = F.scaled_dot_product_attention(*given)
-            for kind, dtype in DTYPES.items():
-                output = F.scaled_dot_product_attention(*(part.to(dtype) for part in given))
+            for kind in KINDS:
+                output = F.scaled_dot_product_attention(*(part.to(DTYPES[kind]) for part in given))
                 found[f"attention {name} x{scale:g} {kind}"] = against(output, expected)
     for family in ("sd15", "sdxl"):
         found |= decoded(family, place, device)
@@ -57,8 +58,8 @@ def decoded(family: str, place: Place, device: torch.device) -> dict[str, Any]:
         latents = torch.randn(1, config["latent_channels"], side, side)
     expected = vae.decode(latents).sample
     found = {}
-    for kind, dtype in DTYPES.items():
-        output = deepcopy(vae).to(dtype).decode(latents.to(dtype)).sample
+    for kind in KINDS:
+        output = deepcopy(vae).to(DTYPES[kind]).decode(latents.to(DTYPES[kind])).sample
         found[f"vae {family} {kind}"] = against(output, expected)
     return found
 

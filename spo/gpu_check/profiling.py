@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity
 
-from spo.gpu_check.card import synchronize
+from spo.gpu_check.card import median_seconds
+from spo.models.gpu import now
 
 ROWS = 20
 
@@ -23,17 +23,12 @@ def profile(calls: Mapping[str, Callable[[], object]], device: torch.device) -> 
 
 
 def _one(call: Callable[[], object], device: torch.device) -> dict[str, Any]:
-    call()
-    synchronize(device)
-    began = time.perf_counter()
-    call()
-    synchronize(device)
-    seconds = time.perf_counter() - began
+    seconds = median_seconds(call, device, repeats=1, warm_up=1)
     # The host's side would slow the kernels down.
     kind = ProfilerActivity.CUDA if device.type == "cuda" else ProfilerActivity.CPU
     with torch.profiler.profile(activities=[kind]) as profiler:
         call()
-        synchronize(device)
+        now(device)  # waits
     times = {e.key: (_self_seconds(e, device), e.count) for e in profiler.key_averages()}
     busy = sum(each for each, _ in times.values())
     largest = sorted(times.items(), key=lambda item: -item[1][0])[:ROWS]

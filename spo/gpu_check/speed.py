@@ -26,6 +26,7 @@ from spo.gpu_check.checks import Place
 from spo.gpu_check.official import official_arithmetic
 from spo.gpu_check.profiling import profile
 from spo.method.build import read_recipe
+from spo.method.metrics import peak_memory_gib
 from spo.types import Conditioning, PreferencePairs
 
 # A rollout of the config's prompts and candidates that is shorter: 4 of its 16 comparisons.
@@ -148,7 +149,7 @@ def measure(models: Models, place: Place, count: bool) -> dict[str, Any]:
     rates = {k: images / meter.seconds[k] for k in (ROLLOUT, DECODING, SCORING)}
     found["images_per_second"] = rates
     if device.type == "cuda":
-        found["allocated_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        found["allocated_gib"] = peak_memory_gib(device)
         found["reserved_gib"] = torch.cuda.max_memory_reserved() / 2**30
     return found
 

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import subprocess
+import time
 import warnings
 from collections.abc import Iterator
 
@@ -50,6 +51,13 @@ def check_driver() -> None:
             f"{oldest or 'of that CUDA'} or newer, or a torch for an older CUDA: pip install torch "
             "torchvision --index-url https://download.pytorch.org/whl/cu126"
         ) from error
+
+
+def now(device: torch.device) -> float:
+    """Returns the seconds on a clock, once the device has finished its work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def device_memory(device: str, processes: int) -> tuple[float, float]:
