@@ -182,11 +182,24 @@ def get_config() -> ConfigDict:
     # ---- validation images ---------------------------------------------------------------------
     config.eval = evaluation = ConfigDict()
     evaluation.prompts = "assets/prompts/validation.txt"  # file of prompts, read as prompts.source
-    evaluation.num_images = 8  # the first so many prompts, one image each
+    evaluation.num_images = 8  # the grid shows the first so many prompts, one image each
     evaluation.seed = 0  # image i starts from noise seeded with (eval.seed, i)
     evaluation.num_steps = 20  # DDIM, eta 0
     evaluation.guidance_scale = 5.0  # as in training (paper)
     evaluation.weights = "policy"  # LoRA that draws them: "policy" (what is published) or "ema"
+    # The run's own verdict on its health, and which epoch to ship (docs/healthy_runs.md): the first so
+    # many prompts are judged, by the scorers below and by their pixels; 0: no verdict.
+    evaluation.num_judged = 64
+    evaluation.seeds_per_prompt = (
+        2  # images of each of these, from seeds eval.seed, eval.seed + 1, ...
+    )
+    evaluation.batch_size = 4  # prompts drawn at once on one GPU
+    # Scorers of finished images that the run does not train on; named as preference.scorer. The run
+    # goes on without one that cannot be loaded.
+    evaluation.judges = ("hpsv2.1", "aesthetic")
+    # Options of a judge by its name: config.eval.judge_options["hpsv2.1"] = {"checkpoint": "x"}.
+    evaluation.judge_options = ConfigDict(allow_dotted_keys=True)
+    evaluation.stop_when_overoptimised = False  # end the run, saved, once the judges like it less
 
     # ---- tracker -------------------------------------------------------------------------------
     config.tracker = tracker = ConfigDict()

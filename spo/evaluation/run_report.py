@@ -20,6 +20,7 @@ from spo.atomic import replacing, whole_lines
 from spo.errors import UserError
 from spo.evaluation import page
 from spo.evaluation.figures import COLOURS, INK, colour, panel_axes, style, to_svg
+from spo.evaluation.health_figures import evaluations, health_figures
 from spo.publish.record import public_values
 from spo.run.folder import CONFIG, REPORT, STARTS, read_metrics
 
@@ -97,7 +98,7 @@ def write_run_report(run_dir: Path) -> Path:
             figure, axes = panel_axes()
             _draw_panel(axes, lines, panel)
         svgs.append(to_svg(figure, panel.title))
-    pictures = sorted((run_dir / "validation").glob("*.png"))
+    pictures, found = sorted((run_dir / "validation").glob("*.png")), evaluations(lines)
     return page.write_page(
         run_dir / REPORT,
         "run_report.html.j2",
@@ -106,6 +107,8 @@ def write_run_report(run_dir: Path) -> Path:
         starts=[s | {"command": shlex.join(public_values(s["command"]))} for s in starts],
         totals=_totals(lines),
         curves=svgs,
+        evaluations=found,
+        health=health_figures(found) if found else [],
         slides={picture.stem: page.embedded_image(picture, _GRID) for picture in pictures},
     )
 
