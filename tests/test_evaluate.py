@@ -20,7 +20,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from spo.command_line import flags
-from spo.command_line.config_files import EVAL_BASE, load_config
+from spo.command_line.config_files import EVAL_BASE, leaves, load_config
 from spo.errors import RunError, Stopped, UserError
 from spo.evaluation import contents as contents_of
 from spo.evaluation.evaluator import evaluate, plan_evaluation
@@ -406,6 +406,21 @@ def test_a_signal_keeps_every_whole_batch_and_the_next_call_goes_on(config):
     assert len(list(folder_of(config).glob("scores/*/*/*.json"))) == 3  # of 2 x 2
     evaluate(config)
     assert (folder_of(config) / "table.md").exists()
+
+
+def test_the_config_of_strengths(config):
+    scales = load_config("config/eval_scales.py", EVAL_BASE)
+    own = ("models", "pretrained", "prompts.source", "scorers", "logdir")
+    scales.update_from_flattened_dict(
+        {key: value for key, value in leaves(config).items() if key.startswith(own)}
+    )
+    scales.prompts.num = 5  # of six; 100 of 487 by default
+    strengths = ("0.25", "0.5", "0.75", "1", "1.25")
+    plan = plan_evaluation(scales, 1)
+    assert [model.name for model in plan.models] == ["base", *(f"lora_{s}" for s in strengths)]
+    assert len(plan.prompts.prompts) == 5
+    flags._lay_over(scales, ["", "--config.lora_scales=0.5,2"], FlagValues())
+    assert [model.strength for model in plan_evaluation(scales, 1).models] == [0, 0.5, 2]
 
 
 # ---- bad input ---------------------------------------------------------------------------------

@@ -227,9 +227,9 @@ def test_the_numbers_of_a_card_fit_in_the_widest_of_the_usual_fonts():
 
 STRENGTHS = {  # two prompts each
     "base": ((20, 20), (5, 5)),
-    "a": ((21, 21), (6, 5)),
+    "a": ((21, 21), (5, 5)),
     "b": ((22, 24), (5, 7)),
-    "c": ((19, 19), (5, 5)),
+    "c": ((19, 19), (6, 6)),
 }
 
 
@@ -257,12 +257,15 @@ def test_the_scores_over_the_strength_of_a_lora(tmp_path, monkeypatch):
     page.check_self_contained()
     assert "<i>fox" in page.all("h3") and len(page.all("svg")) == 6 + 2
     texts = [" ".join(text.split()) for text in page.all("p")]
-    assert "The mean is largest at strength 0.5 by Pickscore, 0.5 by Aesthetic." in texts
+    assert (
+        "The mean is largest at strength 0.5 by Pickscore × 100, at 0.5 and 1 by Aesthetic."
+        in texts
+    )
     panels = {name.split()[-1]: axes for name, axes in figures.items() if "strengths" in name}
     # A mean of two differences d and e is in 95 % of all resamples from the lesser to the larger.
     for scorer, means, low, high in (
         ("pickscore", (0, 3, -1, 1), (0, 2, -1, 1), (0, 4, -1, 1)),
-        ("aesthetic", (0, 1, 0, 0.5), (0, 0, 0, 0), (0, 2, 0, 1)),
+        ("aesthetic", (0, 1, 1, 0), (0, 0, 1, 0), (0, 2, 1, 0)),
     ):
         line, (band,) = panels[scorer].lines[0], panels[scorer].collections
         assert list(line.get_xdata()) == [0, 0.5, 1, 2] and tuple(line.get_ydata()) == means

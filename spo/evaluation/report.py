@@ -108,13 +108,14 @@ def _plot_differences(differences: np.ndarray) -> Figure:
 
 def _strengths(
     lora: str, at: Mapping[float, ModelInfo], groups: Sequence[Sequence[SummaryRow]]
-) -> list[tuple[ScorerInfo, float, str]]:
-    """Returns each scorer, the strength of `lora` with its largest mean, and a panel."""
+) -> list[tuple[ScorerInfo, list[float], str]]:
+    """Returns each scorer, the strengths of `lora` with its largest mean, and a panel."""
     found = []
     for group in groups:
         by_model = {row.model: row for row in group}
         rows = {strength: by_model[model.name] for strength, model in at.items()}
-        best = max(rows, key=lambda strength: rows[strength].mean.mean)
+        largest = max(row.mean.mean for row in rows.values())
+        best = [strength for strength, row in rows.items() if row.mean.mean == largest]
         name = f"strengths {lora} {group[0].scorer.name}"
         found.append((group[0].scorer, best, to_svg(_plot_strengths(rows), name)))
     return found
@@ -131,7 +132,7 @@ def _plot_strengths(rows: Mapping[float, SummaryRow]) -> Figure:
         axes.plot(list(rows), [e.mean for e in estimates], "o-", color=colour(1))
         axes.axhline(0, color=INK, linewidth=1, linestyle="--")
         axes.set_xticks(list(rows), [f"{strength:g}" for strength in rows])
-        axes.set_title(next(iter(rows.values())).scorer.title)
+        axes.set_title(next(iter(rows.values())).scorer.label)
         axes.set_xlabel("Strength")
     return figure
 

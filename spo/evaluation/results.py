@@ -22,6 +22,11 @@ class ScorerInfo:
     title: str  # as papers call it
     scale: float  # factor of the scores that are stored and printed, as in papers
 
+    @property
+    def label(self) -> str:
+        """Returns the title with the scale, for figures and pages."""
+        return self.title + (f" × {self.scale:g}" if self.scale != 1 else "")
+
 
 @dataclass(frozen=True)
 class ModelInfo:
