@@ -147,7 +147,7 @@ def add_evaluation(folder, title="500 prompts of a test set"):
         settings={"prompts": f"{HOME}/prompts.txt", "steps": 20},
         versions={"torch": "2"},
         scorers=(ScorerInfo("pickscore", "PickScore", 100.0),),
-        models=tuple(ModelInfo(name, spec) for name, spec in specs.items()),
+        models=tuple(ModelInfo(name, spec, lora=spec) for name, spec in specs.items()),
         prompts=tuple(PromptResult(p, i, images[i]) for i, p in enumerate(("/a", "b", "c"))),
     )
     folder.mkdir()

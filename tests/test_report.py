@@ -20,6 +20,8 @@ from matplotlib import font_manager
 from PIL import Image, ImageFont
 
 from spo.errors import UserError
+from spo.evaluation import figures as figures_of_pages
+from spo.evaluation import report
 from spo.evaluation.image_sets import claim_prompts
 from spo.evaluation.page import embedded_image
 from spo.evaluation.report import chosen_prompts, write_report
@@ -221,6 +223,62 @@ def test_the_numbers_of_a_card_fit_in_the_widest_of_the_usual_fonts():
     font = ImageFont.truetype(font_manager.findfont("DejaVu Sans"), 1000)
     for text in ("−12.34", "+0.123", "−123.4", "−1234"):
         assert font.getlength(text) / 1000 * size + padding <= width, text
+
+
+STRENGTHS = {  # two prompts each
+    "base": ((20, 20), (5, 5)),
+    "a": ((21, 21), (5, 5)),
+    "b": ((22, 24), (5, 7)),
+    "c": ((19, 19), (6, 6)),
+}
+
+
+def scaled_models(folder, strengths):
+    scores = {
+        name: dict(zip(("pickscore", "aesthetic"), each, strict=True))
+        for name, each in STRENGTHS.items()
+    }
+    results = make_results(folder, scores, ["a", "b"])
+    lora, base = f"{folder}/runs/<i>fox", replace(results.models[0], strength=0)
+    loras = zip(results.models[1:], strengths, strict=True)
+    models = [replace(model, lora=lora, strength=strength) for model, strength in loras]
+    return replace(results, models=(base, *models))
+
+
+def test_the_scores_over_the_strength_of_a_lora(tmp_path, monkeypatch):
+    results, figures = scaled_models(tmp_path, (2, 0.5, 1)), {}
+
+    def to_svg(figure, name):
+        figures[name] = figure.axes[0]
+        return figures_of_pages.to_svg(figure, name)
+
+    monkeypatch.setattr(report, "to_svg", to_svg)
+    page = read(write_report(tmp_path, results))
+    page.check_self_contained()
+    assert "<i>fox" in page.all("h3") and len(page.all("svg")) == 6 + 2
+    texts = [" ".join(text.split()) for text in page.all("p")]
+    assert (
+        "The mean is largest at strength 0.5 by Pickscore × 100, at 0.5 and 1 by Aesthetic."
+        in texts
+    )
+    panels = {name.split()[-1]: axes for name, axes in figures.items() if "strengths" in name}
+    # A mean of two differences d and e is in 95 % of all resamples from the lesser to the larger.
+    for scorer, means, low, high in (
+        ("pickscore", (0, 3, -1, 1), (0, 2, -1, 1), (0, 4, -1, 1)),
+        ("aesthetic", (0, 1, 1, 0), (0, 0, 1, 0), (0, 2, 1, 0)),
+    ):
+        line, (band,) = panels[scorer].lines[0], panels[scorer].collections
+        assert list(line.get_xdata()) == [0, 0.5, 1, 2] and tuple(line.get_ydata()) == means
+        corners = {(x, y) for x, y in band.get_paths()[0].vertices.tolist()}
+        assert corners == {
+            (x, y) for side in (low, high) for x, y in zip((0, 0.5, 1, 2), side, strict=True)
+        }
+
+
+def test_no_curve_of_two_strengths(tmp_path):
+    page = read(write_report(tmp_path, scaled_models(tmp_path, (0.5, 1, 1))))
+    assert not [text for text in page.all("h2") if "Strength" in text]
+    assert len(page.all("svg")) == 6
 
 
 def test_identical_models_have_no_better_one(tmp_path):

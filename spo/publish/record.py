@@ -116,7 +116,10 @@ def _evaluations(run_dir: Path, evaluation: Path | None, own: bool) -> dict[str,
     public = {}
     for name, path in folders.items():
         found = read_results(path)
-        models = tuple(replace(model, spec=public_name(model.spec)) for model in found.models)
+        models = tuple(
+            replace(model, spec=public_name(model.spec), lora=public_name(model.lora))
+            for model in found.models
+        )
         settings = public_values(found.settings)
         public[name] = replace(found, models=models, settings=settings)
     return public
