@@ -54,6 +54,8 @@ TRAINING = (
     Panel("Gradient norm", {"grad_norm": ""}, from_zero=True),
     Panel("Win margin of the best candidate", {"win_margin": ""}, from_zero=True),
     Panel("Clipped share of the ratios", {"clipped": ""}, from_zero=True),
+    Panel("KL of policy and reference by timestep, nats", {"kl_at": ""}, heat=True),
+    Panel("Norm of the LoRA, relative to its layers", {"lora_norm": ""}, from_zero=True),
     Panel("Distance of EMA and policy", {"ema_distance": ""}, from_zero=True),
     Panel("Seconds per rollout", {"seconds_rollout": "rollout", "seconds_train": "training"}, True),
     Panel("Peak memory, GiB", {"peak_memory_gib": ""}, from_zero=True),
@@ -131,7 +133,8 @@ def _series(lines: Sequence[Mapping], panel: Panel) -> dict[str, Points]:
 def _draw_panel(axes: Axes, lines: Sequence[Mapping], panel: Panel) -> None:
     axes.set_title(panel.title)
     if panel.heat:
-        _draw_heat(axes, [line for line in lines if line.get("pairs_at")])
+        (key,) = panel.keys
+        _draw_heat(axes, [line for line in lines if key in line], key)
         return
     series = _series(lines, panel)
     for i, (label, points) in enumerate(series.items(), start=1):
@@ -158,10 +161,10 @@ def _draw_line(axes: Axes, points: Points, label: str, shade: str) -> None:
     axes.plot(*means, color=shade, label=label)
 
 
-def _draw_heat(axes: Axes, lines: Sequence[Mapping]) -> None:
+def _draw_heat(axes: Axes, lines: Sequence[Mapping], key: str) -> None:
     # From noise at the top to image at the bottom, rollouts from left to right.
-    timesteps = sorted(lines[0]["pairs_at"], key=int, reverse=True)
-    numbers = np.array([[line["pairs_at"][t] for line in lines] for t in timesteps])
+    timesteps = sorted({t for line in lines for t in line[key]}, key=int, reverse=True)
+    numbers = np.array([[line[key].get(t, np.nan) for line in lines] for t in timesteps])
     extent = (lines[0]["rollout"] - 0.5, lines[-1]["rollout"] + 0.5, len(timesteps) - 0.5, -0.5)
     image = axes.imshow(
         numbers, cmap=_HEAT, vmin=0, aspect="auto", extent=extent, interpolation="nearest"
