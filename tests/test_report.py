@@ -356,14 +356,15 @@ def test_the_report_of_a_run(run_dir):
     assert "pretrained.model" in config and "some/<model>" in config
     titles = page.all("text")
     assert "Pairs by timestep" in titles and "Mean score of the candidates" in titles
-    assert "KL of policy and reference by timestep, nats" in titles
+    assert "KL from the reference, nats" in titles
     assert "Loss" not in titles  # nothing was trained, so there is nothing to draw
 
 
 def test_numbers_by_timestep_that_a_rollout_lacks_are_blank():
     lines = [metrics_line(i) for i in (1, 2)] + [{"rollout": 3, "kl_at": {}}, metrics_line(4)]
     axes = Figure().add_subplot()
-    _draw_heat(axes, lines, "kl_at")
+    (panel,) = (panel for panel in TRAINING if "kl_at" in panel.keys)
+    _draw_heat(axes, lines, panel)
     (image,) = axes.images
     shown = image.get_array().filled(-1.0)
     assert shown.tolist() == [[0.25, -1, -1, 1.0], [-1, 0.5, -1, -1]]
