@@ -30,7 +30,7 @@ def get_config() -> ConfigDict:
     config.resume_from = ""  # a checkpoint folder, or "auto": the newest one of run_name
     config.save_interval = 1  # epochs between checkpoints
     config.save_every_rollouts = 0  # rollouts between further checkpoints; 0: none within an epoch
-    config.checkpoint_limit = 3  # checkpoints kept, oldest deleted first; 0 keeps all
+    config.checkpoint_limit = 3  # checkpoints kept beside best/, oldest deleted first; 0 keeps all
     config.eval_interval = 1  # epochs between grids of validation images; 0 draws none
     # The launcher counts the costs of a step, in seconds, and warns of what will not fit into memory.
     config.estimate_costs = True
@@ -198,6 +198,9 @@ def get_config() -> ConfigDict:
     hub.repo_id = ""  # Hub repo that the LoRA is pushed to, "user/name"; empty: none
     hub.subfolder = ""  # folder in it, e.g. "sd1_5": several runs can share a repo; empty: its root
     hub.weights = "policy"  # LoRA that is pushed: "policy" (as officially) or "ema"
+    # Checkpoint that is pushed: empty: the weights as they are; "best": the one that the run's own
+    # evaluations chose; or the name of a folder of checkpoints/.
+    hub.checkpoint = ""
     hub.private = False  # make the repo private where it is made
     hub.branch = ""  # branch that is pushed to, made where it is missing; empty: main
     # Licence in the model card, by the Hub's identifier; empty: that of SD1.5 or SDXL 1.0, and none

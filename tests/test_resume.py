@@ -22,7 +22,7 @@ from spo.method.pairs import best_worst
 from spo.method.position import RolloutInProgress
 from spo.method.preflight import preflight, refusal
 from spo.run import validation
-from spo.run.checkpoint_folder import _seal, checkpoints, find_fault, read_state
+from spo.run.checkpoint_folder import _seal, checkpoints, find_fault, link_best, read_state
 from tests import small_runs
 from tests.small_runs import (
     LORA,
@@ -275,6 +275,18 @@ def test_between_epochs_other_things_may_change_and_are_listed(whole, tmp_path):
         "resume: seed",
         "resume: train.learning_rate",
     ]
+
+
+def test_the_best_checkpoint_goes_on_under_another_name(whole, tmp_path):
+    folder = copy_of(whole, tmp_path)
+    first = checkpoints(folder)[0]
+    link_best(folder, first)
+    chosen = {"resume_from": str(folder / "best")}
+    ready = preflight(small_config(tmp_path / "branch", **chosen), 1)
+    assert ready.resume.checkpoint == first  # and not what best/ links to later
+    with pytest.raises(UserError, match="already went on from another point"):
+        preflight(small_config(folder, **chosen), 1)
+    preflight(small_config(tmp_path / "from", lora__init_from=chosen["resume_from"]), 1)
 
 
 def test_other_processes_and_versions_are_told(stopped, tmp_path):
