@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from matplotlib import font_manager
+from matplotlib.figure import Figure
 from PIL import Image, ImageFont
 
 from spo.errors import UserError
@@ -34,7 +35,13 @@ from spo.evaluation.results import (
     summarize,
     write_results,
 )
-from spo.evaluation.run_report import TRAINING, draw_curves, panels_of, write_run_report
+from spo.evaluation.run_report import (
+    TRAINING,
+    _draw_heat,
+    draw_curves,
+    panels_of,
+    write_run_report,
+)
 from spo.method import metrics
 from spo.preference.pair_metrics import step_metrics, validation_metrics
 from spo.run.folder import record_start
@@ -361,6 +368,7 @@ def metrics_line(rollout, updates_per_rollout=2):
     found = metrics.Metrics(torch.device("cpu"))
     pairs = torch.tensor([751, 751, 501, 1])
     metrics.note_rollout(found, comparisons, pairs, TIMESTEPS_OF_RUN)
+    found.nanmean(f"kl_at/{TIMESTEPS_OF_RUN[rollout % 3]}", torch.tensor([rollout / 4]))
     return {
         "epoch": 1,
         "rollout": rollout,
@@ -406,7 +414,19 @@ def test_the_report_of_a_run(run_dir):
     assert "pretrained.model" in config and "some/<model>" in config
     titles = page.all("text")
     assert "Pairs by timestep" in titles and "Mean score of the candidates" in titles
+    assert "KL from the reference, nats" in titles
     assert "Loss" not in titles  # nothing was trained, so there is nothing to draw
+
+
+def test_numbers_by_timestep_that_a_rollout_lacks_are_blank():
+    lines = [metrics_line(i) for i in (1, 2)] + [{"rollout": 3, "kl_at": {}}, metrics_line(4)]
+    axes = Figure().add_subplot()
+    (panel,) = (panel for panel in TRAINING if "kl_at" in panel.keys)
+    _draw_heat(axes, lines, panel)
+    (image,) = axes.images
+    shown = image.get_array().filled(-1.0)
+    assert shown.tolist() == [[0.25, -1, -1, 1.0], [-1, 0.5, -1, -1]]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["501"]
 
 
 def test_a_report_that_is_sent_round_names_no_home(run_dir, tmp_path):

@@ -441,8 +441,8 @@ def test_metrics_that_a_checkpoint_lacks_or_has_in_addition(whole, stopped, tmp_
     folder = copy_of(stopped, tmp_path)
 
     def change(tensors):
-        for kind in ("sum", "count"):
-            del tensors[f"metrics.{kind}:win_ratio"]
+        for name in [name for name in tensors if ":win_ratio" in name or ":kl_at/" in name]:
+            del tensors[name]
         tensors["metrics.total:of_before"] = torch.tensor(5.0, dtype=torch.float64)
         tensors["metrics.sum:old_mean"] = torch.tensor(6.0, dtype=torch.float64)
         tensors["metrics.count:old_mean"] = torch.tensor(4.0, dtype=torch.float64)
@@ -453,6 +453,8 @@ def test_metrics_that_a_checkpoint_lacks_or_has_in_addition(whole, stopped, tmp_
     assert found.pop("of_before") == 5 and found.pop("old_mean") == 1.5
     # Only of the minibatches since.
     assert found.pop("win_ratio") != expected.pop("win_ratio")
+    of_all, since = expected.pop("kl_at"), found.pop("kl_at")
+    assert of_all.keys() >= since.keys() and of_all != since and since
     assert found == expected
     assert read_metrics(folder)[3] == read_metrics(whole)[3]
 

@@ -169,6 +169,7 @@ class Trainer:
             "step": self.learner.updates,
             **rollout.summary(self.workers.sum(rollout.metrics.sums)),
             "ema_distance": self.learner.ema_distance(),
+            "lora_norm": self.learner.lora.norm().item(),
             "learning_rate": self.learner.optimizer.param_groups[0]["lr"],
             "peak_memory_gib": peak_memory_gib(self.workers.device),
         }
