@@ -190,9 +190,7 @@ def get_config() -> ConfigDict:
     # The run's own verdict on its health, and which epoch to ship (docs/healthy_runs.md): the first so
     # many prompts are judged, by the scorers below and by their pixels; 0: no verdict.
     evaluation.num_judged = 64
-    evaluation.seeds_per_prompt = (
-        2  # images of each of these, from seeds eval.seed, eval.seed + 1, ...
-    )
+    evaluation.seeds_per_prompt = 2  # images of each, from seeds eval.seed, eval.seed + 1, ...
     evaluation.batch_size = 4  # prompts drawn at once on one GPU
     # Scorers of finished images that the run does not train on; named as preference.scorer. The run
     # goes on without one that cannot be loaded.
