@@ -1,0 +1,1 @@
+"""Tells whether a run is healthy, and which epoch to ship: judges, pixels, verdict."""
