@@ -97,17 +97,16 @@ def open_log(path: Path, config: str | None = None) -> Log:
 
 def _settings(source: str | Path) -> Settings:
     """Returns the settings in a config file; a run's config.json may be of another version."""
-    if isinstance(source, str):
-        config = json.loads(load_config(source).to_json())
-    else:
-        config = json.loads(load_config("config/base.py").to_json())
+    named = isinstance(source, str)
+    config = json.loads(load_config(source if named else "config/base.py").to_json())
+    values = config | config["sample"] | config["train"]
+    if not named:
         try:
             own = json.loads(source.read_text())
-            config |= own
-            config |= {name: config[name] | own[name] for name in ("sample", "train")}
+            values |= own | own["sample"] | own["train"]
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise UserError(f"{source}: cannot be read as a run's config ({error}).") from error
-    return fill(Settings, config | config["sample"] | config["train"])
+    return fill(Settings, values)
 
 
 def _count_weights(run_dir: Path) -> int | None:

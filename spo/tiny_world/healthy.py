@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from ml_collections import ConfigDict
 
 from spo.atomic import replacing, write_json
 from spo.evaluation.figures import INK, colour, style
@@ -63,14 +64,19 @@ def run(name: str, seed: int, out: Path) -> dict[str, float]:
     folder = run_dir(out, name, seed)
     result = folder / "result.json"
     if not result.exists():
-        arm, changes = RUNS[name]
-        config = arm_config(arm, seed, folder)
-        config.update_from_flattened_dict(changes | {"num_epochs": 2, "eval_interval": 1})
-        train(config)
+        train(run_config(name, seed, folder))
         verdict = compare(bench().base, bench().score(folder))
         gains = {"quality": verdict.difference.mean, "faithful": verdict.faithfulness.mean}
         write_json(result, gains)
     return json.loads(result.read_text())
+
+
+def run_config(name: str, seed: int, folder: Path) -> ConfigDict:
+    """Returns the config of one of RUNS: two epochs of eight rollouts."""
+    arm, changes = RUNS[name]
+    config = arm_config(arm, seed, folder)
+    config.update_from_flattened_dict(changes | {"num_epochs": 2, "eval_interval": 1})
+    return config
 
 
 def draw(logs: Mapping[str, Log], path: Path) -> None:
