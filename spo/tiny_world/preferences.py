@@ -22,6 +22,7 @@ from spo.tiny_world.scenes import HUES, SHAPES, SIZES, Caption, all_captions, dr
 HELD_OUT = 200  # captions that appear in no preference pair and in no training prompt
 WRONG_CAPTION = 0.3  # share of pairs in which one image does not show the caption
 WRONG_LABEL = 0.05  # share of labels that are exchanged: people err
+_DARKNESS = 10.0  # score of the step from white to grey: candidates differ as by a CLIP
 _TIE = 0.8  # quality points; smaller differences are labelled as ties
 _VALUES = {"size": SIZES, "colour": HUES, "shape": SHAPES, "background": HUES}
 
@@ -112,3 +113,18 @@ class FlippedPreferences(Scorer):
         rows = prompt_features.expand(len(images), -1).cpu().numpy()
         signs = [hashlib.sha256(key + row.tobytes()).digest()[0] % 2 * 2 - 1 for row in rows]
         return scores * torch.tensor(signs, device=scores.device)
+
+
+class Darkness(Scorer):
+    """A wrong preference model: it prefers dark images, whatever the prompt."""
+
+    title = "Darkness"
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
+        return torch.zeros(len(prompts), 1, device=self._device)
+
+    def score(self, images: Tensor, prompt_features: Tensor, timestep: int) -> Tensor:
+        return -_DARKNESS * images.clamp(-1, 1).mean(dim=(1, 2, 3))
