@@ -257,7 +257,7 @@ def test_prompts_may_move_but_not_change_inside_an_epoch(stopped, tmp_path):
     lines = (ROOT / "assets" / "prompts" / "tiny.txt").read_text()
     moved = tmp_path / "moved.txt"
     moved.write_text(lines)
-    (line,) = preflight(small_config(stopped, prompts__source=str(moved)), 1).changes
+    (line,) = preflight(small_config(stopped, prompts__source=str(moved)), 1).notes
     assert line.startswith("resume: prompts.source was 'assets/prompts/tiny.txt', and is '/")
     moved.write_text("another\n" + lines)
     with pytest.raises(UserError, match="^prompts.source: not the prompts of epoch 2 "):
@@ -268,7 +268,7 @@ def test_between_epochs_other_things_may_change_and_are_listed(whole, tmp_path):
     before = str(checkpoints(whole)[0])
     changes = {"seed": 7, "sample__num_steps": 5, "train__learning_rate": 2e-3}
     config = small_config(tmp_path / "branch", resume_from=before, **changes)
-    assert [line.split(" was ")[0] for line in preflight(config, 1).changes] == [
+    assert [line.split(" was ")[0] for line in preflight(config, 1).notes] == [
         "resume: logdir",
         "resume: run_name",
         "resume: sample.num_steps",
@@ -296,7 +296,7 @@ def test_other_processes_and_versions_are_told(stopped, tmp_path):
     state["versions"]["torch"] = "1.0"
     (newest / "training_state.json").write_text(json.dumps(state))
     reseal(newest)
-    lines = preflight(small_config(folder), 2).changes
+    lines = preflight(small_config(folder), 2).notes
     assert [line[:44] for line in lines] == [
         "resume: logdir was " + repr(str(stopped.parent))[:25],
         "resume: 1 processes before, 2 from here on: ",
