@@ -46,6 +46,21 @@ def image_brightness(device):
     return ImageBrightness()
 
 
+class ImageDarkness(ImageBrightness):
+    """What dislikes all that `Brightness` likes; NaN for images of the prompt `bad_prompt`."""
+
+    def __init__(self, device, bad_prompt=""):
+        self.bad_prompt = bad_prompt
+
+    def score_images(self, images, prompts):
+        scores = 1 - super().score_images(images, prompts)
+        return scores.where(torch.tensor([p != self.bad_prompt for p in prompts]), torch.nan)
+
+
+def broken_judge(device):
+    raise RuntimeError("no such weights\nanywhere")
+
+
 class OnRanks(Brightness):
     """Brightness that writes down its prompts and fails on some ranks.
 

@@ -27,6 +27,7 @@ SIZES = {
     "num_epochs": 2,
     "checkpoint_limit": 0,
     "eval.num_images": 2,
+    "eval.batch_size": 1,
     "eval.num_steps": 2,
     "sample.batch_size": 2,
     "sample.num_steps": 4,

@@ -114,7 +114,7 @@ def test_a_signal_in_a_rollout_draws_it_again(request, tmp_path, monkeypatch, ju
 
 
 def test_a_signal_between_validation_images(whole, tmp_path, monkeypatch):
-    own, calls = validation.sample_images, []
+    own, calls = validation.sample_latents, []
 
     def signalled(*arguments):
         calls.append(arguments)
@@ -122,7 +122,7 @@ def test_a_signal_between_validation_images(whole, tmp_path, monkeypatch):
             os.kill(os.getpid(), signal.SIGTERM)
         return own(*arguments)
 
-    monkeypatch.setattr(validation, "sample_images", signalled)
+    monkeypatch.setattr(validation, "sample_latents", signalled)
     folder = tmp_path / "run"
     with pytest.raises(Stopped, match="epoch_0001:"):
         run(folder)
