@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from spo.costs.count import BATCH_KEYS, CHECKPOINTED, SCORER, count_costs
+from spo.costs.count import BATCH_KEYS, CHECKPOINTED, SCORER, Costs, count_costs
+from spo.costs.evaluation import count_evaluation
 from spo.costs.load import Models
 from spo.costs.meter import ROLLOUT, TRAINING, Meter, draw_pairs, flop_counter, train_on_pairs
 from spo.errors import UserError
@@ -166,6 +167,7 @@ def print_costs(models: Models, prompts: int, tflops: float, num_gpus: int) -> d
     keys = [(part, BATCH_KEYS[part]) for part in peaks]
     rows = {f"{key} ({part})": [fits[c][part] for c in CARDS] for part, key in keys}
     _print_table(["largest that fits on a card of", *(f"{c} GiB" for c in CARDS)], rows)
+    evaluation = _print_evaluation(models, costs, prompts * (teraflops[ROLLOUT] + pair))
     print(
         f"{hours:.3g} hours for {prompts} prompts over all epochs, on {num_gpus} GPUs at "
         f"{tflops:g} TFLOP/s each, if {PAIR_SHARE:.0%} of a prompt's {costs.pairs} pairs "
@@ -177,7 +179,27 @@ def print_costs(models: Models, prompts: int, tflops: float, num_gpus: int) -> d
         "resident_gib": resident,
         "peak_gib": peaks,
         "hours": hours,
+        "evaluation": evaluation,
     }
+
+
+def _print_evaluation(models: Models, costs: Costs, run: float) -> dict[str, float]:
+    """Counts the run's own evaluations beside the `run`'s TFLOP, and prints what share they take."""
+    run_settings, settings = models.recipe.run, models.recipe.validation
+    if not run_settings.eval_interval:
+        return {}
+    prompts = max(settings.num_judged, settings.num_images)
+    found = count_evaluation(models, costs, prompts)
+    times = run_settings.num_epochs // run_settings.eval_interval + 1
+    figures = {name: getattr(found, name) / 1e12 for name in ("drawing", "judging")}
+    shares = {name: f"{times * each / run:.2%}" for name, each in figures.items()}
+    unknown = f" (without {', '.join(found.unknown)})" if found.unknown else ""
+    print(
+        f"an evaluation of {prompts} prompts: {figures['drawing']:.4g} TFLOP for its images, "
+        f"{figures['judging']:.4g} for reward and judges{unknown}; {times} of them are "
+        f"{shares['drawing']} and {shares['judging']} of the run"
+    )
+    return figures | {"times": times}
 
 
 def _print_table(header: Sequence[str], rows: Mapping[str, Iterable[float]]) -> None:

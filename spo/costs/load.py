@@ -176,8 +176,18 @@ def meta_kernels() -> Iterator[None]:
     def every_index(tensor: Tensor) -> Tensor:
         return torch.ones(tensor.shape).nonzero().to(META) if tensor.is_meta else nonzero(tensor)
 
-    def fused(*inputs: Tensor, enable_gqa: bool = False, **options: Any) -> Tensor:
-        return attention(*inputs, **options)[0]
+    def fused(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        options = {"attn_mask": attn_mask, "scale": scale}
+        return attention(query, key, value, dropout_p, is_causal, **options)[0]
 
     with (
         mock.patch.object(F, "scaled_dot_product_attention", fused),
