@@ -55,7 +55,7 @@ class Verdict:
     status: str
     ship: int  # the epochs after which the judges liked the images best; 0: before training
     differences: Mapping[str, Estimate]  # of reward and judges to the untrained model, by prompt
-    since_ship: Estimate  # of all judges together to the shipped epoch, in standard deviations
+    since_ship: Mapping[str, Estimate]  # likewise, to the shipped epoch
     pixels: Mapping[str, Change]  # by statistic
 
     @property
@@ -74,16 +74,14 @@ class Verdict:
 
     def describe(self) -> str:
         """Returns the verdict in one line."""
-        parts = [
-            f"{name.removeprefix(JUDGES)} {difference:+.2f}"
-            for name, difference in self.differences.items()
-        ]
-        if self.status == OVEROPTIMISED:
-            fall = f"{-self.since_ship.mean:.2f} standard deviations since epoch {self.ship}"
-            parts.append(f"the judges have fallen by {fall}")
+        parts = [_named(self.differences)]
         for name, change in self.pixels.items():
             parts.append(f"{name.removeprefix(PIXELS).replace('_', ' ')} {change.describe(name)}")
-        advice = f"; ship epoch {self.ship}" if self.is_overoptimised and self.ship else ""
+        advice = ""
+        if self.status == OVEROPTIMISED:
+            advice = (
+                f" (since epoch {self.ship}: {_named(self.since_ship)}); ship epoch {self.ship}"
+            )
         return f"epoch {self.epochs}: {', '.join(parts)}: {self.status}{advice}"
 
 
@@ -100,10 +98,11 @@ def decide(evaluations: Sequence[Evaluation]) -> Verdict:
     gains = [_gain(base, each, judges) for each in evaluations]
     best = int(np.argmax([gain.mean() for gain in gains]))  # the first of equals
     change = bootstrap_mean(gains[-1] - gains[best], _SURE)
-    both = [name for name in (REWARD, *judges) if name in last.scores and name in base.scores]
-    differences = {
-        name: bootstrap_mean(np.subtract(last.scores[name], base.scores[name])) for name in both
-    }
+    names = [REWARD, *judges] if all(REWARD in each.scores for each in evaluations) else judges
+    differences, since_ship = (
+        {n: bootstrap_mean(np.subtract(last.scores[n], then.scores[n])) for n in names}
+        for then in (base, evaluations[best])
+    )
     has_risen = [bootstrap_mean(gains[at]).low > 0 for at in (best, -1)]
     has_fallen = judges and change.high < -_LEAST_FALL * gains[best].mean()
     if has_fallen and (has_risen[0] or not best):
@@ -117,7 +116,11 @@ def decide(evaluations: Sequence[Evaluation]) -> Verdict:
         for name in last.named(PIXELS)
         if name in base.scores
     }
-    return Verdict(last.epochs, status, evaluations[best].epochs, differences, change, pixels)
+    return Verdict(last.epochs, status, evaluations[best].epochs, differences, since_ship, pixels)
+
+
+def _named(estimates: Mapping[str, Estimate]) -> str:
+    return ", ".join(f"{name.removeprefix(JUDGES)} {each:+.2f}" for name, each in estimates.items())
 
 
 def _gain(base: Evaluation, other: Evaluation, judges: Sequence[str]) -> np.ndarray:
