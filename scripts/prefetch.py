@@ -59,6 +59,7 @@ def prefetch(config: ConfigDict) -> Iterator[str]:
 def of_training(config: ConfigDict) -> Iterator[str]:
     import torch
 
+    from spo.guard.judges import Judges, find_judges
     from spo.lora_io.find import find_lora
     from spo.method.build import read_recipe
     from spo.scorers import load_scorer
@@ -69,6 +70,12 @@ def of_training(config: ConfigDict) -> Iterator[str]:
     yield load_base_model(recipe.model, config)
     load_scorer(recipe.scorer, torch.device("cpu"))
     yield f"preference model: {recipe.scorer.name}"
+    settings = recipe.validation
+    if recipe.run.eval_interval and settings.num_judged:
+        sources, lines = find_judges(settings.judges, settings.judge_options, recipe.scorer)
+        judges = Judges(sources, torch.device("cpu"))
+        yield from (*lines, *judges.failed.values())
+        yield f"judges: {', '.join(judges.scorers) or 'none'}"
     if recipe.lora.init_from:
         yield f"LoRA: {find_lora(recipe.lora.init_from, 'lora.init_from')}"
 

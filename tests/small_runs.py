@@ -20,6 +20,7 @@ from spo.method.start import train
 ROOT = Path(__file__).resolve().parent.parent
 LORA = "pytorch_lora_weights.safetensors"
 UNEQUAL = ("seconds_rollout", "seconds_train", "images_per_second", "peak_memory_gib")
+UNEQUAL += ("seconds_evaluation", "seconds_judging")
 # Two epochs of two rollouts of 4 pairs and minibatches, of which 3 make an update.
 SIZES = {
     "algorithm": "tests.small_runs:SignallingGradSPO",

@@ -25,7 +25,7 @@ from spo.preference.pair_recipe import build_preparation, build_scorer, read_pai
 from spo.preference.replay import replay_latent_reward
 from spo.scorers import SCORERS, clip, image_scorer, load_scorer
 from tests import small_runs
-from tests.small_runs import OF_SDXL, ROOT, differences, judged, run, small_config
+from tests.small_runs import OF_SDXL, ROOT, differences, judged, read_metrics, run, small_config
 
 slow = pytest.mark.slow
 WEIGHTS = {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}
@@ -120,7 +120,8 @@ def test_rollouts_and_updates_with_no_wait_that_is_not_needed(kind, family, prec
 
 @pytest.mark.parametrize("family", ["sd15", pytest.param("sdxl", marks=slow)])
 def test_a_run_stopped_and_resumed_leaves_what_one_on_the_cpu_leaves(tmp_path, monkeypatch, family):
-    changes = {"prompts.num": 2, "num_epochs": 1, "eval.num_images": 1}
+    changes = {"prompts.num": 2, "num_epochs": 1, "eval.num_images": 1, "eval.num_judged": 1}
+    changes |= {"eval.judges": ("pickscore",)}  # config/tiny.py has its options
     changes |= OF_SDXL if family == "sdxl" else {}
     changes["train.gradient_accumulation_steps"] = 2  # stopped between two updates
     monkeypatch.setattr("spo.models.device.keep_contiguous", lambda _: None)  # rounds on a CPU
@@ -134,6 +135,8 @@ def test_a_run_stopped_and_resumed_leaves_what_one_on_the_cpu_leaves(tmp_path, m
         run(resumed, **changes)
     assert differences(whole, resumed) == []
     assert (resumed / "starts.jsonl").read_text().count('"device": "cuda"') == 2
+    (line,) = [line for line in read_metrics(resumed) if "evaluation" in line]
+    assert line["judges"]["pickscore"]["mean"] and line["pixels"]["diversity"]["now"]
 
 
 @slow

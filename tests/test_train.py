@@ -29,6 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 MODELS = ROOT / "tests" / "data" / "golden" / "models"
 LORA = "pytorch_lora_weights.safetensors"
 TIMING = ("seconds_rollout", "seconds_train", "images_per_second", "peak_memory_gib")
+TIMING += ("seconds_evaluation", "seconds_judging")
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from spo.models.plain_images import ImageSettings, sample_images
 from spo.run.checkpoint_folder import best
 from spo.scorers import candidate_scorer
 from spo.scorers.pixels import to_pil
-from tests.small_runs import LORA, read_metrics, run, run_in_processes, small_config
+from tests.small_runs import LORA, UNEQUAL, read_metrics, run, run_in_processes, small_config
 
 LIGHT, DARK = (f"tests.scorers_for_tests:{name}" for name in ("image_brightness", "ImageDarkness"))
 
@@ -126,9 +126,8 @@ def test_an_evaluation_is_made_once_and_a_later_one_is_forgotten(judged, tmp_pat
     run(folder, **JUDGED)
     assert first.stat().st_mtime_ns == before
     assert numbers(folder, 2) == numbers(judged, 2)
-    unequal = ("seconds",)
     ours, theirs = (
-        [{k: v for k, v in line.items() if k not in unequal} for line in evaluations(f)]
+        [{k: v for k, v in line.items() if k not in UNEQUAL} for line in evaluations(f)]
         for f in (folder, judged)
     )
     assert ours == theirs

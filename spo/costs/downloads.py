@@ -73,7 +73,7 @@ WEIGHTS = (
     Download("yuvalkirstain/PickScore_v1", ("model.safetensors",), 3.9, "", "pickscore, spm"),
     Download("openai/clip-vit-large-patch14", ("model.safetensors",), 1.7, "", "lrm of sd15"),
     Download("xswu/HPSv2", ("HPS_v2_compressed.pt",), 2.0, "", "hpsv2"),
-    Download("xswu/HPSv2", ("HPS_v2.1_compressed.pt",), 2.0, "", "hpsv2.1"),
+    Download("xswu/HPSv2", ("HPS_v2.1_compressed.pt",), 2.0, "", "hpsv2.1, a judge of training"),
     Download("zai-org/ImageReward", ("ImageReward.pt",), 1.8, "", "imagereward"),
     Download("google-bert/bert-base-uncased", _CLIP[:1], 0, "apache-2.0", "imagereward"),
     Download(
@@ -81,7 +81,7 @@ WEIGHTS = (
         ("open_clip_model.safetensors",),
         1.7,
         "apache-2.0",
-        "aesthetic, clipscore",
+        "aesthetic, a judge of training; clipscore",
     ),
     Download("trl-lib/ddpo-aesthetic-predictor", ("aesthetic-model.pth",), 0, "", "aesthetic"),
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,6 @@ from spo.guard.evaluations import read_evaluations, write_evaluation
 from spo.guard.judges import Judges, without
 from spo.guard.pixel_statistics import DIVERSITY, STATISTICS, diversity
 from spo.guard.verdict import JUDGES, PIXELS, REWARD, Evaluation, Verdict, decide
-from spo.models.gpu import now
 from spo.run.pictures import Cell
 from spo.run.session import Session
 from spo.run.validation import Drawn, ValidationSettings, draw_batch, show_images
@@ -61,9 +61,12 @@ class Watch:
         is_made = self.workers.from_main(bool(past) and past[-1].epochs == epochs)
         if is_made:
             return self.workers.from_main(decide(past) if len(past) > 1 else None)
-        started = now(self.workers.device)
+        started = time.perf_counter()
         cells, scores = self._draw_and_measure()
-        seconds = {"total": now(self.workers.device) - started, "judging": self.seconds}
+        seconds = {
+            "seconds_evaluation": time.perf_counter() - started,
+            "seconds_judging": self.seconds,
+        }
         verdict = None
         if self.workers.is_main and scores:
             past.append(Evaluation(epochs, scores))
@@ -73,7 +76,7 @@ class Watch:
             show_images(self.session, cells, settings.weights, epochs, step)
             if verdict is not None:
                 at = {"evaluation": epochs, "epoch": epochs, "rollout": rollouts, "step": step}
-                self.session.tracking.log(at | verdict.numbers() | {"seconds": seconds}, step)
+                self.session.tracking.log(at | verdict.numbers() | seconds, step)
                 self.session.say(verdict.describe())
             if scores:
                 write_evaluation(run_dir, past[-1], settings, self.prompts)
@@ -97,9 +100,9 @@ class Watch:
                 images = to_pil(drawn[0].images[: len(shown)])
                 cells += [(i, Cell(x, self.prompts[i])) for i, x in zip(shown, images, strict=True)]
                 if places.start < self.settings.num_judged:
-                    started = now(self.workers.device)
+                    started = time.perf_counter()
                     parts.append((places.start, self._measure(drawn, failed)))
-                    self.seconds += now(self.workers.device) - started
+                    self.seconds += time.perf_counter() - started
         self._share_failures(failed)
         cells, parts = (self.workers.gather(each, only_to_main=True) for each in (cells, parts))
         in_order = [scores for _, scores in sorted(parts, key=itemgetter(0))]
