@@ -30,7 +30,7 @@ def get_config() -> ConfigDict:
     config.resume_from = ""  # a checkpoint folder, or "auto": the newest one of run_name
     config.save_interval = 1  # epochs between checkpoints
     config.save_every_rollouts = 0  # rollouts between further checkpoints; 0: none within an epoch
-    config.checkpoint_limit = 3  # checkpoints kept, oldest deleted first; 0 keeps all
+    config.checkpoint_limit = 3  # checkpoints kept beside best/, oldest deleted first; 0 keeps all
     config.eval_interval = 1  # epochs between grids of validation images; 0 draws none
     # The launcher counts the costs of a step, in seconds, and warns of what will not fit into memory.
     config.estimate_costs = True
@@ -182,11 +182,22 @@ def get_config() -> ConfigDict:
     # ---- validation images ---------------------------------------------------------------------
     config.eval = evaluation = ConfigDict()
     evaluation.prompts = "assets/prompts/validation.txt"  # file of prompts, read as prompts.source
-    evaluation.num_images = 8  # the first so many prompts, one image each
+    evaluation.num_images = 8  # the grid shows the first so many prompts, one image each
     evaluation.seed = 0  # image i starts from noise seeded with (eval.seed, i)
     evaluation.num_steps = 20  # DDIM, eta 0
     evaluation.guidance_scale = 5.0  # as in training (paper)
     evaluation.weights = "policy"  # LoRA that draws them: "policy" (what is published) or "ema"
+    # The run's own verdict on its health, and which epoch to ship (docs/healthy_runs.md): the first so
+    # many prompts are judged, by the scorers below and by their pixels; 0: no verdict.
+    evaluation.num_judged = 64
+    evaluation.seeds_per_prompt = 2  # images of each, from seeds eval.seed, eval.seed + 1, ...
+    evaluation.batch_size = 4  # prompts drawn at once on one GPU
+    # Scorers of finished images that the run does not train on; named as preference.scorer. The run
+    # goes on without one that cannot be loaded.
+    evaluation.judges = ("hpsv2.1", "aesthetic")
+    # Options of a judge by its name: config.eval.judge_options["hpsv2.1"] = {"checkpoint": "x"}.
+    evaluation.judge_options = ConfigDict(allow_dotted_keys=True)
+    evaluation.stop_when_overoptimised = False  # end the run, saved, once the judges like it less
 
     # ---- tracker -------------------------------------------------------------------------------
     config.tracker = tracker = ConfigDict()
@@ -198,6 +209,9 @@ def get_config() -> ConfigDict:
     hub.repo_id = ""  # Hub repo that the LoRA is pushed to, "user/name"; empty: none
     hub.subfolder = ""  # folder in it, e.g. "sd1_5": several runs can share a repo; empty: its root
     hub.weights = "policy"  # LoRA that is pushed: "policy" (as officially) or "ema"
+    # Checkpoint that is pushed: empty: the weights as they are; "best": the one that the run's own
+    # evaluations chose; or the name of a folder of checkpoints/.
+    hub.checkpoint = ""
     hub.private = False  # make the repo private where it is made
     hub.branch = ""  # branch that is pushed to, made where it is missing; empty: main
     # Licence in the model card, by the Hub's identifier; empty: that of SD1.5 or SDXL 1.0, and none

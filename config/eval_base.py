@@ -2,8 +2,8 @@
 
 python scripts/evaluate.py --config.models=base --config.models=gradspo=runs/NAME
 
-The defaults are the protocol of the SPO paper (Liang et al., arXiv 2406.04314) on SD1.5; eval_sdxl.py
-and eval_tiny.py are overlays.
+The defaults are the protocol of the SPO paper (Liang et al., arXiv 2406.04314) on SD1.5; eval_sdxl.py,
+eval_tiny.py and eval_scales.py are overlays.
 """
 
 from ml_collections import ConfigDict
@@ -24,6 +24,9 @@ def get_config() -> ConfigDict:
     #   .safetensors file of all weights     model with that UNet
     #   a folder of images                   one per prompt, in the order of their names
     config.models = ("base",)
+    # Strengths: every LoRA among the models is drawn at each of them, and the report shows the scores
+    # over the strength; --config.lora_scales=0.5,1. Empty: as `models` says, 1 unless it says another.
+    config.lora_scales = ()
     config.family = "sd15"  # "sd15" or "sdxl", of all models
     config.pretrained = pretrained = ConfigDict()  # the base model, as in config/base.py
     pretrained.model = "stable-diffusion-v1-5/stable-diffusion-v1-5"

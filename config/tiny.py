@@ -3,6 +3,8 @@
 bash launch_tiny.sh
 """
 
+from ml_collections import ConfigDict
+
 from config import base
 
 
@@ -29,5 +31,11 @@ def get_config():
     config.train.global_batch_size = 16
     config.train.learning_rate = 5e-4
     config.eval.prompts = "assets/tiny/prompts/held_out.txt"
+    config.eval.num_judged = 32
+    config.eval.batch_size = 32
+    # The world's PickScore is what the preference model started from, and the only other judge here.
+    config.eval.judges = ("pickscore",)
+    clip = {"backbone": "assets/tiny/clip", "processor": "assets/tiny/clip"}
+    config.eval.judge_options = ConfigDict({"pickscore": clip}, allow_dotted_keys=True)
     config.tracker.name = "none"
     return config

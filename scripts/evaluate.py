@@ -2,6 +2,7 @@
 
 python scripts/evaluate.py --config.models=base --config.models=gradspo=runs/NAME
 python -m spo.launch scripts/evaluate.py --config=config/eval_sdxl.py ...    # on every GPU
+python scripts/evaluate.py --config=config/eval_scales.py ...    # each LoRA at five strengths
 
 config/eval_base.py explains every key. One that was killed goes on with the same --config.run_name.
 """

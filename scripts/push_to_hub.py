@@ -2,6 +2,7 @@
 
     python scripts/push_to_hub.py runs/NAME --repo_id user/name
     python scripts/push_to_hub.py runs/NAME --repo_id user/name --subfolder sd1_5 --dry_run
+    python scripts/push_to_hub.py runs/NAME --repo_id user/name --checkpoint best
 
 The default of each option is that of config.hub of the run. Several runs share a repo by subfolders.
 """
@@ -18,6 +19,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--repo_id", help="repo on the Hub, user/name; made if missing")
     parser.add_argument("--subfolder", help="folder in the repo, e.g. sd1_5 (the root)")
     parser.add_argument("--weights", choices=("policy", "ema"), help="which LoRA (policy)")
+    parser.add_argument(
+        "--checkpoint", help="best, or a folder of RUN_DIR/checkpoints (the weights as they are)"
+    )
     parser.add_argument("--private", action="store_true", default=None, help="for a new repo")
     parser.add_argument("--branch", help="branch to push to, made if missing (main)")
     parser.add_argument(
@@ -25,7 +29,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--message", default="", help="commit message (default: weights and epoch)")
     parser.add_argument(
-        "--results", type=path, help="folder of an evaluation (every evaluation* of the run)"
+        "--results",
+        type=path,
+        help="folder of an evaluation (every evaluation* of the run; of a checkpoint, none)",
     )
     parser.add_argument(
         "--dry_run", action="store_true", help="write RUN_DIR/hub and print the card; no network"

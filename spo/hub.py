@@ -50,6 +50,7 @@ class Destination:
     private: bool = False
     branch: str = ""
     license: str = ""
+    checkpoint: str = ""
 
     def path(self, name: str) -> str:
         """Returns the path in the repo of a file of the run."""

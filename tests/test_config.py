@@ -261,7 +261,7 @@ def test_every_overlay_is_tested():
         if path.name != "__init__.py"
     }
     overlays = set(DIFFERENCES) | set(SPM_DIFFERENCES)
-    evaluations = {"eval_base", "eval_sdxl", "eval_tiny"}
+    evaluations = {"eval_base", "eval_sdxl", "eval_tiny", "eval_scales"}
     assert found == overlays | evaluations | {
         "base",
         "tiny",

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,14 +20,14 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from spo.command_line import flags
-from spo.command_line.config_files import EVAL_BASE, load_config
+from spo.command_line.config_files import EVAL_BASE, leaves, load_config
 from spo.errors import RunError, Stopped, UserError
 from spo.evaluation import contents as contents_of
 from spo.evaluation.evaluator import evaluate, plan_evaluation
 from spo.evaluation.image_sets import ImageSet
 from spo.evaluation.results import read_results
 from spo.evaluation.scores import ScoreFolder
-from spo.lora_io.model_spec import read_specs
+from spo.lora_io.model_spec import at_strengths, read_specs
 from spo.lora_io.read import read_lora_file
 from spo.lora_io.write import save_lora, write_peft
 from spo.models.backbone import ModelSource
@@ -159,6 +160,34 @@ def test_texts_that_name_no_model(texts, message):
         read_specs(texts, BASE, "sd15", "models")
 
 
+def test_a_lora_is_drawn_at_every_strength(tmp_path):
+    one, two = (write_lora(tmp_path / f"{name}.safetensors") for name in ("one", "two"))
+    full = f"full={model_folder('sd15')}"
+    texts = ("base", f"half={one}:0.5", f"both={one}:-1+{two}:2", full)
+    specs = read_specs(texts, BASE, "sd15", "models")
+    assert at_strengths(specs, (), "lora_scales") == specs
+    assert [(spec.lora, spec.strength) for spec in specs] == [
+        ("", 0),
+        (str(one), 0.5),
+        (f"{one}:-1+{two}:2", 1),
+        ("", None),
+    ]
+    found = at_strengths(specs, (0.25, 2, 0.25), "lora_scales")
+    names = ["base", "half_0.25", "half_2", "both_0.25", "both_2", "full"]
+    assert [spec.name for spec in found] == names
+    assert [spec.strength for spec in found] == [0, 0.125, 1, 0.25, 2, None]
+    assert [spec.loras for spec in found[1:5]] == [
+        ((one, 0.125),),
+        ((one, 1),),
+        ((one, -0.25), (two, 0.5)),
+        ((one, -2), (two, 4)),
+    ]
+    assert found[1].lora == found[2].lora == str(one) and found[1].text == texts[1]
+    taken = read_specs((f"a={one}", f"a_2={one}"), BASE, "sd15", "models")
+    with pytest.raises(UserError, match="^lora_scales: two models are called 'a_2_1'"):
+        at_strengths([*taken, replace(taken[0], name="a_2_1", loras=())], (1,), "lora_scales")
+
+
 # ---- images and scores -------------------------------------------------------------------------
 
 
@@ -233,6 +262,29 @@ def test_identical_models_have_difference_zero_and_win_half(config):
     assert summary[1]["difference"] == {"mean": 0, "low": 0, "high": 0}
     assert summary[1]["win_rate"] == {"mean": 0.5, "low": 0.5, "high": 0.5}
     assert summary[1]["ties"] == 6
+
+
+def test_strengths_of_a_lora(config):
+    evaluate(changed(config, lora_scales=(0, 0.5, 1.25)))
+    folder, lora = folder_of(config), config.models[1].removeprefix("lora=")
+    results = read_results(folder)
+    found = [(model.name, model.lora, model.strength) for model in results.models]
+    scaled = [(f"lora_{strength:g}", lora, strength) for strength in (0, 0.5, 1.25)]
+    assert found == [("base", "", 0), *scaled]
+    base, off, half, more = all_scores(results)
+    assert base == pytest.approx(off, abs=1e-3)
+    assert max(abs(a - b) for a, b in zip(half, more, strict=True)) > 0.1
+    # By hand, of the strength that is 1 times the strength of its text.
+    evaluate(changed(config, models=("base", f"lora={lora}:1.25"), run_name="one"))
+    one = read_results(folder.parent / "one")
+    assert all_scores(one) == [base, more] and one.models[1].strength == 1.25
+    assert "Strength of the LoRA" in (folder / "report.html").read_text()
+    # Results from before strengths were recorded.
+    written = json.loads((folder / "results.json").read_text())
+    for model in written["models"]:
+        del model["lora"], model["strength"]
+    (folder / "results.json").write_text(json.dumps(written))
+    assert read_results(folder).strengths() == {} != results.strengths()
 
 
 def test_drawing_and_scoring_apart_and_a_folder_of_images(config):
@@ -356,6 +408,21 @@ def test_a_signal_keeps_every_whole_batch_and_the_next_call_goes_on(config):
     assert (folder_of(config) / "table.md").exists()
 
 
+def test_the_config_of_strengths(config):
+    scales = load_config("config/eval_scales.py", EVAL_BASE)
+    own = ("models", "pretrained", "prompts.source", "scorers", "logdir")
+    scales.update_from_flattened_dict(
+        {key: value for key, value in leaves(config).items() if key.startswith(own)}
+    )
+    scales.prompts.num = 5  # of six; 100 of 487 by default
+    strengths = ("0.25", "0.5", "0.75", "1", "1.25")
+    plan = plan_evaluation(scales, 1)
+    assert [model.name for model in plan.models] == ["base", *(f"lora_{s}" for s in strengths)]
+    assert len(plan.prompts.prompts) == 5
+    flags._lay_over(scales, ["", "--config.lora_scales=0.5,2"], FlagValues())
+    assert [model.strength for model in plan_evaluation(scales, 1).models] == [0, 0.5, 2]
+
+
 # ---- bad input ---------------------------------------------------------------------------------
 
 BAD = {
@@ -366,6 +433,15 @@ BAD = {
     "no batch": ({"score_batch_size": 0}, "score_batch_size: 0 must be a whole number from 1"),
     "unknown precision": ({"mixed_precision": "fp8"}, "mixed_precision: 'fp8' is none of"),
     "base of another family": ({"family": "sdxl"}, "family='sdxl' needs"),
+    "strengths of nothing": (
+        {"models": ("base",), "lora_scales": (0.5, 1)},
+        "lora_scales: there is no LoRA",
+    ),
+    "a word for a strength": ({"lora_scales": ("half",)}, "lora_scales: expected only numbers"),
+    "no strength": (
+        {"lora_scales": (float("nan"),)},
+        "lora_scales: every strength must be a finite",
+    ),
     "missing LoRA": ({"models": ("base", "./no.safetensors")}, "models: no file"),
 }
 

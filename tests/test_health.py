@@ -82,7 +82,7 @@ def test_an_infinite_prediction_is_seen_through_the_clips(own_backbone, algorith
     output = learner.loss(predictions, batch, learner.sampler)
     if (algorithm, network) == ("gradspo", "reference"):
         assert output.loss.isfinite()
-    (fault,) = find_faults([(batch, Step(output, None))], PROMPTS)
+    (fault,) = find_faults([(batch, Step(output, None, {}))], PROMPTS)
     assert fault.text.startswith("predictions are not finite at t = [301] for the prompts 'a bear'")
 
 

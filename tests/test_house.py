@@ -28,6 +28,7 @@ EXCEPTIONS = {
     },
     "method/collect.py": {"spo.launch.batch_plan": "prompts are cut into slices by the plan"},
     "method/preflight.py": {
+        "spo.guard.judges": "the judges are named and looked for before models load",
         "spo.launch.batch_plan": "sizes must fit the number of processes",
         "spo.publish.push": "access to the Hub is checked before models load",
         "spo.run.checkpoint_folder": "a checkpoint's config is compared with the run's",
@@ -35,14 +36,18 @@ EXCEPTIONS = {
         "spo.run.resume": "the checkpoint to resume from is found before models load",
     },
     "method/start.py": {
+        "spo.guard.evaluations": "those of a run that left no checkpoint are made again",
+        "spo.guard.judges": "the judges load after the scorer",
+        "spo.guard.watch": "what looks at the run between its epochs",
         "spo.launch.workers": "the processes of the run",
         "spo.run.session": "the run directory and what is recorded there",
     },
     "method/trainer.py": {
+        "spo.guard.watch": "the loop looks at the run between epochs",
         "spo.launch.workers": "the loop runs on every process",
+        "spo.run.checkpoint_folder": "the checkpoint of the best epoch is kept",
         "spo.run.folder": "the last lines name the run's files",
         "spo.run.session": "the loop lives in a session",
-        "spo.run.validation": "the loop draws validation images between epochs",
     },
 }
 

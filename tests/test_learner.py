@@ -93,7 +93,13 @@ def test_training_moves_the_lora_alone(request, own_backbone, family, algorithm,
     first = learner.train_minibatch(pairs, 0)
     assert first.output.loss.item() == pytest.approx(math.log(2))  # the policy is the reference
     assert not first.output.loss.requires_grad
-    learner.train_minibatch(pairs, 1)
+    second = learner.train_minibatch(pairs, 1)
+    # Each pair at its own timestep, in the order of the sampler's.
+    for step, moves in ((first, False), (second, True)):
+        kl = torch.stack([step.kl_at[t] for t in TIMESTEPS])
+        assert (kl.diag() > 0).tolist() == [moves] * 4 and kl.diag().isfinite().all()
+        kl_of_others = [v for t, v in step.kl_at.items() if t not in TIMESTEPS]
+        assert kl.isnan().sum() == 12 and torch.stack(kl_of_others).isnan().all()
     after = learner.predict(pairs)
     assert moved(start, learner.lora.parameters) > 1e-3
     assert frozen_hash(backbone) == frozen

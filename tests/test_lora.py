@@ -126,6 +126,24 @@ def test_initial_weights(own_backbone, rank):
     assert len(lora.parameters) == len(ATTENTION) * 2 * attentions > 0
 
 
+def test_the_norm_is_that_of_the_dense_change(own_backbone, sd15):
+    lora = add_tiny_lora(own_backbone("sd15"), rank=4, alpha=6)
+    assert lora.norm() == 0
+    weights = random_weights(lora, seed=1)
+    lora.assign(weights)
+    base = sd15.unet.state_dict()
+    names = [name.removesuffix(".lora_A.default.weight") for name in weights if "lora_A" in name]
+    changes = [
+        1.5 * weights[f"{name}.lora_B.default.weight"] @ weights[f"{name}.lora_A.default.weight"]
+        for name in names
+    ]
+    change, of_base = (
+        torch.cat([each.flatten() for each in tensors]).double().norm().item()
+        for tensors in (changes, [base[f"{name}.weight"] for name in names])
+    )
+    assert lora.norm().item() == pytest.approx(change / of_base, rel=1e-5)
+
+
 def test_alpha_scales(own_backbone, sd15):
     """alpha / rank multiplies B A: half the alpha is half of B."""
     full, half = own_backbone("sd15"), own_backbone("sd15")

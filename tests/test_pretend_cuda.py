@@ -101,13 +101,14 @@ def surroundings(monkeypatch):
 def test_rollouts_and_updates_with_no_wait_that_is_not_needed(kind, family, precision):
     with pretend_cuda() as gpu:
         found = train_lora(CUDA, kind, family, precision, gpu.waits.clear)
-    # Which pairs are kept; tokens, of SD1.5's empty prompt too, of SDXL's both encoders; its sizes.
-    expected = {"method/collect": 2, "models/backbone": 4 * (2 if family == "sd15" else 3)}
+    # Which pairs are kept; the table of transitions, once; tokens, of SD1.5's empty prompt too, of
+    # SDXL's both encoders; its sizes.
+    expected = {"method/collect": 2, "method/ddim": 1}
+    expected["models/backbone"] = 4 * (2 if family == "sd15" else 3)
     if kind == "spm":
         expected |= {"scorers/pickscore": 2, "scorers/clip": 2}  # tokens; mean and deviation, once
     else:
         expected["scorers/latent_reward_scorer"] = 2 if family == "sd15" else 4  # tokens
-        expected["method/ddim"] = 1  # the table of transitions of SPO's loss, once
     if precision == "fp16":  # GradScaler's scale, before and after the update
         expected["models/optimizers"] = 2
     expected[""] = by_module(gpu.waits)[""]  # what this file reads at the end

@@ -18,7 +18,8 @@ from diffusers.loaders import lora_base
 from fake_hub import TOKEN, serve
 from helpers import ATTENTION, random_weights, unet_output
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from config import tiny
 from scripts import push_to_hub
@@ -43,6 +44,7 @@ from spo.models.lora import add_lora
 from spo.publish import push as publish
 from spo.publish.card import merge_cards
 from spo.publish.layout import lay_out
+from spo.run.checkpoint_folder import link_best, new_checkpoint
 from spo.run.folder import record_start
 from spo.run.pictures import Cell
 from spo.run.validation import save_samples
@@ -145,7 +147,7 @@ def add_evaluation(folder, title="500 prompts of a test set"):
         settings={"prompts": f"{HOME}/prompts.txt", "steps": 20},
         versions={"torch": "2"},
         scorers=(ScorerInfo("pickscore", "PickScore", 100.0),),
-        models=tuple(ModelInfo(name, spec) for name, spec in specs.items()),
+        models=tuple(ModelInfo(name, spec, lora=spec) for name, spec in specs.items()),
         prompts=tuple(PromptResult(p, i, images[i]) for i, p in enumerate(("/a", "b", "c"))),
     )
     folder.mkdir()
@@ -298,6 +300,93 @@ def test_ema_branch_and_private(hub, run_dir):
     # Images that the policy drew are none of the EMA's.
     assert "EMA weights" in card and "widget" not in metadata(card) and "![" not in card
     assert 'subfolder="sd1_5",\n    revision="try",' in card
+
+
+def header(file):
+    with safe_open(file, framework="pt") as opened:
+        return opened.metadata()
+
+
+def add_checkpoint(run_dir, name, step):
+    """A checkpoint of the run after so many updates, its weights unlike those of any other."""
+    with new_checkpoint(run_dir, name, 0) as folder:
+        (folder / "ema").mkdir()
+        for file in (LORA, f"ema/{LORA}"):
+            weights = {n: tensor * step for n, tensor in load_file(run_dir / file).items()}
+            save_file(weights, folder / file, header(run_dir / file) | {"step": str(step)})
+    return folder.with_name(name)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "folder", "facts"),
+    [
+        ((), "epoch_0001", ("1 of 6", 5, 15, 0)),  # hub.checkpoint of the run
+        (("--checkpoint=best", "--weights=ema"), "epoch_0001/ema", ("1 of 6", 5, 15, 0)),
+        # Images were drawn after the second epoch: later than this one, but not than the next.
+        (("--checkpoint=epoch_0001_rollout_000009",), None, ("2 of 6", 9, 27, 0)),
+        (("--checkpoint=epoch_0002",), None, ("2 of 6", 10, 30, 4)),
+        (("--checkpoint=",), ".", ("2 of 6", 10, 30, 4)),
+    ],
+)
+def test_a_checkpoint_is_published_as_what_it_is(hub, run_dir, arguments, folder, facts):
+    steps = {"epoch_0001": 15, "epoch_0001_rollout_000009": 27, "epoch_0002": 30}
+    made = [add_checkpoint(run_dir, name, step) for name, step in steps.items()]
+    link_best(run_dir, made[0])
+    add_evaluation(run_dir / "evaluation")  # of whatever weights
+    config = json.loads((run_dir / "config.json").read_text())
+    config["hub"]["checkpoint"] = "best"
+    (run_dir / "config.json").write_text(json.dumps(config))
+    push(run_dir, *arguments)
+    files = hub.files("user/name")
+    name = folder or arguments[0].partition("=")[2]
+    source = (run_dir if folder == "." else run_dir / "checkpoints" / name) / LORA
+    found, expected = load_file(run_dir / "hub" / LORA), load_file(source)
+    assert found.keys() == expected.keys()
+    assert all(found[each].equal(expected[each]) for each in found)
+    card = unpadded(files["README.md"].decode())
+    rows = dict(re.findall(r"^\| (checkpoint|epochs|rollouts|updates) \| (.*) \|$", card, re.M))
+    assert rows.pop("checkpoint", ".") == name.partition("/")[0]
+    epochs, rollouts, updates, images = facts
+    assert rows == {"epochs": epochs, "rollouts": str(rollouts), "updates": str(updates)}
+    assert header(run_dir / "hub" / LORA)["step"] == str(updates)
+    assert len([name for name in files if name.startswith("samples/")]) == images
+    assert ("evaluation/results.json" in files) is ("Results" in card) is (folder == ".")
+    push(run_dir, *arguments, f"--results={run_dir / 'evaluation'}")
+    assert "evaluation/results.json" in hub.files("user/name")
+
+
+def test_a_checkpoint_that_is_not_there_is_one_line(hub, run_dir, capsys):
+    status, line = refused(capsys, run_dir, "--checkpoint=best")
+    assert status == 2 and "has no whole best checkpoint: evaluations with eval.judges" in line
+    folder = add_checkpoint(run_dir, "epoch_0001", 15)
+    link_best(run_dir, folder)
+    (folder / LORA).write_bytes(b"cut")
+    for name, reason in (("best", "no whole best"), ("epoch_0001", "or is damaged"), ("e", "e is")):
+        status, line = refused(capsys, run_dir, f"--checkpoint={name}")
+        assert status == 2 and reason in line
+    status, line = refused(capsys, run_dir, "--checkpoint=../run")
+    assert (
+        status == 2 and line.startswith("error: --checkpoint: '../run' must be") and not hub.asked
+    )
+
+
+def test_a_training_pushes_its_best_checkpoint_once_there_is_one(hub, run_dir):
+    said = []
+    to = Destination("user/name", checkpoint="best")
+    publishing = publish.Publishing(run_dir, to, 1, said.append)
+    publishing.push()
+    none = "hub: not pushed: there is no best checkpoint. For the newest weights: python scripts/"
+    none += f"push_to_hub.py {run_dir} --checkpoint=''"
+    assert said == [none] and hub.asked == []
+    publishing.finish()
+    assert said[2:] == [none] and hub.asked == []
+    link_best(run_dir, add_checkpoint(run_dir, "epoch_0001", 15))
+    publishing.finish()
+    assert said[-1].startswith("hub: pushed to ") and len(said) == 5
+    assert hub.commits("user/name") == ["gradspo LoRA, policy weights after epoch 1"]
+    (run_dir / "checkpoints" / "epoch_0001" / LORA).unlink()
+    publishing.push()
+    assert said[-1].startswith("warning: not pushed: checkpoint: ") and len(said) == 6
 
 
 def test_a_second_push_uploads_what_changed_and_commits_nothing_for_nothing(hub, run_dir, capsys):
@@ -591,6 +680,8 @@ def test_a_folder_that_is_no_run_is_one_line(hub, run_dir, capsys, break_it, mes
         ({"repo_id": "datasets/user/name"}, "hub.repo_id: Repo id must be in the form"),
         ({"repo_id": "name"}, "hub.repo_id: 'name' must be user/name"),
         ({"subfolder": "../up"}, "hub.subfolder: '../up' must be"),
+        ({"checkpoint": "a/b"}, "hub.checkpoint: 'a/b' must be best, or the name of a folder of"),
+        ({"checkpoint": ".."}, "hub.checkpoint: '..' must be best"),
     ],
 )
 def test_malformed_destinations_are_found_before_training(hub, changes, message):

@@ -17,9 +17,12 @@ import numpy as np
 import pytest
 import torch
 from matplotlib import font_manager
+from matplotlib.figure import Figure
 from PIL import Image, ImageFont
 
 from spo.errors import UserError
+from spo.evaluation import figures as figures_of_pages
+from spo.evaluation import report
 from spo.evaluation.image_sets import claim_prompts
 from spo.evaluation.page import embedded_image
 from spo.evaluation.report import chosen_prompts, write_report
@@ -32,7 +35,13 @@ from spo.evaluation.results import (
     summarize,
     write_results,
 )
-from spo.evaluation.run_report import TRAINING, draw_curves, panels_of, write_run_report
+from spo.evaluation.run_report import (
+    TRAINING,
+    _draw_heat,
+    draw_curves,
+    panels_of,
+    write_run_report,
+)
 from spo.method import metrics
 from spo.preference.pair_metrics import step_metrics, validation_metrics
 from spo.run.folder import record_start
@@ -223,6 +232,62 @@ def test_the_numbers_of_a_card_fit_in_the_widest_of_the_usual_fonts():
         assert font.getlength(text) / 1000 * size + padding <= width, text
 
 
+STRENGTHS = {  # two prompts each
+    "base": ((20, 20), (5, 5)),
+    "a": ((21, 21), (5, 5)),
+    "b": ((22, 24), (5, 7)),
+    "c": ((19, 19), (6, 6)),
+}
+
+
+def scaled_models(folder, strengths):
+    scores = {
+        name: dict(zip(("pickscore", "aesthetic"), each, strict=True))
+        for name, each in STRENGTHS.items()
+    }
+    results = make_results(folder, scores, ["a", "b"])
+    lora, base = f"{folder}/runs/<i>fox", replace(results.models[0], strength=0)
+    loras = zip(results.models[1:], strengths, strict=True)
+    models = [replace(model, lora=lora, strength=strength) for model, strength in loras]
+    return replace(results, models=(base, *models))
+
+
+def test_the_scores_over_the_strength_of_a_lora(tmp_path, monkeypatch):
+    results, figures = scaled_models(tmp_path, (2, 0.5, 1)), {}
+
+    def to_svg(figure, name):
+        figures[name] = figure.axes[0]
+        return figures_of_pages.to_svg(figure, name)
+
+    monkeypatch.setattr(report, "to_svg", to_svg)
+    page = read(write_report(tmp_path, results))
+    page.check_self_contained()
+    assert "<i>fox" in page.all("h3") and len(page.all("svg")) == 6 + 2
+    texts = [" ".join(text.split()) for text in page.all("p")]
+    assert (
+        "The mean is largest at strength 0.5 by Pickscore × 100, at 0.5 and 1 by Aesthetic."
+        in texts
+    )
+    panels = {name.split()[-1]: axes for name, axes in figures.items() if "strengths" in name}
+    # A mean of two differences d and e is in 95 % of all resamples from the lesser to the larger.
+    for scorer, means, low, high in (
+        ("pickscore", (0, 3, -1, 1), (0, 2, -1, 1), (0, 4, -1, 1)),
+        ("aesthetic", (0, 1, 1, 0), (0, 0, 1, 0), (0, 2, 1, 0)),
+    ):
+        line, (band,) = panels[scorer].lines[0], panels[scorer].collections
+        assert list(line.get_xdata()) == [0, 0.5, 1, 2] and tuple(line.get_ydata()) == means
+        corners = {(x, y) for x, y in band.get_paths()[0].vertices.tolist()}
+        assert corners == {
+            (x, y) for side in (low, high) for x, y in zip((0, 0.5, 1, 2), side, strict=True)
+        }
+
+
+def test_no_curve_of_two_strengths(tmp_path):
+    page = read(write_report(tmp_path, scaled_models(tmp_path, (0.5, 1, 1))))
+    assert not [text for text in page.all("h2") if "Strength" in text]
+    assert len(page.all("svg")) == 6
+
+
 def test_identical_models_have_no_better_one(tmp_path):
     scores = {name: {"pickscore": (20.0, 21.0, 22.0)} for name in ("base", "copy")}
     page = read(write_report(tmp_path, make_results(tmp_path, scores, ["a", "b", "c"])))
@@ -303,6 +368,7 @@ def metrics_line(rollout, updates_per_rollout=2):
     found = metrics.Metrics(torch.device("cpu"))
     pairs = torch.tensor([751, 751, 501, 1])
     metrics.note_rollout(found, comparisons, pairs, TIMESTEPS_OF_RUN)
+    found.nanmean(f"kl_at/{TIMESTEPS_OF_RUN[rollout % 3]}", torch.tensor([rollout / 4]))
     return {
         "epoch": 1,
         "rollout": rollout,
@@ -348,7 +414,19 @@ def test_the_report_of_a_run(run_dir):
     assert "pretrained.model" in config and "some/<model>" in config
     titles = page.all("text")
     assert "Pairs by timestep" in titles and "Mean score of the candidates" in titles
+    assert "KL from the reference, nats" in titles
     assert "Loss" not in titles  # nothing was trained, so there is nothing to draw
+
+
+def test_numbers_by_timestep_that_a_rollout_lacks_are_blank():
+    lines = [metrics_line(i) for i in (1, 2)] + [{"rollout": 3, "kl_at": {}}, metrics_line(4)]
+    axes = Figure().add_subplot()
+    (panel,) = (panel for panel in TRAINING if "kl_at" in panel.keys)
+    _draw_heat(axes, lines, panel)
+    (image,) = axes.images
+    shown = image.get_array().filled(-1.0)
+    assert shown.tolist() == [[0.25, -1, -1, 1.0], [-1, 0.5, -1, -1]]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["501"]
 
 
 def test_a_report_that_is_sent_round_names_no_home(run_dir, tmp_path):

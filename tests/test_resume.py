@@ -22,7 +22,7 @@ from spo.method.pairs import best_worst
 from spo.method.position import RolloutInProgress
 from spo.method.preflight import preflight, refusal
 from spo.run import validation
-from spo.run.checkpoint_folder import _seal, checkpoints, find_fault, read_state
+from spo.run.checkpoint_folder import _seal, checkpoints, find_fault, link_best, read_state
 from tests import small_runs
 from tests.small_runs import (
     LORA,
@@ -257,7 +257,7 @@ def test_prompts_may_move_but_not_change_inside_an_epoch(stopped, tmp_path):
     lines = (ROOT / "assets" / "prompts" / "tiny.txt").read_text()
     moved = tmp_path / "moved.txt"
     moved.write_text(lines)
-    (line,) = preflight(small_config(stopped, prompts__source=str(moved)), 1).changes
+    (line,) = preflight(small_config(stopped, prompts__source=str(moved)), 1).notes
     assert line.startswith("resume: prompts.source was 'assets/prompts/tiny.txt', and is '/")
     moved.write_text("another\n" + lines)
     with pytest.raises(UserError, match="^prompts.source: not the prompts of epoch 2 "):
@@ -268,13 +268,25 @@ def test_between_epochs_other_things_may_change_and_are_listed(whole, tmp_path):
     before = str(checkpoints(whole)[0])
     changes = {"seed": 7, "sample__num_steps": 5, "train__learning_rate": 2e-3}
     config = small_config(tmp_path / "branch", resume_from=before, **changes)
-    assert [line.split(" was ")[0] for line in preflight(config, 1).changes] == [
+    assert [line.split(" was ")[0] for line in preflight(config, 1).notes] == [
         "resume: logdir",
         "resume: run_name",
         "resume: sample.num_steps",
         "resume: seed",
         "resume: train.learning_rate",
     ]
+
+
+def test_the_best_checkpoint_goes_on_under_another_name(whole, tmp_path):
+    folder = copy_of(whole, tmp_path)
+    first = checkpoints(folder)[0]
+    link_best(folder, first)
+    chosen = {"resume_from": str(folder / "best")}
+    ready = preflight(small_config(tmp_path / "branch", **chosen), 1)
+    assert ready.resume.checkpoint == first  # and not what best/ links to later
+    with pytest.raises(UserError, match="already went on from another point"):
+        preflight(small_config(folder, **chosen), 1)
+    preflight(small_config(tmp_path / "from", lora__init_from=chosen["resume_from"]), 1)
 
 
 def test_other_processes_and_versions_are_told(stopped, tmp_path):
@@ -284,7 +296,7 @@ def test_other_processes_and_versions_are_told(stopped, tmp_path):
     state["versions"]["torch"] = "1.0"
     (newest / "training_state.json").write_text(json.dumps(state))
     reseal(newest)
-    lines = preflight(small_config(folder), 2).changes
+    lines = preflight(small_config(folder), 2).notes
     assert [line[:44] for line in lines] == [
         "resume: logdir was " + repr(str(stopped.parent))[:25],
         "resume: 1 processes before, 2 from here on: ",
@@ -429,8 +441,8 @@ def test_metrics_that_a_checkpoint_lacks_or_has_in_addition(whole, stopped, tmp_
     folder = copy_of(stopped, tmp_path)
 
     def change(tensors):
-        for kind in ("sum", "count"):
-            del tensors[f"metrics.{kind}:win_ratio"]
+        for name in [name for name in tensors if ":win_ratio" in name or ":kl_at/" in name]:
+            del tensors[name]
         tensors["metrics.total:of_before"] = torch.tensor(5.0, dtype=torch.float64)
         tensors["metrics.sum:old_mean"] = torch.tensor(6.0, dtype=torch.float64)
         tensors["metrics.count:old_mean"] = torch.tensor(4.0, dtype=torch.float64)
@@ -441,6 +453,8 @@ def test_metrics_that_a_checkpoint_lacks_or_has_in_addition(whole, stopped, tmp_
     assert found.pop("of_before") == 5 and found.pop("old_mean") == 1.5
     # Only of the minibatches since.
     assert found.pop("win_ratio") != expected.pop("win_ratio")
+    of_all, since = expected.pop("kl_at"), found.pop("kl_at")
+    assert of_all.keys() >= since.keys() and of_all != since and since
     assert found == expected
     assert read_metrics(folder)[3] == read_metrics(whole)[3]
 

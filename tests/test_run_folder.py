@@ -1,6 +1,8 @@
 """A run directory has one name, one run at a time, and tells who has it."""
 
+import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from spo.errors import UserError
-from spo.run.checkpoint_folder import new_checkpoint
+from spo.errors import RunError, UserError
+from spo.run.checkpoint_folder import best, checkpoints, link_best, new_checkpoint
 from spo.run.folder import locked, run_folder
 from spo.run.resume import find_checkpoint
 from spo.run.session import open_run_dir
@@ -83,6 +85,67 @@ def test_a_run_that_came_and_went_between_check_and_lock(tmp_path, resume_from):
     now = find_checkpoint(tmp_path, tmp_path.name, "auto")
     with open_run_dir(tmp_path, {}, now):
         pass
+
+
+def refuse(*_, **options):
+    raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+
+@pytest.fixture(params=["links", "no links"])
+def saved(request, tmp_path, monkeypatch):
+    """Saves the checkpoint of an epoch, with a limit of 2; returns the epochs that are left."""
+    if request.param == "no links":
+        monkeypatch.setattr(os, "symlink", refuse)
+
+    def save(epoch):
+        with new_checkpoint(tmp_path, f"epoch_{epoch:04d}", 2) as folder:
+            (folder / "x").write_text(str(epoch))
+        return [int(folder.name[-4:]) for folder in checkpoints(tmp_path)]
+
+    save(1), save(2)
+    return save
+
+
+def test_the_best_checkpoint_is_kept_besides_the_limit(saved, tmp_path):
+    first, second = checkpoints(tmp_path)
+    assert best(tmp_path) is None
+    link_best(tmp_path, second)
+    assert best(tmp_path) == second
+    assert [saved(epoch) for epoch in (3, 4, 5)] == [[2, 3], [2, 3, 4], [2, 4, 5]]
+    link_best(tmp_path, tmp_path / "checkpoints" / "epoch_0004")
+    assert saved(6) == [4, 5, 6]
+    (best(tmp_path) / "x").write_text("5")
+    assert best(tmp_path) is None  # damaged, and still not deleted
+    assert saved(7) == [4, 6, 7]
+    for _ in range(2):
+        link_best(tmp_path, None)
+    assert saved(8) == [7, 8] and not os.path.lexists(tmp_path / "best")
+    link_best(tmp_path, first)  # deleted long ago
+    assert best(tmp_path) is None
+
+
+def test_best_is_a_relative_link_or_says_the_same(saved, tmp_path, monkeypatch):
+    first, second = checkpoints(tmp_path)
+    link, target = tmp_path / "best", "checkpoints/epoch_0001"
+    link_best(tmp_path, first)
+    said = os.readlink(link) if link.is_symlink() else link.read_text()
+    assert said.strip() == target
+    monkeypatch.setattr(os, "replace", refuse)  # until the last step nothing has changed
+    with pytest.raises(RunError, match="cannot write .*/best: Operation not permitted"):
+        link_best(tmp_path, second)
+    assert best(tmp_path) == first
+
+
+def test_a_copy_in_which_best_is_a_folder(tmp_path):
+    run_dir, copy = tmp_path / "run", tmp_path / "copy"
+    run_dir.mkdir()
+    with new_checkpoint(run_dir, "epoch_0001", 0):
+        pass
+    link_best(run_dir, checkpoints(run_dir)[0])
+    shutil.copytree(run_dir, copy)  # follows links
+    assert best(copy) == copy / "best"
+    link_best(copy, checkpoints(copy)[0])
+    assert best(copy) == copy / "checkpoints" / "epoch_0001"
 
 
 def test_names_of_the_same_second_differ(monkeypatch):

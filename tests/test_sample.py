@@ -118,7 +118,7 @@ def test_the_base_is_what_the_run_of_the_lora_was_trained_on(lora, tmp_path):
         (["--prompts", "x", "--size", "wide"], "--size: invalid pixels value: 'wide'"),
         (["--prompts", "x", "--lora_scale", "all"], "--lora_scale: invalid numbers value: 'all'"),
         (["--prompts", "x", "--steps", "0"], "--steps: 0 must be a whole number from 1"),
-        (["--prompts", "x", "--lora_scale", "1"], "--lora_scale: none of --models has a LoRA"),
+        (["--prompts", "x", "--lora_scale", "1"], "--lora_scale: there is no LoRA"),
         (["--prompts", "x", "--models", "./no"], "--models: no file './no'"),
         (["--prompts", "x", "--base", "nowhere"], "--base: 'nowhere' is neither"),
         (["--prompts_file", "no.txt"], "--prompts_file: no file no.txt"),

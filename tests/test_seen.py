@@ -20,7 +20,7 @@ from spo.evaluation.results import read_results, summarize, summary_table, write
 from spo.evaluation.seen import training_of
 from spo.lora_io.model_spec import ModelSpec
 from spo.models.loading import ModelSource
-from spo.run.checkpoint_folder import new_checkpoint, write_state
+from spo.run.checkpoint_folder import link_best, new_checkpoint, write_state
 
 BASE = ModelSource(model_folder("sd15"))
 PROMPTS = ("a fox", "a bear", "a whale", "a house")
@@ -336,7 +336,9 @@ def test_a_run_trained_here_is_known_in_its_evaluation(tmp_path, monkeypatch):
     trained = read_prompts(**json.loads((folder / "config.json").read_text())["prompts"]).prompts
     assert len(trained) == 4
     newest = sorted((folder / "checkpoints").iterdir())[-1]
-    for text in (folder, folder / "ema", newest, newest / "ema"):
+    link_best(folder, newest)
+    linked = folder / "best"
+    for text in (folder, folder / "ema", newest, newest / "ema", linked, linked / "ema"):
         (spec,) = read_specs([f"x={text}"], BASE, "sd15", "models")
         found = training_of(spec, BASE, (*trained[:2], "another"))
         assert found.seen == set(trained[:2]) and not found.fault

@@ -209,6 +209,10 @@ def test_two_processes_train_what_one_trains(tmp_path, judge):
     lines = [read_metrics(tmp_path / str(count)) for count in (1, 2)]
     assert [line["pairs"] for line in lines[0]] == [line["pairs"] for line in lines[1]] == [24, 6]
     assert [line["updates"] for line in lines[0]] == [line["updates"] for line in lines[1]]
+    for one, two in zip(*lines, strict=True):
+        assert one["kl_at"].keys() == {t for t, n in one["pairs_at"].items() if n}
+        assert two["kl_at"] == pytest.approx(one["kl_at"], rel=0.02)
+        assert two["lora_norm"] == pytest.approx(one["lora_norm"], rel=1e-3)
     (start,) = (tmp_path / "2" / "starts.jsonl").read_text().splitlines()
     assert json.loads(start)["plan"]["num_processes"] == 2
     assert json.loads(start)["prompt_lengths"].startswith("none of 5 prompts is longer than the 77")

@@ -31,7 +31,7 @@ from spo.evaluation.scores import ScoreFolder
 from spo.evaluation.seen import Training, training_of
 from spo.hub import check_repo
 from spo.launch.workers import Workers
-from spo.lora_io.model_spec import ModelSpec, read_specs, use_loras
+from spo.lora_io.model_spec import ModelSpec, at_strengths, read_specs, use_loras
 from spo.method.health import check_images
 from spo.models.backbone import Backbone
 from spo.models.device import set_up_device
@@ -48,6 +48,7 @@ class EvaluationSettings(Checked):
     """The settings of an evaluation; config/eval_base.py explains each. Raises UserError."""
 
     models: tuple[str, ...]
+    lora_scales: tuple[float, ...]
     family: str
     scorers: tuple[str, ...]
     scorer_options: Mapping[str, Mapping[str, Any]]
@@ -58,6 +59,8 @@ class EvaluationSettings(Checked):
         super().__post_init__()
         if not all(isinstance(name, str) for name in (*self.models, *self.scorers)):
             raise UserError("models, scorers: expected only text.")
+        if not all(type(scale) in (int, float) for scale in self.lora_scales):
+            raise UserError("lora_scales: expected only numbers, e.g. 0.5,1.")
         unknown = self.scorer_options.keys() - set(self.scorers)
         if unknown:
             raise UserError(f"scorer_options.{min(unknown)}: there is no such scorer in scorers.")
@@ -87,7 +90,8 @@ def plan_evaluation(config: ConfigDict, num_processes: int) -> EvaluationPlan:
     )
     folder = run_folder(config.logdir, config.run_name, "eval", config.family)
     base = model_source(config.pretrained)
-    models = tuple(read_specs(settings.models, base, settings.family, "models"))
+    named = read_specs(settings.models, base, settings.family, "models")
+    models = tuple(at_strengths(named, settings.lora_scales, "lora_scales"))
     for source in {spec.source for spec in models if spec.source is not None}:
         check_source(source, settings.family)
     scorers = []
@@ -213,8 +217,8 @@ class Evaluation:
             versions=versions() | {"open-clip-torch": version("open-clip-torch")},
             scorers=tuple(scores.info() for scores in self.plan.scorers),
             models=tuple(
-                ModelInfo(spec.name, spec.text, trained.sources, bool(trained.fault))
-                for spec, trained in zip(self.plan.models, training.values(), strict=True)
+                ModelInfo(s.name, s.text, known.sources, bool(known.fault), s.lora, s.strength)
+                for s, known in zip(self.plan.models, training.values(), strict=True)
             ),
             prompts=self._prompt_results(),
         )

@@ -4,7 +4,7 @@ import contextlib
 import json
 import textwrap
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
@@ -17,7 +17,14 @@ from spo.command_line.values import expand, require_choice, require_whole
 from spo.data.prompts import read_prompts
 from spo.errors import UserError
 from spo.hub import public_name
-from spo.lora_io.model_spec import ModelSpec, read_specs, split_spec, split_weight, use_loras
+from spo.lora_io.model_spec import (
+    ModelSpec,
+    at_strengths,
+    read_specs,
+    split_spec,
+    split_weight,
+    use_loras,
+)
 from spo.models.backbone import DTYPES, SCHEDULERS, Backbone
 from spo.models.device import set_up_device
 from spo.models.families import FAMILIES
@@ -75,17 +82,7 @@ def read_models(
     specs = read_specs(texts, source, family, "--models")
     if images := [spec.text for spec in specs if spec.source is None]:
         raise UserError(f"--models: {images[0]} is a folder of images, not a model.")
-    if strengths is None:
-        return specs
-    if not any(spec.loras for spec in specs):
-        raise UserError("--lora_scale: none of --models has a LoRA.")
-    scaled = []
-    for spec in specs:
-        for scale in strengths if spec.loras else ():
-            loras = tuple((path, scale * weight) for path, weight in spec.loras)
-            scaled.append(replace(spec, name=f"{spec.name}_{scale:g}", loras=loras))
-        scaled += [] if spec.loras else [spec]
-    return scaled
+    return at_strengths(specs, strengths or (), "--lora_scale")
 
 
 def draw_samples(

@@ -1,6 +1,6 @@
 """Writes report.html of an evaluation: one file to look at, which needs no other."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,9 @@ from tqdm import tqdm
 
 from spo.evaluation import page
 from spo.evaluation.figures import INK, colour, panel_axes, style, to_svg
-from spo.evaluation.results import Results, ScorerInfo, SummaryRow, summarize
-from spo.evaluation.statistics import percent
+from spo.evaluation.results import ModelInfo, Results, ScorerInfo, SummaryRow, summarize
+from spo.evaluation.statistics import Estimate, percent
+from spo.hub import public_name
 from spo.run.folder import REPORT
 
 _THUMBNAIL = (256, 256)  # pixels
@@ -32,6 +33,10 @@ def write_report(folder: Path, results: Results, max_prompts: int = 500) -> Path
         results=results,
         groups=groups,
         figures=[(rows[0].scorer, _figures(results, rows)) for rows in whole],
+        strengths=[
+            (public_name(lora), _strengths(lora, at, whole))
+            for lora, at in results.strengths().items()
+        ],
         percent=percent,
         gallery=_gallery(folder, results, shown),
         specs={model.name: model.spec for model in results.models},
@@ -98,6 +103,37 @@ def _plot_differences(differences: np.ndarray) -> Figure:
             axes.axvline(each.mean(), color=colour(place), linewidth=1.3, linestyle=":")
         axes.axvline(0, color=INK, linewidth=1, linestyle="--")
         axes.set_title("Difference: number of prompts")
+    return figure
+
+
+def _strengths(
+    lora: str, at: Mapping[float, ModelInfo], groups: Sequence[Sequence[SummaryRow]]
+) -> list[tuple[ScorerInfo, list[float], str]]:
+    """Returns each scorer, the strengths of `lora` with its largest mean, and a panel."""
+    found = []
+    for group in groups:
+        by_model = {row.model: row for row in group}
+        rows = {strength: by_model[model.name] for strength, model in at.items()}
+        largest = max(row.mean.mean for row in rows.values())
+        best = [strength for strength, row in rows.items() if row.mean.mean == largest]
+        name = f"strengths {lora} {group[0].scorer.name}"
+        found.append((group[0].scorer, best, to_svg(_plot_strengths(rows), name)))
+    return found
+
+
+def _plot_strengths(rows: Mapping[float, SummaryRow]) -> Figure:
+    """Plots the difference to the first model, with its interval, over the strength."""
+    # The first model itself has no difference.
+    estimates = [row.difference or Estimate(0, 0, 0) for row in rows.values()]
+    with style():
+        figure, axes = panel_axes()
+        low, high = [e.low for e in estimates], [e.high for e in estimates]
+        axes.fill_between(list(rows), low, high, color=colour(1), alpha=0.2, linewidth=0)
+        axes.plot(list(rows), [e.mean for e in estimates], "o-", color=colour(1))
+        axes.axhline(0, color=INK, linewidth=1, linestyle="--")
+        axes.set_xticks(list(rows), [f"{strength:g}" for strength in rows])
+        axes.set_title(next(iter(rows.values())).scorer.label)
+        axes.set_xlabel("Strength")
     return figure
 
 

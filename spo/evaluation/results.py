@@ -22,6 +22,11 @@ class ScorerInfo:
     title: str  # as papers call it
     scale: float  # factor of the scores that are stored and printed, as in papers
 
+    @property
+    def label(self) -> str:
+        """Returns the title with the scale, for figures and pages."""
+        return self.title + (f" × {self.scale:g}" if self.scale != 1 else "")
+
 
 @dataclass(frozen=True)
 class ModelInfo:
@@ -31,6 +36,8 @@ class ModelInfo:
     spec: str  # as the user wrote it, e.g. "runs/NAME"
     trained_on: Sequence[str] = ()  # sources of its training prompts, as far as known
     unknown_training: bool = False  # not all of them are known
+    lora: str = ""  # e.g. "runs/NAME", at any strength
+    strength: float | None = None  # of `lora`; 0: the base model itself; None: another model
 
 
 @dataclass(frozen=True)
@@ -65,6 +72,16 @@ class Results:
     def scores(self, model: ModelInfo, scorer: ScorerInfo) -> tuple[float, ...]:
         """Returns the scores of a model's images, in the order of the prompts."""
         return tuple(row.images[model.name].scores[scorer.name] for row in self.prompts)
+
+    def strengths(self) -> dict[str, dict[float, ModelInfo]]:
+        """Returns, for each LoRA at three or more strengths, its models by strength, 0 the base."""
+        base = {m.strength: m for m in self.models if not m.lora and m.strength == 0}
+        found = {}
+        for lora in dict.fromkeys(model.lora for model in self.models if model.lora):
+            own = {model.strength: model for model in self.models if model.lora == lora}
+            if len(own) >= 3:
+                found[lora] = dict(sorted((own | base).items()))
+        return found
 
     def parts(self) -> dict[str, "Results"]:
         """Returns all prompts and, if any model has seen any, those unseen and those seen."""

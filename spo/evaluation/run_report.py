@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.colors import AsinhNorm, LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -20,6 +20,7 @@ from spo.atomic import replacing, whole_lines
 from spo.errors import UserError
 from spo.evaluation import page
 from spo.evaluation.figures import COLOURS, INK, colour, panel_axes, style, to_svg
+from spo.evaluation.health_figures import evaluations, health_figures
 from spo.publish.record import public_values
 from spo.run.folder import CONFIG, REPORT, STARTS, read_metrics
 
@@ -39,6 +40,7 @@ class Panel:
     from_zero: bool = False
     dashed: tuple[str, float] | None = None  # what a line across stands for, and its value
     heat: bool = False  # numbers by timestep, as shades over the rollouts
+    log: bool = False  # shades by the logarithm of the number
 
 
 TRAINING = (
@@ -54,6 +56,8 @@ TRAINING = (
     Panel("Gradient norm", {"grad_norm": ""}, from_zero=True),
     Panel("Win margin of the best candidate", {"win_margin": ""}, from_zero=True),
     Panel("Clipped share of the ratios", {"clipped": ""}, from_zero=True),
+    Panel("KL from the reference, nats", {"kl_at": ""}, heat=True, log=True),
+    Panel("Relative norm of the LoRA", {"lora_norm": ""}, from_zero=True),
     Panel("Distance of EMA and policy", {"ema_distance": ""}, from_zero=True),
     Panel("Seconds per rollout", {"seconds_rollout": "rollout", "seconds_train": "training"}, True),
     Panel("Peak memory, GiB", {"peak_memory_gib": ""}, from_zero=True),
@@ -97,7 +101,7 @@ def write_run_report(run_dir: Path) -> Path:
             figure, axes = panel_axes()
             _draw_panel(axes, lines, panel)
         svgs.append(to_svg(figure, panel.title))
-    pictures = sorted((run_dir / "validation").glob("*.png"))
+    pictures, found = sorted((run_dir / "validation").glob("*.png")), evaluations(lines)
     return page.write_page(
         run_dir / REPORT,
         "run_report.html.j2",
@@ -106,6 +110,8 @@ def write_run_report(run_dir: Path) -> Path:
         starts=[s | {"command": shlex.join(public_values(s["command"]))} for s in starts],
         totals=_totals(lines),
         curves=svgs,
+        evaluations=found,
+        health=health_figures(found) if found else [],
         slides={picture.stem: page.embedded_image(picture, _GRID) for picture in pictures},
     )
 
@@ -131,7 +137,7 @@ def _series(lines: Sequence[Mapping], panel: Panel) -> dict[str, Points]:
 def _draw_panel(axes: Axes, lines: Sequence[Mapping], panel: Panel) -> None:
     axes.set_title(panel.title)
     if panel.heat:
-        _draw_heat(axes, [line for line in lines if line.get("pairs_at")])
+        _draw_heat(axes, lines, panel)
         return
     series = _series(lines, panel)
     for i, (label, points) in enumerate(series.items(), start=1):
@@ -158,15 +164,23 @@ def _draw_line(axes: Axes, points: Points, label: str, shade: str) -> None:
     axes.plot(*means, color=shade, label=label)
 
 
-def _draw_heat(axes: Axes, lines: Sequence[Mapping]) -> None:
+def _draw_heat(axes: Axes, lines: Sequence[Mapping], panel: Panel) -> None:
+    (key,) = panel.keys
+    lines = [line for line in lines if key in line]
     # From noise at the top to image at the bottom, rollouts from left to right.
-    timesteps = sorted(lines[0]["pairs_at"], key=int, reverse=True)
-    numbers = np.array([[line["pairs_at"][t] for line in lines] for t in timesteps])
+    timesteps = sorted({t for line in lines for t in line[key]}, key=int, reverse=True)
+    numbers = np.array([[line[key].get(t, np.nan) for line in lines] for t in timesteps])
     extent = (lines[0]["rollout"] - 0.5, lines[-1]["rollout"] + 0.5, len(timesteps) - 0.5, -0.5)
     image = axes.imshow(
-        numbers, cmap=_HEAT, vmin=0, aspect="auto", extent=extent, interpolation="nearest"
+        numbers,
+        cmap=_HEAT,
+        # Linear below 0.001, as 0 has no logarithm.
+        norm=AsinhNorm(1e-3, vmin=0) if panel.log else Normalize(vmin=0),
+        aspect="auto",
+        extent=extent,
+        interpolation="nearest",
     )
-    axes.figure.colorbar(image, ax=axes).outline.set_visible(False)
+    axes.figure.colorbar(image, ax=axes, format="%g").outline.set_visible(False)
     axes.set_yticks(range(0, len(timesteps), 3), timesteps[::3])
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(False)

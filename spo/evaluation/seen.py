@@ -55,7 +55,8 @@ def _lists(lora: Path, met: set[Path]) -> Iterator[tuple[str, Sequence[str]]]:
 
     Raises one of `_ERRORS` if a list cannot be read, or may not be the one that was trained on.
     """
-    folder = lora.parent.parent if lora.parent.name == "ema" else lora.parent
+    # runs/NAME/best is a link to a checkpoint.
+    folder = (lora.parent.parent if lora.parent.name == "ema" else lora.parent).resolve()
     if folder.parent.name == CHECKPOINTS:
         folder = folder.parent.parent
     if folder in met:

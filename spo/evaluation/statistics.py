@@ -31,8 +31,8 @@ def percent(share: float, digits: int = 0) -> str:
     return percent(share, digits + 1) if is_rounded and digits < 9 else text
 
 
-def bootstrap_mean(values: ArrayLike) -> Estimate:
-    """Returns the mean of n values and its 95 % percentile interval (Efron & Tibshirani, ch. 13).
+def bootstrap_mean(values: ArrayLike, level: float = 0.95) -> Estimate:
+    """Returns the mean of n values and its percentile interval (Efron & Tibshirani, ch. 13).
 
     Raises ValueError if there are no values, or if one is not finite.
     """
@@ -42,7 +42,7 @@ def bootstrap_mean(values: ArrayLike) -> Estimate:
     rng = np.random.default_rng(0)
     # The counts of the drawn values are multinomial: equivalent to drawing indices, and smaller.
     shares = rng.multinomial(len(values), np.full(len(values), 1 / len(values)), size=_RESAMPLES)
-    low, high = np.quantile(shares @ values / len(values), [0.025, 0.975])
+    low, high = np.quantile(shares @ values / len(values), [(1 - level) / 2, (1 + level) / 2])
     return Estimate(float(values.mean()), float(low), float(high))
 
 

@@ -4,9 +4,10 @@
 folder or a Hub id, and a LORA a file too; [NAME=]FOLDER of images that have been drawn already.
 """
 
+import math
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -30,21 +31,48 @@ class ModelSpec:
     source: ModelSource | None  # None: the model is a folder, `images`
     loras: tuple[tuple[Path, float], ...] = ()  # files, and their strengths
     images: Path | None = None
+    lora: str = ""  # what `loras` are, without NAME= and, of one LoRA, without its strength
+    strength: float | None = None  # of `lora`; 0: the base model itself; None: another model
 
 
 def read_specs(texts: Iterable[str], base: ModelSource, family: str, key: str) -> list[ModelSpec]:
     """Returns the models that `texts` name; raises UserError that names the config `key`."""
-    specs: list[ModelSpec] = []
-    for text in texts:
-        spec = _read(text, base, family, key)
-        if any(spec.name == other.name for other in specs):
-            raise UserError(
-                f"{key}: two models are called {spec.name!r}; give one another name: NAME={text}"
-            )
-        specs.append(spec)
+    specs = [_read(text, base, family, key) for text in texts]
     if not specs:
         raise UserError(f"{key}: there is no model; name at least one, e.g. base.")
+    _check_names(specs, key)
     return specs
+
+
+def at_strengths(
+    specs: Sequence[ModelSpec], strengths: Sequence[float], key: str
+) -> list[ModelSpec]:
+    """Returns `specs`, each with a LoRA once for every one of `strengths`, which its own multiplies.
+
+    Without strengths nothing changes. Raises UserError that names the config `key`.
+    """
+    if not all(map(math.isfinite, strengths)):
+        raise UserError(f"{key}: every strength must be a finite number.")
+    if strengths and not any(spec.loras for spec in specs):
+        raise UserError(f"{key}: there is no LoRA among the models; name one, e.g. runs/NAME.")
+    scaled = []
+    for spec in specs:
+        for scale in dict.fromkeys(strengths) if spec.loras else ():
+            loras = tuple((path, scale * weight) for path, weight in spec.loras)
+            name, strength = f"{spec.name}_{scale:g}", scale * spec.strength
+            scaled.append(replace(spec, name=name, loras=loras, strength=strength))
+        scaled += [] if spec.loras and strengths else [spec]
+    _check_names(scaled, key)
+    return scaled
+
+
+def _check_names(specs: Sequence[ModelSpec], key: str) -> None:
+    for i, spec in enumerate(specs):
+        if any(spec.name == other.name for other in specs[:i]):
+            raise UserError(
+                f"{key}: two models are called {spec.name!r}; give one another name: "
+                f"NAME={spec.text}"
+            )
 
 
 def _read(text: str, base: ModelSource, family: str, key: str) -> ModelSpec:
@@ -57,7 +85,7 @@ def _read(text: str, base: ModelSource, family: str, key: str) -> ModelSpec:
             "letters, digits, _, - and dots."
         )
     if location == "base":
-        return ModelSpec(name, text, base)
+        return ModelSpec(name, text, base, strength=0)
     folder = Path(expand(location))
     if folder.is_dir():
         where, found = str(folder), [*folder.glob("*"), *folder.glob("*/*")]
@@ -75,7 +103,8 @@ def _read(text: str, base: ModelSource, family: str, key: str) -> ModelSpec:
     if is_checkpoint(loras[0][0]) and len(loras) == 1:
         check_source(source := ModelSource(str(loras[0][0])), family, key)
         return ModelSpec(name, text, source)
-    return ModelSpec(name, text, base, loras)
+    lora, strength = split_weight(location) if len(loras) == 1 else (location, 1)
+    return ModelSpec(name, text, base, loras, lora=lora, strength=strength)
 
 
 def split_spec(text: str) -> tuple[str, list[str]]:

@@ -182,7 +182,7 @@ def read_recipe(config: ConfigDict) -> Recipe:
         loss=loss,
         update=fill(UpdateSettings, train, merge=config.lora.merge, **update),
         optimizer=fill(OptimizerSettings, train),
-        validation=fill(ValidationSettings, config.eval),
+        validation=fill(ValidationSettings, config.eval.to_dict()),
         tracker=fill(TrackerSettings, config.tracker),
         hub=fill(Destination, config.hub),
         push_every=config.hub.push_every,

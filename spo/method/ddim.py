@@ -139,19 +139,20 @@ class DDIM(NoiseSchedule):
 
     def step(self, prediction: Prediction, timesteps: Tensor | int, noise: Tensor) -> Tensor:
         """Returns x_t' (eq. 12); a prediction (B, ...) broadcasts over noises (K, B, ...)."""
-        mean, sigma = self._transition(prediction, timesteps, noise)
+        mean, sigma = self.transition(prediction, timesteps, noise)
         return mean + sigma * noise
 
     def log_density(
         self, next_latents: Tensor, prediction: Prediction, timesteps: Tensor
     ) -> Tensor:
         """Returns log p(x_t' | prediction) of latents (n, C, h, w), averaged over C, h, w: (n,)."""
-        mean, sigma = self._transition(prediction, timesteps, next_latents)
+        mean, sigma = self.transition(prediction, timesteps, next_latents)
         return gaussian_log_density(next_latents, mean, sigma)
 
-    def _transition(
+    def transition(
         self, prediction: Prediction, timesteps: Tensor | int, like: Tensor
     ) -> tuple[Tensor, Tensor]:
+        """Returns mean and standard deviation of x_t', the latter shaped as `abar`."""
         abar, abar_next = self.abar(timesteps, like), self.abar(self.next(timesteps), like)
         sigma = transition_std(abar, abar_next, self.eta)
         return transition_mean(prediction.x0, prediction.epsilon, abar_next, sigma), sigma
@@ -212,8 +213,7 @@ def make_sampler(
     total = len(noise.alphas_cumprod)
     if not 1 <= num_steps <= total:
         raise UserError(f"sample.num_steps, eval.num_steps: {num_steps} is not from 1 to {total}.")
-    if timesteps == MODEL:
-        timesteps = config.timestep_spacing
+    timesteps = config.timestep_spacing if timesteps == MODEL else timesteps
     schedule = find(timesteps, TIMESTEPS, _KEY)
     chosen = tuple(map(int, schedule(num_steps, noise.alphas_cumprod, config.steps_offset)))
     if chosen and chosen[0] >= total:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from spo.command_line.values import Checked, choice, number, positive, whole
 from spo.errors import UserError
-from spo.method.metrics import Metrics
+from spo.method.metrics import Metrics, divergence
 from spo.models.lora import Lora, MergedLora
 from spo.models.optimizers import Update, apply_gradients
 from spo.types import LossOutput, NoisePredictions, PreferencePairs
@@ -52,6 +52,8 @@ class Step:
 
     output: LossOutput
     update: Update | None  # None if the minibatch only added to the gradients
+    # By timestep: each pair's `metrics.divergence`, NaN for the pairs of other timesteps, (n,).
+    kl_at: Mapping[int, Tensor]
 
     @property
     def is_update(self) -> bool:
@@ -63,6 +65,8 @@ class Step:
         metrics.mean("loss", self.output.loss)
         for name, values in self.output.terms.items():
             metrics.mean(name, values)
+        for timestep, values in self.kl_at.items():
+            metrics.nanmean(f"kl_at/{timestep}", values)
         if self.is_update:
             metrics.mean("grad_norm", self.update.grad_norm)
 
@@ -108,13 +112,19 @@ class Learner:
             output = self.loss(predictions, pairs, self.sampler)
             self.scaler.scale(output.loss / every).backward()
         update = self._update_policy() if completes_update else None
-        step = Step(replace(output, loss=output.loss.detach()), update)
+        output = replace(output, loss=output.loss.detach())
+        step = Step(output, update, self._kl_at(predictions, pairs))
         by_window = self.settings.ema_every == "window" and (index_in_rollout + 1) % every == 0
         by_update = self.settings.ema_every == "optimizer_step" and step.is_update
         if self.ema is not None and (by_window or by_update):
             update_ema(self.ema, self.lora.parameters, self.settings.ema_decay)
             self.changed(self.ema)
         return step
+
+    def _kl_at(self, predictions: NoisePredictions, pairs: PreferencePairs) -> dict[int, Tensor]:
+        kl = divergence(predictions, pairs, self.sampler)
+        at = pairs.timesteps
+        return {t: kl.masked_fill(at != t, torch.nan) for t in self.sampler.timesteps}
 
     def predict(self, pairs: PreferencePairs) -> NoisePredictions:
         """Returns the epsilon of all three networks at the pairs' x_t, the policy's with gradients."""

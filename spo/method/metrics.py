@@ -1,16 +1,21 @@
 """Named numbers of a rollout and its training, averaged over processes; one line per number."""
 
+from __future__ import annotations
+
 import re
 import resource
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from spo.types import Comparison
+from spo.types import Comparison, NoisePredictions, PreferencePairs
+
+if TYPE_CHECKING:
+    from spo.method.ddim import DDIM
 
 
 class Metrics:
@@ -25,6 +30,11 @@ class Metrics:
         self._add(f"sum:{name}", values.detach().sum(dtype=torch.float64))
         self._add(f"count:{name}", values.numel())
 
+    def nanmean(self, name: str, values: Tensor) -> None:
+        """Adds those of `values` that are not NaN to the mean `name`."""
+        self._add(f"sum:{name}", values.nansum(dtype=torch.float64))
+        self._add(f"count:{name}", values.isnan().logical_not().sum())
+
     def total(self, name: str, value: Tensor | int) -> None:
         """Adds a number to the total `name`."""
         self._add(f"total:{name}", value)
@@ -36,18 +46,22 @@ class Metrics:
 
 
 def summary(sums: Mapping[str, float]) -> dict[str, Any]:
-    """Returns means and totals by name, from sums over processes; "a/b" becomes entry b of a."""
+    """Returns means and totals by name, from sums over processes.
+
+    "a/b" becomes entry b of a. A mean of nothing is None; as an entry it is left out.
+    """
     line: dict[str, Any] = {}
     for key, value in sums.items():
         kind, _, name = key.partition(":")
+        if kind == "count":
+            continue
+        count = sums[f"count:{name}"] if kind == "sum" else None
+        number = int(value) if count is None else value / count if count else None
         group, slash, entry = name.partition("/")
-        if kind == "sum":
-            count = sums[f"count:{name}"]
-            line[name] = value / count if count else None
-        elif kind == "total" and slash:
-            line.setdefault(group, {})[entry] = int(value)
-        elif kind == "total":
-            line[name] = int(value)
+        if not slash:
+            line[name] = number
+        elif number is not None:
+            line.setdefault(group, {})[entry] = number
     return line
 
 
@@ -68,6 +82,27 @@ def note_rollout(
     metrics.total("pairs", len(pair_timesteps))
     for timestep in timesteps:
         metrics.total(f"pairs_at/{timestep}", (pair_timesteps == timestep).sum())
+
+
+@torch.no_grad()
+def divergence(predictions: NoisePredictions, pairs: PreferencePairs, sampler: DDIM) -> Tensor:
+    """Returns KL(policy || reference) of the transition of each pair, in nats, (n,).
+
+    The exact divergence of N(mean_policy, sigma^2) from N(mean_reference, sigma^2), summed over
+    C, h, w; of a pair with two x_t the mean of both. NaN where sigma is 0, or x_t is noise alone.
+    """
+    n, latents_each = pairs.latents.shape[:2]
+    latents = pairs.latents.flatten(0, 1)
+    timesteps = pairs.timesteps.repeat_interleave(latents_each)
+
+    def transition(epsilon: Tensor) -> tuple[Tensor, Tensor]:
+        prediction = sampler.of_epsilon(epsilon.flatten(0, 1), latents, timesteps)
+        return sampler.transition(prediction, timesteps, latents)
+
+    (mean, sigma), (reference, _) = map(transition, (predictions.policy, predictions.reference))
+    known = (sigma > 0) & (sampler.noise_level(timesteps, latents) < 1)
+    shift = (mean - reference) / sigma.masked_fill(~known, torch.nan)
+    return shift.square().flatten(1).sum(dim=1).unflatten(0, (n, latents_each)).mean(dim=1) / 2
 
 
 def time_left(seconds: float, prompts: int, prompts_left: int) -> str:

@@ -71,7 +71,7 @@ class RolloutInProgress:
 
     def summary(self, sums: Mapping[str, float]) -> dict[str, Any]:
         """Returns the numbers of metrics.jsonl; `sums` are the metrics of all processes."""
-        measured = {"loss": None, "grad_norm": None} | summary(sums)
+        measured = {"loss": None, "grad_norm": None, "kl_at": {}} | summary(sums)
         images = measured.pop("images")
         return {
             **measured,

@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 
 from spo.data.prompts import PromptSet
 from spo.errors import UserError
+from spo.guard.judges import find_judges
 from spo.launch.batch_plan import BatchPlan, plan_batches
 from spo.lora_io.find import find_lora
 from spo.method.build import Recipe, read_recipe
@@ -18,7 +19,7 @@ from spo.plugins import algorithm_name
 from spo.run.checkpoint_folder import read_state, reading
 from spo.run.folder import run_folder
 from spo.run.resume import Resume, changes, checkpoint_facts, find_checkpoint
-from spo.scorers import check_scorer
+from spo.scorers import ScorerSource, check_scorer
 
 
 @dataclass(frozen=True)
@@ -28,10 +29,11 @@ class Preflight:
     recipe: Recipe
     plan: BatchPlan
     prompts: PromptSet
-    validation_prompts: tuple[str, ...]
+    validation_prompts: tuple[str, ...]  # none: no validation images
+    judges: tuple[ScorerSource, ...]  # of these images
     run_dir: Path
     resume: Resume
-    changes: tuple[str, ...]  # since the checkpoint to resume from, a line each
+    notes: tuple[str, ...]  # to be said: of the judges, and changes since the checkpoint
 
     def facts(self) -> dict[str, Any]:
         """Returns the entries of a checkpoint that a resumed run compares itself with."""
@@ -53,11 +55,16 @@ def preflight(config: ConfigDict, num_processes: int) -> Preflight:
     check_scorer(recipe.scorer, run.family, check_source(recipe.model, run.family))
     if recipe.lora.init_from:
         find_lora(recipe.lora.init_from, "lora.init_from")
-    images = recipe.validation.read_prompts() if run.eval_interval else ()
-    ready = Preflight(recipe, plan, recipe.read_prompts(), images, run_dir, resume, ())
+    validation, images, judges, notes = recipe.validation, (), (), ()
+    if run.eval_interval:
+        images = validation.read_prompts()
+    if images and validation.num_judged:
+        judges, notes = find_judges(validation.judges, validation.judge_options, recipe.scorer)
+    prompts = recipe.read_prompts()
+    ready = Preflight(recipe, plan, prompts, images, judges, run_dir, resume, notes)
     if resume.checkpoint is None:
         return ready
-    return replace(ready, changes=tuple(changes_since(resume.checkpoint, ready)))
+    return replace(ready, notes=(*notes, *changes_since(resume.checkpoint, ready)))
 
 
 def changes_since(checkpoint: Path, ready: Preflight) -> list[str]:

@@ -6,6 +6,9 @@ from dataclasses import asdict
 from ml_collections import ConfigDict
 
 from spo.data.token_lengths import describe_lengths
+from spo.guard.evaluations import forget_evaluations
+from spo.guard.judges import Judges
+from spo.guard.watch import Watch
 from spo.hub import commits
 from spo.launch.workers import Workers
 from spo.method.build import build_learner, build_lora
@@ -54,17 +57,30 @@ def make_trainer(ready: Preflight, workers: Workers) -> Trainer:
     if session.saved is not None:
         with workers.together():
             state = load_checkpoint(session.saved, learner, plan, workers.rank)
-        session.say("\n".join([*ready.resume.describe(), *ready.changes]))
+        session.say("\n".join(ready.resume.describe()))
+    for line in ready.notes:
+        session.say(line)
     lengths = describe_lengths(ready.prompts.prompts, backbone.tokenizers | scorer.tokenizers)
     session.say(lengths)
-    names = (recipe.model.model, recipe.model.vae, recipe.model.decoder)
+    files = [recipe.model.model, recipe.model.vae, recipe.model.decoder]
+    for source in (recipe.scorer, *ready.judges):
+        files += named_files(source).values()
     facts = {
-        "commits": commits((*names, *named_files(recipe.scorer).values()), recipe.model.revision),
+        "commits": commits(files, recipe.model.revision),
         "plan": asdict(plan),
         "prompts": ready.prompts.describe(),
         "prompt_lengths": lengths,
         "device": workers.device.type,
     }
-    session.start(recipe.tracker, recipe.config, facts, "rollout", state.position.rollouts)
+    # Nothing is kept of a run that left no checkpoint.
+    last = state.position.rollouts if session.saved else -1
+    session.start(recipe.tracker, recipe.config, facts, "rollout", last)
     session.start_publishing(recipe.hub, recipe.push_every)
-    return Trainer(ready, workers, session, backbone, scorer, learner, state)
+    watch = None
+    if ready.validation_prompts:
+        epochs = state.position.epochs if session.saved else -1
+        session.on_main(lambda: forget_evaluations(ready.run_dir, epochs))
+        judges = Judges(ready.judges, workers.device)
+        prompts = ready.validation_prompts
+        watch = Watch(session, backbone, scorer, judges, recipe.validation, prompts)
+    return Trainer(ready, workers, session, backbone, scorer, learner, watch, state)

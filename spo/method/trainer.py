@@ -19,10 +19,12 @@ from spo.method.health import check_faults, check_scores, check_skipped, find_fa
 from spo.method.metrics import Metrics, note_rollout, peak_memory_gib, time_left
 from spo.method.position import Position, RolloutInProgress, TrainingState, chunks_left, epoch_order
 from spo.models.gpu import TRAINING_KEYS, memory_hint
+from spo.run.checkpoint_folder import link_best
 from spo.run.folder import METRICS
 from spo.types import PreferencePairs
 
 if TYPE_CHECKING:
+    from spo.guard.watch import Watch
     from spo.launch.workers import Workers
     from spo.method.learner import Learner, Step
     from spo.method.preflight import Preflight
@@ -42,11 +44,12 @@ class Trainer:
         backbone: Backbone,
         scorer: Scorer,
         learner: Learner,
+        watch: Watch | None,
         state: TrainingState,
     ) -> None:
         self.ready, self.recipe, self.plan = ready, ready.recipe, ready.plan
         self.workers, self.session, self.prompts = workers, session, ready.prompts.prompts
-        self.backbone, self.scorer, self.learner = backbone, scorer, learner
+        self.backbone, self.scorer, self.learner, self.watch = backbone, scorer, learner, watch
         self.position: Position = state.position
         self.rollout: RolloutInProgress | None = state.rollout
         self.start = state.position
@@ -61,19 +64,21 @@ class Trainer:
         self.session.close()
         self.session.say(f"LoRA:     {self.ready.run_dir / LORA_FILE}")
         self.session.say(f"metrics:  {self.ready.run_dir / METRICS}")
-        if self.ready.validation_prompts:
+        if self.watch is not None:
             self.session.say(f"pictures: {self.ready.run_dir / 'validation'}")
         self.session.finish_publishing()
 
     def train_epochs(self) -> None:
-        """Trains the epochs that are left; draws validation images before, between and after them."""
+        """Trains the epochs that are left; looks at the images before, between and after them."""
         epochs = range(self.position.epochs, self.recipe.run.num_epochs)
+        is_over = self.evaluate()
         for _ in self.session.bar(epochs, "epochs"):
-            self.draw_validation_images()
+            if is_over:
+                break
             if not self.state.inside_epoch:
                 self.session.publish(self.position.epochs, self.save_networks)
             self.train_epoch()
-        self.draw_validation_images()
+            is_over = self.evaluate()
 
     def train_epoch(self) -> None:
         """Trains on every prompt that the epoch has left: the method, from prompts to the EMA."""
@@ -164,6 +169,7 @@ class Trainer:
             "step": self.learner.updates,
             **rollout.summary(self.workers.sum(rollout.metrics.sums)),
             "ema_distance": self.learner.ema_distance(),
+            "lora_norm": self.learner.lora.norm().item(),
             "learning_rate": self.learner.optimizer.param_groups[0]["lr"],
             "peak_memory_gib": peak_memory_gib(self.workers.device),
         }
@@ -179,21 +185,27 @@ class Trainer:
         ):
             self.save_checkpoint()
 
-    def draw_validation_images(self) -> None:
-        """Draws the validation grid if it is due; only between epochs.
+    def evaluate(self) -> bool:
+        """Draws and judges validation images if that is due; tells whether the run should end.
 
-        A run that was stopped here draws it again.
+        Only between epochs. The best epoch's checkpoint is kept, as RUN_DIR/best.
         """
-        prompts, settings = self.ready.validation_prompts, self.recipe.validation
-        epochs, interval = self.position.epochs, self.recipe.run.eval_interval
-        if not prompts or self.state.inside_epoch or epochs % interval:
-            return
-        from spo.run.validation import draw_validation_images
-
+        position, settings = self.position, self.recipe.validation
+        due = self.watch is not None and not self.state.inside_epoch
+        if not due or position.epochs % self.recipe.run.eval_interval:
+            return False
         with self.learner.network(settings.weights):
-            draw_validation_images(
-                self.session, self.backbone, prompts, settings, epochs, self.learner.updates
-            )
+            verdict = self.watch.look(position.epochs, position.rollouts, self.learner.updates)
+        if verdict is None:
+            return False
+        is_over = settings.stop_when_overoptimised and verdict.is_overoptimised
+        if is_over or verdict.ship == position.epochs:
+            folder = self.save_checkpoint()
+        if verdict.ship == position.epochs:
+            self.session.on_main(lambda: link_best(self.ready.run_dir, folder))
+        if is_over:
+            self.session.say(f"ended after epoch {position.epochs} by eval.stop_when_overoptimised")
+        return is_over
 
     def save_networks(self) -> None:
         """Writes the current LoRAs into the run directory, for diffusers and for other programs."""

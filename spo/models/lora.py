@@ -64,6 +64,22 @@ class Lora:
         for name, parameter in self.parameters.items():
             parameter.copy_(weights[name])
 
+    @torch.no_grad()
+    def norm(self) -> Tensor:
+        """Returns ||dW|| / ||W||, W the weights that the LoRA changes, dW = alpha / rank B A, ().
+
+        Frobenius norms over all layers together. dW is never built: ||B A||^2 = tr(B^T B A A^T).
+        """
+        changes, weights = [], []
+        for name, layer in self.layers.items():
+            # In fp64: a GPU may round fp32 products to TF32.
+            down, up = (factor.double() for factor in factors(self.parameters, name))
+            changes.append(((up.T @ up) * (down @ down.T)).sum())
+            weight = layer.base_layer.weight
+            weights.append(torch.linalg.vector_norm(weight, dtype=torch.float32))
+        change = self.alpha / self.rank * torch.stack(changes).sum().clamp(min=0).sqrt()
+        return change / torch.stack(weights).norm()
+
     @contextlib.contextmanager
     def using(self, weights: Mapping[str, Tensor] | None) -> Iterator[None]:
         """Within the context the UNet runs with `weights` (not copied); None: as the base model."""
@@ -116,6 +132,11 @@ def add_lora(
     return Lora(parameters, layers, rank, alpha, tuple(target_modules))
 
 
+def factors(weights: Mapping[str, Tensor], layer: str) -> tuple[Tensor, Tensor]:
+    """Returns A (rank, in) and B (out, rank) of a layer, by its name inside the UNet."""
+    return tuple(weights[f"{layer}.lora_{factor}.default.weight"] for factor in "AB")
+
+
 def is_in_use(unet: nn.Module) -> bool:
     """Tells if `unet` runs with a LoRA beside its weights, neither merged into them nor off."""
     layers = (module for module in unet.modules() if isinstance(module, BaseTunerLayer))
@@ -165,7 +186,7 @@ class MergedLora:
         self._made_of = None  # until all sums are of these weights
         for name, layer in self._lora.layers.items():
             base = layer.base_layer.weight
-            down, up = (weights[f"{name}.lora_{factor}.default.weight"] for factor in "AB")
+            down, up = factors(weights, name)
             # In fp32, then rounded once.
             merged = torch.addmm(base.float(), up, down, alpha=self._lora.alpha / self._lora.rank)
             if name in self._merged:

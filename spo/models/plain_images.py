@@ -23,7 +23,6 @@ class ImageSettings:
         return derive_seed(self.seed, "image", index)
 
 
-@torch.no_grad()
 def sample_images(
     backbone: Backbone, prompts: Sequence[str], indices: Sequence[int], settings: ImageSettings
 ) -> Tensor:
@@ -31,6 +30,14 @@ def sample_images(
 
     Image i starts from noise seeded with settings.image_seed(indices[i]), whatever the batch.
     """
+    return backbone.decode(sample_latents(backbone, prompts, indices, settings))
+
+
+@torch.no_grad()
+def sample_latents(
+    backbone: Backbone, prompts: Sequence[str], indices: Sequence[int], settings: ImageSettings
+) -> Tensor:
+    """Returns the latents (n, C, h, w) of the same images."""
     sampler = backbone.sampler(settings.num_steps, eta=0.0)
     conditioning = backbone.encode_prompts(prompts)
     noises = []
@@ -45,4 +52,4 @@ def sample_images(
         )
         prediction = sampler.predict(output, latents, timestep)
         latents = sampler.step(prediction, timestep, no_noise)
-    return backbone.decode(latents)
+    return latents

@@ -168,6 +168,7 @@ def training_facts(record: RunRecord) -> dict[str, object]:
         "VAE": config.pretrained.vae,
         "preference model": scorers.get(preference.scorer) or preference.scorer,
         "prompts": start["prompts"],
+        "checkpoint": record.checkpoint,
         "epochs": f"{record.epochs} of {config.num_epochs}" if record.epochs else None,
         "rollouts": record.rollouts or None,
         "updates": record.updates,

@@ -20,10 +20,11 @@ CARD = "README.md"
 def lay_out(run_dir: Path, to: Destination, evaluation: Path | None = None) -> tuple[Path, str]:
     """Copies what is published into RUN_DIR/hub; returns that folder, and its content in few words.
 
-    `evaluation` is a folder with a results.json; None: every evaluation* of the run. Raises
-    UserError if the run lacks a part of what is published.
+    `evaluation` is a folder with a results.json; None: every evaluation* of the run, but none for a
+    checkpoint: they may be of other weights. Raises UserError if the run lacks a part of what is
+    published.
     """
-    record = read_record(run_dir, to.weights, evaluation)
+    record = read_record(run_dir, to, evaluation)
     folder = run_dir / "hub"
     shutil.rmtree(folder, ignore_errors=True)
     (folder / to.subfolder).mkdir(parents=True, exist_ok=True)

@@ -22,6 +22,7 @@ from spo.hub import Destination
 from spo.publish.card import merge_cards
 from spo.publish.layout import CARD, lay_out
 from spo.publish.record import read_config
+from spo.run.checkpoint_folder import CHOSEN
 
 _KEYS = "hub."  # of a training's destination in its config
 _WAITS = (1, 4, 16)  # seconds between tries
@@ -49,7 +50,7 @@ def publish_run(
 
 
 def check_destination(to: Destination, keys: str) -> None:
-    """Raises UserError for a malformed repo id or subfolder; `keys`, "hub." or "--", begins its key."""
+    """Raises UserError for a malformed destination; `keys`, "hub." or "--", begins its key."""
     try:
         validate_repo_id(to.repo_id)
     except HFValidationError as error:
@@ -59,6 +60,11 @@ def check_destination(to: Destination, keys: str) -> None:
     require_choice(f"{keys}weights", to.weights, ("policy", "ema"))
     if to.subfolder and not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)*", to.subfolder):
         raise UserError(f"{keys}subfolder: {to.subfolder!r} must be a folder, as sd1_5.")
+    if to.checkpoint and not re.fullmatch(r"\w[\w.-]*", to.checkpoint):
+        raise UserError(
+            f"{keys}checkpoint: {to.checkpoint!r} must be best, or the name of a folder of "
+            "checkpoints/, as epoch_0003."
+        )
 
 
 def check_token(keys: str) -> None:
@@ -178,6 +184,7 @@ class Publishing:
         self, run_dir: Path, to: Destination, push_every: int, say: Callable[[str], None]
     ) -> None:
         self._run_dir, self._to, self._every, self._say = run_dir, to, push_every, say
+        self._command = f"python scripts/push_to_hub.py {shlex.quote(str(run_dir))}"
         # Not the client's own futures: Python waits for their threads before it exits.
         self._thread: threading.Thread | None = None
         # A failure is told in one line, and progress bars are the training's.
@@ -194,6 +201,12 @@ class Publishing:
         """Pushes the run directory in the background, unless the last push is still running."""
         if self._thread is not None and self._thread.is_alive():
             self._say("hub: the last push still goes on; this epoch is not pushed")
+            return
+        if self._to.checkpoint == CHOSEN and not (self._run_dir / CHOSEN).exists():
+            newest = f"{self._command} --checkpoint=''"
+            self._say(
+                f"hub: not pushed: there is no best checkpoint. For the newest weights: {newest}"
+            )
             return
         try:
             laid_out = lay_out(self._run_dir, self._to)
@@ -224,5 +237,4 @@ class Publishing:
             self._warn(error)
 
     def _warn(self, error: Exception) -> None:
-        again = f"python scripts/push_to_hub.py {shlex.quote(str(self._run_dir))}"
-        self._say(f"warning: not pushed: {in_one_line(error)} To push it: {again}")
+        self._say(f"warning: not pushed: {in_one_line(error)} To push it: {self._command}")

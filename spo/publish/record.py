@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -16,10 +16,11 @@ from spo.command_line.config_files import BASE, load_config
 from spo.command_line.values import require_choice
 from spo.errors import UserError, first_line
 from spo.evaluation.results import Results, read_results
-from spo.hub import public_name
+from spo.hub import Destination, public_name
 from spo.lora_io.write import LORA_FILE
 from spo.models.families import FAMILIES
-from spo.run.folder import CONFIG, METRICS, RESULTS, SAMPLES, SAMPLES_INDEX, STARTS
+from spo.run.checkpoint_folder import CHOSEN, best, find_fault
+from spo.run.folder import CHECKPOINTS, CONFIG, METRICS, RESULTS, SAMPLES, SAMPLES_INDEX, STARTS
 
 _SAMPLES = 4  # images that are published one by one
 
@@ -31,6 +32,7 @@ class RunRecord:
     config: ConfigDict  # without paths of this machine
     weights: str  # the LoRA that is published: "policy" or "ema"
     lora: Path
+    checkpoint: str  # that it is from; empty: the run directory itself
     updates: int  # optimizer steps that the LoRA has seen
     rollouts: int  # likewise; 0: the run has no metrics
     epochs: int  # likewise; the last one may be incomplete
@@ -48,27 +50,27 @@ def read_config(run_dir: Path) -> ConfigDict:
     return config
 
 
-def read_record(run_dir: Path, weights: str, evaluation: Path | None = None) -> RunRecord:
+def read_record(run_dir: Path, to: Destination, evaluation: Path | None = None) -> RunRecord:
     """Returns a run's record with the results in `evaluation`, or its own; UserError if unreadable."""
-    config = read_config(run_dir)
-    lora = run_dir / LORA_FILE if weights == "policy" else run_dir / weights / LORA_FILE
+    config, folder = read_config(run_dir), _lora_folder(run_dir, to.checkpoint)
+    lora = folder / LORA_FILE if to.weights == "policy" else folder / to.weights / LORA_FILE
     updates = _updates(lora)
-    lines = map(json.loads, whole_lines(run_dir / METRICS))
+    lines = [json.loads(line) for line in whole_lines(run_dir / METRICS)]
     reached = [{}, *(line for line in lines if line["step"] <= updates)][-1]
-    epochs = reached.get("epoch", 0)
     starts = whole_lines(run_dir / STARTS)
     start = {"prompts": ""} | (json.loads(starts[-1]) if starts else {})
     source = config.prompts.source
     return RunRecord(
         config=ConfigDict(public_values(config.to_dict())),
-        weights=weights,
+        weights=to.weights,
         lora=lora,
+        checkpoint=folder.name if to.checkpoint else "",
         updates=updates,
         rollouts=reached.get("rollout", 0),
-        epochs=epochs,
+        epochs=reached.get("epoch", 0),
         start=start | {"prompts": start["prompts"].replace(source, public_name(source))},
-        samples=_samples(run_dir / SAMPLES, weights, epochs),
-        evaluations=_evaluations(run_dir, evaluation),
+        samples=_samples(run_dir / SAMPLES, to.weights, lines, updates),
+        evaluations=_evaluations(run_dir, evaluation, own=not to.checkpoint),
     )
 
 
@@ -81,6 +83,23 @@ def public_values(values: Any) -> Any:
     return public_name(values) if isinstance(values, str) else values
 
 
+def _lora_folder(run_dir: Path, checkpoint: str) -> Path:
+    """Returns the folder whose LoRA is published; raises UserError if that checkpoint is not whole."""
+    if checkpoint == CHOSEN:
+        if (folder := best(run_dir)) is None:
+            raise UserError(
+                f"checkpoint: {run_dir} has no whole best checkpoint: evaluations with eval.judges "
+                "choose it; name a folder of its checkpoints/, or leave checkpoint empty."
+            )
+        return folder
+    folder = run_dir / CHECKPOINTS / checkpoint if checkpoint else run_dir
+    if checkpoint and (fault := find_fault(folder)) is not None:
+        raise UserError(
+            f"checkpoint: {folder} is not a checkpoint, or is damaged ({fault}); name another."
+        )
+    return folder
+
+
 def _updates(lora: Path) -> int:
     if not lora.is_file():
         raise UserError(f"{lora}: no such LoRA; finish or resume the run, or choose other weights.")
@@ -91,25 +110,31 @@ def _updates(lora: Path) -> int:
         raise UserError(f"{lora} is not a LoRA of a run ({first_line(error)}).") from error
 
 
-def _evaluations(run_dir: Path, evaluation: Path | None) -> dict[str, Results]:
-    own = sorted(path.parent for path in run_dir.glob(f"evaluation*/{RESULTS}"))
-    folders = {"evaluation": evaluation} if evaluation else {path.name: path for path in own}
+def _evaluations(run_dir: Path, evaluation: Path | None, own: bool) -> dict[str, Results]:
+    found = sorted(path.parent for path in run_dir.glob(f"evaluation*/{RESULTS}")) if own else []
+    folders = {"evaluation": evaluation} if evaluation else {path.name: path for path in found}
     public = {}
     for name, path in folders.items():
         found = read_results(path)
-        models = tuple(replace(model, spec=public_name(model.spec)) for model in found.models)
+        models = tuple(
+            replace(model, spec=public_name(model.spec), lora=public_name(model.lora))
+            for model in found.models
+        )
         settings = public_values(found.settings)
         public[name] = replace(found, models=models, settings=settings)
     return public
 
 
-def _samples(folder: Path, weights: str, epochs: int) -> dict[Path, str]:
+def _samples(
+    folder: Path, weights: str, lines: Sequence[Mapping[str, Any]], updates: int
+) -> dict[Path, str]:
     """Returns images of this LoRA or an earlier state of it, with prompts; none of the base model."""
     index = folder / SAMPLES_INDEX
     if not index.is_file():
         return {}
     drawn = json.loads(index.read_text())
-    if drawn["weights"] != weights or not 0 < drawn["epochs"] <= epochs:
+    steps = [line["step"] for line in lines if line["epoch"] == drawn["epochs"] > 0]
+    if drawn["weights"] != weights or not steps or max(steps) > updates:
         return {}
     # Plain names alone: the index may have come with somebody's run.
     own = {n: p for n, p in drawn["prompts"].items() if re.fullmatch(r"\w[\w.-]*", n)}

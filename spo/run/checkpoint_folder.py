@@ -15,6 +15,7 @@ from spo.run.folder import CHECKPOINTS, file_digest
 
 STATE = "training_state.json"
 OPTIMIZER = "optimizer.safetensors"
+CHOSEN = "best"  # in a run: a link to the checkpoint that its evaluations chose
 _MANIFEST = "manifest.json"  # size and SHA-256 of every other file
 # Raised by reading a damaged or foreign checkpoint.
 READ_ERRORS = (*LOAD_ERRORS, KeyError, TypeError, AttributeError, ArithmeticError)
@@ -24,8 +25,8 @@ READ_ERRORS = (*LOAD_ERRORS, KeyError, TypeError, AttributeError, ArithmeticErro
 def new_checkpoint(run_dir: Path, name: str, limit: int) -> Iterator[Path]:
     """Yields a folder to fill, which appears under its name once all of it is on the disk.
 
-    Then deletes the oldest checkpoints beyond `limit` (0 keeps all). Raises RunError if the disk
-    refuses; earlier checkpoints remain.
+    Then deletes the oldest checkpoints beyond `limit` (0 keeps all), but never the one that `best`
+    links to. Raises RunError if the disk refuses; earlier checkpoints remain.
     """
     folder = run_dir / CHECKPOINTS / name
     partial = folder.with_name(name + PARTIAL)
@@ -43,8 +44,47 @@ def new_checkpoint(run_dir: Path, name: str, limit: int) -> Iterator[Path]:
         sync_folder(folder.parent)
         sync_folder(run_dir)
         for old in checkpoints(run_dir)[:-limit] if limit else ():
-            # By another name first: half of a checkpoint must not look like one.
-            shutil.rmtree(old.rename(old.with_name(old.name + PARTIAL)))
+            if old.name != _chosen(run_dir).name:
+                # By another name first: half of a checkpoint must not look like one.
+                shutil.rmtree(old.rename(old.with_name(old.name + PARTIAL)))
+
+
+def link_best(run_dir: Path, folder: Path | None) -> None:
+    """Makes `best` of a run a link to one of its checkpoints, atomically; None removes the link.
+
+    Where the file system has no links, `best` is a text file that names the checkpoint. Raises
+    RunError if the disk refuses.
+    """
+    link = run_dir / CHOSEN
+    partial = link.with_name(CHOSEN + PARTIAL)
+    with writing(link):
+        if link.is_dir() and not link.is_symlink():  # the run was copied, with what the link meant
+            shutil.rmtree(link)
+        if folder is None:
+            link.unlink(missing_ok=True)
+            return
+        target = f"{CHECKPOINTS}/{folder.name}"
+        partial.unlink(missing_ok=True)
+        try:
+            partial.symlink_to(target)
+        except OSError:
+            write_file(partial, f"{target}\n".encode())
+        partial.replace(link)
+        sync_folder(run_dir)
+
+
+def best(run_dir: Path) -> Path | None:
+    """Returns the checkpoint that `best` of a run links to, if it is there and whole, or None."""
+    folder = _chosen(run_dir)
+    return folder if find_fault(folder) is None else None
+
+
+def _chosen(run_dir: Path) -> Path:
+    """Returns the folder that `best` of a run stands for, which may be missing."""
+    link = run_dir / CHOSEN
+    if link.is_symlink():
+        return run_dir / link.readlink()
+    return run_dir / link.read_text(errors="replace").strip() if link.is_file() else link
 
 
 def checkpoints(run_dir: Path) -> list[Path]:

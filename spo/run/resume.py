@@ -74,7 +74,7 @@ def _named_checkpoint(name: str, run_dir: Path, own: list[Path]) -> Path:
     if own and folder.resolve() == own[-1].resolve():
         return own[-1]
     if not (own or (run_dir / METRICS).exists()):
-        return folder
+        return folder.resolve() if folder.is_symlink() else folder  # best/ may mean another later
     raise UserError(
         f"run_name: {run_dir} already went on from another point than {folder}; choose another "
         "run_name to branch off there, or resume_from=auto."

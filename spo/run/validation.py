@@ -1,20 +1,22 @@
 """Validation images: fixed prompts and seeds, drawn again and again while the LoRA changes."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from operator import itemgetter
 from pathlib import Path
+from typing import Any
+
+from torch import Tensor
 
 from spo.atomic import naming, write_json, writing
 from spo.command_line.values import Checked, choice, not_negative, number, whole
 from spo.data.prompts import read_prompts
+from spo.errors import UserError
 from spo.method.ddim import NUM_STEPS
 from spo.models.backbone import Backbone
-from spo.models.plain_images import ImageSettings, sample_images
+from spo.models.plain_images import ImageSettings, sample_latents
 from spo.run.folder import SAMPLES, SAMPLES_INDEX
 from spo.run.pictures import Cell, grid, write_png
 from spo.run.session import Session
-from spo.scorers.pixels import to_pil
 
 _COLUMNS = 4
 
@@ -25,46 +27,86 @@ class ValidationSettings(Checked, section="eval"):
 
     prompts: str
     num_images: int = whole()
+    num_judged: int = whole(0)
+    seeds_per_prompt: int = whole()
+    batch_size: int = whole()
+    judges: tuple[str, ...]
+    judge_options: Mapping[str, Mapping[str, Any]]
+    stop_when_overoptimised: bool
     seed: int
     num_steps: int = number(NUM_STEPS, lambda v: 1 <= v <= 1000)
     guidance_scale: float = not_negative()
     weights: str = choice("policy", "ema")
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not all(isinstance(name, str) for name in self.judges):
+            raise UserError("eval.judges: expected only names.")
+        if self.stop_when_overoptimised and not (self.num_judged and self.judges):
+            raise UserError(
+                "eval.stop_when_overoptimised: nobody judges; set eval.judges and eval.num_judged."
+            )
+
     def read_prompts(self) -> tuple[str, ...]:
         """Reads the prompts to draw; raises UserError if there is none."""
-        return read_prompts(self.prompts, key="eval.prompts").prompts[: self.num_images]
+        prompts = read_prompts(self.prompts, key="eval.prompts").prompts
+        return prompts[: max(self.num_images, self.num_judged)]
+
+    def batches(self, num_prompts: int) -> list[range]:
+        """Returns the places of the prompts that are drawn at once: all of them judged, or none."""
+        judged = min(self.num_judged, num_prompts)
+        size = self.batch_size
+        return [
+            range(start, min(start + size, end))
+            for first, end in ((0, judged), (judged, num_prompts))
+            for start in range(first, end, size)
+        ]
+
+    def image_settings(self, again: int) -> ImageSettings:
+        """Returns the settings of each prompt's first image (`again` is 0), or of a further one."""
+        return ImageSettings(self.num_steps, self.guidance_scale, self.seed + again)
 
 
-def draw_validation_images(
-    session: Session,
-    backbone: Backbone,
-    prompts: Sequence[str],
-    settings: ValidationSettings,
-    epochs: int,
-    step: int,
+@dataclass(frozen=True)
+class Drawn:
+    """The images of n prompts from one seed."""
+
+    prompts: tuple[str, ...]
+    latents: Tensor  # (n, C, h, w)
+    images: Tensor  # (n, 3, H, W), nominally in [-1, 1]
+
+
+def draw_batch(
+    backbone: Backbone, prompts: Sequence[str], places: range, settings: ValidationSettings
+) -> list[Drawn]:
+    """Draws the prompts at `places` with the UNet's current weights: from each seed a `Drawn`.
+
+    Prompts that are not judged have one. An image depends on its batch by rounding, and on the number
+    of processes by nothing.
+    """
+    own = tuple(prompts[i] for i in places)
+    judged = places.start < settings.num_judged
+    drawn = []
+    for again in range(settings.seeds_per_prompt if judged else 1):
+        latents = sample_latents(backbone, own, places, settings.image_settings(again))
+        drawn.append(Drawn(own, latents, backbone.decode(latents)))
+    return drawn
+
+
+def show_images(
+    session: Session, cells: Sequence[Cell], weights: str, epochs: int, step: int
 ) -> None:
-    """Draws the prompts with the UNet's current weights on all processes, and saves the images."""
-    workers = session.workers
-    options = ImageSettings(settings.num_steps, settings.guidance_scale, settings.seed)
-    mine = range(workers.rank, len(prompts), workers.count)
-    numbered = []
-    with workers.together():
-        for i in session.signals.watch(session.bar(mine, "validation images")):
-            # One at a time, so that an image does not depend on its batch.
-            images = sample_images(backbone, [prompts[i]], [i], options)
-            numbered.append((i, Cell(to_pil(images)[0], prompts[i])))
-    numbered = workers.gather(numbered, only_to_main=True)
-    cells = [cell for _, cell in sorted(numbered, key=itemgetter(0))]
+    """Saves the images as a grid and one by one, and sends the grid to the tracker."""
+    rows = [cells[start : start + _COLUMNS] for start in range(0, len(cells), _COLUMNS)]
+    picture = grid(rows, f"{weights} LoRA after epoch {epochs}")
+    session.tracking.picture(file_name(epochs, weights), picture, step)
+    with writing(session.run_dir / SAMPLES):
+        save_samples(session.run_dir, cells, weights, epochs)
 
-    def show() -> None:
-        name = f"validation/epoch_{epochs:04d}_{settings.weights}"
-        rows = [cells[start : start + _COLUMNS] for start in range(0, len(cells), _COLUMNS)]
-        picture = grid(rows, f"{settings.weights} LoRA after epoch {epochs}")
-        session.tracking.picture(name, picture, step)
-        with writing(session.run_dir / SAMPLES):
-            save_samples(session.run_dir, cells, settings.weights, epochs)
 
-    session.on_main(show)
+def file_name(epochs: int, weights: str) -> str:
+    """Returns the name in the run directory of an epoch's validation images, without suffix."""
+    return f"validation/epoch_{epochs:04d}_{weights}"
 
 
 def save_samples(run_dir: Path, cells: Sequence[Cell], weights: str, epochs: int) -> None:

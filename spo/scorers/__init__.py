@@ -79,6 +79,10 @@ class Scorer:
         """
         raise NotImplementedError
 
+    def image_features(self, images: Sequence[Image.Image]) -> Tensor | None:
+        """Returns unit-norm features (n, D) of finished images; None if the scorer has none."""
+        return None
+
     @torch.no_grad()
     def score_images(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
         """Returns scores (n,) of finished images, float32, not scaled, on the CPU."""

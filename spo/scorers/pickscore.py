@@ -40,16 +40,25 @@ class PickScore(CLIPScorer):
 
     def score_images(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
         """Returns scores (n,) of images that the CLIP's own image processor prepares."""
-        prepared = self.inputs.image_processor(images=list(images), return_tensors="pt")
         features = self.encode_prompts(prompts)
-        return self._score_pixels(prepared.pixel_values.to(self.device), features).cpu()
+        return self._score_pixels(self._processed(images), features).cpu()
+
+    def image_features(self, images: Sequence[Image.Image]) -> Tensor:
+        return F.normalize(self._features(self._processed(images)), dim=-1)
+
+    def _processed(self, images: Sequence[Image.Image]) -> Tensor:
+        prepared = self.inputs.image_processor(images=list(images), return_tensors="pt")
+        return prepared.pixel_values.to(self.device)
 
     @torch.no_grad()
-    def _score_pixels(self, pixels: Tensor, prompt_features: Tensor) -> Tensor:
+    def _features(self, pixels: Tensor) -> Tensor:
         projection = self.clip.visual_projection
         pooled = self.clip.vision_model(pixels.to(projection.weight.dtype)).pooler_output
+        return projection(pooled).float()
+
+    def _score_pixels(self, pixels: Tensor, prompt_features: Tensor) -> Tensor:
         # In fp32: 16 bits are too few for the small differences between candidates.
-        cosine = F.cosine_similarity(projection(pooled).float(), prompt_features, dim=-1)
+        cosine = F.cosine_similarity(self._features(pixels), prompt_features, dim=-1)
         return self.clip.logit_scale.float().exp() * cosine
 
 

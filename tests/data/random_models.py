@@ -21,6 +21,7 @@ def get_config():
     config.train.learning_rate = 1e-3
     config.eval.guidance_scale = 5.0
     config.eval.prompts = "assets/prompts/validation.txt"
+    config.eval.num_judged = 0
     config.save_interval = 1
     config.estimate_costs = False
     return config

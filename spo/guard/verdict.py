@@ -1,0 +1,129 @@
+"""Is a run healthy, and which epoch should be shipped? A rule on the numbers of its evaluations.
+
+The judges decide, as nobody trains on them: all of them together, each in standard deviations of its
+scores of the untrained model, as their scales differ. Of the pixels the verdict only tells: images that
+people like better may well be more saturated.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from spo.evaluation.statistics import Estimate, bootstrap_mean
+
+HEALTHY, CANNOT_TELL = "healthy", "cannot tell"
+OVEROPTIMISED, WORSE = "over-optimised", "worse than untrained"
+# The name of the training scorer's scores, and what begins the names of others.
+REWARD, JUDGES, PIXELS = "reward", "judges/", "pixels/"
+_LEAST_FALL = 0.1  # of the shipped epoch's gain; what falls less is no reason to stop
+_SURE = 0.99  # level of the interval of a fall: of many epochs the best one was lucky, too
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The numbers of a run's validation images after `epochs`, of each prompt, by name."""
+
+    epochs: int
+    scores: Mapping[str, Sequence[float]]
+
+    def named(self, prefix: str) -> list[str]:
+        """Returns the names that begin with `prefix`, which is JUDGES or PIXELS, in order."""
+        return sorted(name for name in self.scores if name.startswith(prefix))
+
+
+@dataclass(frozen=True)
+class Change:
+    """The mean of a number over the prompts, before training and now."""
+
+    untrained: float
+    now: float
+
+    def describe(self, name: str) -> str:
+        """Returns the change: in percent of the first, but of a share of pixels in points."""
+        if name == PIXELS + "clipped" or not self.untrained:
+            return f"{100 * (self.now - self.untrained):+.1f} points"
+        return f"{100 * (self.now / self.untrained - 1):+.0f} %"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The newest evaluation of a run beside its first, that of the untrained model."""
+
+    epochs: int
+    status: str
+    ship: int  # the epochs after which the judges liked the images best; 0: before training
+    differences: Mapping[str, Estimate]  # of reward and judges to the untrained model, by prompt
+    since_ship: Estimate  # of all judges together to the shipped epoch, in standard deviations
+    pixels: Mapping[str, Change]  # by statistic
+
+    @property
+    def is_overoptimised(self) -> bool:
+        """True if the run should have ended at an earlier epoch."""
+        return self.status in (OVEROPTIMISED, WORSE)
+
+    def numbers(self) -> dict[str, Any]:
+        """Returns the verdict as entries of a line of metrics.jsonl."""
+        found = {name: asdict(each) for name, each in self.differences.items()}
+        judges = {n.removeprefix(JUDGES): each for n, each in found.items() if n != REWARD}
+        pixels = {name.removeprefix(PIXELS): asdict(each) for name, each in self.pixels.items()}
+        reward = {REWARD: found[REWARD]} if REWARD in found else {}
+        ends = {"verdict": self.status, "ship": self.ship, "text": self.describe()}
+        return {**reward, "judges": judges, "pixels": pixels, **ends}
+
+    def describe(self) -> str:
+        """Returns the verdict in one line."""
+        parts = [
+            f"{name.removeprefix(JUDGES)} {difference:+.2f}"
+            for name, difference in self.differences.items()
+        ]
+        if self.status == OVEROPTIMISED:
+            fall = f"{-self.since_ship.mean:.2f} standard deviations since epoch {self.ship}"
+            parts.append(f"the judges have fallen by {fall}")
+        for name, change in self.pixels.items():
+            parts.append(f"{name.removeprefix(PIXELS).replace('_', ' ')} {change.describe(name)}")
+        advice = f"; ship epoch {self.ship}" if self.is_overoptimised and self.ship else ""
+        return f"epoch {self.epochs}: {', '.join(parts)}: {self.status}{advice}"
+
+
+def decide(evaluations: Sequence[Evaluation]) -> Verdict:
+    """Returns the verdict on the last of a run's evaluations; the first is of the untrained model.
+
+    An epoch is shipped if the judges like its images better than those of every epoch before. The run
+    is over-optimised once they like its images less than those, and by more than chance: the 99 %
+    interval of the fall, paired by prompt, lies above a tenth of the shipped epoch's gain. It is
+    healthy if reward and judges have risen by more than chance (95 %). Else nobody can tell.
+    """
+    base, last = evaluations[0], evaluations[-1]
+    judges = sorted(set.intersection(*(set(each.named(JUDGES)) for each in evaluations)))
+    gains = [_gain(base, each, judges) for each in evaluations]
+    best = int(np.argmax([gain.mean() for gain in gains]))  # the first of equals
+    change = bootstrap_mean(gains[-1] - gains[best], _SURE)
+    both = [name for name in (REWARD, *judges) if name in last.scores and name in base.scores]
+    differences = {
+        name: bootstrap_mean(np.subtract(last.scores[name], base.scores[name])) for name in both
+    }
+    has_risen = [bootstrap_mean(gains[at]).low > 0 for at in (best, -1)]
+    has_fallen = judges and change.high < -_LEAST_FALL * gains[best].mean()
+    if has_fallen and (has_risen[0] or not best):
+        status = OVEROPTIMISED if best else WORSE
+    elif has_risen[1] and REWARD in differences and differences[REWARD].low > 0:
+        status = HEALTHY
+    else:
+        status = CANNOT_TELL
+    pixels = {
+        name: Change(*(float(np.mean(each.scores[name])) for each in (base, last)))
+        for name in last.named(PIXELS)
+        if name in base.scores
+    }
+    return Verdict(last.epochs, status, evaluations[best].epochs, differences, change, pixels)
+
+
+def _gain(base: Evaluation, other: Evaluation, judges: Sequence[str]) -> np.ndarray:
+    """Returns the mean over judges, by prompt, of the difference to `base` in standard deviations."""
+    parts = [
+        np.subtract(other.scores[name], base.scores[name]) / (np.std(base.scores[name]) or 1.0)
+        for name in judges
+    ]
+    return np.mean(parts, axis=0) if parts else np.zeros(1)
