@@ -22,6 +22,7 @@ from spo.run.tables import markdown_table
 
 _CLIPPED = 0.1  # share of ratios without a gradient
 _WAY = -0.1, 0.5  # of both ratios together to the clip
+_LITTLE = 0.002  # of the loss: the logarithms of win and lose differ by that / (beta / 2)
 _GROWTH = 3.0  # of the gradient norm
 _LARGEST_LORA = 0.1  # of the tiny world: 0.03 to 0.06 in good runs, 0.13 and more past the clips
 _FIRST_SKIPPED = 16  # fp16: the scale of the loss starts at 2^16, and halves at each overflow
@@ -114,11 +115,12 @@ def _learning(log: Log) -> Row | None:
         return None
     found = estimate(np.subtract(ends(values)[1], NOTHING_LEARNED))
     advice = (
-        "The loss is not below ln 2 by more than chance, which is normal in the first epoch; after it, "
-        "labels may be flipped or noise, the rate too low, or too high."
+        "The loss is not below ln 2, although the first epoch is over: labels may be noise or turned "
+        "round (look at scripts/show_rollout.py), or the rate is too low or too high."
     )
-    first_epoch = log.lines[-1].get("epoch", 1) <= 1
-    unclear = CANNOT_TELL if found.sign == 0 and first_epoch else LOOK
+    is_late = log.lines[-1].get("epoch", 1) > 1
+    none = found.sign > 0 or (is_late and found.mean - found.error > -_LITTLE)
+    unclear = LOOK if none else CANNOT_TELL
     state = OK if found.sign < 0 else unclear
     return Row("loss - ln 2", f"{found:+.4f}", "below 0", state, advice)
 
