@@ -223,7 +223,8 @@ CSV = """"Step","sweet-run-7 - train/loss","sweet-run-7 - train/loss__MIN","swee
 def test_numbers_of_the_official_code(tmp_path):
     (tmp_path / "export.csv").write_text(CSV)
     log = open_log(tmp_path / "export.csv")
-    assert log.numbers("loss") == pytest.approx([0.6931, math.nan, 0.6925], nan_ok=True)
+    assert log.numbers("loss") == [0.6931, 0.6925]
+    assert looks(tmp_path / "export.csv") == {"finite numbers"}
     assert log.numbers("win_ratio") == [1, 1.001] and log.settings.threshold == 0.3
     rows = [{"loss": 0.69, "_step": 3, "ratio_win": 1.01, "ratio_lose": 1.0, "lr": "x"}] * 2
     (tmp_path / "export.json").write_text(json.dumps(rows))
@@ -314,10 +315,14 @@ def test_the_table_and_the_picture_of_the_five_runs(tmp_path, monkeypatch):
             folder = healthy.run_dir(out, name, 0)
             folder.parent.mkdir()
             make_run(folder, BAD.get(name, BAD["good"])[0])
+            with (folder / "metrics.jsonl").open("a") as file:
+                file.write(
+                    json.dumps({"evaluation": 2, "verdict": "healthy", "text": "fine"}) + "\n"
+                )
         return {name: [{"quality": 1.0, "faithful": -0.1}] for name in names}
 
     monkeypatch.setattr(healthy, "run_all", run_all)
     rows = healthy.show_runs(tmp_path, 1).splitlines()
-    assert " ".join(rows[2].split()) == "| good | +1.00 | -10.0 | nothing |"
-    assert " ".join(rows[3].split()) == "| starved | +1.00 | -10.0 | pairs, win margin |"
+    assert " ".join(rows[2].split()) == "| good | +1.00 | -10.0 | nothing | healthy |"
+    assert " ".join(rows[3].split()) == "| starved | +1.00 | -10.0 | pairs, win margin | healthy |"
     assert (tmp_path / "healthy_runs.png").stat().st_size > 20_000

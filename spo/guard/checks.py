@@ -22,6 +22,7 @@ from spo.run.tables import markdown_table
 
 _CLIPPED = 0.1  # share of ratios without a gradient
 _WAY = -0.1, 0.5  # of both ratios together to the clip
+_ROUNDING = 1e-5  # of a loss in fp32
 _LITTLE = 0.002  # of the loss: the logarithms of win and lose differ by that / (beta / 2)
 _GROWTH = 3.0  # of the gradient norm
 _LARGEST_LORA = 0.1  # of the tiny world: 0.03 to 0.06 in good runs, 0.13 and more past the clips
@@ -101,7 +102,7 @@ def _loss(log: Log) -> Row | None:
         "No pair can have this loss with this train.beta and train.clip_eps: the numbers are of "
         "another loss, or of another config, which --config names."
     )
-    inside = low <= min(values) and max(values) <= high
+    inside = low - _ROUNDING <= min(values) and max(values) <= high + _ROUNDING
     number = f"{min(values):.4f} to {max(values):.4f}"
     return Row("loss", number, f"{low:.4f} to {high:.4f}", OK if inside else LOOK, advice)
 
