@@ -28,6 +28,7 @@ _GROWTH = 3.0  # of the gradient norm
 _LARGEST_LORA = 0.1  # of the tiny world: 0.03 to 0.06 in good runs, 0.13 and more past the clips
 _FIRST_SKIPPED = 16  # fp16: the scale of the loss starts at 2^16, and halves at each overflow
 _SENTENCES = 3
+_VERDICT = "verdict"  # the name of the last check
 
 
 def _is_finite(log: Log) -> Row | None:
@@ -186,11 +187,11 @@ def _verdict(log: Log) -> Row | None:
             "No number of the training tells a wrong preference model from a right one: look at the "
             "validation images, and let other judges see them (docs/healthy_runs.md)."
         )
-        return Row("verdict", "no evaluation yet", "healthy", CANNOT_TELL, advice)
-    last = log.evaluations[-1]
-    state = {"healthy": OK, CANNOT_TELL: CANNOT_TELL}.get(last.get("verdict"), LOOK)
-    text = str(last.get("text"))
-    return Row("verdict", text, "healthy", state, f"The run's own verdict: {text}.")
+        return Row(_VERDICT, "no evaluation yet", "healthy", CANNOT_TELL, advice)
+    status = str(log.evaluations[-1].get("verdict"))
+    state = {"healthy": OK, CANNOT_TELL: CANNOT_TELL}.get(status, LOOK)
+    advice = f"The run's own judges say {status}: see the verdict below."
+    return Row(_VERDICT, status, "healthy", state, advice)
 
 
 # What explains others comes first.
@@ -207,7 +208,7 @@ CHECKS: dict[str, Callable[[Log], Row | None]] = {
     "mean score": check_score,
     "EMA distance": _ema,
     "LoRA norm": _distance,
-    "verdict": _verdict,
+    _VERDICT: _verdict,
 }
 
 
@@ -228,8 +229,11 @@ def describe(log: Log) -> str:
         "",
     ]
     advice = [row.advice for row in rows if row.state == LOOK][:_SENTENCES]
-    advice = advice or [row.advice for row in rows if row.state == CANNOT_TELL][-1:]
+    # Of what nobody can tell yet, judges are worth a word.
+    advice = advice or [r.advice for r in rows if r.name == _VERDICT and r.state == CANNOT_TELL]
     lines.append("look at first: " + (" ".join(advice) or "nothing is out of its range."))
+    if log.evaluations:
+        lines.append(f"verdict: {log.evaluations[-1].get('text')}")
     if missing := [name for name in CHECKS if name not in names]:
         lines.append(f"not checked, as the numbers are not there: {', '.join(missing)}")
     return "\n".join(lines)
