@@ -14,6 +14,7 @@ To understand or change the method read types.py, then method/ in the order of i
     command_line/     config file and flags -> a typed, locked config -> values
     launch/           processes: on how many GPUs, of which sizes, and how they end
     run/              the directory of a long job: metrics, checkpoints, pictures, resuming
+    guard/            is a run healthy, and which epoch to ship: judges, pixels, verdict
     publish/          a run -> a repo on the Hugging Face Hub
     lora_io/          LoRA files of diffusers, kohya and peft
     evaluation/       models -> images -> scores -> who wins -> report

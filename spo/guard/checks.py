@@ -22,10 +22,13 @@ from spo.run.tables import markdown_table
 
 _CLIPPED = 0.1  # share of ratios without a gradient
 _WAY = -0.1, 0.5  # of both ratios together to the clip
+_ROUNDING = 1e-5  # of a loss in fp32
+_LITTLE = 0.002  # of the loss: the logarithms of win and lose differ by that / (beta / 2)
 _GROWTH = 3.0  # of the gradient norm
 _LARGEST_LORA = 0.1  # of the tiny world: 0.03 to 0.06 in good runs, 0.13 and more past the clips
 _FIRST_SKIPPED = 16  # fp16: the scale of the loss starts at 2^16, and halves at each overflow
 _SENTENCES = 3
+_VERDICT = "verdict"  # the name of the last check
 
 
 def _is_finite(log: Log) -> Row | None:
@@ -100,7 +103,7 @@ def _loss(log: Log) -> Row | None:
         "No pair can have this loss with this train.beta and train.clip_eps: the numbers are of "
         "another loss, or of another config, which --config names."
     )
-    inside = low <= min(values) and max(values) <= high
+    inside = low - _ROUNDING <= min(values) and max(values) <= high + _ROUNDING
     number = f"{min(values):.4f} to {max(values):.4f}"
     return Row("loss", number, f"{low:.4f} to {high:.4f}", OK if inside else LOOK, advice)
 
@@ -114,11 +117,12 @@ def _learning(log: Log) -> Row | None:
         return None
     found = estimate(np.subtract(ends(values)[1], NOTHING_LEARNED))
     advice = (
-        "The loss is not below ln 2 by more than chance, which is normal in the first epoch; after it, "
-        "labels may be flipped or noise, the rate too low, or too high."
+        "The loss is not below ln 2, although the first epoch is over: labels may be noise or turned "
+        "round (look at scripts/show_rollout.py), or the rate is too low or too high."
     )
-    first_epoch = log.lines[-1].get("epoch", 1) <= 1
-    unclear = CANNOT_TELL if found.sign == 0 and first_epoch else LOOK
+    is_late = log.lines[-1].get("epoch", 1) > 1
+    none = found.sign > 0 or (is_late and found.mean - found.error > -_LITTLE)
+    unclear = LOOK if none else CANNOT_TELL
     state = OK if found.sign < 0 else unclear
     return Row("loss - ln 2", f"{found:+.4f}", "below 0", state, advice)
 
@@ -183,11 +187,11 @@ def _verdict(log: Log) -> Row | None:
             "No number of the training tells a wrong preference model from a right one: look at the "
             "validation images, and let other judges see them (docs/healthy_runs.md)."
         )
-        return Row("verdict", "no evaluation yet", "healthy", CANNOT_TELL, advice)
-    last = log.evaluations[-1]
-    state = {"healthy": OK, CANNOT_TELL: CANNOT_TELL}.get(last.get("verdict"), LOOK)
-    text = str(last.get("text"))
-    return Row("verdict", text, "healthy", state, f"The run's own verdict: {text}.")
+        return Row(_VERDICT, "no evaluation yet", "healthy", CANNOT_TELL, advice)
+    status = str(log.evaluations[-1].get("verdict"))
+    state = {"healthy": OK, CANNOT_TELL: CANNOT_TELL}.get(status, LOOK)
+    advice = f"The run's own judges say {status}: see the verdict below."
+    return Row(_VERDICT, status, "healthy", state, advice)
 
 
 # What explains others comes first.
@@ -204,7 +208,7 @@ CHECKS: dict[str, Callable[[Log], Row | None]] = {
     "mean score": check_score,
     "EMA distance": _ema,
     "LoRA norm": _distance,
-    "verdict": _verdict,
+    _VERDICT: _verdict,
 }
 
 
@@ -225,8 +229,11 @@ def describe(log: Log) -> str:
         "",
     ]
     advice = [row.advice for row in rows if row.state == LOOK][:_SENTENCES]
-    advice = advice or [row.advice for row in rows if row.state == CANNOT_TELL][-1:]
+    # Of what nobody can tell yet, judges are worth a word.
+    advice = advice or [r.advice for r in rows if r.name == _VERDICT and r.state == CANNOT_TELL]
     lines.append("look at first: " + (" ".join(advice) or "nothing is out of its range."))
+    if log.evaluations:
+        lines.append(f"verdict: {log.evaluations[-1].get('text')}")
     if missing := [name for name in CHECKS if name not in names]:
         lines.append(f"not checked, as the numbers are not there: {', '.join(missing)}")
     return "\n".join(lines)

@@ -23,7 +23,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean over rollouts, and twice its standard error: infinite for one rollout."""
+    """A mean over rollouts, and three times its standard error: infinite for one rollout."""
 
     mean: float
     error: float
@@ -40,7 +40,8 @@ class Interval:
 def estimate(values: Sequence[float]) -> Interval:
     """Returns the mean of values of one or more rollouts, and its error by their spread."""
     n = len(values)
-    error = 2 * np.std(values, ddof=1) / math.sqrt(n) if n > 1 else math.inf
+    # Of 8 rollouts' means, three standard errors hold 98 %, two only 91 % (Student's t).
+    error = 3 * np.std(values, ddof=1) / math.sqrt(n) if n > 1 else math.inf
     return Interval(float(np.mean(values)), float(error))
 
 

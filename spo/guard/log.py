@@ -67,9 +67,9 @@ class Log:
     lora_weights: int | None = None  # None: no LoRA is saved yet
 
     def numbers(self, name: str) -> list[float]:
-        """Returns all known values of a number, in order."""
+        """Returns the finite values of a number, in order."""
         found = (line.get(name) for line in self.lines)
-        return [float(value) for value in found if isinstance(value, int | float)]
+        return [float(v) for v in found if isinstance(v, int | float) and math.isfinite(v)]
 
 
 def open_log(path: Path, config: str | None = None) -> Log:

@@ -44,8 +44,9 @@ def check_margin(log: Log) -> Row | None:
         "The preference model hardly tells the candidates apart, or the threshold is too high for it: "
         "compare win_margin in the first rollouts, and look at scripts/show_rollout.py."
     )
-    state = OK if margin > threshold else LOOK
-    return Row("win margin", f"{margin:.3g}", f"above the threshold, {threshold:g}", state, advice)
+    state = OK if margin > threshold / 2 else LOOK
+    expected = f"above half of the threshold, {threshold:g}"
+    return Row("win margin", f"{margin:.3g}", expected, state, advice)
 
 
 def check_score(log: Log) -> Row | None:

@@ -29,18 +29,22 @@ RUNS: dict[str, tuple[str, dict]] = {
         {"preference.scorer": "spo.tiny_world.preferences:Darkness"},
     ),
 }
+# Title -> number, and what a dashed line stands at.
 _PANELS = {
-    "loss": "Loss (dashed: ln 2)",
-    "win_ratio": "Win ratio",
-    "lose_ratio": "Lose ratio",
-    "clipped": "Clipped share of the ratios",
-    "pairs": "Pairs of a rollout",
-    "grad_norm": "Gradient norm",
-    "ema_distance": "Distance of EMA and policy",
-    "score_mean": "Mean score, change since the first rollout",
+    "Loss": ("loss", math.log(2)),
+    "Loss near ln 2": ("loss", math.log(2)),
+    "Win ratio": ("win_ratio", 1.0),
+    "Lose ratio": ("lose_ratio", 1.0),
+    "Clipped share": ("clipped", None),
+    "Pairs of a rollout": ("pairs", None),
+    "Gradient norm": ("grad_norm", None),
+    "Distance of EMA and policy": ("ema_distance", None),
+    "LoRA norm": ("lora_norm", None),
+    "Mean score, its change": ("score_mean", 0.0),
 }
-_LOG_SCALE = ("grad_norm", "ema_distance")
-_COLUMNS = 4
+_LOG_SCALE = ("grad_norm", "ema_distance", "lora_norm")
+_NEAR = (0.675, 0.711)
+_COLUMNS = 5
 
 
 def show_runs(out: Path, processes: int) -> str:
@@ -55,8 +59,10 @@ def show_runs(out: Path, processes: int) -> str:
     for name, (gains,) in results.items():
         looks = [row.name for row in check(logs[name]) if row.state == LOOK]
         changes = f"{gains['quality']:+.2f}", f"{100 * gains['faithful']:+.1f}"
-        rows.append([name, *changes, ", ".join(looks) or "nothing"])
-    return markdown_table(["run", "quality", "faithful, points", "check_run.py: look at"], rows)
+        verdicts = [line["verdict"] for line in logs[name].evaluations]
+        rows.append([name, *changes, ", ".join(looks) or "nothing", *verdicts[-1:]])
+    head = ["run", "quality", "faithful, points", "check_run.py: look at", "verdict after training"]
+    return markdown_table(head, rows)
 
 
 def run(name: str, seed: int, out: Path) -> dict[str, float]:
@@ -81,21 +87,26 @@ def run_config(name: str, seed: int, folder: Path) -> ConfigDict:
 
 def draw(logs: Mapping[str, Log], path: Path) -> None:
     """Draws numbers of several runs over their rollouts."""
-    dashed = {"loss": math.log(2), "win_ratio": 1.0, "lose_ratio": 1.0, "score_mean": 0.0}
     with style():
         rows = -(-len(_PANELS) // _COLUMNS)
-        figure = Figure(figsize=(3.4 * _COLUMNS, 2.6 * rows), layout="constrained")
+        figure = Figure(figsize=(2.9 * _COLUMNS, 2.5 * rows), layout="constrained")
         panels = figure.subplots(rows, _COLUMNS).flat
-        for (key, title), axes in zip(_PANELS.items(), panels, strict=True):
-            axes.set(title=title, yscale="log" if key in _LOG_SCALE else "linear")
+        for (title, (key, dashed)), axes in zip(_PANELS.items(), panels, strict=True):
+            axes.set_title(title)
             for i, (name, log) in enumerate(logs.items(), start=1):
                 known = [line for line in log.lines if line.get(key) is not None]
                 start = known[0][key] if key == "score_mean" else 0
                 values = [line[key] - start for line in known]
                 axes.plot([line["rollout"] for line in known], values, label=name, color=colour(i))
-            if key in dashed:
-                axes.axhline(dashed[key], color=INK, linewidth=1, linestyle="--")
+            if dashed is not None:
+                axes.axhline(dashed, color=INK, linewidth=1, linestyle="--")
+            if key in _LOG_SCALE:
+                axes.set_yscale("log")
+                axes.yaxis.set_major_formatter("{x:g}")
+                axes.yaxis.set_minor_formatter("")
+        panels[list(_PANELS).index("Loss near ln 2")].set_ylim(*_NEAR)
         figure.supxlabel("rollouts", fontsize=9)
-        panels[0].legend(loc="upper left")
+        names = panels[0].get_legend_handles_labels()
+        figure.legend(*names, loc="outside upper center", ncols=len(logs))
         with replacing(path) as partial:
             figure.savefig(partial, dpi=110, format="png")
