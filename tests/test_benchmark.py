@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import MODELS, save_tiny_decoder
+from helpers import MODELS, PROMPTS, save_tiny_decoder
 from torch import nn
 
 from spo.command_line.config_files import load_config
 from spo.costs import benchmark, count, load
 from spo.costs.count import CHECKPOINTED, SCORER, Costs, LiveMemory, MetaMeter
+from spo.costs.evaluation import count_evaluation
 from spo.costs.load import load_models
 from spo.costs.meter import (
     DECODING,
@@ -30,6 +31,9 @@ from spo.costs.unloaded_scorers import ARCHITECTURES
 from spo.errors import UserError
 from spo.method.build import read_recipe
 from spo.models.loading import ModelSource
+from spo.run.validation import draw_batch
+from spo.scorers import ScorerSource, load_scorer
+from spo.scorers.pixels import to_pil
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU, META = torch.device("cpu"), load.META
@@ -127,6 +131,32 @@ def test_shapes_alone_cost_what_real_models_cost(family, copies, changes):
     assert costs.resident_bytes[merged] == sum(m.weight.numel() * 4 for m in linears) > 0
     config.lora.merge = False
     assert merged not in count_costs(config).resident_bytes
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+def test_an_evaluation_costs_what_drawing_and_judging_do(family):
+    clip = {name: str(MODELS / "tiny-clip") for name in ("backbone", "processor")}
+    config = small_config(family, **{"eval.num_judged": 2, "eval.num_steps": 3})
+    config.eval.judges = ("pickscore", "tests.scorers_for_tests:image_brightness")
+    config.eval.judge_options.pickscore = clip
+    recipe = read_recipe(config)
+    models, settings = load_models(recipe, CPU), recipe.validation
+    judge = load_scorer(ScorerSource("pickscore", clip, "eval", "eval.judges"), CPU)
+    with flop_counter() as counter:
+        parts = {"unet": (models.backbone, "predict"), "vae": (models.backbone, "decode")}
+        meter = Meter(CPU, counter)
+        with meter.each_call(parts), models.learner.network("policy"):
+            first, _ = draw_batch(models.backbone, PROMPTS, range(2), settings)
+        features = models.scorer.encode_prompts(PROMPTS[:2])
+        before = counter.get_total_flops()
+        judge.score_images(to_pil(first.images), PROMPTS[:2])
+        models.scorer.score(first.images, features, 0)
+        judging = counter.get_total_flops() - before
+    on_shapes = load_models(recipe, META)
+    found = count_evaluation(on_shapes, count.count_costs(on_shapes), num_prompts=2)
+    assert found.drawing == sum(meter.flops[part] for part in parts)
+    assert found.judging == 2 * judging  # of two seeds; the other judge is no network
+    assert found.unknown == ("tests.scorers_for_tests:image_brightness",)
 
 
 @pytest.mark.slow

@@ -22,7 +22,7 @@ from PIL import Image, ImageFont
 
 from spo.errors import UserError
 from spo.evaluation import figures as figures_of_pages
-from spo.evaluation import report
+from spo.evaluation import health_figures, report
 from spo.evaluation.image_sets import claim_prompts
 from spo.evaluation.page import embedded_image
 from spo.evaluation.report import chosen_prompts, write_report
@@ -42,9 +42,10 @@ from spo.evaluation.run_report import (
     panels_of,
     write_run_report,
 )
+from spo.guard.verdict import Evaluation, decide
 from spo.method import metrics
 from spo.preference.pair_metrics import step_metrics, validation_metrics
-from spo.run.folder import record_start
+from spo.run.folder import read_metrics, record_start
 from spo.run.tracking import Tracking
 from spo.types import Comparison
 
@@ -416,6 +417,49 @@ def test_the_report_of_a_run(run_dir):
     assert "Pairs by timestep" in titles and "Mean score of the candidates" in titles
     assert "KL from the reference, nats" in titles
     assert "Loss" not in titles  # nothing was trained, so there is nothing to draw
+
+
+def evaluated(run_dir, judges=(0.2, 0.4, -0.5), judge=HOSTILE[0]):
+    """Adds evaluations of two prompts to a run: after each epoch the judge's mean gain."""
+    found = [Evaluation(0, {"reward": [0, 1], f"judges/{judge}": [0, 1], "pixels/clipped": [0, 0]})]
+    tracking = Tracking(run_dir, "none", "project", {})
+    for epoch, gain in enumerate(judges, start=1):
+        scores = {"reward": [0.1 * epoch, 1 + 0.1 * epoch], f"judges/{judge}": [gain, 1 + gain]}
+        scores |= {"pixels/clipped": [0, 0.1 * epoch], "pixels/contrast": [0.2, 0.2 + 0.1 * epoch]}
+        found[0].scores.setdefault("pixels/contrast", [0.2, 0.2])
+        found.append(Evaluation(epoch, scores))
+        at = {"evaluation": epoch, "epoch": epoch, "rollout": epoch, "step": 2 * epoch}
+        tracking.log(at | decide(found).numbers(), step=2 * epoch)
+
+
+def test_the_health_of_a_run(run_dir):
+    assert "Health" not in read(write_run_report(run_dir)).all("h2")
+    evaluated(run_dir)
+    page = read(write_run_report(run_dir))
+    page.check_self_contained()
+    assert page.all("h2")[:2] == ["Health", "Validation images"]
+    verdict = page.all("p")[1]
+    assert verdict.startswith("epoch 3: reward +0.30 [+0.30, +0.30]") and HOSTILE[0] in verdict
+    assert verdict.endswith("[-0.90, -0.90]); ship epoch 2")
+    assert [text[:8] for text in page.all("li")] == ["epoch 1:", "epoch 2:", "epoch 3:"]
+    assert page.all("figcaption")[2] == "epoch 0002 policy, to ship"
+    assert {"Reward: the training scorer", f"Judge: {HOSTILE[0]}"} <= set(page.all("text"))
+
+
+def test_the_figures_of_a_runs_health(run_dir, monkeypatch):
+    evaluated(run_dir, judges=(0.9,))
+    evaluated(run_dir)  # a resumed run made the first epoch's again
+    drawn = []
+    monkeypatch.setattr(health_figures, "to_svg", lambda figure, name: drawn.append(figure.axes[0]))
+    health_figures.health_figures(health_figures.evaluations(read_metrics(run_dir)))
+    reward, judge, pixels, clipped = drawn
+    assert reward.lines[0].get_ydata() == pytest.approx([0, 0.1, 0.2, 0.3])
+    assert judge.lines[0].get_ydata() == pytest.approx([0, 0.2, 0.4, -0.5])
+    assert pixels.lines[0].get_ydata() == pytest.approx([1, 1.25, 1.5, 1.75])
+    assert clipped.lines[0].get_ydata() == pytest.approx([0, 0.05, 0.1, 0.15])
+    crosses = [line for line in judge.lines if line.get_marker() == "x"]
+    assert [line.get_xydata().tolist() for line in crosses] == [[[3, -0.5]]]
+    assert judge.get_xlabel() == "epochs  (dotted: 2, to ship)"
 
 
 def test_numbers_by_timestep_that_a_rollout_lacks_are_blank():

@@ -45,9 +45,16 @@ def preflight(config: ConfigDict, num_processes: int) -> Preflight:
     """Checks config and files, and reads the prompts; writes nothing. Raises UserError in one line."""
     recipe = read_recipe(config)
     run = recipe.run
+    validation = recipe.validation
+    is_judged = run.eval_interval and validation.num_judged and validation.judges
     if recipe.hub.repo_id:
         from spo.publish.push import check_access
 
+        if recipe.hub.checkpoint == "best" and not is_judged:
+            raise UserError(
+                "hub.checkpoint: no checkpoint is the best where nobody judges; set eval_interval, "
+                "eval.num_judged and eval.judges, or leave it empty."
+            )
         check_access(recipe.hub)
     plan = plan_batches(config, num_processes)
     run_dir = run_folder(run.logdir, run.run_name, algorithm_name(run.algorithm), run.family)
@@ -55,10 +62,10 @@ def preflight(config: ConfigDict, num_processes: int) -> Preflight:
     check_scorer(recipe.scorer, run.family, check_source(recipe.model, run.family))
     if recipe.lora.init_from:
         find_lora(recipe.lora.init_from, "lora.init_from")
-    validation, images, judges, notes = recipe.validation, (), (), ()
+    images, judges, notes = (), (), ()
     if run.eval_interval:
         images = validation.read_prompts()
-    if images and validation.num_judged:
+    if is_judged:
         judges, notes = find_judges(validation.judges, validation.judge_options, recipe.scorer)
     prompts = recipe.read_prompts()
     ready = Preflight(recipe, plan, prompts, images, judges, run_dir, resume, notes)
