@@ -115,9 +115,8 @@ class Watch:
 
     def _measure(self, drawn: Sequence[Drawn], failed: dict[str, str]) -> dict[str, Tensor]:
         """Returns each score (n,) of n prompts, the mean over their images; adds what `failed`."""
-        by_seed, features = [], []
-        for each in drawn:
-            images = to_pil(each.images)
+        by_seed, pictures = [], [to_pil(each.images) for each in drawn]
+        for each, images in zip(drawn, pictures, strict=True):
             pixels = (each.images.float().nan_to_num() / 2 + 0.5).clamp(0, 1)
             own = {PIXELS + name: of(pixels).cpu() for name, of in STATISTICS.items()}
             if REWARD not in self.failed:
@@ -126,10 +125,9 @@ class Watch:
                 score = partial(_score, judge, each.prompts)
                 own[JUDGES + name] = _asked(name, failed, score, images)
             by_seed.append(own)
-            features.append(self._features(images, failed))
         scores = {name: torch.stack([own[name] for own in by_seed]).mean(dim=0) for name in own}
-        if len(features) > 1 and features[0] is not None:
-            scores[PIXELS + DIVERSITY] = diversity(torch.stack(features)).cpu()
+        if len(drawn) > 1 and (features := self._features(pictures, failed)) is not None:
+            scores[PIXELS + DIVERSITY] = diversity(features).cpu()
         return scores
 
     @torch.no_grad()
@@ -140,12 +138,15 @@ class Watch:
         features = self.scorer.encode_prompts(drawn.prompts)
         return self.scorer.score(drawn.latents, features, self.last_timestep).float().cpu()
 
-    def _features(self, images: Sequence[Image.Image], failed: Mapping[str, str]) -> Tensor | None:
-        """Returns image features (n, D) of the first judge that has any, or of the training scorer."""
+    def _features(
+        self, pictures: Sequence[Sequence[Image.Image]], failed: Mapping[str, str]
+    ) -> Tensor | None:
+        """Returns image features (s, n, D) of the first judge that has any, or the training scorer."""
         judges = [judge for name, judge in self.judges.scorers.items() if name not in failed]
         for scorer in (*judges, self.scorer):
-            if (found := scorer.image_features(images)) is not None:
-                return found
+            found = [scorer.image_features(images) for images in pictures]
+            if found[0] is not None:
+                return torch.stack(found)
         return None
 
     def _share_failures(self, failed: Mapping[str, str]) -> None:
