@@ -8,9 +8,10 @@ import pytest
 
 from spo.command_line.config_files import leaves, load_config
 from spo.costs.benchmark import Work
+from spo.errors import UserError
 from spo.method.build import read_recipe
 from spo.run.checkpoint_folder import write_state
-from spo.tiny_world import curves, reproduce
+from spo.tiny_world import curves, reproduce, verdicts
 
 
 @pytest.mark.parametrize("arm", reproduce.ARMS)
@@ -124,3 +125,22 @@ def test_gains_and_costs_are_read_off_curves(tmp_path):
     assert " ".join(table[2].split()) == f"| LPO | {wanted} | +1.2 ± 0.0 |"
     curves.draw({"LPO": [rising, falling]}, tmp_path / "curves.png")
     assert (tmp_path / "curves.png").stat().st_size > 10_000
+
+
+def test_a_verdict_beside_the_hidden_quality():
+    statuses = ["healthy", "healthy", "over-optimised", "worse than untrained"]
+    measured = {"quality": [0.0, 1.0, 1.9, 2.0, -1.0], "verdicts": statuses, "ship": 2}
+    expected = ("+1.00 +1.90 +2.00 -1.00", 3, 3, 2, "95 %", "2 of 4")
+    assert verdicts._cells(measured) == expected
+    never = {"quality": [0.0, -1.0], "verdicts": ["cannot tell"], "ship": 0}
+    assert verdicts._cells(never) == ("-1.00", 0, "never", 0, "", "0 of 1")
+
+
+@pytest.mark.parametrize("name", verdicts.RUNS)
+def test_runs_with_verdicts_are_read(name, tmp_path, monkeypatch):
+    configs = []
+    monkeypatch.setattr(verdicts, "train", lambda config: configs.append(config))
+    with pytest.raises(UserError, match="metrics.jsonl is missing"):
+        verdicts.run(name, 1, tmp_path)
+    recipe = read_recipe(configs[0])
+    assert recipe.validation.num_judged == 64 and recipe.run.checkpoint_limit == 0

@@ -21,8 +21,13 @@ from spo.run.tables import markdown_table
 from spo.tiny_world.evaluation import Bench
 from spo.tiny_world.reproduce import FLIPPED, arm_config, run_all, run_dir
 
-# Each run: an arm of `reproduce`, and its learning rate. That of config/tiny.py is 5e-4.
-RUNS = {"healthy": ("GradSPO", 2e-4), "pushed": ("GradSPO", 1e-3), "flipped": (FLIPPED, 5e-4)}
+# Each run: an arm of `reproduce`, and further changes. The rate of config/tiny.py is 5e-4.
+RUNS: dict[str, tuple[str, dict]] = {
+    "healthy": ("GradSPO", {"train.learning_rate": 2e-4}),
+    "pushed": ("GradSPO", {"train.learning_rate": 1e-3}),
+    "flipped": (FLIPPED, {}),
+    "wrong model": ("GradSPO", {"preference.scorer": "spo.tiny_world.preferences:Darkness"}),
+}
 _EPOCHS, _PROMPTS = 8, 32  # of a run, and of an epoch: four rollouts
 _JUDGED = 64  # the first held-out captions; the hidden quality is that of the last _HIDDEN
 _HIDDEN = 100
@@ -49,11 +54,11 @@ def run(name: str, seed: int, out: Path) -> dict[str, Any]:
     folder = run_dir(out, name, seed)
     result = folder / "verdicts.json"
     if not result.exists():
-        arm, learning_rate = RUNS[name]
+        arm, changes = RUNS[name]
         config = arm_config(arm, seed, folder)
-        changes = {"train.learning_rate": learning_rate, "num_epochs": _EPOCHS}
-        changes |= {"prompts.num": _PROMPTS, "checkpoint_limit": 0, "eval_interval": 1}
-        config.update_from_flattened_dict(changes | {"eval.num_judged": _JUDGED})
+        sizes = {"num_epochs": _EPOCHS, "prompts.num": _PROMPTS, "eval.num_judged": _JUDGED}
+        sizes |= {"checkpoint_limit": 0, "eval_interval": 1}
+        config.update_from_flattened_dict(changes | sizes)
         train(config)
         lines = evaluations(read_metrics(folder))
         base = hidden_bench().base.quality
