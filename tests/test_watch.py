@@ -214,12 +214,16 @@ def test_the_training_scorer_and_its_backbone_are_no_independent_judges():
         ({"eval__judges": (3,)}, "eval.judges: expected only names"),
         ({"eval__judges": ("latent_reward",)}, "eval.judges: latent_reward looks at latents"),
         (
-            {"eval__judge_options": options(aesthetic={})},
-            "eval.judge_options.aesthetic: there is no such",
+            {"eval__judge_options": options(estetic={})},
+            "eval.judge_options.estetic: there is no such",
         ),
         (
             {"eval__judge_options": options(**{LIGHT: {"colour": "red"}})},
             "eval.judge_options.*image_brightness takes other options",
+        ),
+        (
+            {"hub__repo_id": "user/name", "hub__checkpoint": "best", "eval_interval": 0},
+            "hub.checkpoint: no checkpoint is the best where nobody judges; set eval_interval",
         ),
         ({"eval__num_judged": -1}, "eval.num_judged: -1 must be"),
         (

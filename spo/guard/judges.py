@@ -8,7 +8,15 @@ import torch
 from torch import nn
 
 from spo.errors import UserError, in_one_line
-from spo.scorers import Scorer, ScorerSource, check_scorer, load_scorer, looks_at, options_of
+from spo.scorers import (
+    SCORERS,
+    Scorer,
+    ScorerSource,
+    check_scorer,
+    load_scorer,
+    looks_at,
+    options_of,
+)
 
 _WEIGHTS = ("checkpoint", "backbone")  # the options of scorers that name trained weights
 
@@ -22,7 +30,8 @@ def find_judges(
     whose files are not there, as far as small ones tell. A judge with the training scorer's backbone
     stays, and a line says so. Raises UserError for a name or option that no scorer has.
     """
-    if unknown := options.keys() - set(names):
+    # Options of a scorer that judges in other runs are no mistake.
+    if unknown := options.keys() - set(names) - set(SCORERS):
         raise UserError(
             f"eval.judge_options.{min(unknown)}: there is no such judge in eval.judges."
         )
