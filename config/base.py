@@ -192,8 +192,8 @@ def get_config() -> ConfigDict:
     evaluation.num_judged = 64
     evaluation.seeds_per_prompt = 2  # images of each, from seeds eval.seed, eval.seed + 1, ...
     evaluation.batch_size = 4  # prompts drawn at once on one GPU
-    # Scorers of finished images that the run does not train on; named as preference.scorer. The run
-    # goes on without one that cannot be loaded.
+    # Scorers of finished images that the run does not train on; named as preference.scorer, one by one
+    # on the command line ("()" for none). The run goes on without one that cannot be loaded.
     evaluation.judges = ("hpsv2.1", "aesthetic")
     # Options of a judge by its name: config.eval.judge_options["hpsv2.1"] = {"checkpoint": "x"}.
     evaluation.judge_options = ConfigDict(allow_dotted_keys=True)

@@ -43,8 +43,8 @@ class Change:
     def describe(self, name: str) -> str:
         """Returns the change: in percent of the first, but of a share of pixels in points."""
         if name == PIXELS + "clipped" or not self.untrained:
-            return f"{100 * (self.now - self.untrained):+.1f} points"
-        return f"{100 * (self.now / self.untrained - 1):+.0f} %"
+            return f"{_rounded(100 * (self.now - self.untrained), 1):+.1f} points"
+        return f"{_rounded(100 * (self.now / self.untrained - 1), 0):+.0f} %"
 
 
 @dataclass(frozen=True)
@@ -121,6 +121,10 @@ def decide(evaluations: Sequence[Evaluation]) -> Verdict:
 
 def _named(estimates: Mapping[str, Estimate]) -> str:
     return ", ".join(f"{name.removeprefix(JUDGES)} {each:+.2f}" for name, each in estimates.items())
+
+
+def _rounded(value: float, digits: int) -> float:
+    return round(value, digits) + 0.0  # never -0
 
 
 def _gain(base: Evaluation, other: Evaluation, judges: Sequence[str]) -> np.ndarray:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from operator import itemgetter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image
@@ -43,10 +44,8 @@ class Watch:
         self.session, self.workers, self.backbone = session, session.workers, backbone
         self.scorer, self.judges, self.settings, self.prompts = scorer, judges, settings, prompts
         self.seconds = 0.0  # of scoring and pixels, on this process, in the last evaluation
-        sampler = backbone.sampler(settings.num_steps, eta=0.0)
-        self.last_timestep = sampler.timesteps[
-            -1
-        ]  # what a scorer of latents is told of finished ones
+        # What a scorer of latents is told of finished ones.
+        self.last_timestep = backbone.sampler(settings.num_steps, eta=0.0).timesteps[-1]
         self.failed: dict[str, str] = {}  # by judge, or REWARD: why it is not asked any more
         self._share_failures(judges.failed)
 
@@ -116,35 +115,38 @@ class Watch:
 
     def _measure(self, drawn: Sequence[Drawn], failed: dict[str, str]) -> dict[str, Tensor]:
         """Returns each score (n,) of n prompts, the mean over their images; adds what `failed`."""
-        by_seed, features = [], []
-        for each in drawn:
-            images = to_pil(each.images)
-            pixels = (each.images.float() / 2 + 0.5).clamp(0, 1)
+        by_seed, pictures = [], [to_pil(each.images) for each in drawn]
+        for each, images in zip(drawn, pictures, strict=True):
+            pixels = (each.images.float().nan_to_num() / 2 + 0.5).clamp(0, 1)
             own = {PIXELS + name: of(pixels).cpu() for name, of in STATISTICS.items()}
             if REWARD not in self.failed:
-                own[REWARD] = _asked(REWARD, failed, self._reward, each, images)
+                own[REWARD] = _asked(REWARD, failed, partial(self._reward, each), images)
             for name, judge in self.judges.scorers.items():
-                own[JUDGES + name] = _asked(name, failed, _score, judge, images, each.prompts)
+                score = partial(_score, judge, each.prompts)
+                own[JUDGES + name] = _asked(name, failed, score, images)
             by_seed.append(own)
-            features.append(self._features(images))
         scores = {name: torch.stack([own[name] for own in by_seed]).mean(dim=0) for name in own}
-        if len(features) > 1 and features[0] is not None:
-            scores[PIXELS + DIVERSITY] = diversity(torch.stack(features)).cpu()
+        if len(drawn) > 1 and (features := self._features(pictures, failed)) is not None:
+            scores[PIXELS + DIVERSITY] = diversity(features).cpu()
         return scores
 
     @torch.no_grad()
     def _reward(self, drawn: Drawn, images: Sequence[Image.Image]) -> Tensor:
         """Returns the training scorer's scores (n,) of finished images, or of their latents."""
         if self.scorer.looks_at == "images":
-            return _score(self.scorer, images, drawn.prompts)
+            return _score(self.scorer, drawn.prompts, images)
         features = self.scorer.encode_prompts(drawn.prompts)
         return self.scorer.score(drawn.latents, features, self.last_timestep).float().cpu()
 
-    def _features(self, images: Sequence[Image.Image]) -> Tensor | None:
-        """Returns image features (n, D) of the first judge that has any, or of the training scorer."""
-        for scorer in (*self.judges.scorers.values(), self.scorer):
-            if (found := scorer.image_features(images)) is not None:
-                return found
+    def _features(
+        self, pictures: Sequence[Sequence[Image.Image]], failed: Mapping[str, str]
+    ) -> Tensor | None:
+        """Returns image features (s, n, D) of the first judge that has any, or the training scorer."""
+        judges = [judge for name, judge in self.judges.scorers.items() if name not in failed]
+        for scorer in (*judges, self.scorer):
+            found = [scorer.image_features(images) for images in pictures]
+            if found[0] is not None:
+                return torch.stack(found)
         return None
 
     def _share_failures(self, failed: Mapping[str, str]) -> None:
@@ -155,17 +157,22 @@ class Watch:
             self.judges.scorers.pop(name, None)
 
 
-def _score(scorer: Scorer, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
+def _score(scorer: Scorer, prompts: Sequence[str], images: Sequence[Image.Image]) -> Tensor:
     return scorer.scale * scorer.score_images(images, prompts)
 
 
-def _asked(name: str, failed: dict[str, str], score: Callable[..., Tensor], *given: Any) -> Tensor:
+def _asked(
+    name: str,
+    failed: dict[str, str],
+    score: Callable[[Sequence[Image.Image]], Tensor],
+    images: Sequence[Image.Image],
+) -> Tensor:
     """Returns what `score` says of n images; NaN, with a line in `failed`, if it fails."""
     try:
-        scores = score(*given)
+        scores = score(images)
         if not scores.isfinite().all():
             raise ValueError("its scores are not finite")
         return scores
     except Exception as error:  # whatever is wrong with a judge, the run goes on
         failed[name] = without(name, error)
-        return torch.full((len(given[1]),), torch.nan)
+        return torch.full((len(images),), torch.nan)
