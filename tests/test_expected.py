@@ -76,6 +76,9 @@ BAD = {
         },
         {"ratios", "gradient norm"},
     ),
+    # In units of learning_rate sqrt(weights) = 5e-4 these are 0.6 and 10: below 0.73, above 9.
+    "policy stands still": ({"ema_distance": lambda i: 0.0003}, {"EMA distance"}),
+    "EMA far behind": ({"ema_distance": lambda i: 0.005}, {"EMA distance"}),
     "flipped": (
         {"loss": lambda i: math.log(2) + 5e-4 * (-1) ** i, "score_mean": lambda i: 20 + (-1) ** i},
         {"loss - ln 2"},
