@@ -82,6 +82,12 @@ def test_worse_from_the_beginning():
     assert found.describe().endswith("worse than untrained")
 
 
+def test_an_epoch_that_was_lucky_does_not_hide_a_fall():
+    first, second = verdicts(curves([0.5, 1.0], [0.03, -0.8], noise=0.6, seed=2))
+    assert (first.status, second.status) == (CANNOT_TELL, WORSE)
+    assert second.ship == first.ship == 1
+
+
 def test_without_judges_or_reward_nobody_can_tell():
     assert {each.status for each in verdicts(curves(RISE, RISE, judges=()))} == {CANNOT_TELL}
     found = curves(RISE, RISE)

@@ -90,7 +90,8 @@ def decide(evaluations: Sequence[Evaluation]) -> Verdict:
 
     An epoch is shipped if the judges like its images better than those of every epoch before. The run
     is over-optimised once they like its images less than those, and by more than chance: the 99 %
-    interval of the fall, paired by prompt, lies above a tenth of the shipped epoch's gain. It is
+    interval of the fall, paired by prompt, lies above a tenth of the shipped epoch's gain. Without such
+    an epoch it is worse than untrained once they surely like its images less than at the start. It is
     healthy if reward and judges have risen by more than chance (95 %). Else nobody can tell.
     """
     base, last = evaluations[0], evaluations[-1]
@@ -105,8 +106,10 @@ def decide(evaluations: Sequence[Evaluation]) -> Verdict:
     )
     has_risen = [bootstrap_mean(gains[at]).low > 0 for at in (best, -1)]
     has_fallen = judges and change.high < -_LEAST_FALL * gains[best].mean()
-    if has_fallen and (has_risen[0] or not best):
-        status = OVEROPTIMISED if best else WORSE
+    if has_fallen and has_risen[0]:
+        status = OVEROPTIMISED
+    elif bootstrap_mean(gains[-1], _SURE).high < 0:
+        status = WORSE
     elif has_risen[1] and REWARD in differences and differences[REWARD].low > 0:
         status = HEALTHY
     else:
