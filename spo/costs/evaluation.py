@@ -29,7 +29,7 @@ def count_evaluation(models: Models, costs: Costs, num_prompts: int) -> Evaluati
     recipe, settings = models.recipe, models.recipe.validation
     judged = min(settings.num_judged, num_prompts)
     again = judged * (settings.seeds_per_prompt - 1)
-    images = max(num_prompts, judged) + again
+    images = num_prompts + again
     one_step = replace(settings, num_steps=1, num_judged=0)
     with meta_kernels(), flop_counter() as counter:
         meter = Meter(META, counter)
@@ -49,7 +49,7 @@ def count_evaluation(models: Models, costs: Costs, num_prompts: int) -> Evaluati
 
 def _flops_of(source: ScorerSource) -> int | None:
     """Returns the FLOPs of a CLIP that judges an image for its prompt; None for other judges."""
-    options, size, length = options_of(source), 224, 77
+    options = options_of(source)
     with META:
         if "model" in options:
             import open_clip  # takes seconds

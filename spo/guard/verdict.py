@@ -17,8 +17,8 @@ HEALTHY, CANNOT_TELL = "healthy", "cannot tell"
 OVEROPTIMISED, WORSE = "over-optimised", "worse than untrained"
 # The name of the training scorer's scores, and what begins the names of others.
 REWARD, JUDGES, PIXELS = "reward", "judges/", "pixels/"
-_LEAST_FALL = 0.1  # of the shipped epoch's gain; what falls less is no reason to stop
-_SURE = 0.99  # level of the interval of a fall: of many epochs the best one was lucky, too
+_LEAST_FALL = 0.1  # of the shipped epoch's gain; a smaller fall is no reason to stop, however sure
+_SURE = 0.998  # level of the interval of a fall: of many epochs the best one was lucky, too
 
 
 @dataclass(frozen=True)
@@ -89,10 +89,10 @@ def decide(evaluations: Sequence[Evaluation]) -> Verdict:
     """Returns the verdict on the last of a run's evaluations; the first is of the untrained model.
 
     An epoch is shipped if the judges like its images better than those of every epoch before. The run
-    is over-optimised once they like its images less than those, and by more than chance: the 99 %
-    interval of the fall, paired by prompt, lies above a tenth of the shipped epoch's gain. Without such
-    an epoch it is worse than untrained once they surely like its images less than at the start. It is
-    healthy if reward and judges have risen by more than chance (95 %). Else nobody can tell.
+    is over-optimised once they like its images less than those, by more than a tenth of the gain and by
+    more than chance: the 99.8 % interval of the fall, paired by prompt, is above 0. Without such an
+    epoch it is worse than untrained once they like its images less than those at the start, as surely.
+    It is healthy if reward and judges have risen by more than chance (95 %). Else nobody can tell.
     """
     base, last = evaluations[0], evaluations[-1]
     judges = sorted(set.intersection(*(set(each.named(JUDGES)) for each in evaluations)))
@@ -105,7 +105,7 @@ def decide(evaluations: Sequence[Evaluation]) -> Verdict:
         for then in (base, evaluations[best])
     )
     has_risen = [bootstrap_mean(gains[at]).low > 0 for at in (best, -1)]
-    has_fallen = judges and change.high < -_LEAST_FALL * gains[best].mean()
+    has_fallen = change.mean < -_LEAST_FALL * gains[best].mean() and change.high < 0
     if has_fallen and has_risen[0]:
         status = OVEROPTIMISED
     elif bootstrap_mean(gains[-1], _SURE).high < 0:
