@@ -88,6 +88,18 @@ def test_an_epoch_that_was_lucky_does_not_hide_a_fall():
     assert second.ship == first.ship == 1
 
 
+def test_a_reward_that_falls_is_told_before_the_judges():
+    found = verdicts(curves([0.5, 1.0, 0.7], [0.3, 0.5, 0.8]))
+    assert [each.status for each in found] == [HEALTHY, HEALTHY, OVEROPTIMISED]
+    assert "(the reward has fallen from its best); ship epoch 3" in found[-1].describe()
+
+
+def test_a_sure_fall_of_next_to_nothing_is_none():
+    found = verdicts(curves([0.5, 1.0, 1.0], [0.3, 1.0, 0.97], noise=0.01))
+    assert found[-1].since_ship["judges/one"].high < 0
+    assert [each.status for each in found] == [HEALTHY] * 3
+
+
 def test_without_judges_or_reward_nobody_can_tell():
     assert {each.status for each in verdicts(curves(RISE, RISE, judges=()))} == {CANNOT_TELL}
     found = curves(RISE, RISE)

@@ -17,7 +17,7 @@ HEALTHY, CANNOT_TELL = "healthy", "cannot tell"
 OVEROPTIMISED, WORSE = "over-optimised", "worse than untrained"
 # The name of the training scorer's scores, and what begins the names of others.
 REWARD, JUDGES, PIXELS = "reward", "judges/", "pixels/"
-_LEAST_FALL = 0.1  # of the shipped epoch's gain; a smaller fall is no reason to stop, however sure
+_LEAST_FALL = 0.05  # of the best epoch's gain; a smaller fall is no reason to stop, however sure
 _SURE = 0.998  # level of the interval of a fall: of many epochs the best one was lucky, too
 
 
@@ -79,9 +79,10 @@ class Verdict:
             parts.append(f"{name.removeprefix(PIXELS).replace('_', ' ')} {change.describe(name)}")
         advice = ""
         if self.status == OVEROPTIMISED:
-            advice = (
-                f" (since epoch {self.ship}: {_named(self.since_ship)}); ship epoch {self.ship}"
-            )
+            why = f"since epoch {self.ship}: {_named(self.since_ship)}"
+            if self.ship == self.epochs:
+                why = "the reward has fallen from its best"
+            advice = f" ({why}); ship epoch {self.ship}"
         return f"epoch {self.epochs}: {', '.join(parts)}: {self.status}{advice}"
 
 
@@ -89,37 +90,49 @@ def decide(evaluations: Sequence[Evaluation]) -> Verdict:
     """Returns the verdict on the last of a run's evaluations; the first is of the untrained model.
 
     An epoch is shipped if the judges like its images better than those of every epoch before. The run
-    is over-optimised once they like its images less than those, by more than a tenth of the gain and by
-    more than chance: the 99.8 % interval of the fall, paired by prompt, is above 0. Without such an
-    epoch it is worse than untrained once they like its images less than those at the start, as surely.
-    It is healthy if reward and judges have risen by more than chance (95 %). Else nobody can tell.
+    is over-optimised once they like its images less than those, or the reward has fallen from its best:
+    by more than a twentieth of the gain and by more than chance, as the 99.8 % interval of the fall,
+    paired by prompt, is above 0. Without a gain to lose it is worse than untrained once the judges
+    like its images less than those at the start, as surely. It is healthy if reward and judges have
+    risen by more than chance (95 %). Else nobody can tell.
     """
     base, last = evaluations[0], evaluations[-1]
     judges = sorted(set.intersection(*(set(each.named(JUDGES)) for each in evaluations)))
     gains = [_gain(base, each, judges) for each in evaluations]
     best = int(np.argmax([gain.mean() for gain in gains]))  # the first of equals
-    change = bootstrap_mean(gains[-1] - gains[best], _SURE)
-    names = [REWARD, *judges] if all(REWARD in each.scores for each in evaluations) else judges
+    has_reward = all(REWARD in each.scores for each in evaluations)
+    names = [REWARD, *judges] if has_reward else judges
     differences, since_ship = (
         {n: bootstrap_mean(np.subtract(last.scores[n], then.scores[n])) for n in names}
         for then in (base, evaluations[best])
     )
-    has_risen = [bootstrap_mean(gains[at]).low > 0 for at in (best, -1)]
-    has_fallen = change.mean < -_LEAST_FALL * gains[best].mean() and change.high < 0
-    if has_fallen and has_risen[0]:
+    rewards = [_gain(base, each, [REWARD]) for each in evaluations] if has_reward else []
+    if _has_risen(gains[best]) and (_has_fallen(gains) or _has_fallen(rewards)):
         status = OVEROPTIMISED
     elif bootstrap_mean(gains[-1], _SURE).high < 0:
         status = WORSE
-    elif has_risen[1] and REWARD in differences and differences[REWARD].low > 0:
-        status = HEALTHY
     else:
-        status = CANNOT_TELL
+        is_healthy = has_reward and _has_risen(rewards[-1]) and _has_risen(gains[-1])
+        status = HEALTHY if is_healthy else CANNOT_TELL
     pixels = {
         name: Change(*(float(np.mean(each.scores[name])) for each in (base, last)))
         for name in last.named(PIXELS)
         if name in base.scores
     }
     return Verdict(last.epochs, status, evaluations[best].epochs, differences, since_ship, pixels)
+
+
+def _has_risen(gain: np.ndarray) -> bool:
+    return bootstrap_mean(gain).low > 0
+
+
+def _has_fallen(gains: Sequence[np.ndarray]) -> bool:
+    """Tells if the last of gains by epoch is less than the best, surely and by enough."""
+    if not gains:
+        return False
+    best = max(gains, key=np.mean)
+    change = bootstrap_mean(gains[-1] - best, _SURE)
+    return change.high < 0 and change.mean < -_LEAST_FALL * best.mean()
 
 
 def _named(estimates: Mapping[str, Estimate]) -> str:
