@@ -111,8 +111,8 @@ def _updates(lora: Path) -> int:
 
 
 def _evaluations(run_dir: Path, evaluation: Path | None, own: bool) -> dict[str, Results]:
-    found = sorted(path.parent for path in run_dir.glob(f"evaluation*/{RESULTS}")) if own else []
-    folders = {"evaluation": evaluation} if evaluation else {path.name: path for path in found}
+    all_own = sorted(path.parent for path in run_dir.glob(f"evaluation*/{RESULTS}")) if own else []
+    folders = {"evaluation": evaluation} if evaluation else {path.name: path for path in all_own}
     public = {}
     for name, path in folders.items():
         found = read_results(path)
