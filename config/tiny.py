@@ -32,7 +32,7 @@ def get_config():
     config.train.learning_rate = 5e-4
     config.eval.prompts = "assets/tiny/prompts/held_out.txt"
     config.eval.num_judged = 32
-    config.eval.batch_size = 32
+    config.eval.batch_size = 16
     # The world's PickScore is what the preference model started from, and the only other judge here.
     config.eval.judges = ("pickscore",)
     clip = {"backbone": "assets/tiny/clip", "processor": "assets/tiny/clip"}
