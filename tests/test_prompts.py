@@ -514,7 +514,7 @@ def test_script_writes_txt(tmp_path):
 # ---- the prompts that come with the code -----------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "num"), [("tiny", 64), ("validation", 16)])
+@pytest.mark.parametrize(("name", "num"), [("tiny", 64), ("validation", 64)])
 def test_assets(name, num):
     found = read_prompts(str(ROOT / "assets" / "prompts" / f"{name}.txt"))
     assert counts(found) == (num, 0, 0, 0)

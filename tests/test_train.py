@@ -92,11 +92,12 @@ def test_launch_script_leaves_everything_in_the_run_directory(tmp_path):
     for name in ("config.json", f"ema/{LORA}", f"checkpoints/epoch_0001/{LORA}"):
         assert (run_dir / name).is_file()
     assert sorted(p.name for p in (run_dir / "validation").iterdir()) == [
-        "epoch_0000_policy.png",
-        "epoch_0001_policy.png",
+        f"epoch_000{epoch}_policy.{kind}" for epoch in (0, 1) for kind in ("json", "png")
     ]
+    assert (run_dir / "best").resolve() == run_dir / "checkpoints" / "epoch_0001"
     assert any("tfevents" in p.name for p in run_dir.rglob("*"))
-    (line,) = read_metrics(run_dir)
+    line, judged = read_metrics(run_dir)
+    assert judged["verdict"] == "healthy" and judged["text"] in output
     assert line["updates"] == line["minibatches"] > 0
     assert sum(line["pairs_at"].values()) == line["pairs"] <= line["comparisons"] == 8 * 16
     for key in ("loss", "win_ratio", "lose_ratio", "grad_norm", "score_spread", "ema_distance"):
@@ -114,7 +115,8 @@ def test_launch_script_leaves_everything_in_the_run_directory(tmp_path):
 def test_five_rollouts_of_the_launch_script_make_better_images(tmp_path):
     """The whole method: better by a measure that it never saw, and as faithful."""
     run_dir, _ = launch_tiny(tmp_path, prompts=40)
-    assert [line["comparisons"] for line in read_metrics(run_dir)] == [8 * 16] * 5
+    *lines, _ = read_metrics(run_dir)  # and a verdict
+    assert [line["comparisons"] for line in lines] == [8 * 16] * 5
     judged = json.loads((run_dir / "tiny_world.json").read_text())
     assert judged["difference"]["low"] > 0.1 and judged["win_rate"]["low"] > 0.65
     assert judged["faithful"]["trained"] >= judged["faithful"]["base"] - 0.03
