@@ -42,6 +42,7 @@ from spo.evaluation.run_report import (
     panels_of,
     write_run_report,
 )
+from spo.guard.log import evaluations
 from spo.guard.verdict import Evaluation, decide
 from spo.method import metrics
 from spo.preference.pair_metrics import step_metrics, validation_metrics
@@ -451,7 +452,7 @@ def test_the_figures_of_a_runs_health(run_dir, monkeypatch):
     evaluated(run_dir)  # a resumed run made the first epoch's again
     drawn = []
     monkeypatch.setattr(health_figures, "to_svg", lambda figure, name: drawn.append(figure.axes[0]))
-    health_figures.health_figures(health_figures.evaluations(read_metrics(run_dir)))
+    health_figures.health_figures(evaluations(read_metrics(run_dir)))
     reward, judge, pixels, clipped = drawn
     assert reward.lines[0].get_ydata() == pytest.approx([0, 0.1, 0.2, 0.3])
     assert judge.lines[0].get_ydata() == pytest.approx([0, 0.2, 0.4, -0.5])

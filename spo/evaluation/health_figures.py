@@ -8,19 +8,11 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from spo.evaluation.figures import INK, colour, panel_axes, style, to_svg
-from spo.guard.verdict import HEALTHY
-
-_SHARES = ("clipped",)  # statistics that are shares of pixels themselves, and may start at 0
-
-
-def evaluations(lines: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Returns the lines of metrics.jsonl that hold a verdict, one of each epoch, in order."""
-    by_epoch = {line["evaluation"]: line for line in lines if "evaluation" in line}
-    return [by_epoch[epoch] for epoch in sorted(by_epoch)]
+from spo.guard.verdict import HEALTHY, SHARES
 
 
 def health_figures(found: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Returns figures of `evaluations` as SVG: reward, each judge, and pixels.
+    """Returns figures of evaluations (`spo.guard.log`) as SVG: reward, each judge, and pixels.
 
     A line marks the epoch to ship, and a cross each epoch whose verdict is not "healthy".
     """
@@ -32,11 +24,11 @@ def health_figures(found: Sequence[Mapping[str, Any]]) -> list[str]:
         if any(estimates):
             figures.append(_figure(title, found, partial(_draw_band, found, estimates)))
     changes = {name: [line["pixels"].get(name) for line in found] for name in found[-1]["pixels"]}
-    relative = {name: each for name, each in changes.items() if name not in _SHARES}
+    relative = {name: each for name, each in changes.items() if name not in SHARES}
     figures.append(
         _figure("Pixels: times the untrained", found, partial(_draw_ratios, found, relative))
     )
-    for name in _SHARES:
+    for name in SHARES:
         title = f"Share of pixels that are {name}"
         figures.append(_figure(title, found, partial(_draw_share, found, changes[name])))
     return figures

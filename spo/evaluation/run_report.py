@@ -20,7 +20,8 @@ from spo.atomic import replacing, whole_lines
 from spo.errors import UserError
 from spo.evaluation import page
 from spo.evaluation.figures import COLOURS, INK, colour, panel_axes, style, to_svg
-from spo.evaluation.health_figures import evaluations, health_figures
+from spo.evaluation.health_figures import health_figures
+from spo.guard.log import evaluations
 from spo.publish.record import public_values
 from spo.run.folder import CONFIG, REPORT, STARTS, read_metrics
 

@@ -27,11 +27,11 @@ def read_evaluations(
 
     Those of other prompts, seeds or sampler settings compare with nothing, and are left out.
     """
-    found = []
-    for path in sorted((run_dir / "validation").glob(f"epoch_*_{settings.weights}.json")):
+    found, drawn = [], _drawn(settings, prompts)
+    for path in (run_dir / "validation").glob(f"epoch_*_{settings.weights}.json"):
         with contextlib.suppress(OSError, ValueError, KeyError):  # a damaged one is made again
             content = json.loads(path.read_text())
-            if content["epochs"] <= until and content["drawn"] == _drawn(settings, prompts):
+            if content["epochs"] <= until and content["drawn"] == drawn:
                 found.append(Evaluation(content["epochs"], content["scores"]))
     return sorted(found, key=lambda each: each.epochs)
 

@@ -90,9 +90,14 @@ def open_log(path: Path, config: str | None = None) -> Log:
     rollouts = [line for line in lines if "rollout" in line and "evaluation" not in line]
     if not rollouts and any("accuracy" in line for line in lines):
         raise UserError(f"{path} trained a preference model; name a run of the method.")
-    evaluations = [line for line in lines if "evaluation" in line]
     settings = _settings(config or path / CONFIG)
-    return Log(rollouts, settings, evaluations, True, _count_weights(path))
+    return Log(rollouts, settings, evaluations(lines), True, _count_weights(path))
+
+
+def evaluations(lines: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Returns the lines of metrics.jsonl that hold a verdict, one of each epoch, in order."""
+    by_epoch = {line["evaluation"]: line for line in lines if "evaluation" in line}
+    return [by_epoch[epoch] for epoch in sorted(by_epoch)]
 
 
 def _settings(source: str | Path) -> Settings:

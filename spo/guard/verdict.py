@@ -17,6 +17,7 @@ HEALTHY, CANNOT_TELL = "healthy", "cannot tell"
 OVEROPTIMISED, WORSE = "over-optimised", "worse than untrained"
 # The name of the training scorer's scores, and what begins the names of others.
 REWARD, JUDGES, PIXELS = "reward", "judges/", "pixels/"
+SHARES = ("clipped",)  # statistics of pixels that are shares of them already, and may start at 0
 _LEAST_FALL = 0.05  # of the best epoch's gain; a smaller fall is no reason to stop, however sure
 _SURE = 0.998  # level of the interval of a fall: of many epochs the best one was lucky, too
 
@@ -42,7 +43,7 @@ class Change:
 
     def describe(self, name: str) -> str:
         """Returns the change: in percent of the first, but of a share of pixels in points."""
-        if name == PIXELS + "clipped" or not self.untrained:
+        if name.removeprefix(PIXELS) in SHARES or not self.untrained:
             return f"{_rounded(100 * (self.now - self.untrained), 1):+.1f} points"
         return f"{_rounded(100 * (self.now / self.untrained - 1), 0):+.0f} %"
 

@@ -9,7 +9,6 @@ from operator import itemgetter
 from typing import TYPE_CHECKING
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from spo.guard.evaluations import read_evaluations, write_evaluation
@@ -19,7 +18,6 @@ from spo.guard.verdict import JUDGES, PIXELS, REWARD, Evaluation, Verdict, decid
 from spo.run.pictures import Cell
 from spo.run.session import Session
 from spo.run.validation import Drawn, ValidationSettings, draw_batch, show_images
-from spo.scorers.pixels import to_pil
 
 if TYPE_CHECKING:
     from spo.models.backbone import Backbone
@@ -46,7 +44,7 @@ class Watch:
         self.seconds = 0.0  # of scoring and pixels, on this process, in the last evaluation
         # What a scorer of latents is told of finished ones.
         self.last_timestep = backbone.sampler(settings.num_steps, eta=0.0).timesteps[-1]
-        self.failed: dict[str, str] = {}  # by judge, or REWARD: why it is not asked any more
+        self.failed: set[str] = set()  # judges, or REWARD, that are not asked any more
         self._share_failures(judges.failed)
 
     def look(self, epochs: int, rollouts: int, step: int) -> Verdict | None:
@@ -96,8 +94,8 @@ class Watch:
             for places in self.session.signals.watch(bar):
                 drawn = draw_batch(self.backbone, self.prompts, places, self.settings)
                 shown = range(places.start, min(places.stop, self.settings.num_images))
-                images = to_pil(drawn[0].images[: len(shown)])
-                cells += [(i, Cell(x, self.prompts[i])) for i, x in zip(shown, images, strict=True)]
+                first = zip(shown, drawn[0].pictures, strict=False)
+                cells += [(i, Cell(picture, self.prompts[i])) for i, picture in first]
                 if places.start < self.settings.num_judged:
                     started = time.perf_counter()
                     parts.append((places.start, self._measure(drawn, failed)))
@@ -115,36 +113,33 @@ class Watch:
 
     def _measure(self, drawn: Sequence[Drawn], failed: dict[str, str]) -> dict[str, Tensor]:
         """Returns each score (n,) of n prompts, the mean over their images; adds what `failed`."""
-        by_seed, pictures = [], [to_pil(each.images) for each in drawn]
-        for each, images in zip(drawn, pictures, strict=True):
+        by_seed = []
+        for each in drawn:
             pixels = (each.images.float().nan_to_num() / 2 + 0.5).clamp(0, 1)
             own = {PIXELS + name: of(pixels).cpu() for name, of in STATISTICS.items()}
             if REWARD not in self.failed:
-                own[REWARD] = _asked(REWARD, failed, partial(self._reward, each), images)
+                own[REWARD] = _asked(REWARD, failed, self._reward, each)
             for name, judge in self.judges.scorers.items():
-                score = partial(_score, judge, each.prompts)
-                own[JUDGES + name] = _asked(name, failed, score, images)
+                own[JUDGES + name] = _asked(name, failed, partial(_score, judge), each)
             by_seed.append(own)
         scores = {name: torch.stack([own[name] for own in by_seed]).mean(dim=0) for name in own}
-        if len(drawn) > 1 and (features := self._features(pictures, failed)) is not None:
+        if len(drawn) > 1 and (features := self._features(drawn, failed)) is not None:
             scores[PIXELS + DIVERSITY] = diversity(features).cpu()
         return scores
 
     @torch.no_grad()
-    def _reward(self, drawn: Drawn, images: Sequence[Image.Image]) -> Tensor:
+    def _reward(self, drawn: Drawn) -> Tensor:
         """Returns the training scorer's scores (n,) of finished images, or of their latents."""
         if self.scorer.looks_at == "images":
-            return _score(self.scorer, drawn.prompts, images)
+            return _score(self.scorer, drawn)
         features = self.scorer.encode_prompts(drawn.prompts)
         return self.scorer.score(drawn.latents, features, self.last_timestep).float().cpu()
 
-    def _features(
-        self, pictures: Sequence[Sequence[Image.Image]], failed: Mapping[str, str]
-    ) -> Tensor | None:
+    def _features(self, drawn: Sequence[Drawn], failed: Mapping[str, str]) -> Tensor | None:
         """Returns image features (s, n, D) of the first judge that has any, or the training scorer."""
         judges = [judge for name, judge in self.judges.scorers.items() if name not in failed]
         for scorer in (*judges, self.scorer):
-            found = [scorer.image_features(images) for images in pictures]
+            found = [scorer.image_features(each.pictures) for each in drawn]
             if found[0] is not None:
                 return torch.stack(found)
         return None
@@ -153,26 +148,23 @@ class Watch:
         """Does on all processes without the scores that failed on any, and says so."""
         for name, line in dict(self.workers.gather(list(failed.items()))).items():
             self.session.say(line)
-            self.failed[name] = line
+            self.failed.add(name)
             self.judges.scorers.pop(name, None)
 
 
-def _score(scorer: Scorer, prompts: Sequence[str], images: Sequence[Image.Image]) -> Tensor:
-    return scorer.scale * scorer.score_images(images, prompts)
+def _score(scorer: Scorer, drawn: Drawn) -> Tensor:
+    return scorer.scale * scorer.score_images(drawn.pictures, drawn.prompts)
 
 
 def _asked(
-    name: str,
-    failed: dict[str, str],
-    score: Callable[[Sequence[Image.Image]], Tensor],
-    images: Sequence[Image.Image],
+    name: str, failed: dict[str, str], score: Callable[[Drawn], Tensor], drawn: Drawn
 ) -> Tensor:
     """Returns what `score` says of n images; NaN, with a line in `failed`, if it fails."""
     try:
-        scores = score(images)
+        scores = score(drawn)
         if not scores.isfinite().all():
             raise ValueError("its scores are not finite")
         return scores
     except Exception as error:  # whatever is wrong with a judge, the run goes on
         failed[name] = without(name, error)
-        return torch.full((len(images),), torch.nan)
+        return torch.full((len(drawn.prompts),), torch.nan)

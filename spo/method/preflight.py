@@ -46,7 +46,7 @@ def preflight(config: ConfigDict, num_processes: int) -> Preflight:
     recipe = read_recipe(config)
     run = recipe.run
     validation = recipe.validation
-    is_judged = run.eval_interval and validation.num_judged and validation.judges
+    is_judged = run.eval_interval and validation.has_judges
     if recipe.hub.repo_id:
         from spo.publish.push import check_access
 

@@ -2,9 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from torch import Tensor
 
 from spo.atomic import naming, write_json, writing
@@ -17,6 +19,7 @@ from spo.models.plain_images import ImageSettings, sample_latents
 from spo.run.folder import SAMPLES, SAMPLES_INDEX
 from spo.run.pictures import Cell, grid, write_png
 from spo.run.session import Session
+from spo.scorers.pixels import to_pil
 
 _COLUMNS = 4
 
@@ -42,10 +45,15 @@ class ValidationSettings(Checked, section="eval"):
         super().__post_init__()
         if not all(isinstance(name, str) for name in self.judges):
             raise UserError("eval.judges: expected only names.")
-        if self.stop_when_overoptimised and not (self.num_judged and self.judges):
+        if self.stop_when_overoptimised and not self.has_judges:
             raise UserError(
                 "eval.stop_when_overoptimised: nobody judges; set eval.judges and eval.num_judged."
             )
+
+    @property
+    def has_judges(self) -> bool:
+        """True if judges are named, and have prompts to judge."""
+        return bool(self.num_judged and self.judges)
 
     def read_prompts(self) -> tuple[str, ...]:
         """Reads the prompts to draw; raises UserError if there is none."""
@@ -74,6 +82,11 @@ class Drawn:
     prompts: tuple[str, ...]
     latents: Tensor  # (n, C, h, w)
     images: Tensor  # (n, 3, H, W), nominally in [-1, 1]
+
+    @cached_property
+    def pictures(self) -> list[Image.Image]:
+        """The n images as PIL's."""
+        return to_pil(self.images)
 
 
 def draw_batch(

@@ -11,7 +11,7 @@ import numpy as np
 from spo.atomic import write_json
 from spo.command_line.config_files import load_config
 from spo.data.prompts import read_prompts
-from spo.evaluation.health_figures import evaluations
+from spo.guard.log import evaluations
 from spo.guard.verdict import OVEROPTIMISED, WORSE
 from spo.method.build import read_recipe
 from spo.method.start import train
