@@ -1,4 +1,4 @@
-"""A UNet of 18 M parameters at 128 pixels: GradSPO's iteration in seconds on a CPU, to be measured.
+"""A UNet of 18 M parameters at 256 pixels: GradSPO's iteration in seconds on a CPU, to be measured.
 
 python scripts/benchmark.py --config=config/small.py --random
 

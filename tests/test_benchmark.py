@@ -369,7 +369,15 @@ def test_what_is_measured_on_a_cpu_is_as_large_as_the_config_says():
     latents = torch.ones(1, *models.backbone.latent_shape, device=META)
     with torch.no_grad():
         for decode in (models.backbone.decode, models.backbone.decode_candidates):
-            assert decode(latents).shape == (1, 3, 128, 128)
+            assert decode(latents).shape == (1, 3, 256, 256)
+
+
+def test_what_is_measured_on_a_cpu_has_the_proportions_of_sd15():
+    shares = []
+    for path in ("config/small.py", "config/sd15.py"):
+        costs = count.count_costs(load_models(read_recipe(load_config(path)), META), [])
+        shares.append(costs.flops[DECODING] / costs.flops[DENOISING])
+    assert shares[0] == pytest.approx(shares[1], rel=0.1)
 
 
 def test_what_fits_and_what_a_run_costs_by_hand():

