@@ -2,8 +2,8 @@
 
 python scripts/benchmark.py --config=config/small.py --random
 
-It has an architecture and no weights, and so trains nothing; config/tiny.py does. Decoding an image costs
-as many passes of the UNet as for SD1.5.
+It has an architecture and no weights, and so trains nothing; config/tiny.py does. Decoding an image
+costs as many passes of the UNet as for SD1.5.
 """
 
 from config import tiny
