@@ -154,7 +154,8 @@ def test_a_silent_rank_ends_the_other_after_the_timeout(tmp_path):
 
 
 def test_a_signal_to_the_launcher_saves_and_the_run_resumes(tmp_path):
-    options = {"prompts__num": 4, "train__batch_size": 2}
+    # 12 rollouts: a signal after the first one comes in time on a busy machine, too.
+    options = {"prompts__num": 24, "train__batch_size": 2}
     process = start_launcher(2, *arguments(tmp_path, **options))
     metrics, end = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 240
     while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < end:
@@ -162,13 +163,13 @@ def test_a_signal_to_the_launcher_saves_and_the_run_resumes(tmp_path):
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=120)
-    assert process.returncode == 75
+    assert process.returncode == 75, err
     (line,) = [line for line in err.splitlines() if line.startswith("stopped:")]
     assert line.startswith(f"stopped: by a signal; everything is in {tmp_path}/run/checkpoints/")
     assert "Traceback" not in err and "error" not in err
     status, err = launch(2, *arguments(tmp_path, resume_from="auto", **options))
     assert status == 0, err
-    assert metrics_of(tmp_path, "pairs") == [12, 12]
+    assert metrics_of(tmp_path, "pairs") == [12] * 12
     notes = [read_lines(tmp_path / f"rank_{rank}.jsonl") for rank in range(2)]
     weights = [[line["weights"] for line in rank if "weights" in line] for rank in notes]
     assert weights[0] == weights[1]
