@@ -44,9 +44,12 @@ def get_config() -> ConfigDict:
     # Memory layout of UNet, decoder and latent reward model; tells if it is faster:
     # scripts/benchmark.py --compare=channels_last=true
     config.channels_last = False
+    # Record the passes over a minibatch as CUDA graphs and replay them: one launch for thousands. Takes
+    # the memory of a minibatch beside that of a rollout; off with train.gradient_checkpointing.
+    config.cuda_graphs = True
     # torch.compile, at the first call: minutes that a long run gets back.
     config.compile = ConfigDict()
-    config.compile.unet = False  # merged, base and policy passes are compiled one by one
+    config.compile.unet = False  # the passes that draw candidates
     config.compile.vae = False  # its decoder, or sample.decoder in its place
     config.compile.scorer = False  # its vision tower
 

@@ -297,6 +297,46 @@ def _is_of_engine() -> bool:
     return False
 
 
+def make_graphed_callables(module, inputs, pool):
+    """Pretends torch.cuda.make_graphed_callables: results lie where the next replay writes.
+
+    The kernels run as written, on the memory that they were recorded with.
+    """
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    pointers = [parameter.data_ptr() for parameter in module.parameters()]
+    own = [each.clone() for each in inputs]
+    output, gradients = [], []
+
+    def keep(kept: list[Tensor], values: Iterable[Tensor]) -> list[Tensor]:
+        for i, value in enumerate(values):
+            if i == len(kept):
+                kept.append(value.detach().clone())
+            kept[i].copy_(value)
+        return [value.detach() for value in kept]
+
+    class Replayed(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *_):
+            with torch.enable_grad():
+                ctx.output = module(*own)
+            return keep(output, [ctx.output])[0]
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return (*keep(gradients, torch.autograd.grad(ctx.output, parameters, gradient)),)
+
+    def replay(*given: Tensor) -> Tensor:
+        assert pointers == [parameter.data_ptr() for parameter in module.parameters()]
+        for mine, value in zip(own, given, strict=True):
+            mine.copy_(value)
+        if torch.is_grad_enabled():
+            return Replayed.apply(*parameters)
+        return keep(output, [module(*own)])[0]
+
+    assert not torch.is_autocast_cache_enabled()
+    return replay
+
+
 @contextlib.contextmanager
 def pretend_cuda() -> Iterator[PretendedGpu]:
     """Within the context there is one GPU, as far as Python can tell."""
@@ -319,6 +359,8 @@ def pretend_cuda() -> Iterator[PretendedGpu]:
         mock.patch("torch.cuda.amp.common.amp_definitely_not_available", lambda: False),
         mock.patch("torch.cuda.is_bf16_supported", lambda *_, **__: True),
         mock.patch("torch.cuda.max_memory_allocated", lambda *_: 0),
+        mock.patch("torch.cuda.graph_pool_handle", object),
+        mock.patch("torch.cuda.make_graphed_callables", make_graphed_callables),
         torch.backends.cudnn.flags(enabled=True),  # which a run sets for good
         # Its check of devices would run where handlers of this mode are at work, and see the CPU.
         mock.patch.dict(checks, {"default": lambda x: {"shape": x.shape, "dtype": x.dtype}}),

@@ -37,6 +37,7 @@ PLAIN = SpeedSettings(
     compile_unet=False,
     compile_vae=False,
     compile_scorer=False,
+    cuda_graphs=False,
 )
 
 

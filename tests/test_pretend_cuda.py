@@ -19,6 +19,7 @@ from spo.errors import Stopped
 from spo.method.build import build_learner, build_lora, read_recipe
 from spo.method.collect import collect_rollout, join
 from spo.method.replay import Replay
+from spo.models.device import minibatch_unet
 from spo.preference.batches import RawBatch, decode_batch
 from spo.preference.pair_learner import PreferenceLearner
 from spo.preference.pair_recipe import build_preparation, build_scorer, read_pair_recipe
@@ -68,7 +69,8 @@ def train_lora(device, kind, family, precision, loaded=lambda: None):
     seed, noise = torch.Generator().manual_seed(7), randn(1, *backbone.latent_shape, seed=1)
     found = {"drawn": backbone.draw(["a fox"], noise, "euler_a", 2, 5.0, [seed])}
     lora = build_lora(recipe, backbone.unet)
-    learner = build_learner(recipe, backbone, backbone.unet, lora, accumulation_steps=2)
+    unet = minibatch_unet(backbone, recipe.speed)
+    learner = build_learner(recipe, backbone, unet, lora, accumulation_steps=2)
     loaded()
 
     def collect():

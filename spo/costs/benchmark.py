@@ -1,6 +1,5 @@
 """Prints the costs of an iteration as tables: timed in turns, or counted without weights."""
 
-import contextlib
 import gc
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -13,7 +12,7 @@ import torch
 from spo.costs.count import BATCH_KEYS, CHECKPOINTED, SCORER, Costs, count_costs
 from spo.costs.evaluation import count_evaluation
 from spo.costs.load import Models
-from spo.costs.meter import ROLLOUT, TRAINING, Meter, draw_pairs, flop_counter, train_on_pairs
+from spo.costs.meter import ROLLOUT, TRAINING, Meter, counted, draw_pairs, train_on_pairs
 from spo.errors import UserError
 from spo.method.metrics import peak_memory_gib
 from spo.run.tables import markdown_table
@@ -71,8 +70,7 @@ def run_iteration(models: Models, meter: Meter, apart: bool = False) -> Work:
 
 def count_work(models: Models) -> Work:
     """Returns the work of an iteration, counted on the calls themselves without compilation."""
-    as_written = getattr(torch.compiler, "set_stance", lambda _: contextlib.nullcontext())
-    with as_written("force_eager"), flop_counter() as counter:
+    with counted(models) as counter:
         return run_iteration(models, Meter(models.backbone.device, counter), apart=True)
 
 

@@ -28,7 +28,7 @@ from spo.method.learner import Learner
 from spo.method.losses import SPO, GradSPO
 from spo.models.backbone import Backbone
 from spo.models.decoder import vae_without_weights
-from spo.models.device import set_up_device, speed_up
+from spo.models.device import minibatch_unet, set_up_device, speed_up
 from spo.models.loading import ModelSource, check_source, freeze
 from spo.scorers import Scorer, check_scorer, load_scorer
 
@@ -72,7 +72,8 @@ def load_models(recipe: Recipe, device: torch.device, random: bool = False) -> M
         scorer = unloaded_scorer(recipe.scorer, device, run.family)
     else:
         scorer = load_scorer(recipe.scorer, device)
-    learner = build_learner(recipe, model, model.unet, lora, plan.accumulation_steps)
+    unet = minibatch_unet(model, recipe.speed)
+    learner = build_learner(recipe, model, unet, lora, plan.accumulation_steps)
     ends = {"threshold_schedule": None, "threshold_min": None, "threshold_max": None}
     pairs = replace(recipe.collect.pairs, threshold=-1.0, **ends)
     collect = replace(recipe.collect, pairs=pairs)

@@ -55,7 +55,7 @@ class OfficialLearner(Learner):
     def __init__(self, learner: Learner) -> None:
         super().__init__(
             learner.backbone,
-            learner.unet,
+            learner.backbone.unet,
             learner.lora,
             learner.optimizer,
             learner.loss,

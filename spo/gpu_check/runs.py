@@ -32,6 +32,7 @@ SHORT = {
     "train.batch_size": 2,
     "sample.threshold": 0.0,
 }
+SDXL = {"family": "sdxl", "pretrained.model": "tests/data/golden/models/tiny-sdxl"}
 
 
 class Failed(RuntimeError):
@@ -135,22 +136,33 @@ def unequal(compared: Mapping[str, Any]) -> list[str]:
     return [] if compared["equal"] else [f"the LoRAs differ by {compared['difference']:.1e}"]
 
 
+def recorded(place: Place) -> dict[str, Any]:
+    """Compares a run whose passes over minibatches are CUDA graphs with one that runs as written."""
+    changes = SHORT | SDXL | {"deterministic": True, "mixed_precision": low(place)}
+    for graphs in (True, False):
+        call(command(place, f"graphs_{graphs}", RANDOM, **changes, cuda_graphs=graphs))
+    compared = compare(*(place.out / "runs" / f"graphs_{graphs}" for graphs in (True, False)))
+    return {"summary": f"equal: {compared['equal']}", **compared, "failures": unequal(compared)}
+
+
 def world_of_one(place: Place) -> dict[str, Any]:
-    """Trains in a process group of one process: DDP, NCCL and gloo, as far as one GPU goes."""
+    """Trains with DDP, NCCL and gloo in a group of one process, and compares with a run without."""
     launcher = "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1"
     cpu = {"ACCELERATE_USE_CPU": "true"} if place.small else {}
-    call(command(place, "nccl", RANDOM, *launcher, **SHORT), **cpu)
-    return {"summary": "trained", "failures": []}
+    changes = SHORT | {"deterministic": True}
+    call(command(place, "nccl", RANDOM, *launcher, **changes), **cpu)
+    call(command(place, "alone", RANDOM, **changes))
+    compared = compare(*(place.out / "runs" / name for name in ("nccl", "alone")))
+    return {"summary": f"equal: {compared['equal']}", **compared, "failures": unequal(compared)}
 
 
 def small_sdxl(place: Place) -> dict[str, Any]:
     """Trains SPO on a tiny SDXL in fp16, with a preference model in fp16."""
-    changes = SHORT | {
-        "algorithm": "spo",
-        "family": "sdxl",
-        "pretrained.model": "tests/data/golden/models/tiny-sdxl",
-        "mixed_precision": "bf16" if place.small else "fp16",
-        "preference.dtype": "bfloat16" if place.small else "float16",
-    }
-    call(command(place, "sdxl_spo", RANDOM, **changes))
+    kind = {"fp16": "float16", "bf16": "bfloat16"}[low(place)]
+    changes = SHORT | SDXL | {"mixed_precision": low(place), "preference.dtype": kind}
+    call(command(place, "sdxl_spo", RANDOM, algorithm="spo", **changes))
     return {"summary": "trained", "failures": []}
+
+
+def low(place: Place) -> str:
+    return "bf16" if place.small else "fp16"

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import json
+import math
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -16,17 +16,18 @@ from torch import Tensor
 
 from spo.command_line.config_files import load_config
 from spo.command_line.flags import changed
-from spo.costs.benchmark import ITERATION, run_iteration
+from spo.costs.benchmark import PAIR_SHARE, run_iteration
 from spo.costs.count import count_costs
 from spo.costs.load import META, Models, load_models
-from spo.costs.meter import DECODING, DENOISING, ROLLOUT, SCORING, TRAINING, Meter, flop_counter
+from spo.costs.meter import DECODING, DENOISING, ROLLOUT, SCORING, TRAINING, Meter, counted
 from spo.errors import first_line
 from spo.gpu_check.card import median_seconds
 from spo.gpu_check.checks import Place
-from spo.gpu_check.official import official_arithmetic
+from spo.gpu_check.official import OfficialScorer, official_arithmetic
 from spo.gpu_check.profiling import profile
 from spo.method.build import read_recipe
 from spo.method.metrics import peak_memory_gib
+from spo.models.gpu import now
 from spo.types import Conditioning, PreferencePairs
 
 # A rollout of the config's prompts and candidates that is shorter: 4 of its 16 comparisons.
@@ -36,9 +37,13 @@ SMALL = (
     "train.batch_size=4,train.global_batch_size=None"
 )
 TAESD, SMALL_DECODER = "madebyollin/taesd", "assets/architectures/small/decoder"
-FAST = "sample.decoder={},train.ema_prediction=rollout,preference.dtype=float16"
+FAST = (
+    "sample.decoder={},sample.decode_batch_size=40,train.ema_prediction=rollout,"
+    "preference.dtype=float16"
+)
 COMPILE = "compile.unet=true,compile.vae=true"
-EXACT, FASTER, OFFICIAL, COMPILED = "exact", "fast", "official", "exact, compiled"
+EXACT, FASTER, OFFICIAL, COMPILED = "exact", "fast", "official", "{}, compiled"
+PROMPTS = 40_000  # of a run: ten epochs of 4,000
 FIRST, MINIBATCH = "denoising, before branching", "minibatch"
 
 
@@ -47,17 +52,17 @@ def full_size(place: Place, path: str) -> dict[str, Any]:
     bench = Bench(place, path)
     bench.attempt(EXACT, bench.measure)
     bench.attempt(OFFICIAL, lambda: bench.measure(change=official_arithmetic))
-    decoder = SMALL_DECODER if place.small else TAESD
-    bench.attempt(FASTER, lambda: bench.measure(FAST.format(decoder)))
+    bench.attempt(FASTER, lambda: bench.measure(bench.fast))
     bench.attempt("profile", bench.profile)
     bench.attempt("costs", bench.count_costs)
     return bench.found
 
 
 def compiled(place: Place, path: str) -> dict[str, Any]:
-    """Measures exact mode compiled; on a CPU the decoder alone, as the UNet takes minutes."""
-    bench = Bench(place, path)
-    bench.attempt(COMPILED, lambda: bench.measure("compile.vae=true" if place.small else COMPILE))
+    """Measures both modes compiled; on a CPU the decoder alone, as the UNet takes minutes."""
+    bench, change = Bench(place, path), "compile.vae=true" if place.small else COMPILE
+    bench.attempt(COMPILED.format(EXACT), lambda: bench.measure(change))
+    bench.attempt(COMPILED.format(FASTER), lambda: bench.measure(f"{change},{bench.fast}"))
     return bench.found
 
 
@@ -66,6 +71,7 @@ class Bench:
 
     def __init__(self, place: Place, path: str) -> None:
         self.place, self.path, self.device = place, path, torch.device(place.device)
+        self.fast = FAST.format(SMALL_DECODER if place.small else TAESD)
         self.variants: dict[str, Any] = {}
         self.found: dict[str, Any] = {"variants": self.variants, "failures": []}
 
@@ -78,8 +84,8 @@ class Bench:
         except Exception as error:  # whatever a kernel or a compiler raises
             self.found["failures"].append(f"{name}: {type(error).__name__}: {first_line(error)}")
             traceback.print_exc()
-        seconds = {n: v["seconds"][ITERATION] for n, v in self.variants.items()}
-        self.found["summary"] = ", ".join(f"{n} {value:.2f} s" for n, value in seconds.items())
+        hours = {name: variant["hours"] for name, variant in self.variants.items()}
+        self.found["summary"] = "; ".join(f"{n} {value:.1f} h" for n, value in hours.items())
         self.place.file(self.place.name).write_text(json.dumps(self.found, indent=1))
         print(f"{name}: {time.time() - began:.1f} s", json.dumps(to.get(name))[:2000], flush=True)
         gc.collect()
@@ -99,8 +105,24 @@ class Bench:
     ) -> dict[str, Any]:
         began = time.time()
         models = change(self.models(settings))
-        loading = {"seconds_of_loading": time.time() - began}
-        return loading | measure(models, self.place, count="compile" not in settings)
+        found = {"seconds_of_loading": time.time() - began} | measure(models, self.place)
+        return found | {"hours": self.hours(models, found["calls"])}
+
+    def hours(self, models: Models, calls: Mapping[str, Mapping[str, float]]) -> float:
+        """Returns the hours of PROMPTS prompts on this GPU, by the config's own numbers of calls."""
+        seconds = {name: call["seconds"] for name, call in calls.items()}
+        sample, plan, collect = load_config(self.path).sample, models.plan, models.recipe.collect
+        branching = sample.num_steps - sample.branch_from
+        images = plan.slice_size * collect.rollout.num_candidates
+        # The official code looks at the final images twice.
+        looks = branching + isinstance(models.scorer, OfficialScorer)
+        looks *= math.ceil(images / collect.decode_batch_size)
+        minibatches = plan.slice_size * branching * PAIR_SHARE / plan.minibatch_size
+        together = sample.branch_from * seconds[FIRST] + branching * seconds[DENOISING]
+        together += (
+            looks * (seconds[DECODING] + seconds[SCORING]) + minibatches * seconds[MINIBATCH]
+        )
+        return together * PROMPTS / plan.slice_size / 3600
 
     def profile(self) -> dict[str, Any]:
         return profile(calls_of(self.models()), self.device)
@@ -119,24 +141,21 @@ class Bench:
         return asdict(costs) | {"estimated_gib": needed / 2**30}
 
 
-def measure(models: Models, place: Place, count: bool) -> dict[str, Any]:
-    """Returns seconds and rates of the calls and of one iteration, and its peak memory.
-
-    `count` counts the calls' FLOPs, which compiled code does not allow.
-    """
+def measure(models: Models, place: Place) -> dict[str, Any]:
+    """Returns seconds and rates of the calls and of one iteration, and its peak memory."""
     device, calls = torch.device(place.device), {}
     card = place.file("card")
     peak = json.loads(card.read_text())["tflops_16_bit"] if card.is_file() else float("nan")
     for name, call in calls_of(models).items():
-        began = time.perf_counter()
-        with flop_counter() if count else contextlib.nullcontext() as counter:
+        with counted(models) as counter:
             call()
-        calls[name] = {"seconds_of_first": time.perf_counter() - began}
-        seconds = median_seconds(call, device, repeats=1 if place.small else 3, warm_up=1)
-        calls[name]["seconds"] = seconds
-        if counter is not None:
-            calls[name]["tflops"] = counter.get_total_flops() / seconds / 1e12
-            calls[name]["share_of_peak"] = calls[name]["tflops"] / peak
+        began = now(device)
+        call()
+        first = now(device) - began  # compiles or records
+        seconds = median_seconds(call, device, repeats=1 if place.small else 5, warm_up=1)
+        rate = counter.get_total_flops() / seconds / 1e12
+        calls[name] = {"seconds_of_first": first, "seconds": seconds, "tflops": rate}
+        calls[name]["share_of_peak"] = rate / peak
         print(name, calls[name], flush=True)
     found: dict[str, Any] = {"calls": calls}
     if device.type == "cuda":

@@ -170,7 +170,14 @@ def read_recipe(config: ConfigDict) -> Recipe:
         read_prompts=partial(read_prompts, **config.prompts.to_dict()),
         model=model_source(config.pretrained, decoder=sample.decoder, decodes=decodes),
         scorer=scorer,
-        speed=SpeedSettings(config.channels_last, layout.unet, layout.vae, layout.scorer),
+        speed=SpeedSettings(
+            config.channels_last,
+            layout.unet,
+            layout.vae,
+            layout.scorer,
+            # Recomputation looks at the random state, which nothing may while passes are recorded.
+            cuda_graphs=config.cuda_graphs and not train.gradient_checkpointing,
+        ),
         lora=fill(LoraSettings, config.lora),
         sampler=fill(SamplerSettings, sample),
         collect=fill(
@@ -220,7 +227,7 @@ def build_lora(recipe: Recipe, unet: nn.Module) -> Lora:
 def build_learner(
     recipe: Recipe, backbone: Backbone, unet: nn.Module, lora: Lora, accumulation_steps: int
 ) -> Learner:
-    """Returns the learner of a run; `unet` is the backbone's, or its DDP wrapper."""
+    """Returns the learner of a run; `unet` is the backbone's, or a wrapper of it, as Learner says."""
     sampler = recipe.load_sampler(backbone)
     if not recipe.loss.shares_latents and sampler.timesteps[-1] == 0:
         raise UserError(

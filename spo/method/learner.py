@@ -14,6 +14,7 @@ from spo.command_line.values import Checked, choice, number, positive, whole
 from spo.errors import UserError
 from spo.method.metrics import Metrics, divergence
 from spo.models.lora import Lora, MergedLora
+from spo.models.minibatch_unet import MinibatchUNet
 from spo.models.optimizers import Update, apply_gradients
 from spo.types import LossOutput, NoisePredictions, PreferencePairs
 
@@ -74,7 +75,8 @@ class Step:
 class Learner:
     """Policy, EMA and reference on one UNet, and the optimizer that moves the policy.
 
-    `unet` is the backbone's UNet or its DDP wrapper, and is used only for the pass with gradients.
+    `unet` is the backbone's UNet, or that inside MinibatchUNet, DDP, or both; DDP's wrapper is used for
+    the pass with gradients alone.
     `reference` are the LoRA weights of the reference; None: the base model.
     """
 
@@ -90,6 +92,8 @@ class Learner:
         reference: dict[str, Tensor] | None = None,
     ) -> None:
         self.backbone, self.unet, self.lora = backbone, unet, lora
+        found = (part for part in unet.modules() if isinstance(part, MinibatchUNet))
+        self.minibatch_unet = next(found, None)
         self.optimizer, self.loss, self.sampler = optimizer, loss, sampler
         self.settings, self.reference = settings, reference
         self.ema = lora.snapshot() if loss.uses_ema else None
@@ -104,6 +108,7 @@ class Learner:
         """Adds the gradients of `pairs`; after `accumulation_steps` of these, moves policy and EMA."""
         every = self.settings.accumulation_steps
         self.minibatches += 1
+        self._make_gradients()
         completes_update = self.minibatches % every == 0
         # DDP averages the gradients over the processes once per update.
         waits = not completes_update and hasattr(self.unet, "no_sync")
@@ -121,6 +126,14 @@ class Learner:
             self.changed(self.ema)
         return step
 
+    def _make_gradients(self) -> None:
+        # A recorded backward pass writes to memory of its own: autograd must add that to the gradient
+        # of each minibatch, not take it for the gradient.
+        if self.minibatch_unet is not None and self.minibatch_unet.record:
+            for parameter in self.lora.parameters.values():
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+
     def _kl_at(self, predictions: NoisePredictions, pairs: PreferencePairs) -> dict[int, Tensor]:
         kl = divergence(predictions, pairs, self.sampler)
         at = pairs.timesteps
@@ -129,10 +142,11 @@ class Learner:
     def predict(self, pairs: PreferencePairs) -> NoisePredictions:
         """Returns the epsilon of all three networks at the pairs' x_t, the policy's with gradients."""
         with torch.no_grad(), self.lora.using(self.reference):
-            reference = self._epsilon(self.backbone.unet, pairs)
+            reference = self._epsilon(self._unet_of("reference"), pairs)
         ema = self._ema_epsilon(pairs, reference)
         # Last, so that a backward pass that recomputes activations finds the policy in place.
-        return NoisePredictions(self._epsilon(self.unet, pairs), reference, ema)
+        policy = self._epsilon(self._unet_of("policy"), pairs)
+        return NoisePredictions(policy, reference, ema)
 
     def _ema_epsilon(self, pairs: PreferencePairs, reference: Tensor) -> Tensor | None:
         if self.ema is None:
@@ -142,7 +156,14 @@ class Learner:
         if self.settings.ema_prediction == "none":
             return reference  # any value works: without clipping it cancels from the loss
         with torch.no_grad(), self.network("ema"):
-            return self._epsilon(self.backbone.unet, pairs)
+            return self._epsilon(self._unet_of("ema"), pairs)
+
+    def _unet_of(self, network: str) -> nn.Module:
+        if self.minibatch_unet is not None:
+            self.minibatch_unet.network = network
+        if network == "policy":
+            return self.unet
+        return self.backbone.unet if self.minibatch_unet is None else self.minibatch_unet
 
     def _epsilon(self, unet: nn.Module, pairs: PreferencePairs) -> Tensor:
         n, latents_each = pairs.latents.shape[:2]

@@ -16,7 +16,7 @@ from spo.method.checkpoint import load_checkpoint
 from spo.method.position import Position, TrainingState
 from spo.method.preflight import Preflight, preflight
 from spo.method.trainer import Trainer
-from spo.models.device import set_up_device, speed_up
+from spo.models.device import minibatch_unet, set_up_device, speed_up
 from spo.models.optimizers import check_optimizer
 from spo.run.session import Session, open_run_dir
 from spo.scorers import load_scorer, named_files
@@ -51,7 +51,7 @@ def make_trainer(ready: Preflight, workers: Workers) -> Trainer:
         scorer = load_scorer(recipe.scorer, workers.device)
         lora = build_lora(recipe, backbone.unet)
         speed_up(backbone, scorer, recipe.speed)
-    unet = workers.wrap(backbone.unet)
+    unet = workers.wrap(minibatch_unet(backbone, recipe.speed))
     learner = build_learner(recipe, backbone, unet, lora, plan.accumulation_steps)
     state = TrainingState(Position())
     if session.saved is not None:

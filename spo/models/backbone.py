@@ -189,19 +189,21 @@ class Backbone:
             self._pipe.scheduler = SCHEDULERS[scheduler].from_config(
                 {"clip_sample": False, **own.config}
             )
-            latents = self._pipe(
-                readable(prompts),
-                height=height,
-                width=width,
-                latents=noise.to(self.device, self.dtype),
-                num_inference_steps=num_steps,
-                guidance_scale=guidance_scale,
-                generator=list(generators),
-                output_type="latent",
-            ).images
+            # Compiled for a rollout's sizes, not for these.
+            with torch.compiler.set_stance("eager_on_recompile"):
+                latents = self._pipe(
+                    readable(prompts),
+                    height=height,
+                    width=width,
+                    latents=noise.to(self.device, self.dtype),
+                    num_inference_steps=num_steps,
+                    guidance_scale=guidance_scale,
+                    generator=list(generators),
+                    output_type="latent",
+                ).images
+                return self.decode(latents)
         finally:
             self._pipe.scheduler = own
-        return self.decode(latents)
 
     @torch.no_grad()
     def encode_images(self, images: Tensor, noise: Tensor) -> Tensor:

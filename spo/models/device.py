@@ -8,6 +8,7 @@ import torch
 from diffusers import AutoencoderKL
 
 from spo.models.backbone import Backbone
+from spo.models.minibatch_unet import MinibatchUNet
 from spo.scorers import Scorer
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h of glibc
@@ -15,12 +16,13 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h of glibc
 
 @dataclass(frozen=True)
 class SpeedSettings:
-    """Layout and compilation of the models."""
+    """Layout, compilation and recording of the models."""
 
     channels_last: bool
     compile_unet: bool
     compile_vae: bool
     compile_scorer: bool
+    cuda_graphs: bool
 
 
 def set_up_device(
@@ -59,11 +61,17 @@ def speed_up(backbone: Backbone, scorer: Scorer, settings: SpeedSettings) -> Non
     elif backbone.device.type == "cuda" and backbone.vae.decoder is not None:
         keep_contiguous(backbone.vae)
     if settings.compile_unet:
-        backbone.unet.compile()
+        backbone.unet.compile(dynamic=False)
     if settings.compile_vae:
-        backbone.decoder.decoder.compile()
+        backbone.decoder.decoder.compile(dynamic=False)
     if settings.compile_scorer:
         scorer.compile()
+
+
+def minibatch_unet(backbone: Backbone, settings: SpeedSettings) -> MinibatchUNet:
+    """Returns the backbone's UNet for minibatches, as `settings` say."""
+    record = settings.cuda_graphs and backbone.device.type == "cuda"
+    return MinibatchUNet(backbone.unet, record)
 
 
 def keep_contiguous(vae: AutoencoderKL) -> None:
