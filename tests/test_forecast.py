@@ -8,8 +8,9 @@ import pytest
 import torch
 from test_benchmark import LATENT_REWARD, SIZES, small_config
 
-from spo.costs import count
-from spo.costs.count import CHECKPOINTED, Costs, count_costs, describe, print_estimate
+from spo.costs import forecast
+from spo.costs.count import CHECKPOINTED, Costs, count_costs
+from spo.costs.forecast import describe, print_estimate
 from spo.costs.load import META, load_models
 from spo.costs.meter import DECODING, DENOISING, ROLLOUT, SCORING, TRAINING
 from spo.launch import __main__ as launch
@@ -70,12 +71,21 @@ def test_a_warning_names_the_key(part, batch, memory, advice):
     )
 
 
+def test_recorded_passes_keep_their_memory_beside_rollouts():
+    sizes = {DENOISING: 2, DECODING: 4, TRAINING: 1}
+    denoising, decoding, training = describe(COSTS, sizes, 17 * GIB, records=True)[1:]
+    assert "denoising of 2 prompts will need 16 GiB" in denoising
+    assert denoising.endswith("lower sample.batch_size to 1 (cuda_graphs=false needs less)")
+    assert decoding.endswith("lower sample.decode_batch_size to 2 (cuda_graphs=false needs less)")
+    assert training.endswith("training of 1 pairs will need 14 GiB of memory, and there are 17")
+
+
 @pytest.fixture
 def said(monkeypatch, capsys):
     """Returns a function: the lines that the launcher prints on a device with so much memory."""
 
     def lines(config, memory, held=0):
-        monkeypatch.setattr(count, "device_memory", lambda device, processes: (memory, held))
+        monkeypatch.setattr(forecast, "device_memory", lambda device, processes: (memory, held))
         print_estimate(read_recipe(config), plan_batches(config, 1), "cpu", processes=1)
         return capsys.readouterr().out.splitlines()
 
@@ -153,7 +163,7 @@ def test_counting_leaves_dtypes_alone():
 
 def test_a_cpu_shares_what_is_free():
     free = psutil.virtual_memory().available
-    available, held = count.device_memory("cpu", processes=4)
+    available, held = forecast.device_memory("cpu", processes=4)
     assert 0 < available <= free / 3 and held == 0
 
 

@@ -94,7 +94,13 @@ def test_the_memory_of_gpus_is_what_the_fullest_has_free(machine, monkeypatch, f
 @pytest.mark.parametrize(
     ("owner", "method", "call", "keys", "changes"),
     [
-        (Backbone, "predict", 2, "a rollout .*: lower sample.batch_size;", {"eval_interval": 0}),
+        (
+            Backbone,
+            "predict",
+            2,
+            "rollout .*: lower sample.batch_size, or set cuda",
+            {"eval_interval": 0},
+        ),
         (Backbone, "decode_candidates", 2, "candidates .*: lower sample.decode_batch_size;", {}),
         (LatentRewardScorer, "score", 2, ".*: lower sample.score_batch_size;", judged("sd15")),
         (Learner, "predict", 9, "minibatch .*: lower train.batch_size, or set train.gradient_", {}),

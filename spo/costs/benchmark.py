@@ -6,13 +6,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
+from unittest import mock
 
 import torch
 
 from spo.costs.count import BATCH_KEYS, CHECKPOINTED, SCORER, Costs, count_costs
 from spo.costs.evaluation import count_evaluation
 from spo.costs.load import Models
-from spo.costs.meter import ROLLOUT, TRAINING, Meter, counted, draw_pairs, train_on_pairs
+from spo.costs.meter import ROLLOUT, TRAINING, Meter, draw_pairs, flop_counter, train_on_pairs
 from spo.errors import UserError
 from spo.method.metrics import peak_memory_gib
 from spo.run.tables import markdown_table
@@ -70,7 +71,9 @@ def run_iteration(models: Models, meter: Meter, apart: bool = False) -> Work:
 
 def count_work(models: Models) -> Work:
     """Returns the work of an iteration, counted on the calls themselves without compilation."""
-    with counted(models) as counter:
+    as_written = torch.compiler.set_stance("force_eager")
+    recorded = mock.patch.object(models.learner.minibatch_unet, "record", False)
+    with as_written, recorded, flop_counter() as counter:
         return run_iteration(models, Meter(models.backbone.device, counter), apart=True)
 
 

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from spo.costs.load import META, Models, load_models, meta_kernels
+from spo.costs.load import META, Models, meta_kernels
 from spo.costs.meter import (
     DECODING,
     DENOISING,
@@ -24,10 +24,6 @@ from spo.costs.meter import (
     flop_counter,
     train_on_pairs,
 )
-from spo.errors import first_line
-from spo.launch.batch_plan import BatchPlan
-from spo.method.build import Recipe
-from spo.models.gpu import device_memory
 from spo.models.optimizers import moment_bytes
 
 CHECKPOINTED = "training, gradient checkpointing"
@@ -39,10 +35,8 @@ BATCH_KEYS = {
     TRAINING: "train.batch_size",
     CHECKPOINTED: "train.batch_size",
 }
-_UNITS = {DENOISING: "prompts", DECODING: "images", SCORING: "latents"}  # training: pairs
 # The share of a card's memory left for CUDA itself, kernels' workspaces and fragmentation: assumed.
 SPARE = 0.1
-_IDLE = 2**29  # bytes of a GPU that the driver and a screen may hold
 
 
 @dataclass(frozen=True)
@@ -61,9 +55,9 @@ class Costs:
         """Returns the memory of a `batch` of what `part` takes, networks included."""
         return sum(self.resident_bytes.values()) + batch * self.peak_bytes[part]
 
-    def largest_batch(self, part: str, card_bytes: float) -> int:
-        """Returns how many of what `part` takes fit at once, 0 for none."""
-        free = card_bytes * (1 - SPARE) - self.bytes_of(part, 0)
+    def largest_batch(self, part: str, card_bytes: float, beside: float = 0) -> int:
+        """Returns how many of what `part` takes fit `beside` other bytes at once, 0 for none."""
+        free = card_bytes * (1 - SPARE) - self.bytes_of(part, 0) - beside
         return max(0, int(free // self.peak_bytes[part]))
 
 
@@ -196,59 +190,3 @@ class MetaMeter(Meter):
 def tensor_bytes(tensors: Iterable[Tensor]) -> int:
     """Returns the memory of the tensors' elements."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
-def print_estimate(recipe: Recipe, plan: BatchPlan, device: str, processes: int) -> None:
-    """Prints the costs of a step, and a warning for each part that will not fit into memory.
-
-    `processes` share this machine. Raises nothing: a model or library that cannot be counted is no
-    reason not to train.
-    """
-    print("estimate: counting what a step costs, which takes seconds ...", flush=True)
-    try:
-        models, (memory, held) = load_models(recipe, META), device_memory(device, processes)
-        training = CHECKPOINTED if recipe.run.gradient_checkpointing else TRAINING
-        costs = count_costs(models, [training])
-        images = plan.slice_size * recipe.collect.rollout.num_candidates
-        sizes = {DENOISING: plan.slice_size}
-        if DECODING in costs.peak_bytes:
-            sizes[DECODING] = min(images, recipe.collect.decode_batch_size)
-        else:
-            sizes[SCORING] = min(images, recipe.collect.score_batch_size)
-        sizes[training] = plan.minibatch_size
-        print(*describe(costs, sizes, memory), sep="\n", flush=True)
-        if held > _IDLE:
-            print(f"estimate: other processes hold {_gib(held)} GiB of a GPU's memory", flush=True)
-    except Exception as error:
-        print(f"estimate: none ({type(error).__name__}: {first_line(error)})", flush=True)
-
-
-def describe(costs: Costs, sizes: Mapping[str, int], memory: float) -> list[str]:
-    """Returns a line of FLOPs, and a line of memory for each part of `sizes`, a warning if too much.
-
-    A warning names the key to change and to what; `memory` is the device's, in bytes.
-    """
-    *_, training = sizes
-    rollout, pair = (costs.flops[part] / 1e12 for part in (ROLLOUT, training))
-    known = SCORER in costs.resident_bytes
-    lines = [
-        f"estimate: {rollout:.3g} TFLOP for the rollout of a prompt, {pair:.3g} for the training "
-        f"of a pair{'' if known else ' (without the preference model, which is not known)'}"
-    ]
-    for part, batch in sizes.items():
-        size = _gib(costs.bytes_of(part, batch))
-        need = f"{part} of {batch} {_UNITS.get(part, 'pairs')} will need {size} GiB of memory"
-        fits, key = costs.largest_batch(part, memory), BATCH_KEYS[part]
-        if batch <= fits:
-            lines.append(f"estimate: {need}, and there are {_gib(memory)}")
-            continue
-        advice = f"lower {key} to {fits}" if fits else f"{key} = 1 does not fit either"
-        if part == TRAINING:
-            advice += " (train.gradient_checkpointing=true needs less)"
-        there = f"of {_gib(memory)} there are {_gib(memory * (1 - SPARE))} for it"
-        lines.append(f"warning: {need}, and {there}; {advice}")
-    return lines
-
-
-def _gib(size: float) -> str:
-    return f"{size / 2**30:.3g}"

@@ -33,16 +33,6 @@ def flop_counter() -> FlopCounterMode:
     return counter
 
 
-@contextlib.contextmanager
-def counted(models: Models) -> Iterator[FlopCounterMode]:
-    """Counts the FLOPs within the context, where networks run as written: nothing else is counted."""
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(torch.compiler.set_stance("force_eager"))
-        if (unet := models.learner.minibatch_unet) is not None:
-            stack.enter_context(mock.patch.object(unet, "record", False))
-        yield stack.enter_context(flop_counter())
-
-
 class Meter:
     """The seconds of named parts, and their FLOPs if a `counter` is in use."""
 

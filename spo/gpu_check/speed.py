@@ -18,8 +18,8 @@ from spo.command_line.config_files import load_config
 from spo.command_line.flags import changed
 from spo.costs.benchmark import PAIR_SHARE, run_iteration
 from spo.costs.count import count_costs
-from spo.costs.load import META, Models, load_models
-from spo.costs.meter import DECODING, DENOISING, ROLLOUT, SCORING, TRAINING, Meter, counted
+from spo.costs.load import META, Models, load_models, meta_kernels
+from spo.costs.meter import DECODING, DENOISING, ROLLOUT, SCORING, TRAINING, Meter, flop_counter
 from spo.errors import first_line
 from spo.gpu_check.card import median_seconds
 from spo.gpu_check.checks import Place
@@ -27,7 +27,6 @@ from spo.gpu_check.official import OfficialScorer, official_arithmetic
 from spo.gpu_check.profiling import profile
 from spo.method.build import read_recipe
 from spo.method.metrics import peak_memory_gib
-from spo.models.gpu import now
 from spo.types import Conditioning, PreferencePairs
 
 # A rollout of the config's prompts and candidates that is shorter: 4 of its 16 comparisons.
@@ -63,6 +62,7 @@ def compiled(place: Place, path: str) -> dict[str, Any]:
     bench, change = Bench(place, path), "compile.vae=true" if place.small else COMPILE
     bench.attempt(COMPILED.format(EXACT), lambda: bench.measure(change))
     bench.attempt(COMPILED.format(FASTER), lambda: bench.measure(f"{change},{bench.fast}"))
+    bench.attempt("costs", bench.count_costs)
     return bench.found
 
 
@@ -124,6 +124,15 @@ class Bench:
         )
         return together * PROMPTS / plan.slice_size / 3600
 
+    def add_rates(self, flops: Mapping[str, int]) -> None:
+        """Adds to the calls of exact mode their TFLOP/s, and its share of the card's in products."""
+        card = self.place.file("card")
+        peak = json.loads(card.read_text())["tflops_16_bit"] if card.is_file() else float("nan")
+        for name in (EXACT, COMPILED.format(EXACT)):
+            for call, found in self.variants.get(name, {}).get("calls", {}).items():
+                found["tflops"] = flops[call] / found["seconds"] / 1e12
+                found["share_of_peak"] = found["tflops"] / peak
+
     def profile(self) -> dict[str, Any]:
         return profile(calls_of(self.models()), self.device)
 
@@ -132,30 +141,24 @@ class Bench:
         self.device = META
         models = self.models()
         costs = count_costs(models, [TRAINING])
-        settings, prompts = models.recipe.collect, models.plan.slice_size
-        images = min(
-            prompts * settings.rollout.num_candidates, self.recipe.collect.decode_batch_size
-        )
+        settings, prompts = self.recipe.collect, models.plan.slice_size
+        images = min(prompts * settings.rollout.num_candidates, settings.decode_batch_size)
+        self.add_rates(count_calls(models, images))
         sizes = {DENOISING: prompts, DECODING: images, TRAINING: models.plan.minibatch_size}
-        needed = max(costs.bytes_of(part, size) for part, size in sizes.items())
-        return asdict(costs) | {"estimated_gib": needed / 2**30}
+        needed = {part: costs.bytes_of(part, size) for part, size in sizes.items()}
+        if self.recipe.speed.cuda_graphs:  # which keep the memory of a minibatch
+            beside = needed[TRAINING] - costs.bytes_of(TRAINING, 0)
+            needed |= {part: needed[part] + beside for part in (DENOISING, DECODING)}
+        return asdict(costs) | {"estimated_gib": max(needed.values()) / 2**30}
 
 
 def measure(models: Models, place: Place) -> dict[str, Any]:
     """Returns seconds and rates of the calls and of one iteration, and its peak memory."""
     device, calls = torch.device(place.device), {}
-    card = place.file("card")
-    peak = json.loads(card.read_text())["tflops_16_bit"] if card.is_file() else float("nan")
     for name, call in calls_of(models).items():
-        with counted(models) as counter:
-            call()
-        began = now(device)
-        call()
-        first = now(device) - began  # compiles or records
+        first = median_seconds(call, device, repeats=1, warm_up=0)  # compiles or records
         seconds = median_seconds(call, device, repeats=1 if place.small else 5, warm_up=1)
-        rate = counter.get_total_flops() / seconds / 1e12
-        calls[name] = {"seconds_of_first": first, "seconds": seconds, "tflops": rate}
-        calls[name]["share_of_peak"] = rate / peak
+        calls[name] = {"seconds_of_first": first, "seconds": seconds}
         print(name, calls[name], flush=True)
     found: dict[str, Any] = {"calls": calls}
     if device.type == "cuda":
@@ -170,6 +173,18 @@ def measure(models: Models, place: Place) -> dict[str, Any]:
     if device.type == "cuda":
         found["allocated_gib"] = peak_memory_gib(device)
         found["reserved_gib"] = torch.cuda.max_memory_reserved() / 2**30
+    return found
+
+
+def count_calls(models: Models, images: int) -> dict[str, int]:
+    """Returns the FLOPs of each call; models on the meta device decode one of the `images`."""
+    found = {}
+    with meta_kernels():
+        for name, call in calls_of(models).items():
+            with flop_counter() as counter:
+                call()
+            times = images if name in (DECODING, SCORING) else 1
+            found[name] = counter.get_total_flops() * times
     return found
 
 

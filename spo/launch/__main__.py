@@ -69,7 +69,7 @@ def main() -> None:
             # Downloads may take longer than processes wait for each other: they find them in the cache.
             find(script.preflight, {}, "preflight")(config, world.processes)
         if script.plan is plan_batches and config.estimate_costs:
-            from spo.costs.count import print_estimate  # slow
+            from spo.costs.forecast import print_estimate  # slow
             from spo.method.build import read_recipe
 
             print_estimate(read_recipe(config), plan, "cpu" if options.cpu else "cuda", world.here)

@@ -145,7 +145,7 @@ _YOUNGER = (
 def read_recipe(config: ConfigDict) -> Recipe:
     """Returns a training config as values; UserError for everything wrong that needs no file."""
     check_leaves(leaves(config))
-    sample, train, layout = config.sample, config.train, config.compile
+    sample, train = config.sample, config.train
     loss = make_loss(config.algorithm, train, train.loss_kwargs)
     if loss.shares_latents and sample.num_inner_steps > 0:
         raise UserError(
@@ -170,14 +170,7 @@ def read_recipe(config: ConfigDict) -> Recipe:
         read_prompts=partial(read_prompts, **config.prompts.to_dict()),
         model=model_source(config.pretrained, decoder=sample.decoder, decodes=decodes),
         scorer=scorer,
-        speed=SpeedSettings(
-            config.channels_last,
-            layout.unet,
-            layout.vae,
-            layout.scorer,
-            # Recomputation looks at the random state, which nothing may while passes are recorded.
-            cuda_graphs=config.cuda_graphs and not train.gradient_checkpointing,
-        ),
+        speed=_speed(config),
         lora=fill(LoraSettings, config.lora),
         sampler=fill(SamplerSettings, sample),
         collect=fill(
@@ -194,6 +187,13 @@ def read_recipe(config: ConfigDict) -> Recipe:
         hub=fill(Destination, config.hub),
         push_every=config.hub.push_every,
     )
+
+
+def _speed(config: Mapping[str, Any]) -> SpeedSettings:
+    parts = {f"compile_{name}": value for name, value in config["compile"].items()}
+    # Recomputation saves the random state, which cannot be looked at while passes are recorded.
+    graphs = config["cuda_graphs"] and not config["train"]["gradient_checkpointing"]
+    return SpeedSettings(config["channels_last"], **parts, cuda_graphs=graphs)
 
 
 def _what_it_judges(scorer: ScorerSource, config: Mapping[str, Any]) -> str:

@@ -121,7 +121,8 @@ class Trainer:
 
     def _collect_slice(self, part: Slice) -> Collected:
         prompts = [self.prompts[i] for i in part.prompt_ids]
-        with memory_hint("a rollout", "lower sample.batch_size"), self.learner.drawing_network():
+        keys = "lower sample.batch_size, or set cuda_graphs=false"
+        with memory_hint("a rollout", keys), self.learner.drawing_network():
             collected = collect_rollout(
                 self.backbone,
                 self.scorer,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -56,6 +57,8 @@ class MinibatchUNet(nn.Module):
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         dtype, enabled = torch.get_autocast_dtype("cuda"), torch.is_autocast_enabled("cuda")
+        # The recording's stream is none that anything else runs on; torch waits for it, which is right.
+        warnings.filterwarnings("ignore", "The AccumulateGrad node's stream does not match")
         # Weights that autocast had cast for an earlier pass would be missing from the recording.
         with torch.autocast("cuda", dtype, enabled, cache_enabled=False):
             own = tuple(each.clone() for each in inputs)
