@@ -77,7 +77,7 @@ def test_a_vae_decodes_alike_in_contiguous_memory():
 @pytest.mark.slow
 def test_the_command_on_a_cpu(tmp_path):
     command = ["bash", "scripts/check_gpu.sh", "--cpu", "--out", str(tmp_path)]
-    command += ["--only", "card", "sd15", "sdxl spo", "nccl", "overflow", "repeat"]
+    command += ["--only", "card", "sd15", "sdxl spo", "nccl", "overflow", "repeat", "graphs"]
     python = os.environ | {"PYTHON": sys.executable}
     done = subprocess.run(command, cwd=ROOT, env=python, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -85,9 +85,11 @@ def test_the_command_on_a_cpu(tmp_path):
     assert {result["status"] for result in report.values()} == {"passed"}
     assert report["repeat"]["equal"]
     variants = report["sd15"]["variants"]
-    assert list(variants) == ["exact", "official", "fast"]
+    assert list(variants) == ["exact", "official", "fast", "exact, channels last"]
     assert all(variant["seconds"]["rollout"] > 0 for variant in variants.values())
     assert report["sd15"]["costs"]["estimated_gib"] > 0
+    assert all(call["share_of_peak"] > 0 for call in variants["exact"]["calls"].values())
+    assert report["nccl"]["equal"] and report["graphs"]["equal"]
 
 
 def test_a_python_that_lacks_the_packages_is_one_line(tmp_path):
