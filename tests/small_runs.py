@@ -14,8 +14,11 @@ import torch
 
 from spo.command_line.config_files import load_config
 from spo.errors import UserError
+from spo.method import start
 from spo.method.losses import GradSPO
 from spo.method.start import train
+from spo.models.minibatch_unet import MinibatchUNet
+from tests.pretend_cuda import make_graphed_callables
 
 ROOT = Path(__file__).resolve().parent.parent
 LORA = "pytorch_lora_weights.safetensors"
@@ -106,7 +109,8 @@ def run_in_processes(
 ) -> list[int]:
     """Train a small run in `count` processes, and return their exit statuses.
 
-    `environments` has further environment variables for some of the processes, by rank.
+    `environments` has further environment variables for some of the processes, by rank; with GRAPHS
+    they pretend to record CUDA graphs.
     """
     # A server that has loaded the libraries once forks the processes.
     context = multiprocessing.get_context("forkserver")
@@ -137,6 +141,10 @@ def _process(folder: Path, environment: Mapping[str, str], changes: dict) -> Non
     output = os.open(f"{folder}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
+    if environment.get("GRAPHS"):
+        torch.cuda.graph_pool_handle = object
+        torch.cuda.make_graphed_callables = make_graphed_callables
+        start.minibatch_unet = lambda backbone, _: MinibatchUNet(backbone.unet, record=True)
     try:
         run(folder, **changes)
     except UserError as error:

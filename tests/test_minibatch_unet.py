@@ -11,6 +11,7 @@ from torch import nn
 
 from spo.models.device import SpeedSettings, minibatch_unet, speed_up
 from spo.models.minibatch_unet import MinibatchUNet
+from tests.small_runs import differences, run_in_processes
 
 
 @pytest.fixture
@@ -53,6 +54,15 @@ def test_replayed_passes_are_those_as_written(recordings, family, algorithm, mer
     assert equal(replayed.lora.parameters, written.lora.parameters)
     if written.ema:
         assert equal(replayed.ema, written.ema)
+
+
+@pytest.mark.slow
+def test_under_ddp(tmp_path):
+    changes = {"train.batch_size": 2, "train.gradient_accumulation_steps": 2}
+    graphs = {rank: {"GRAPHS": "1"} for rank in range(2)}
+    for name, environments in (("written", {}), ("replayed", graphs)):
+        assert run_in_processes(tmp_path / name, 2, environments, **changes) == [0, 0]
+    assert differences(tmp_path / "written", tmp_path / "replayed") == []
 
 
 def test_what_is_recorded_where():
