@@ -9,6 +9,7 @@ from helpers import load_backbone, randn, random_pairs
 from test_learner import TIMESTEPS, equal, make_learner
 from torch import nn
 
+from spo.errors import RunError
 from spo.models.device import SpeedSettings, minibatch_unet, speed_up
 from spo.models.minibatch_unet import MinibatchUNet
 from tests.small_runs import differences, run_in_processes
@@ -54,6 +55,28 @@ def test_replayed_passes_are_those_as_written(recordings, family, algorithm, mer
     assert equal(replayed.lora.parameters, written.lora.parameters)
     if written.ema:
         assert equal(replayed.ema, written.ema)
+
+
+def test_predictions_outlive_the_next_minibatch(recordings):
+    backbone = load_backbone("sd15")
+    graphs = lambda unet: MinibatchUNet(unet, record=True)  # noqa: E731
+    learner = make_learner(backbone, wrapper=graphs, guidance_scale=1.0)
+    first = learner.predict(random_pairs(backbone, TIMESTEPS, seed=0))
+    kept = [each.detach().clone() for each in (first.policy, first.reference, first.ema)]
+    learner.predict(random_pairs(backbone, TIMESTEPS, seed=5))
+    assert len(recordings) == 3
+    for now, then in zip((first.policy, first.reference, first.ema), kept, strict=True):
+        assert torch.equal(now, then)
+
+
+def test_a_unet_that_cannot_be_recorded(monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("operation not permitted when stream is capturing\nCompile with")
+
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", fail)
+    with pytest.raises(RunError, match=r"^cuda_graphs: .* is capturing\); set it to False\.$"):
+        train("sd15", lambda unet: MinibatchUNet(unet, record=True), [1])
 
 
 @pytest.mark.slow

@@ -9,16 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from spo.errors import RunError, first_line
+
 
 class MinibatchUNet(nn.Module):
     """A UNet for passes over minibatches of one size; smaller ones, a rollout's last, run as written.
 
-    With `record` (CUDA only) each pass is recorded once and then replayed: the same kernels,
-    without Python. A minibatch of SDXL is 50,000, which take longer to launch than to run.
-    Passes share the memory of their activations and keep it, so a minibatch must run backwards before
-    the next one runs forwards.
+    With `record` (CUDA only) each pass is recorded once and then replayed: the same kernels, without
+    Python. A minibatch of SDXL is 50,000 of them, which take longer to launch than to run. The passes
+    share the memory of their activations and keep it, so the backward pass of a minibatch must come
+    before the next one's forward pass.
 
-    `network` tells apart what is recorded: policy, EMA and reference differ in their weights' memory,
+    `network` tells apart what is recorded: policy, EMA and reference differ in where their weights lie,
     and in whether the LoRA is on.
     """
 
@@ -38,7 +40,7 @@ class MinibatchUNet(nn.Module):
         added_cond_kwargs: dict[str, Tensor] | None = None,
         return_dict: bool = False,
     ) -> tuple[Tensor]:
-        """Returns what the UNet returns, valid until the next pass of this network."""
+        """Returns what the UNet returns; raises RunError for a UNet that cannot be recorded."""
         added = added_cond_kwargs or {}
         one = _Pass(self.unet, tuple(added))
         inputs = latents, timesteps, encoder_hidden_states, *added.values()
@@ -51,7 +53,8 @@ class MinibatchUNet(nn.Module):
                 return (one(*inputs),)
             if self.network not in self._recorded:
                 self._recorded[self.network] = self._record(one, inputs)
-            return (self._recorded[self.network](*inputs),)
+            # A copy of what the next replay writes over.
+            return (self._recorded[self.network](*inputs).clone(),)
 
     def _record(self, one: nn.Module, inputs: tuple[Tensor, ...]) -> Callable[..., Tensor]:
         if self._pool is None:
@@ -62,7 +65,13 @@ class MinibatchUNet(nn.Module):
         # Weights that autocast had cast for an earlier pass would be missing from the recording.
         with torch.autocast("cuda", dtype, enabled, cache_enabled=False):
             own = tuple(each.clone() for each in inputs)
-            return torch.cuda.make_graphed_callables(one, own, pool=self._pool)
+            try:
+                return torch.cuda.make_graphed_callables(one, own, pool=self._pool)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                reason = f"the UNet's passes cannot be recorded ({first_line(error)})"
+                raise RunError(f"cuda_graphs: {reason}; set it to False.") from error
 
 
 class _Pass(nn.Module):
