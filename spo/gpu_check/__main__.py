@@ -48,8 +48,11 @@ def main() -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     ends = time.time() + options.seconds
     results: dict[str, Any] = {}
+    side_by_side = 2 if options.cpu else max(1, (os.cpu_count() or 2) - 1)
+    if options.cpu:  # more threads than cores wait for each other, up to 40 times as long
+        threads = max(1, (os.cpu_count() or 2) // side_by_side)
+        os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     for _, group in groupby(checks, lambda check: check.group):
-        side_by_side = 2 if options.cpu else max(1, (os.cpu_count() or 2) - 1)
         with ThreadPoolExecutor(side_by_side) as pool:
             for name, result in pool.map(lambda check: run_check(check, place, ends), group):
                 results[name] = result
