@@ -90,6 +90,9 @@ def test_the_command_on_a_cpu(tmp_path):
     assert report["sd15"]["costs"]["estimated_gib"] > 0
     assert all(call["share_of_peak"] > 0 for call in variants["exact"]["calls"].values())
     assert report["nccl"]["equal"] and report["graphs"]["equal"]
+    again = [*command[:5], "--only", "sdxl spo"]  # over its own runs of the last time
+    done = subprocess.run(again, cwd=ROOT, env=python, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_a_python_that_lacks_the_packages_is_one_line(tmp_path):

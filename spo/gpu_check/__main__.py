@@ -48,11 +48,12 @@ def main() -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     ends = time.time() + options.seconds
     results: dict[str, Any] = {}
-    side_by_side = 2 if options.cpu else max(1, (os.cpu_count() or 2) - 1)
-    if options.cpu:  # more threads than cores wait for each other, up to 40 times as long
-        threads = max(1, (os.cpu_count() or 2) // side_by_side)
-        os.environ.setdefault("OMP_NUM_THREADS", str(threads))
-    for _, group in groupby(checks, lambda check: check.group):
+    cores = os.cpu_count() or 2
+    for _, members in groupby(checks, lambda check: check.group):
+        group = list(members)
+        side_by_side = min(len(group), 2 if options.cpu else max(1, cores - 1))
+        if options.cpu:  # more threads than cores wait for each other, up to 40 times as long
+            os.environ["OMP_NUM_THREADS"] = str(max(1, cores // side_by_side))
         with ThreadPoolExecutor(side_by_side) as pool:
             for name, result in pool.map(lambda check: run_check(check, place, ends), group):
                 results[name] = result

@@ -25,6 +25,11 @@ class Place:
     def small(self) -> bool:
         return self.device == "cpu"
 
+    @property
+    def runs(self) -> Path:
+        """The folder of the runs that checks make."""
+        return self.out / "check_runs"
+
     def file(self, name: str) -> Path:
         """Returns where the figures of the check `name` are."""
         return self.out / f"{name.replace(' ', '_').replace('/', '_')}.json"

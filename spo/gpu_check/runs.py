@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -40,8 +41,9 @@ class Failed(RuntimeError):
 
 
 def command(place: Place, name: str, config: str, *launcher: str, **changes: Any) -> list[str]:
-    """Returns the command of a training run named `name` in the folder of the checks' runs."""
-    changes = {"logdir": place.out / "runs", "run_name": name, "estimate_costs": False} | changes
+    """Returns the command of a new training run named `name`, in the folder of the checks' runs."""
+    shutil.rmtree(place.runs / name, ignore_errors=True)  # of the last time
+    changes = {"logdir": place.runs, "run_name": name, "estimate_costs": False} | changes
     settings = [f"--config.{key}={value}" for key, value in changes.items()]
     return [
         sys.executable,
@@ -76,7 +78,7 @@ def tiny_world(place: Place, precision: str) -> dict[str, Any]:
     few = {"prompts.num": 16 if place.small else 64, "eval.num_images": 2}
     call(command(place, name, "config/tiny.py", mixed_precision=precision, **few))
     trained = time.time()
-    run_dir, images = place.out / "runs" / name, "16" if place.small else "100"
+    run_dir, images = place.runs / name, "16" if place.small else "100"
     lines = call([sys.executable, "scripts/evaluate_tiny.py", str(run_dir), "--num_images", images])
     verdict = json.loads((run_dir / "tiny_world.json").read_text())
     gain = verdict["difference"]
@@ -98,7 +100,7 @@ def killed_and_resumed(place: Place) -> dict[str, Any]:
     call(command(place, "whole", RANDOM, **changes))
     killed = command(place, "killed", RANDOM, **changes, resume_from="auto")
     process = subprocess.Popen(killed, stdout=subprocess.DEVNULL, start_new_session=True)
-    folder = place.out / "runs" / "killed"
+    folder = place.runs / "killed"
     while process.poll() is None and not checkpoints(folder):
         time.sleep(0.02)
     was_running = process.poll() is None
@@ -106,7 +108,7 @@ def killed_and_resumed(place: Place) -> dict[str, Any]:
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     call(killed)
-    compared = compare(place.out / "runs" / "whole", folder)
+    compared = compare(place.runs / "whole", folder)
     failures = unequal(compared)
     failures += [] if was_running else ["the run ended before it could be killed"]
     return {"summary": f"equal: {compared['equal']}", **compared, "failures": failures}
@@ -119,7 +121,7 @@ def repeated(place: Place, deterministic: str) -> dict[str, Any]:
     names = [f"repeat_{deterministic}_{i}" for i in (1, 2)]
     for name in names:
         call(command(place, name, RANDOM, **changes))
-    compared = compare(*(place.out / "runs" / name for name in names))
+    compared = compare(*(place.runs / name for name in names))
     failures = unequal(compared) if place.small or deterministic == "true" else []
     summary = f"equal: {compared['equal']}, largest difference {compared['difference']:.1e}"
     return {"summary": summary, **compared, "failures": failures}
@@ -141,7 +143,7 @@ def recorded(place: Place) -> dict[str, Any]:
     changes = SHORT | SDXL | {"deterministic": True, "mixed_precision": low(place)}
     for graphs in (True, False):
         call(command(place, f"graphs_{graphs}", RANDOM, **changes, cuda_graphs=graphs))
-    compared = compare(*(place.out / "runs" / f"graphs_{graphs}" for graphs in (True, False)))
+    compared = compare(*(place.runs / f"graphs_{graphs}" for graphs in (True, False)))
     return {"summary": f"equal: {compared['equal']}", **compared, "failures": unequal(compared)}
 
 
@@ -152,7 +154,7 @@ def world_of_one(place: Place) -> dict[str, Any]:
     changes = SHORT | {"deterministic": True}
     call(command(place, "nccl", RANDOM, *launcher, **changes), **cpu)
     call(command(place, "alone", RANDOM, **changes))
-    compared = compare(*(place.out / "runs" / name for name in ("nccl", "alone")))
+    compared = compare(*(place.runs / name for name in ("nccl", "alone")))
     return {"summary": f"equal: {compared['equal']}", **compared, "failures": unequal(compared)}
 
 
