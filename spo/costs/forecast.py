@@ -25,19 +25,31 @@ def print_estimate(recipe: Recipe, plan: BatchPlan, device: str, processes: int)
         models, (memory, held) = load_models(recipe, META), device_memory(device, processes)
         training = CHECKPOINTED if recipe.run.gradient_checkpointing else TRAINING
         costs = count_costs(models, [training])
-        images = plan.slice_size * recipe.collect.rollout.num_candidates
-        sizes = {DENOISING: plan.slice_size}
-        if DECODING in costs.peak_bytes:
-            sizes[DECODING] = min(images, recipe.collect.decode_batch_size)
-        else:
-            sizes[SCORING] = min(images, recipe.collect.score_batch_size)
-        sizes[training] = plan.minibatch_size
+        sizes = batch_sizes(recipe, plan, costs, training)
         records = recipe.speed.cuda_graphs and device == "cuda"
         print(*describe(costs, sizes, memory, records), sep="\n", flush=True)
         if held > _IDLE:
             print(f"estimate: other processes hold {_gib(held)} GiB of a GPU's memory", flush=True)
     except Exception as error:
         print(f"estimate: none ({type(error).__name__}: {first_line(error)})", flush=True)
+
+
+def batch_sizes(recipe: Recipe, plan: BatchPlan, costs: Costs, training: str) -> dict[str, int]:
+    """Returns how many of what each part takes a run has in memory at once, `training` last."""
+    images = plan.slice_size * recipe.collect.rollout.num_candidates
+    sizes = {DENOISING: plan.slice_size}
+    if DECODING in costs.peak_bytes:
+        sizes[DECODING] = min(images, recipe.collect.decode_batch_size)
+    else:
+        sizes[SCORING] = min(images, recipe.collect.score_batch_size)
+    return sizes | {training: plan.minibatch_size}
+
+
+def bytes_beside(costs: Costs, sizes: Mapping[str, int], records: bool) -> dict[str, int]:
+    """Returns the memory beside each part of `sizes`: CUDA graphs keep that of a minibatch."""
+    *rollout, training = sizes
+    graphs = costs.peak_bytes[training] * sizes[training] * records
+    return dict.fromkeys(rollout, graphs) | {training: 0}
 
 
 def describe(
@@ -49,15 +61,14 @@ def describe(
     `records` CUDA graphs keeps the memory of a minibatch while it does other things.
     """
     *_, training = sizes
-    graphs = costs.peak_bytes[training] * sizes[training] * records
     rollout, pair = (costs.flops[part] / 1e12 for part in (ROLLOUT, training))
     known = SCORER in costs.resident_bytes
     lines = [
         f"estimate: {rollout:.3g} TFLOP for the rollout of a prompt, {pair:.3g} for the training "
         f"of a pair{'' if known else ' (without the preference model, which is not known)'}"
     ]
-    for part, batch in sizes.items():
-        beside = 0 if part == training else graphs
+    for part, beside in bytes_beside(costs, sizes, records).items():
+        batch = sizes[part]
         size = _gib(costs.bytes_of(part, batch) + beside)
         need = f"{part} of {batch} {_UNITS.get(part, 'pairs')} will need {size} GiB of memory"
         fits, key = costs.largest_batch(part, memory, beside), BATCH_KEYS[part]

@@ -18,6 +18,7 @@ from spo.command_line.config_files import load_config
 from spo.command_line.flags import changed
 from spo.costs.benchmark import PAIR_SHARE, run_iteration
 from spo.costs.count import count_costs
+from spo.costs.forecast import batch_sizes, bytes_beside
 from spo.costs.load import META, Models, load_models, meta_kernels
 from spo.costs.meter import DECODING, DENOISING, ROLLOUT, SCORING, TRAINING, Meter, flop_counter
 from spo.errors import first_line
@@ -143,15 +144,11 @@ class Bench:
         self.device = META
         models = self.models()
         costs = count_costs(models, [TRAINING])
-        settings, prompts = self.recipe.collect, models.plan.slice_size
-        images = min(prompts * settings.rollout.num_candidates, settings.decode_batch_size)
-        self.add_rates(count_calls(models, images))
-        sizes = {DENOISING: prompts, DECODING: images, TRAINING: models.plan.minibatch_size}
-        needed = {part: costs.bytes_of(part, size) for part, size in sizes.items()}
-        if self.recipe.speed.cuda_graphs:  # which keep the memory of a minibatch
-            beside = needed[TRAINING] - costs.bytes_of(TRAINING, 0)
-            needed |= {part: needed[part] + beside for part in (DENOISING, DECODING)}
-        return asdict(costs) | {"estimated_gib": max(needed.values()) / 2**30}
+        sizes = batch_sizes(self.recipe, models.plan, costs, TRAINING)
+        self.add_rates(count_calls(models, sizes[DECODING]))
+        beside = bytes_beside(costs, sizes, self.recipe.speed.cuda_graphs)
+        needed = max(costs.bytes_of(part, size) + beside[part] for part, size in sizes.items())
+        return asdict(costs) | {"estimated_gib": needed / 2**30}
 
 
 def measure(models: Models, place: Place) -> dict[str, Any]:

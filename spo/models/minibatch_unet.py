@@ -41,17 +41,23 @@ class MinibatchUNet(nn.Module):
         return_dict: bool = False,
     ) -> tuple[Tensor]:
         """Returns what the UNet returns; raises RunError for a UNet that cannot be recorded."""
-        added = added_cond_kwargs or {}
-        one = _Pass(self.unet, tuple(added))
-        inputs = latents, timesteps, encoder_hidden_states, *added.values()
         if len(latents) > self._rows:
             self._rows = len(latents)
             self._recorded.clear()
         # A compiled UNet is compiled for rollouts.
         with torch.compiler.set_stance("force_eager"):
             if not self.record or len(latents) < self._rows:
-                return (one(*inputs),)
+                return self.unet(
+                    latents,
+                    timesteps,
+                    encoder_hidden_states=encoder_hidden_states,
+                    added_cond_kwargs=added_cond_kwargs,
+                    return_dict=return_dict,
+                )
+            added = added_cond_kwargs or {}
+            inputs = latents, timesteps, encoder_hidden_states, *added.values()
             if self.network not in self._recorded:
+                one = _Pass(self.unet, tuple(added))
                 self._recorded[self.network] = self._record(one, inputs)
             # A copy of what the next replay writes over.
             return (self._recorded[self.network](*inputs).clone(),)
