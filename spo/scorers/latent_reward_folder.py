@@ -247,7 +247,8 @@ def _load_down_path(
                 elif tuple(tensors.get_slice(key).get_shape()) != wanted[key].shape:
                     misshaped.add(key)
                 else:
-                    found[key] = tensors.get_tensor(key).to(dtype)
+                    # Copied: kernels may round differently on mapped files.
+                    found[key] = tensors.get_tensor(key).to(dtype, copy=True)
     check_names("UNet", wanted.keys() - found.keys() - misshaped, misshaped, unknown)
     unet.load_state_dict(found, strict=True, assign=True)
     return unet
