@@ -11,10 +11,9 @@ import torch
 from helpers import load_backbone, randn
 
 from spo.gpu_check.card import card
-from spo.gpu_check.checks import MODELS, TRACES, Place, all_checks, trace
+from spo.gpu_check.checks import Place, all_checks, trace
 from spo.gpu_check.profiling import profile
 from spo.models.device import keep_contiguous
-from spo.preference.replay import replay_latent_reward
 from tests.small_runs import ROOT
 
 
@@ -47,9 +46,7 @@ def test_the_checks_come_in_their_order_and_name_what_exists():
 
 def test_a_trace_and_its_deviations(place):
     found = trace(place, "lrm_forward_sd15")
-    cases = replay_latent_reward(TRACES / "lrm_forward_sd15", MODELS)["cases"].values()
-    assert found["failures"] == [] and len(cases) > 1
-    assert found["worst"]["scores"] == max(case["scores"] for case in cases) < 5e-3
+    assert found["failures"] == [] and 0 < found["worst"]["scores"] < 5e-3
 
 
 def test_the_card(place):
